@@ -1,0 +1,31 @@
+"""dpo_jax: preference training in JAX. The public names; each is imported when it is first used."""
+
+import importlib
+
+_HOME = {
+    "sequence_logprobs": "dpo_jax.logprobs",
+    "linear_logprobs": "dpo_jax.logprobs",
+    "token_logprobs": "dpo_jax.logprobs",
+    "dpo_loss": "dpo_jax.losses",
+    "DPOLoss": "dpo_jax.losses",
+    "dpo_loss_from_indices": "dpo_jax.losses",
+    "Model": "dpo_jax.model.decoder",
+    "logits": "dpo_jax.model.decoder",
+    "load_hf": "dpo_jax.hf.checkpoint",
+    "save_hf": "dpo_jax.hf.checkpoint",
+}
+
+__all__ = sorted(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """Import a public name on first use, so that `import dpo_jax` costs nothing."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'dpo_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Public names, for completion in a notebook."""
+    return __all__

@@ -1,0 +1,443 @@
+"""A run's settings: YAML files and `section.key=value` overrides become one frozen, validated `Run`.
+
+Everything that is wrong is reported at once, one line each: `FILE:LINE: key: value: remedy`. Relative paths are
+relative to the current directory. Imports neither jax nor transformers, so that `--help` answers at once.
+"""
+
+import argparse
+import difflib
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import select
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from dpo_jax.data.settings import BatchSettings, DataSettings
+from dpo_jax.model.settings import MeshSettings, ModelSettings
+from dpo_jax.settings import COMMAND_LINE, Section, Sources, UserError, allowed, printable, short
+from dpo_jax.training.settings import (
+    CheckpointSettings,
+    EvaluationSettings,
+    LogSettings,
+    ObjectiveSettings,
+    OptimizerSettings,
+    ReferenceSettings,
+)
+
+
+class Run(Section):
+    """One training run, whole: what is trained, on what, how, and what comes out."""
+
+    model: ModelSettings
+    data: DataSettings
+    batch: BatchSettings = BatchSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    reference: ReferenceSettings = ReferenceSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    mesh: MeshSettings = MeshSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    log: LogSettings = LogSettings()
+    steps: int | None = Field(default=None, gt=0, description="length of the run in optimizer steps")
+    epochs: float | None = Field(
+        default=None, gt=0, description="length of the run in passes over the data (default: 1)"
+    )
+    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="orders the data and draws what is random")
+    output: str = Field(description="folder of everything the run writes")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_epoch_unless_told(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("steps") is None and data.get("epochs") is None:
+            return {**data, "epochs": 1.0}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Run":
+        found = [f"{key}: {remedy}" for key, broken, remedy in RULES if broken(self)]
+        found += [f"{key}: {reason}" for key, ignores, reason in IGNORED if ignores(self) and _given(self, key)]
+        found += [
+            f"{key}: is empty; write a name, or leave the setting out" for key in FIELDS if _is_blank(_get(self, key))
+        ]
+        found += [
+            f"checkpoint.allow_change: {key!r} is not a setting that decides a run's mathematics; leave it out"
+            for key in self.checkpoint.allow_change
+            if key not in CHANGES_MATHEMATICS
+        ]
+        if found:
+            raise ValueError("\n".join(found))
+        return self
+
+
+# What makes two settings contradict each other: the key that is at fault, the test, the remedy.
+RULES: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
+    ("steps", lambda r: r.steps is not None and r.epochs is not None, "give steps or epochs, not both"),
+    (
+        "reference.mode",
+        lambda r: r.objective.name == "sft" and r.reference.mode != "none",
+        "objective sft has no reference; set reference.mode: none",
+    ),
+    (
+        "reference.mode",
+        lambda r: r.objective.name == "sigmoid" and r.reference.mode == "none",
+        "objective sigmoid compares with a reference; set reference.mode: cached (or live)",
+    ),
+    (
+        "optimizer.warmup_steps",
+        lambda r: r.steps is not None and (r.optimizer.warmup_steps or 0) > r.steps,
+        "must not be more than steps",
+    ),
+    ("data.train", lambda r: r.data.train == (), "must name at least one file, folder or data set"),
+    ("data.eval", lambda r: r.data.eval == (), "must name at least one file, folder or data set, or be left out"),
+    (
+        "checkpoint.keep_every",
+        lambda r: (r.checkpoint.keep_every or 0) % r.checkpoint.every != 0,
+        "must be a multiple of checkpoint.every; there are no checkpoints in between",
+    ),
+    ("output", lambda r: os.path.abspath(r.output) == os.path.abspath(r.model.path), "must differ from model.path"),
+)
+
+# What a run as it stands would ignore: giving one of these is an error, and `dump` leaves them out.
+IGNORED: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
+    ("objective.beta", lambda r: r.objective.name == "sft", "objective sft does not use it; leave it out"),
+    ("objective.label_smoothing", lambda r: r.objective.name == "sft", "objective sft does not use it; leave it out"),
+    ("reference.path", lambda r: r.reference.mode == "none", "reference.mode none reads no reference; leave it out"),
+    (
+        "optimizer.warmup_fraction",
+        lambda r: r.optimizer.warmup_steps is not None,
+        "give warmup_steps or warmup_fraction, not both",
+    ),
+    (
+        "evaluation.every",
+        lambda r: r.data.eval is None and r.evaluation.answers is None,
+        "nothing to evaluate; give data.eval or evaluation.answers",
+    ),
+    (
+        "evaluation.max_new_tokens",
+        lambda r: r.evaluation.answers is None,
+        "nothing is generated without evaluation.answers; leave it out",
+    ),
+)
+
+# Every setting is in one of the next two: does another value lead to another model (beyond float reassociation)?
+CHANGES_MATHEMATICS = frozenset(
+    """
+    model.path model.compute_dtype
+    data.train data.layout data.max_length data.truncation data.template data.control_tokens data.max_characters
+    data.shuffle data.first
+    batch.pairs objective.name objective.beta objective.label_smoothing reference.mode reference.path
+    optimizer.learning_rate optimizer.schedule optimizer.warmup_steps optimizer.warmup_fraction optimizer.beta1
+    optimizer.beta2 optimizer.epsilon optimizer.weight_decay optimizer.clip_norm
+    steps epochs seed
+    """.split()
+)
+KEEPS_MATHEMATICS = frozenset(
+    """
+    model.scan_layers model.remat data.eval data.max_bad_fraction data.cache batch.micro_tokens batch.share_prompts
+    mesh.data mesh.fsdp mesh.tensor
+    evaluation.every evaluation.answers evaluation.max_new_tokens
+    checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.allow_change
+    log.every log.tensorboard log.loggers log.token_statistics log.max_nonfinite output
+    """.split()
+)
+
+# Names that people bring from TRL, torchtune, Axolotl and LLaMA-Factory: our key, or what to do instead.
+FOREIGN = {
+    name: answer
+    for names, answer in (
+        ("model_name_or_path model_name base_model pretrained_model_name_or_path tokenizer", "model.path"),
+        ("bf16 fp16 dtype torch_dtype precision", "model.compute_dtype"),
+        ("gradient_checkpointing activation_checkpointing enable_activation_checkpointing", "model.remat"),
+        ("dataset_name dataset train_dataset train_file data_files datasets train_data", "data.train"),
+        ("eval_dataset test_datasets eval_file validation_file val_data", "data.eval"),
+        ("max_seq_length max_seq_len cutoff_len sequence_len block_size", "data.max_length"),
+        ("max_prompt_length max_completion_length max_target_length", "data.max_length"),
+        ("truncation_mode", "data.truncation"),
+        ("chat_template chat_template_path prompt_template", "data.template"),
+        ("max_train_samples max_samples", "data.first"),
+        ("per_device_train_batch_size batch_size train_batch_size micro_batch_size global_batch_size", "batch.pairs"),
+        ("loss_type loss rl pref_loss objective_name", "objective.name"),
+        ("pref_beta dpo_beta", "objective.beta"),
+        ("ref_model reference_model ref_model_name_or_path", "reference.path"),
+        ("precompute_ref_log_probs reference_free", "reference.mode"),
+        ("lr peak_lr", "optimizer.learning_rate"),
+        ("lr_scheduler_type lr_scheduler scheduler", "optimizer.schedule"),
+        ("warmup_ratio num_warmup_ratio", "optimizer.warmup_fraction"),
+        ("num_warmup_steps", "optimizer.warmup_steps"),
+        ("adam_beta1", "optimizer.beta1"),
+        ("adam_beta2", "optimizer.beta2"),
+        ("adam_epsilon eps", "optimizer.epsilon"),
+        ("max_grad_norm gradient_clipping clip_grad_norm", "optimizer.clip_norm"),
+        ("max_steps max_steps_per_epoch", "steps"),
+        ("num_train_epochs num_epochs", "epochs"),
+        ("data_seed", "seed"),
+        ("output_dir", "output"),
+        ("eval_steps eval_strategy evaluation_strategy", "evaluation.every"),
+        ("save_steps save_strategy", "checkpoint.every"),
+        ("save_total_limit", "checkpoint.keep"),
+        ("logging_steps log_every_n_steps", "log.every"),
+        ("report_to metric_logger", "log.loggers"),
+        ("tensor_parallel tensor_parallel_size", "mesh.tensor"),
+        ("data_parallel data_parallel_size ddp", "mesh.data"),
+        ("gradient_accumulation_steps", "not needed: batch.pairs is a whole step, batch.micro_tokens its parts"),
+        ("per_device_eval_batch_size", "not needed: evaluation packs its rows as training does"),
+        ("packing padding_free sample_packing pad_to_multiple_of", "not needed: rows are always packed"),
+        ("use_liger_kernel use_liger_loss attn_implementation flash_attention", "not needed: kernels are chosen here"),
+        ("deepspeed fsdp_config accelerator_config", "not needed: the mesh section lays out the devices"),
+        ("resume_from_checkpoint overwrite_output_dir", "not needed: a run resumes from its output folder"),
+        ("optim", "AdamW is the only optimizer; its settings are in the optimizer section"),
+        ("trust_remote_code", "code of a model folder is never run"),
+        ("hub_token hf_token api_key wandb_api_key", "secrets are read from the environment, never from a config"),
+        ("use_peft lora_r lora_alpha lora_dropout lora_rank adapter load_in_4bit", "all weights are trained, in full"),
+    )
+    for name in names.split()
+}
+
+
+def _walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _walk(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+FIELDS: dict[str, FieldInfo] = dict(_walk(Run))
+SECTIONS = {key.split(".")[0] for key in FIELDS if "." in key}
+
+
+def _get(run: Run, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), run)
+
+
+def _is_blank(value: Any) -> bool:
+    return any(isinstance(item, str) and not item.strip() for item in (value if isinstance(value, tuple) else (value,)))
+
+
+def _given(run: Run, key: str) -> bool:
+    section, name = key.split(".")
+    return name in getattr(run, section).model_fields_set and _get(run, key) is not None
+
+
+def _shown(value: Any) -> str:
+    text = printable(json.dumps(value, ensure_ascii=False, default=str))
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _advice(key: str) -> str:
+    """What to do about a key that is no setting."""
+    name, parent = key.rsplit(".", 1)[-1], key.rsplit(".", 1)[0]
+    if parent != key and parent in FIELDS:
+        return f"{parent} takes {allowed(FIELDS[parent])}, not a block"
+    if same := [known for known in FIELDS if known.rsplit(".", 1)[-1] == name]:
+        return f"no such setting; did you mean {' or '.join(same)}?"
+    if answer := FOREIGN.get(name.lower()):
+        return f"no such setting; here it is {answer}" if answer in FIELDS else f"no such setting; {answer}"
+    short = {known.rsplit(".", 1)[-1]: known for known in FIELDS}
+    near = difflib.get_close_matches(key[:80], FIELDS, 1, 0.7)
+    near = near or [short[n] for n in difflib.get_close_matches(name[:80], short, 1, 0.7)]
+    return f"no such setting; did you mean {near[0]}?" if near else "no such setting; --help lists them all"
+
+
+def _problems(source: Sources, error: ValidationError) -> Iterator[str]:
+    """One line for each setting that is at fault; pydantic reports a union once per member."""
+    seen: set[str] = set()
+    for detail in error.errors():
+        if detail["type"] == "value_error":
+            for line in detail["msg"].removeprefix("Value error, ").splitlines():
+                key, _, remedy = line.partition(": ")
+                yield _problem(source, key, remedy)
+            continue
+        parts = [str(part) for part in detail["loc"]]
+        key = next(key for key in (".".join(parts[:2]), parts[0]) if key in FIELDS)
+        hidden = detail["type"] == "missing" and (source.unreadable or parts[0] in source.values)
+        if key not in seen and not hidden:
+            yield _problem(source, key, f"must be {allowed(FIELDS[key])}")
+        seen.add(key)
+
+
+def _problem(source: Sources, key: str, remedy: str) -> str:
+    if key not in source.values:
+        what = FIELDS[key].description if FIELDS[key].is_required() else remedy
+        return f"{source.origin}: {key}: not given: {what}"
+    return f"{source.where[key]}: {key}: {_shown(source.values[key])}: {remedy}"
+
+
+def _validated(source: Sources) -> Run:
+    nested: dict[str, Any] = {section: {} for section in SECTIONS}
+    for key, value in source.values.items():
+        if key in FIELDS:
+            *section, name = key.split(".")
+            (nested[section[0]] if section else nested)[name] = value
+        elif key in SECTIONS and value is not None:
+            example = next(known for known in FIELDS if known.startswith(f"{key}."))
+            source.problems.append(f"{source.where[key]}: {key}: must be a block of settings, such as {example}")
+        elif key not in SECTIONS:
+            source.problems.append(f"{source.where[key]}: {short(key)}: {_advice(key)}")
+    try:
+        run = Run.model_validate(nested, strict=True)
+    except ValidationError as error:
+        source.problems += _problems(source, error)
+    if problems := source.unreadable + source.problems:
+        raise UserError(redacted("\n".join(problems)))
+    return run
+
+
+def load(argv: Sequence[str], command: str = "train") -> Run:
+    """The run that YAML files (left to right) and overrides (`key=value`, `--key value`, `--key=value`) describe.
+
+    Later ones win. `--help`, `--print-config` and `--print-schema` print and exit.
+
+    Raises:
+      UserError: one line for each thing that is wrong.
+    """
+    source, shows, rest = Sources(), False, list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help"):
+            sys.exit(print(_help(command)))
+        if word == "--print-schema":
+            sys.exit(print(json.dumps(Run.model_json_schema(), indent=2)))
+        if word == "--print-config":
+            shows = True
+        elif not word.startswith("-") and ("=" not in word or os.path.isfile(word)):
+            source.read(word)
+        else:
+            key, equals, value = word.removeprefix("--").partition("=")
+            if not equals and (not rest or rest[0].startswith("--")):
+                source.problems.append(f"{COMMAND_LINE}: {short(word)}: its value is missing; write {short(key)}=VALUE")
+            else:
+                source.override(key, value if equals else rest.pop(0))
+    run = _validated(source)
+    if shows:
+        sys.exit(print(redacted(yaml.safe_dump(dump(run), sort_keys=False)), end=""))
+    return run
+
+
+def _help(command: str) -> str:
+    lines = [
+        f"usage: python -m dpo_jax.{command} CONFIG.yaml ... [section.key=value ...]",
+        "",
+        "Later files and overrides win. Values are YAML; relative paths are relative to the current directory.",
+        "--print-config prints the settings a run would have, --print-schema a JSON schema for editors.",
+    ]
+    section = None
+    for key, field in FIELDS.items():
+        if (head := key.split(".")[0] if "." in key else "") != section:
+            section = head
+            lines += [
+                "",
+                f"{section}: {getattr(Run.model_fields[section].annotation, '__doc__', '')}" if section else "run:",
+            ]
+        default = "required" if field.is_required() else f"default {_shown(field.default)}"
+        lines.append(f"  {key}  ({allowed(field)}; {default})")
+        lines += textwrap.wrap(field.description or "", 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def dump(run: Run) -> dict[str, Any]:
+    """The settings as plain JSON values, less those that this run ignores: `Run.model_validate(dump(run)) == run`."""
+    settings = run.model_dump(mode="json")
+    for key, ignores, _ in IGNORED:
+        section, name = key.split(".")
+        if ignores(run):
+            settings[section].pop(name)
+    return settings
+
+
+def digest(run: Run) -> str:
+    """SHA-256 of all settings, in hexadecimal."""
+    return hashlib.sha256(json.dumps(dump(run), sort_keys=True).encode()).hexdigest()
+
+
+def changed_mathematics(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two `dump`s and would lead to another model: lines `key: old -> new`.
+
+    A setting that a dump lacks has its default value; one that is not known here counts as a change.
+    """
+    before, after = dict(_flat(old)), dict(_flat(new))
+    keys = [key for key in {**dict.fromkeys(FIELDS), **before, **after} if key not in KEEPS_MATHEMATICS]
+    default = {key: None if field.is_required() else field.default for key, field in FIELDS.items()}
+    pairs = ((key, before.get(key, default.get(key)), after.get(key, default.get(key))) for key in keys)
+    return [redacted(f"{key}: {_shown(a)} -> {_shown(b)}") for key, a, b in pairs if a != b]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+SECRET = re.compile(r"hf_\w{20,}|gh[pousr]_\w{20,}|sk-[\w-]{20,}|AKIA[A-Z0-9]{16}|(?<=://)[^/\s@]+(?=@)")
+
+
+def redacted(text: str) -> str:
+    """The text with what looks like a token, a key or a password of a URL replaced by ***."""
+    return SECRET.sub("***", text)
+
+
+def command(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
+    """Make `main(argv)` a command: `sys.exit(main())`.
+
+    What a user did wrong is printed on stderr, one line `error: ...` for each problem, and gives exit code 2; Ctrl-C
+    gives 130, a reader of our output that went away 141. Anything else is our fault and keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv: Sequence[str] | None = None) -> int:
+        try:
+            code = main(sys.argv[1:] if argv is None else argv) or 0
+            sys.stdout.flush()
+            return code
+        except UserError as error:
+            for line in str(error).splitlines():
+                print(f"error: {printable(redacted(line))}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("stopped from the keyboard", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            if not _reader_left():
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
+            return 141
+
+    return wrapped
+
+
+def _reader_left() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments of a command that takes no `Run`; what is wrong with them is one line, as for settings."""
+
+    def __init__(self, command: str, description: str):
+        """For `python -m dpo_jax.COMMAND`."""
+        super().__init__(prog=f"python -m dpo_jax.{command}", description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the arguments."""
+        raise UserError(f"{COMMAND_LINE}: {message}; see {self.prog} --help")
+
+
+def quiet_libraries() -> None:
+    """Keep the chatter of libraries out of a command's output; their errors and warnings about the run stay."""
+    for name in ("absl", "orbax", "jax", "datasets", "httpx", "filelock"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # transformers resets its own level when it is imported, but keeps filters; torch is not needed here
+    logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())

@@ -1,0 +1,329 @@
+"""Preference data as arrays of token ids: read, tokenise, truncate, and keep the result."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_jax.data.encoded import Encoded, Entry
+from dpo_jax.data.layouts import Pair, Record
+from dpo_jax.data.messages import BadRow
+from dpo_jax.data.records import read_records, tables
+from dpo_jax.data.report import Report, clean
+from dpo_jax.data.settings import DataSettings
+from dpo_jax.data.templates import Codec, codec, template_digest, tokenize
+from dpo_jax.settings import UserError
+
+CHUNK = 512
+"""Records that are tokenised in one call."""
+
+# ------------------------------------------------------------------------------------------------ truncation
+
+
+class Cut(NamedTuple):
+    """What is kept of a prompt and its completions: one number per completion."""
+
+    skip: list[int]
+    """Tokens that the prompt's head loses; all of them where nothing is left of it."""
+    start: list[int]
+    """First scored token of the completion."""
+    length: list[int]
+    """Scored tokens."""
+
+
+def keep_completion(prompt: int, completions: Sequence[int], max_length: int) -> Cut | None:
+    """Keep the answers; the prompt loses its head, down to one token; then the answers lose their tails, all alike.
+
+    prompt 6, answers 3 and 5, max_length 8   ->   the last 3 of the prompt with all of both answers
+    prompt 6, answers 3 and 9, max_length 8   ->   the last token of the prompt, 3, and the first 7 of the 9
+    """
+    lengths = [min(length, max_length - 1) for length in completions]
+    keep = min(prompt, max_length - max(lengths))
+    return Cut([prompt - keep] * len(lengths), [0] * len(lengths), lengths)
+
+
+def keep_start(prompt: int, completions: Sequence[int], max_length: int) -> Cut | None:
+    """TRL's rule of that name: the first `max_length` tokens; None (the row is dropped) if the prompt fills them."""
+    if prompt >= max_length:
+        return None
+    lengths = [min(length, max_length - prompt) for length in completions]
+    return Cut([0] * len(lengths), [0] * len(lengths), lengths)
+
+
+def keep_end(prompt: int, completions: Sequence[int], max_length: int) -> Cut | None:
+    """TRL's rule of that name: the last `max_length` tokens of each sequence on its own.
+
+    Where they begin inside the completion, or with it, their first token has no source and is not scored.
+    """
+    over = [max(0, prompt + length - max_length) for length in completions]
+    start = [0 if cut < prompt else cut - prompt + 1 for cut in over]
+    lengths = [length - at for length, at in zip(completions, start, strict=True)]
+    return Cut([min(cut, prompt) for cut in over], start, lengths)
+
+
+TRUNCATIONS: dict[str, Callable[[int, Sequence[int], int], Cut | None]] = {
+    "keep_completion": keep_completion,
+    "keep_start": keep_start,
+    "keep_end": keep_end,
+}
+
+# ------------------------------------------------------------------------------------------------ units
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A record in token ids, before truncation."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+    pairs: tuple[Pair, ...]
+    file: str
+    line: int
+
+    def with_pairs(self, pairs: Sequence[Pair]) -> "Unit":
+        """The unit with these of its pairs, and the completions that they need."""
+        used = sorted({index for pair in pairs for index in (pair.chosen, pair.rejected)})
+        again = [pair._replace(chosen=used.index(pair.chosen), rejected=used.index(pair.rejected)) for pair in pairs]
+        return Unit(self.prompt, [self.completions[index] for index in used], tuple(again), self.file, self.line)
+
+
+def units(records: Iterable[Record], coder: Codec, report: Report) -> Iterator[Unit]:
+    """Records as token ids; one whose completions are all the same ids is bad, as is one that cannot be tokenised."""
+    remaining = iter(records)
+    while chunk := list(islice(remaining, CHUNK)):
+        for record, tokens in zip(chunk, tokenize(chunk, coder), strict=True):
+            where = {"file": record.file, "line": record.line}
+            if isinstance(tokens, BadRow):
+                report.drop(tokens.kind, tokens.reason, **where)
+                continue
+            unit = Unit(tokens.prompt, tokens.completions, record.pairs, **where)
+            pairs = _different(unit, [(0, len(ids)) for ids in unit.completions])
+            if not pairs:
+                report.drop("identical completions", "chosen and rejected are the same token ids", **where)
+                continue
+            report.note(tokens.notes + _left_out(unit, pairs), **where)
+            yield unit if len(pairs) == len(unit.pairs) else unit.with_pairs(pairs)
+
+
+def _different(unit: Unit, spans: Sequence[tuple[int, int]]) -> list[Pair]:
+    """Pairs whose completions differ inside the spans (start, length)."""
+    kept = [ids[start : start + length] for ids, (start, length) in zip(unit.completions, spans, strict=True)]
+    return [pair for pair in unit.pairs if kept[pair.chosen] != kept[pair.rejected]]
+
+
+def _left_out(unit: Unit, pairs: Sequence[Pair]) -> tuple[tuple[str, str], ...]:
+    count = len(unit.pairs) - len(pairs)
+    return (("pair left out of a ranked row", f"{count} pairs of completions are the same tokens"),) if count else ()
+
+
+def truncated(unit: Unit, settings: DataSettings, report: Report) -> tuple[Unit, Cut] | None:
+    """The unit and what is kept of it, or None when nothing is left to learn from; both are counted."""
+    where = {"file": unit.file, "line": unit.line}
+    lengths = [len(ids) for ids in unit.completions]
+    cut = TRUNCATIONS[settings.truncation](len(unit.prompt), lengths, settings.max_length)
+    if cut is None:
+        report.drop("overlong prompt", f"{len(unit.prompt)} tokens, data.max_length {settings.max_length}", **where)
+        return None
+    pairs = _different(unit, list(zip(cut.start, cut.length, strict=True)))
+    if len(pairs) < len(unit.pairs) and settings.truncation != "keep_completion":
+        report.add("identical after truncation, kept", "as TRL does; its loss is ln 2 and its gradient 0", **where)
+    elif not pairs:
+        report.drop("identical after truncation", f"the first {cut.length[0]} tokens are the same", **where)
+        return None
+    elif len(pairs) < len(unit.pairs):
+        report.note(_left_out(unit, pairs), **where)
+        return truncated(unit.with_pairs(pairs), settings, report)
+    if any(cut.skip):
+        report.add("prompt truncated", f"{max(cut.skip)} of {len(unit.prompt)} tokens cut from its head", **where)
+    if cut.length != lengths:
+        most = max(whole - kept for whole, kept in zip(lengths, cut.length, strict=True))
+        report.add("completion truncated", f"{most} tokens cut", **where)
+    return unit, cut
+
+
+class _Builder:
+    """Grows the arrays of an `Encoded`, unit by unit."""
+
+    def __init__(self):
+        self.tokens: list[np.ndarray] = []
+        self.size = 0
+        self.files: dict[str, int] = {}
+        self.columns: dict[str, list] = {field.name: [] for field in fields(Encoded) if field.name not in _WHOLE}
+
+    def add(self, unit: Unit, cut: Cut) -> None:
+        """Append a unit: the prompt, then each completion."""
+        into, number = self.columns, len(self.columns["prompt_start"])
+        first = len(into["completion_start"])
+        self._row(
+            prompt_start=self._append(unit.prompt),
+            prompt_length=len(unit.prompt),
+            file=self.files.setdefault(unit.file, len(self.files)),
+            line=unit.line,
+        )
+        for ids, skip, start, length in zip(unit.completions, *cut, strict=True):
+            self._row(
+                completion_unit=number,
+                completion_start=self._append(ids) + start,
+                completion_length=length,
+                completion_skip=skip,
+                truncated=bool(skip) or length < len(ids),
+            )
+        for chosen, rejected, weight, margin in unit.pairs:
+            pair = {"chosen": first + chosen, "rejected": first + rejected}
+            self._row(pair_unit=number, weight=weight, margin=margin, **pair)
+
+    def _row(self, **values: Any) -> None:
+        for name, value in values.items():
+            self.columns[name].append(value)
+
+    def _append(self, ids: list[int]) -> int:
+        self.tokens.append(np.asarray(ids, np.int32))
+        self.size += len(ids)
+        return self.size - len(ids)
+
+    def build(self) -> Encoded:
+        """The arrays."""
+        columns = {name: np.asarray(values, _DTYPES.get(name, np.int32)) for name, values in self.columns.items()}
+        tokens = np.concatenate(self.tokens) if self.tokens else np.zeros(0, np.int32)
+        return Encoded(tokens=tokens, files=tuple(self.files), **columns)
+
+
+_WHOLE = ("tokens", "files")
+_DTYPES = {
+    "prompt_start": np.int64,
+    "completion_start": np.int64,
+    "weight": np.float32,
+    "margin": np.float32,
+    "truncated": np.bool_,
+}
+
+
+def _build(records: Iterable[Record], coder: Codec, settings: DataSettings, report: Report) -> Encoded:
+    builder, seen = _Builder(), _Seen()
+    for unit in units(records, coder, report):
+        report.note(seen.notes(unit), file=unit.file, line=unit.line)
+        if kept := truncated(unit, settings, report):
+            builder.add(*kept)
+            report.kept += 1
+            report.pairs += len(kept[0].pairs)
+    encoded = builder.build()
+    report.lengths = _lengths(encoded) if encoded.num_pairs else {}
+    return encoded
+
+
+class _Seen:
+    """Pairs that were met, by digest, to find the ones that come twice and the ones that contradict each other."""
+
+    def __init__(self):
+        self.where: dict[bytes, str] = {}
+
+    def notes(self, unit: Unit) -> tuple[tuple[str, str], ...]:
+        """What the unit repeats or contradicts."""
+        prompt, *answers = (_digest(ids) for ids in (unit.prompt, *unit.completions))
+        found = []
+        for pair in unit.pairs:
+            better, worse = answers[pair.chosen], answers[pair.rejected]
+            if earlier := self.where.get(prompt + worse + better):
+                found.append(("conflicting pair", f"the other way round at {earlier}"))
+            earlier = self.where.setdefault(prompt + better + worse, f"{clean(unit.file, 400)}:{unit.line}")
+            if earlier != f"{clean(unit.file, 400)}:{unit.line}":
+                found.append(("duplicate pair", f"the same as {earlier}"))
+        return tuple(found)
+
+
+def _digest(ids: list[int]) -> bytes:
+    return hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=16).digest()
+
+
+def _lengths(encoded: Encoded) -> dict[str, dict[str, float]]:
+    sequences = encoded.sequence_lengths()
+    prompts = (sequences - encoded.completion_length)[encoded.chosen]
+    parts = {
+        "prompt": prompts,
+        "chosen": encoded.completion_length[encoded.chosen],
+        "rejected": encoded.completion_length[encoded.rejected],
+        "prompt + completion": sequences,
+    }
+    return {name: _summary(values) for name, values in parts.items()}
+
+
+def _summary(values: np.ndarray) -> dict[str, float]:
+    names = {"min": 0, "median": 50, "p90": 90, "p99": 99, "max": 100}
+    table = {name: float(np.percentile(values, share)) for name, share in names.items()}
+    return {**table, "mean": float(values.mean())}
+
+
+# ------------------------------------------------------------------------------------------------ whole
+
+
+def encode(
+    sources: str | Sequence[str],
+    tokenizer: Any,
+    settings: DataSettings,
+    cache: str | Path | None = None,
+    *,
+    first: int | None = None,
+) -> tuple[Encoded, Report]:
+    """Pairs of all sources as token ids, and the report of what became of their rows, when it can be accepted.
+
+    Arguments as of `collect`.
+
+    Raises:
+      UserError: more than data.max_bad_fraction of the rows are bad, none is left, or what `collect` raises.
+    """
+    encoded, report = collect(sources, tokenizer, settings, cache, first=first)
+    report.check(settings.max_bad_fraction)
+    return encoded, report
+
+
+def collect(
+    sources: str | Sequence[str],
+    tokenizer: Any,
+    settings: DataSettings,
+    cache: str | Path | None = None,
+    *,
+    first: int | None = None,
+) -> tuple[Encoded, Report]:
+    """Pairs of all sources as token ids, and the report, however bad it is.
+
+    Args:
+      sources: files, folders or data sets (see records.py).
+      tokenizer: of transformers.
+      settings: layout, lengths, template and limits. Its own `train`, `eval`, `first` and `cache` are not read.
+      cache: folder that keeps the result by content; None keeps nothing.
+      first: read no more rows than this.
+
+    Raises:
+      UserError: a source, the template or the cache cannot be used.
+    """
+    template = _template(settings.template)
+    opened = tables(sources)
+    entry = Entry.of(cache, opened, tokenizer, settings, template, first) if cache is not None else None
+    if entry and (found := entry.read()):
+        return found
+    report = Report(template=template_digest(tokenizer, template))
+    coder = codec(
+        tokenizer,
+        template=template,
+        control_tokens=settings.control_tokens,
+        ending="one_terminator" if settings.truncation == "keep_completion" else "trl",
+    )
+    limit = settings.max_characters or 64 * settings.max_length
+    records = read_records(opened, layout=settings.layout, max_characters=limit, first=first, report=report)
+    encoded = _build(records, coder, settings, report)
+    if entry:
+        report.cache = entry.write(encoded, report)
+    return encoded, report
+
+
+def _template(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).expanduser().read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.template={clean(path)}: cannot be read: {clean(str(error))}") from error

@@ -1,0 +1,238 @@
+"""Preference pairs as arrays of token ids, and the folder that keeps them by content.
+
+Letters: N tokens, U units (a prompt with its completions), C completions, P pairs.
+"""
+
+import datetime
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import uuid
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, Int64
+
+from dpo_jax.data.records import Table
+from dpo_jax.data.report import Report, clean
+from dpo_jax.data.settings import DataSettings
+from dpo_jax.data.templates import template_source
+from dpo_jax.settings import UserError
+
+VERSION = 1
+"""Part of the cache's key. Raise it with every change of this package that changes token ids or the report."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Prompts, completions and pairs as a structure of arrays.
+
+    A unit is one prompt with its completions and the pairs among them; completions of a unit, and pairs, are in unit
+    order. `tokens` holds every prompt and completion whole; what truncation cuts is there but not referred to, so that
+    a preview can show it.
+
+    Completion c is read after `prompt_span(c)`: its unit's prompt without the first `completion_skip[c]` tokens. The
+    skip is the same for all completions of a unit, except where data.truncation is keep_end. There it may reach
+    `prompt_length`: then nothing is left of the prompt, and the token before the completion (the completion's own
+    first kept token, which TRL keeps and does not score) is the span.
+
+    Attributes:
+      line: row in its file, from 1.
+      truncated: the prompt's head or the completion's tail (keep_end: its head) was cut.
+      files: names that `file` points to.
+    """
+
+    tokens: Int32[np.ndarray, " N"]
+    prompt_start: Int64[np.ndarray, " U"]
+    prompt_length: Int32[np.ndarray, " U"]
+    completion_unit: Int32[np.ndarray, " C"]
+    completion_start: Int64[np.ndarray, " C"]
+    completion_length: Int32[np.ndarray, " C"]
+    completion_skip: Int32[np.ndarray, " C"]
+    pair_unit: Int32[np.ndarray, " P"]
+    chosen: Int32[np.ndarray, " P"]
+    rejected: Int32[np.ndarray, " P"]
+    weight: Float32[np.ndarray, " P"]
+    margin: Float32[np.ndarray, " P"]
+    file: Int32[np.ndarray, " U"]
+    line: Int32[np.ndarray, " U"]
+    truncated: Bool[np.ndarray, " C"]
+    files: tuple[str, ...]
+
+    @property
+    def num_units(self) -> int:
+        """Prompts."""
+        return len(self.prompt_start)
+
+    @property
+    def num_completions(self) -> int:
+        """Completions of all prompts."""
+        return len(self.completion_start)
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of completions."""
+        return len(self.chosen)
+
+    def prompt_span(self, completion: int) -> tuple[int, int]:
+        """Start and length, in `tokens`, of what a completion is read after: never empty, and never scored."""
+        unit = self.completion_unit[completion]
+        skip, length = int(self.completion_skip[completion]), int(self.prompt_length[unit])
+        if skip == length:
+            return int(self.completion_start[completion]) - 1, 1
+        return int(self.prompt_start[unit]) + skip, length - skip
+
+    def prompt(self, completion: int) -> Int32[np.ndarray, " _"]:
+        """Ids that a completion is read after."""
+        start, length = self.prompt_span(completion)
+        return self.tokens[start : start + length]
+
+    def completion(self, completion: int) -> Int32[np.ndarray, " _"]:
+        """Ids of a completion: all of them are scored."""
+        start = int(self.completion_start[completion])
+        return self.tokens[start : start + int(self.completion_length[completion])]
+
+    def cut(self, completion: int) -> tuple[Int32[np.ndarray, " _"], Int32[np.ndarray, " _"]]:
+        """Ids that truncation took before what is read, and after it."""
+        unit = int(self.completion_unit[completion])
+        start, after = int(self.prompt_start[unit]), int(self.completion_start[completion] + self._length(completion))
+        read_from, _ = self.prompt_span(completion)
+        if not self._stands_alone(completion):
+            return self.tokens[start:read_from], self.tokens[after : self._next_start(completion, after)]
+        siblings = completion > 0 and self.completion_unit[completion - 1] == unit
+        before = completion - 1
+        own = self.completion_start[before] + self._length(before) if siblings else start + self.prompt_length[unit]
+        prompt = self.tokens[start : start + self.prompt_length[unit]]
+        return np.concatenate([prompt, self.tokens[int(own) : read_from]]), self.tokens[:0]
+
+    def _length(self, completion: int) -> int:
+        return int(self.completion_length[completion])
+
+    def _stands_alone(self, completion: int) -> bool:
+        """Nothing is left of its prompt. Only under keep_end, where no tail is cut."""
+        return bool(self.completion_skip[completion] == self.prompt_length[self.completion_unit[completion]])
+
+    def _next_start(self, completion: int, after: int) -> int:
+        """Where what is stored after a completion begins."""
+        unit, following = int(self.completion_unit[completion]), completion + 1
+        if following < self.num_completions and self.completion_unit[following] == unit:
+            return after if self._stands_alone(following) else int(self.completion_start[following])
+        return int(self.prompt_start[unit + 1]) if unit + 1 < self.num_units else len(self.tokens)
+
+    def sequence_lengths(self) -> Int32[np.ndarray, " C"]:
+        """Tokens that a model reads for each completion, its prompt included."""
+        prompts = self.prompt_length[self.completion_unit] - self.completion_skip
+        return np.maximum(prompts, 1).astype(np.int32) + self.completion_length
+
+    def pair_lengths(self) -> Int32[np.ndarray, "P 2"]:
+        """Tokens of the sequences of chosen and rejected."""
+        lengths = self.sequence_lengths()
+        return np.stack([lengths[self.chosen], lengths[self.rejected]], axis=1)
+
+
+# ------------------------------------------------------------------------------------------------ cache
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one result is kept: `data-KEY.npz`, and `data-KEY.json` with its digest and the report to read."""
+
+    arrays: Path
+    about: Path
+
+    @classmethod
+    def of(
+        cls,
+        folder: str | Path,
+        sources: Sequence[Table],
+        tokenizer: Any,
+        settings: DataSettings,
+        template: str | None,
+        first: int | None,
+    ) -> "Entry":
+        """The entry for these sources, by a digest of all that the result depends on."""
+        parts = {
+            "version": VERSION,
+            "packages": {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")},
+            "sources": [(table.name, table.digest()) for table in sources],
+            "tokenizer": _tokenizer_parts(tokenizer),
+            "template": _template_parts(tokenizer, template),
+            "settings": {name: getattr(settings, name) for name in SETTINGS},
+            "first": first,
+        }
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+        path = Path(folder).expanduser()
+        return cls(path / f"data-{key}.npz", path / f"data-{key}.json")
+
+    def read(self) -> tuple[Encoded, Report] | None:
+        """What was kept; None when there is nothing, or when it is damaged."""
+        try:
+            data = self.arrays.read_bytes()
+            if json.loads(self.about.read_text("utf-8"))["sha256"] != hashlib.sha256(data).hexdigest():
+                return None
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                about = json.loads(arrays["about"].tobytes())
+                columns = {name.removeprefix("_"): arrays[name] for name in arrays.files if name != "about"}
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+            return None
+        report = Report.from_dict(about["report"])
+        report.cache = f"read from {self.arrays}"
+        return Encoded(files=tuple(about["files"]), **columns), report
+
+    def write(self, encoded: Encoded, report: Report) -> str:
+        """Keep a result, and say what was done. An entry that was there was not readable."""
+        damaged = os.path.lexists(self.arrays) or os.path.lexists(self.about)
+        about = {"files": list(encoded.files), "report": report.to_dict()}
+        # underscored, since savez has an argument `file` of its own
+        columns = {"_" + field.name: getattr(encoded, field.name) for field in fields(Encoded) if field.name != "files"}
+        buffer = io.BytesIO()
+        np.savez(buffer, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **columns)
+        data = buffer.getvalue()
+        table = {"sha256": hashlib.sha256(data).hexdigest(), "report": report.to_dict()}
+        try:
+            self.arrays.parent.mkdir(parents=True, exist_ok=True)
+            _replace(self.arrays, data)
+            _replace(self.about, json.dumps(table, indent=1).encode())
+        except OSError as error:
+            where = clean(str(self.arrays.parent))
+            raise UserError(f"data.cache={where}: cannot be written: {clean(str(error))}; give another") from error
+        return f"made again, the one kept in {self.arrays} was damaged" if damaged else f"made, kept in {self.arrays}"
+
+
+SETTINGS = ("layout", "max_length", "truncation", "control_tokens", "max_characters")
+"""Settings that change the result. The template counts by content, sources by name and content; max_bad_fraction only
+decides whether a result is accepted."""
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, even when several processes write it at once."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
+    table = json.loads(tokenizer.backend_tokenizer.to_str())
+    for state in ("truncation", "padding"):  # of the last call, not of the tokenizer
+        table.pop(state, None)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    control = sorted(map(str, getattr(tokenizer, "chat_control_tokens", None) or ()))
+    return {"class": type(tokenizer).__name__, "backend": table, "special": special, "control": control}
+
+
+def _template_parts(tokenizer: Any, template: str | None) -> list[str]:
+    source = template_source(tokenizer, template) or ""
+    # Llama 3's template writes the day it is used on.
+    return [source, datetime.date.today().isoformat() if "strftime_now" in source else ""]

@@ -1,0 +1,141 @@
+"""Values inside a row, checked: messages, numbers, texts. What is wrong is a `BadRow` that names the field."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant", "tool": "tool", "observation": "tool"}
+
+Messages = list[dict[str, Any]]
+Part = str | Messages | list[int]
+
+
+class BadRow(Exception):
+    """A row that cannot be used: its class (a key of `report.KINDS`) and what is wrong with it, in one line."""
+
+    def __init__(self, kind: str, reason: str):
+        """Remember the class and the reason."""
+        super().__init__(f"{kind}: {reason}")
+        self.kind, self.reason = kind, reason
+
+
+def messages_of(value: Any, name: str, roles: Mapping[str, str] | None = None) -> Messages:
+    """A checked conversation: known roles, text contents. A single message stands for a list of one.
+
+    With `roles` (ShareGPT) a message may also be {"from": ..., "value": ...}.
+    """
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list):
+        raise BadRow("wrong type", f"{name} is {type_name(value)}, not a list of messages")
+    if not value:
+        raise BadRow("empty conversation", f"{name} has no messages")
+    return [_message(item, f"{name}[{index}]", roles or {}) for index, item in enumerate(value)]
+
+
+def _message(item: Any, name: str, sharegpt: Mapping[str, str]) -> dict[str, Any]:
+    if not isinstance(item, Mapping):
+        raise BadRow("wrong type", f"{name} is {type_name(item)}, not a message")
+    fields = {key: value for key, value in item.items() if value is not None}
+    if sharegpt and "from" in item:
+        role, content = item["from"], item.get("value")
+        known: Mapping[str, str] = sharegpt
+        fields = {}
+    else:
+        role, content = item.get("role"), item.get("content")
+        known = {role: role for role in ROLES}
+    if role is None:
+        raise BadRow("null value" if "role" in item else "missing column", f"{name} has no role")
+    if not isinstance(role, str) or role not in known:
+        raise BadRow("unknown role", f"{name} has role {role!r}; known roles: {', '.join(known)}")
+    if content is None and not (known[role] == "assistant" and item.get("tool_calls")):
+        raise BadRow("null value", f"{name} has no content")
+    text = {} if content is None else {"content": _content(content, name)}
+    return {**fields, "role": known[role], **text}
+
+
+def speaks(message: Mapping[str, Any]) -> bool:
+    """Whether a message holds anything: some text, or a call of a tool."""
+    return bool(message.get("content", "").strip() or message.get("tool_calls"))
+
+
+def is_chat(part: Part) -> bool:
+    """Whether a prompt or a completion is a list of messages (and not a text or token ids)."""
+    return isinstance(part, list) and bool(part) and isinstance(part[0], dict)
+
+
+def _content(content: Any, name: str) -> str:
+    """Text of a message; a list of text parts (OpenAI) is joined."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        texts = [part.get("text") for part in content]
+        if content and all(isinstance(text, str) for text in texts):
+            return "".join(texts)
+    raise BadRow("wrong type", f"content of {name} is {type_name(content)}, not text")
+
+
+def type_name(value: Any) -> str:
+    """What a value of a row is, in words."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def need(row: Mapping[str, Any], name: str) -> Any:
+    """A column that must be there and not be null."""
+    if name not in row:
+        columns = ", ".join(sorted(map(str, row))) or "none"
+        raise BadRow("missing column", f"no {name!r} (columns: {columns})")
+    if row[name] is None:
+        raise BadRow("null value", f"{name} is null")
+    return row[name]
+
+
+def number(value: Any, name: str) -> float:
+    """A finite number of a row."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow("wrong type", f"{name} is {type_name(value)}, not a number")
+    try:
+        result = float(value)
+    except OverflowError:
+        result = math.inf
+    if not math.isfinite(result):
+        raise BadRow("not finite", f"{name} is {result}")
+    return result
+
+
+def from_json(value: Any, name: str) -> Any:
+    """Tools and template arguments may come as JSON text, as Parquet has no free-form objects."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise BadRow("wrong type", f"{name} is text that is not JSON: {error}") from None
+
+
+def shared_length(one: Sequence, other: Sequence) -> int:
+    """Length of the longest common prefix of two texts or two lists. Bisection: n log n, at the speed of memcmp."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """Every text inside a prompt, a completion, or tools: contents, names, keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from texts_of(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from texts_of(item)

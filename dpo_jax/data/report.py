@@ -1,0 +1,167 @@
+"""What happened to the rows: counts by class, examples with file and line, lengths. Nothing vanishes unsaid."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dpo_jax.settings import UserError, printable
+
+EXAMPLES = 5
+"""Rows that are named for each class; all are counted."""
+
+BAD, TOO_LONG, NOTED = "bad", "too long", "noted"
+
+KINDS = {
+    # The row cannot be used, and counts against data.max_bad_fraction.
+    "not JSON": BAD,
+    "nested too deep": BAD,
+    "duplicate key": BAD,
+    "invalid UTF-8": BAD,
+    "not an object": BAD,
+    "missing column": BAD,
+    "null value": BAD,
+    "wrong type": BAD,
+    "not finite": BAD,
+    "unknown role": BAD,
+    "empty conversation": BAD,
+    "two system messages": BAD,
+    "last message not assistant": BAD,
+    "empty prompt": BAD,
+    "empty completion": BAD,
+    "identical completions": BAD,
+    "prompts differ": BAD,
+    "prompt not a prefix": BAD,
+    "no preference": BAD,
+    "lone surrogate": BAD,
+    "NUL character": BAD,
+    "too many characters": BAD,
+    "template error": BAD,
+    "reserved template argument": BAD,
+    "token id out of range": BAD,
+    # The row is sound but data.max_length leaves nothing of it to learn from; it is left out and stops nothing.
+    "overlong prompt": TOO_LONG,
+    "identical after truncation": TOO_LONG,
+    # The row is used, and this is worth knowing.
+    "byte-order mark": NOTED,
+    "control characters": NOTED,
+    "bidirectional controls": NOTED,
+    "control-token text": NOTED,
+    "prompt repeated in a completion": NOTED,
+    "tie in a ranked row": NOTED,
+    "pair left out of a ranked row": NOTED,
+    "completion of several turns": NOTED,
+    "prompt tokens not a prefix": NOTED,
+    "no end of turn": NOTED,
+    "prompt truncated": NOTED,
+    "completion truncated": NOTED,
+    "identical after truncation, kept": NOTED,
+    "duplicate pair": NOTED,
+    "conflicting pair": NOTED,
+}
+"""Every class of row and what becomes of such a row."""
+
+
+def clean(text: str, limit: int = 200) -> str:
+    """Data as it may be shown on a terminal: on one line, without control characters, not too long."""
+    return printable(text) if len(text) <= limit else printable(text[: limit - 3]) + "..."
+
+
+@dataclass
+class Report:
+    """Counts of one pass over the data.
+
+    `rows` read = `kept` + `bad` + `too_long`. A row of a ranked layout counts as kept while one of its pairs is.
+
+    Attributes:
+      files: by file: its layout, its rows, the columns that nothing reads.
+      counts: rows (or pairs, for classes that speak of pairs) by class.
+      examples: `file:line: reason` of the first rows of each class.
+      lengths: tokens of prompts, chosen, rejected and whole sequences: min, median, p90, p99, max, mean.
+      template: digest of the chat template in use.
+      cache: what the cache had to do with it.
+    """
+
+    rows: int = 0
+    kept: int = 0
+    bad: int = 0
+    too_long: int = 0
+    pairs: int = 0
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    lengths: dict[str, dict[str, float]] = field(default_factory=dict)
+    template: str = ""
+    cache: str = ""
+
+    def add(self, kind: str, reason: str, *, file: str, line: int) -> None:
+        """Count one row of a class, and remember the first few by name."""
+        if kind not in KINDS:
+            raise KeyError(f"{kind!r} is not in report.KINDS")
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        examples = self.examples.setdefault(kind, [])
+        if len(examples) < EXAMPLES:
+            examples.append(f"{clean(file, 400)}:{line}: {clean(reason)}")
+
+    def drop(self, kind: str, reason: str, *, file: str, line: int) -> None:
+        """Count one row that is left out, for a reason that makes it bad or too long."""
+        self.add(kind, reason, file=file, line=line)
+        if KINDS[kind] == BAD:
+            self.bad += 1
+        else:
+            self.too_long += 1
+
+    def note(self, notes: Iterable[tuple[str, str]], *, file: str, line: int) -> None:
+        """Count what is unusual about one row that is used."""
+        for kind, reason in notes:
+            self.add(kind, reason, file=file, line=line)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> "Report":
+        """What `to_dict` gave."""
+        return cls(**table)
+
+    def lines(self) -> list[str]:
+        """The report as plain text."""
+        share = f" ({self.bad / self.rows:.2%})" if self.bad else ""
+        head = f"{self.rows:,} rows read: {self.kept:,} kept ({self.pairs:,} pairs), {self.bad:,} bad{share}, "
+        lines = [f"{head}{self.too_long:,} too long"]
+        for name, about in self.files.items():
+            unused = f"; columns not used: {clean(', '.join(about['unused']))}" if about["unused"] else ""
+            lines.append(f"{clean(name, 400)}: {about['rows']:,} rows, layout {about['layout'] or 'unknown'}{unused}")
+        for effect in (BAD, TOO_LONG, NOTED):
+            for kind in sorted(self._of(effect), key=lambda kind: -self.counts[kind]):
+                lines.append(f"{effect}: {kind}: {self.counts[kind]:,}")
+                lines += [f"  {example}" for example in self.examples.get(kind, [])]
+        for name, table in self.lengths.items():
+            lines.append(f"tokens of {name}: " + ", ".join(f"{key} {value:,.0f}" for key, value in table.items()))
+        lines += [f"chat template: sha256 {self.template[:12]}"] if self.template else []
+        return lines + ([f"cache: {self.cache}"] if self.cache else [])
+
+    def _of(self, effect: str) -> list[str]:
+        return [kind for kind in self.counts if KINDS[kind] == effect]
+
+    def check(self, max_bad_fraction: float) -> None:
+        """Refuse data with too many bad rows, or with none that is left.
+
+        Raises:
+          UserError: one line with the largest classes and a row of each.
+        """
+        if self.rows and self.bad / self.rows > max_bad_fraction:
+            raise UserError(
+                f"{self.bad:,} of {self.rows:,} rows are bad ({self.bad / self.rows:.2%}, data.max_bad_fraction is "
+                f"{max_bad_fraction:.2%}): {self._largest(BAD)}; mend the rows or raise data.max_bad_fraction"
+            )
+        if not self.kept:
+            where = ", ".join(clean(name, 400) for name in self.files) or "the data"
+            what = self._largest(BAD, TOO_LONG) if self.rows else "there are no rows"
+            remedy = "raise data.max_length" if self.too_long > self.bad else "give at least one usable pair"
+            raise UserError(f"0 rows left of {self.rows:,} in {where}: {what}; {remedy}")
+
+    def _largest(self, *effects: str) -> str:
+        kinds = [kind for effect in effects for kind in self._of(effect)]
+        largest = sorted(kinds, key=lambda kind: -self.counts[kind])[:4]
+        return "; ".join(f"{self.counts[kind]:,} {kind} (first: {self.examples[kind][0]})" for kind in largest)

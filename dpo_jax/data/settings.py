@@ -1,0 +1,54 @@
+"""Settings of the data and of the batches made from it."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from dpo_jax.settings import Section
+
+LAYOUTS = ("pair", "implicit", "sharegpt", "openai", "tokenized", "ranked")
+"""Names of the row layouts, as `data.layout` takes them (see records.py)."""
+
+
+class DataSettings(Section):
+    """Which preference pairs are read, and how they become tokens."""
+
+    train: str | tuple[str, ...] = Field(description="file, folder or hub data set (name or name:split) of pairs")
+    eval: str | tuple[str, ...] | None = Field(default=None, description="held-out pairs, in any of the same forms")
+    layout: Literal["auto", "pair", "implicit", "sharegpt", "openai", "tokenized", "ranked"] = Field(
+        default="auto", description="layout of the rows; auto detects it for each file and reports it"
+    )
+    max_length: int = Field(default=1024, gt=1, description="most tokens of a prompt and one completion together")
+    truncation: Literal["keep_completion", "keep_start", "keep_end"] = Field(
+        default="keep_completion",
+        description="what a too long pair loses: the prompt's head (keep_completion), or TRL's keep_start and keep_end",
+    )
+    template: str | None = Field(
+        default=None, description="chat template file (Jinja) to use instead of the tokenizer's own"
+    )
+    control_tokens: Literal["text", "tokens"] = Field(
+        default="text", description="what control tokens inside row text become: plain text, or real control tokens"
+    )
+    max_bad_fraction: float = Field(
+        default=0.01, ge=0, le=1, description="stop if more than this share of rows is unusable"
+    )
+    max_characters: int | None = Field(
+        default=None, gt=0, description="longest text of a row before it is tokenised (default 64 x max_length)"
+    )
+    shuffle: bool = Field(
+        default=True, description="a new order in each epoch, from the seed; false keeps the file's order"
+    )
+    first: int | None = Field(default=None, gt=0, description="use only the first this many rows of data.train")
+    cache: str | None = Field(default=None, description="folder for tokenised data and reference log-probabilities")
+
+
+class BatchSettings(Section):
+    """What one optimizer step sees."""
+
+    pairs: int = Field(default=64, gt=0, description="pairs per optimizer step, exactly, on all devices together")
+    micro_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="token slots per device and micro-batch (default: chosen from the data's lengths)",
+    )
+    share_prompts: bool = Field(default=True, description="compute a prompt once for all its completions")

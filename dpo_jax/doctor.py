@@ -1,0 +1,230 @@
+"""`python -m dpo_jax.doctor`: what this machine has, what it can do, and what stands in the way of a run."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.config import Parser, command, quiet_libraries
+
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "pydantic",
+    "tensorboardX",
+)
+GIB = 1 << 30
+LITTLE_DISK = 20 * GIB
+MATMUL_SIZE = {"cpu": 1024}  # else 8192: an accelerator needs that much to be busy
+BF16_FAST_ON_CPU = (0, 12)  # the first jax whose CPU products in bfloat16 are faster than in float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Something in the way. What is broken ends the doctor with exit code 1; the rest is advice."""
+
+    what: str
+    remedy: str
+    broken: bool = False
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{'broken' if self.broken else 'advice'}: {self.what}; {self.remedy}"
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, the operating system and the packages; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "os": platform.platform()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def host(folder: Path) -> dict[str, Any]:
+    """Processors, memory, the disk under `folder`, and where compiled programs are kept."""
+    import psutil
+
+    disk = shutil.disk_usage(folder)
+    return {
+        "processors": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "memory_free_bytes": psutil.virtual_memory().available,
+        "disk_free_bytes": disk.free,
+        "disk_bytes": disk.total,
+        "compile_cache": _compile_cache(),
+    }
+
+
+def _compile_cache() -> str | None:
+    import jax
+
+    return jax.config.values["jax_compilation_cache_dir"]
+
+
+def devices() -> list[dict[str, Any]]:
+    """What jax computes on: kind, memory, and measured speed of a matrix product."""
+    import jax
+
+    return [
+        {
+            "device": str(device),
+            "kind": device.device_kind,
+            "platform": device.platform,
+            "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
+            "gflops_float32": matmul_gflops(device, "float32"),
+            "gflops_bfloat16": matmul_gflops(device, "bfloat16"),
+        }
+        for device in jax.local_devices()
+    ]
+
+
+def matmul_gflops(device: Any, dtype: str, *, seconds: float = 0.2) -> float:
+    """Billions of operations per second of a compiled square matrix product, best of the calls made in `seconds`."""
+    import jax
+    import jax.numpy as jnp
+
+    size = MATMUL_SIZE.get(device.platform, 8192)
+    left = jax.device_put(jnp.ones((size, size), dtype), device)
+    product = jax.jit(jnp.matmul)
+    product(left, left).block_until_ready()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        product(left, left).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return round(2 * size**3 / best / 1e9, 1)
+
+
+def accelerators_present(root: Path = Path("/dev")) -> list[str]:
+    """Kinds of accelerator that the operating system shows, whether or not jax can use them."""
+    signs = {"NVIDIA GPU": "nvidia[0-9]*", "TPU": "accel[0-9]*"}
+    found = [kind for kind, pattern in signs.items() if any(root.glob(pattern))]
+    if "NVIDIA GPU" not in found and shutil.which("nvidia-smi"):
+        found.append("NVIDIA GPU")
+    return found
+
+
+EXTRAS = {"NVIDIA GPU": "pip install 'dpo_jax[cuda]'", "TPU": "pip install 'dpo_jax[tpu]'"}
+
+
+def problems(report: dict[str, Any]) -> list[Problem]:
+    """What a report says that somebody should do something about."""
+    found = [
+        Problem(f"{name} is not installed", f"pip install {name}", broken=True)
+        for name, version in report["versions"].items()
+        if version is None
+    ]
+    if "failure" in report:
+        found.append(Problem(f"jax cannot compute here: {report['failure']}", _jax_remedy(report), broken=True))
+    platforms = {device["platform"] for device in report["devices"]}
+    if platforms <= {"cpu"}:
+        found += [
+            Problem(
+                f"this machine has a {kind}, but jax sees none",
+                f"{EXTRAS[kind]}; check JAX_PLATFORMS and the driver",
+                True,
+            )
+            for kind in report["accelerators"]
+        ]
+    if platforms == {"cpu"} and _release(report["versions"]["jax"]) < BF16_FAST_ON_CPU:
+        found.append(
+            Problem(
+                "bfloat16 is slower than float32 on a CPU before jax 0.12",
+                "keep model.compute_dtype: auto (float32 here), or use Python >= 3.12 with a newer jax",
+            )
+        )
+    if report["host"]["disk_free_bytes"] < LITTLE_DISK:
+        found.append(
+            Problem(
+                f"only {_size(report['host']['disk_free_bytes'])} of disk are free here",
+                "a checkpoint takes 12 bytes per parameter and two are kept: set output to a folder on a larger disk",
+            )
+        )
+    if report["host"]["compile_cache"] is None:
+        found.append(
+            Problem("compiled programs are not kept", "set JAX_COMPILATION_CACHE_DIR to a folder to start faster")
+        )
+    return found
+
+
+def _jax_remedy(report: dict[str, Any]) -> str:
+    extras = [EXTRAS[kind] for kind in report["accelerators"]]
+    return f"{' or '.join(extras) or 'reinstall jax and jaxlib of the same version'}; check JAX_PLATFORMS"
+
+
+def _release(version: str | None) -> tuple[int, ...]:
+    return tuple(int(part) for part in (version or "0").split(".")[:2] if part.isdigit())
+
+
+def examine(folder: Path) -> dict[str, Any]:
+    """Everything the doctor looks at. What jax refuses to do is in `failure`."""
+    quiet_libraries()
+    report: dict[str, Any] = {"versions": versions(), "accelerators": accelerators_present(), "devices": []}
+    try:
+        report["devices"] = devices()
+    except Exception as error:  # whatever it is, it is the finding
+        report["failure"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    report["host"] = host(folder)
+    report["problems"] = [dataclasses.asdict(problem) for problem in problems(report)]
+    return report
+
+
+def rendered(report: dict[str, Any]) -> str:
+    """The report as aligned lines."""
+    host_found = report["host"]
+    rows = [(name, version or "not installed") for name, version in report["versions"].items()]
+    rows += [
+        ("processors", str(host_found["processors"])),
+        ("memory", f"{_size(host_found['memory_bytes'])}, {_size(host_found['memory_free_bytes'])} free"),
+        ("disk here", f"{_size(host_found['disk_bytes'])}, {_size(host_found['disk_free_bytes'])} free"),
+        ("compiled programs", host_found["compile_cache"] or "not kept"),
+    ]
+    rows += [(device["device"], _speed(device)) for device in report["devices"]]
+    lines = [f"{name:<20} {value}" for name, value in rows]
+    found = [str(Problem(**problem)) for problem in report["problems"]]
+    return "\n".join([*lines, "", *(found or ["nothing stands in the way"])])
+
+
+def _speed(device: dict[str, Any]) -> str:
+    memory = f", {_size(device['memory_bytes'])}" if device["memory_bytes"] else ""
+    speed = f"float32 {device['gflops_float32']:,.0f}, bfloat16 {device['gflops_bfloat16']:,.0f} GFLOP/s"
+    return f"{device['kind']}{memory}; matrix product {speed}"
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB"
+
+
+@command
+def main(argv: Sequence[str]) -> int:
+    """Print what was found; 1 if something is broken."""
+    parser = Parser("doctor", "What this machine has, what it can do, and what stands in the way of a run.")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("folder", nargs="?", default=".", type=Path, help="where runs would be written (default: here)")
+    arguments = parser.parse_args(argv)
+    if not arguments.folder.is_dir():
+        parser.error(f"{arguments.folder}: no such folder")
+    report = examine(arguments.folder)
+    print(json.dumps(report, indent=2) if arguments.json else rendered(report))
+    return int(any(problem["broken"] for problem in report["problems"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Held-out preferences, generation, and answers judged by a rule."""

@@ -1,0 +1,368 @@
+"""Answers of a model: greedy or drawn at random, many prompts at a time, with a cache of keys and values.
+
+An answer depends on its prompt, the decoding, the seed and its place in the list of prompts; not on which other prompts
+share its batch (up to float reassociation, where the batch has another shape). Parameters come in the dtype to compute
+in: see `decoder.cast`.
+
+Letters: B rows, T prompt slots, A answer slots, N new tokens, V vocabulary, D width.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from dpo_jax import sharding
+from dpo_jax.logprobs import linear_scores
+from dpo_jax.model.attention import causal
+from dpo_jax.model.decoder import Cache, Params, empty_cache, extend, head_logits, head_of, hidden
+from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.settings import UserError
+
+READ_AT_ONCE = 256
+"""Prompt tokens of a row that are read in one piece; bounds the memory that attention takes."""
+NOTHING = -1
+"""Stands in `written` where a row has no token, as it has ended."""
+
+
+class Decoding(NamedTuple):
+    """How tokens are chosen.
+
+    Attributes:
+      max_new_tokens: an answer that is this long is cut off.
+      temperature: logits are divided by it; 0 takes the most probable token (the lowest id among equals).
+      top_p: tokens are drawn from the smallest set of most probable ones whose probabilities add up to this.
+      top_k: tokens are drawn from this many most probable ones, before top_p; 0 for all.
+      stop: tokens that end an answer.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[int, ...] = ()
+
+
+class Answer(NamedTuple):
+    """What a model wrote: its tokens, and the stop token that came after them (None: it was cut off)."""
+
+    tokens: list[int]
+    stop: int | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the model ended the answer by itself."""
+        return self.stop is not None
+
+    @property
+    def written(self) -> list[int]:
+        """All that the model wrote, the stop token included."""
+        return self.tokens if self.stop is None else [*self.tokens, self.stop]
+
+
+class _Rows(NamedTuple):
+    """Prompts of a batch. They start with padding (position -1), so that all end together.
+
+    tokens    = [[0 0 7 8]    positions = [[-1 -1 0 1]
+                 [4 5 6 7]]                [ 0  1 2 3]]
+    """
+
+    tokens: Int[Array, "B T"] | Int[np.ndarray, "B T"]
+    positions: Int[Array, "B T"] | Int[np.ndarray, "B T"]
+    index: Int[Array, " B"] | Int[np.ndarray, " B"]
+    """Each prompt's place in the list, which its random numbers are made from; -1 for a row that fills up the batch."""
+
+
+class _State(NamedTuple):
+    """A batch of answers that are being written; the last token of each is not in the cache yet."""
+
+    cache: Cache
+    written: Int[Array, "B N"]
+    count: Int[Array, ""]
+    prompt_length: Int[Array, " B"]
+    stopped: Bool[Array, " B"]
+    index: Int[Array, " B"]
+    seed: UInt32[Array, ""]
+
+
+# ---------------------------------------------------------------------------------------------- many prompts
+
+
+def generate(
+    spec: DecoderSpec,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    *,
+    seed: int = 0,
+    batch_size: int = 16,
+    mesh: Mesh | None = None,
+) -> list[Answer]:
+    """An answer to each prompt, in the order of the prompts.
+
+    Prompts of like length share a batch, and lengths are rounded up to a few sizes, so that little is compiled.
+
+    Args:
+      spec: what the model is.
+      params: its weights, in the dtype to compute in.
+      prompts: token ids.
+      decoding: how tokens are chosen.
+      seed: decides what is drawn; greedy decoding does not use it.
+      batch_size: most prompts that are answered at a time.
+      mesh: devices that the weights lie on, if there are several; rows are split over them. Every process calls.
+
+    Raises:
+      UserError: a prompt is empty or has a token that the model does not know, or the decoding makes no sense.
+    """
+    _check(spec, prompts, decoding)
+    answers: dict[int, Answer] = {}
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        rows = _rows(prompts, indices, batch_size, 1 if mesh is None else sharding.batch_shards(mesh))
+        state = _read(spec, params, _placed(rows, mesh), np.uint32(seed), decoding)
+        state = _write(spec, params, state, np.int32(decoding.max_new_tokens), decoding)
+        answers |= zip(indices, _answers(state, decoding), strict=False)
+    return [answers[index] for index in range(len(prompts))]
+
+
+def stream(
+    spec: DecoderSpec, params: Params, prompt: Sequence[int], decoding: Decoding, *, seed: int = 0, every: int = 8
+) -> Iterator[Answer]:
+    """The answer that `generate` gives to this one prompt, so far, each time that it is `every` tokens longer."""
+    _check(spec, [prompt], decoding)
+    state = _read(spec, params, _rows([prompt], [0], 1, 1), np.uint32(seed), decoding)
+    for until in range(every, decoding.max_new_tokens + every, every):
+        state = _write(spec, params, state, np.int32(min(until, decoding.max_new_tokens)), decoding)
+        (answer,) = _answers(state, decoding)
+        yield answer
+        if answer.finished:
+            return
+
+
+def _check(spec: DecoderSpec, prompts: Sequence[Sequence[int]], decoding: Decoding) -> None:
+    limits = (
+        ("max_new_tokens", decoding.max_new_tokens, decoding.max_new_tokens >= 1, "at least 1"),
+        ("temperature", decoding.temperature, 0 <= decoding.temperature < float("inf"), "0 or more"),
+        ("top_p", decoding.top_p, 0 < decoding.top_p <= 1, "above 0 and at most 1"),
+        ("top_k", decoding.top_k, decoding.top_k >= 0, "0 (for all tokens) or more"),
+    )
+    for name, value, sound, wanted in limits:
+        if not sound:
+            raise UserError(f"{name} = {value}: must be {wanted}")
+    for number, prompt in enumerate(prompts, 1):
+        if not len(prompt):
+            raise UserError(f"prompt {number} has no tokens, and an answer needs something to follow; write something")
+        if strange := [token for token in prompt if not 0 <= token < spec.vocab_size]:
+            raise UserError(
+                f"prompt {number} has token {strange[0]}, and the model knows 0..{spec.vocab_size - 1}; "
+                "use the tokenizer of the model's own folder"
+            )
+
+
+def _rounded(size: int) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, 128, 192, ..."""
+    size = max(size, 16)
+    power = 1 << (size - 1).bit_length()
+    return power * 3 // 4 if size <= power * 3 // 4 else power
+
+
+def _rows(prompts: Sequence[Sequence[int]], indices: Sequence[int], batch_size: int, shards: int) -> _Rows:
+    """The prompts with these indices as one batch; rows up to a power of two (at most `batch_size`) fill it up."""
+    rows = min(batch_size, 1 << (len(indices) - 1).bit_length())
+    rows = -(-rows // shards) * shards
+    slots = _rounded(max(len(prompts[index]) for index in indices))
+    tokens, positions = np.zeros((rows, slots), np.int32), np.full((rows, slots), -1, np.int32)
+    for row, index in enumerate(indices):
+        length = len(prompts[index])
+        tokens[row, slots - length :] = prompts[index]
+        positions[row, slots - length :] = np.arange(length)
+    filled = np.full(rows, -1, np.int32)
+    filled[: len(indices)] = indices
+    return _Rows(tokens, positions, filled)
+
+
+def _placed(rows: _Rows, mesh: Mesh | None) -> _Rows:
+    if mesh is None:
+        return rows
+    split = sharding.rows(mesh)
+    return _Rows(*(jax.make_array_from_callback(part.shape, split, part.__getitem__) for part in rows))
+
+
+def _answers(state: _State, decoding: Decoding) -> list[Answer]:
+    """The answers so far, one for each row that is not there to fill up the batch."""
+    written, index = (_on_host(part) for part in (state.written, state.index))
+    answers = []
+    for row in written[index >= 0]:
+        tokens = [int(token) for token in row if token != NOTHING]
+        ended = bool(tokens) and tokens[-1] in decoding.stop
+        answers.append(Answer(tokens[:-1], tokens[-1]) if ended else Answer(tokens, None))
+    return answers
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
+
+
+# ---------------------------------------------------------------------------------------------- on the devices
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "decoding"))
+def _read(spec: DecoderSpec, params: Params, rows: _Rows, seed: UInt32[Array, ""], decoding: Decoding) -> _State:
+    """Read the prompts and choose the first token of each answer."""
+    tokens, positions, index = (jnp.asarray(part) for part in rows)
+    batch, slots = tokens.shape
+    piece = slots if slots <= READ_AT_ONCE else math.gcd(slots, READ_AT_ONCE)
+    dtype = params["embed"]["embedding"].dtype
+    # the last token that is written is never read
+    cache = empty_cache(spec, batch, slots + decoding.max_new_tokens - 1, dtype)
+
+    def read(number, carry):
+        part = [lax.dynamic_slice_in_dim(x, number * piece, piece, axis=1) for x in (tokens, positions)]
+        states, cache = extend(spec, params, *part, carry[1])
+        return states[:, -1], cache
+
+    last, cache = lax.fori_loop(0, slots // piece, read, (jnp.zeros((batch, spec.width), dtype), cache))
+    state = _State(
+        cache=cache,
+        written=jnp.full((batch, decoding.max_new_tokens), NOTHING, jnp.int32),
+        count=jnp.int32(0),
+        prompt_length=positions[:, -1] + 1,
+        stopped=index < 0,
+        index=index,
+        seed=jnp.asarray(seed),
+    )
+    return _with_next(spec, params, state, last, decoding)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "decoding"), donate_argnames="state")
+def _write(spec: DecoderSpec, params: Params, state: _State, until: Int[Array, ""], decoding: Decoding) -> _State:
+    """Go on until `until` tokens are written, or every row has stopped."""
+
+    def wanted(state: _State):
+        return (state.count < until) & ~state.stopped.all()
+
+    def step(state: _State) -> _State:
+        token = lax.dynamic_slice_in_dim(state.written, state.count - 1, 1, axis=1)
+        position = state.prompt_length[:, None] + state.count - 1
+        states, cache = extend(spec, params, jnp.maximum(token, 0), position, state.cache)
+        return _with_next(spec, params, state._replace(cache=cache), states[:, 0], decoding)
+
+    return lax.while_loop(wanted, step, state)
+
+
+def _with_next(
+    spec: DecoderSpec, params: Params, state: _State, last: Float[Array, "B D"], decoding: Decoding
+) -> _State:
+    """One more token in each row that has not stopped; `last` is the hidden state that it is chosen from."""
+    logits = head_logits(spec, params, last)
+    token = jnp.where(state.stopped, NOTHING, choose(logits, decoding, state.seed, state.index, state.count))
+    stops = jnp.asarray(decoding.stop, jnp.int32)
+    return state._replace(
+        written=lax.dynamic_update_slice_in_dim(state.written, token[:, None], state.count, axis=1),
+        count=state.count + 1,
+        stopped=state.stopped | (token[:, None] == stops[None, :]).any(axis=1),
+    )
+
+
+def choose(
+    logits: Float[Array, "B V"],
+    decoding: Decoding,
+    seed: UInt32[Array, ""],
+    index: Int[Array, " B"],
+    count: Int[Array, ""],
+) -> Int[Array, " B"]:
+    """The next token of each row. What row b draws depends on (seed, index[b], count) and on its own logits alone."""
+    if decoding.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    tokens, scores = ranked(logits, decoding)
+
+    def draw(index, scores):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), count)
+        return jax.random.categorical(key, scores)
+
+    rank = jax.vmap(draw)(index, scores)
+    return jnp.take_along_axis(tokens, rank[:, None], axis=1)[:, 0].astype(jnp.int32)
+
+
+def ranked(logits: Float[Array, "B V"], decoding: Decoding) -> tuple[Int[Array, "B V"], Float[Array, "B V"]]:
+    """Tokens from the most probable down, and the logits that they are drawn by (-inf: dropped by top_k or top_p).
+
+    A token is kept while those before it add up to less than top_p, so the first one always is.
+
+        probabilities = [.1 .5 .4],  top_p = .8   ->   tokens = [1 2 0],  logits = [log .5  log .4  -inf]
+    """
+    tokens = jnp.argsort(logits, axis=-1, descending=True)
+    scores = jnp.take_along_axis(logits, tokens, axis=-1)
+    # less the largest first: no temperature, however small, makes infinities of two that are equal
+    scores = (scores - scores[:, :1]) / decoding.temperature
+    if decoding.top_k:
+        scores = jnp.where(jnp.arange(scores.shape[1])[None, :] < decoding.top_k, scores, -jnp.inf)
+    if decoding.top_p < 1:
+        share = jax.nn.softmax(scores, axis=-1)
+        before = jnp.pad(jnp.cumsum(share, axis=-1)[:, :-1], ((0, 0), (1, 0)))
+        scores = jnp.where(before < decoding.top_p, scores, -jnp.inf)
+    return tokens, scores
+
+
+# ---------------------------------------------------------------------------------------------- log-probabilities
+
+
+def answer_logprobs(
+    spec: DecoderSpec,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 4,
+) -> list[float]:
+    """Log-probability of each answer after its prompt, in nats: the sum over its tokens, at temperature 1.
+
+    An empty answer has log-probability 0.
+    """
+    _check(spec, prompts, Decoding(max_new_tokens=1))
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]) + len(answers[index]))
+    scores: dict[int, float] = {}
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        texts = [[*prompts[index], *answers[index]] for index in indices]
+        tokens = np.zeros((len(indices), _rounded(max(map(len, texts)))), np.int32)
+        for row, text in enumerate(texts):
+            tokens[row, : len(text)] = text
+        first = np.asarray([len(prompts[index]) for index in indices], np.int32)
+        length = np.asarray([len(answers[index]) for index in indices], np.int32)
+        sums = _score(spec, params, tokens, first, length, slots=_rounded(int(length.max())))
+        scores |= zip(indices, map(float, np.asarray(sums)), strict=True)
+    return [scores[index] for index in range(len(prompts))]
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "slots"))
+def _score(
+    spec: DecoderSpec,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    first: Int[Array, " B"],
+    length: Int[Array, " B"],
+    *,
+    slots: int,
+) -> Float[Array, " B"]:
+    """Sums over the tokens `first .. first + length` of each row; the head runs on `slots` positions of it only."""
+    tokens = jnp.asarray(tokens)
+    states = hidden(spec, params, tokens, causal(*tokens.shape))
+    offset = jnp.arange(slots, dtype=jnp.int32)[None, :]
+    target = jnp.minimum(jnp.asarray(first)[:, None] + offset, tokens.shape[1] - 1)
+    sources = jnp.take_along_axis(states, (target - 1)[:, :, None], axis=1)
+    targets = jnp.take_along_axis(tokens, target, axis=1)
+    head = head_of(spec, params)
+    scores = linear_scores(
+        sources.reshape(-1, spec.width), head.rows, targets.reshape(-1), bias=head.bias, softcap=spec.logit_softcap
+    )
+    return jnp.where(offset < jnp.asarray(length)[:, None], scores.logps.reshape(target.shape), 0.0).sum(axis=1)

@@ -1,0 +1,429 @@
+"""A Hugging Face folder in, straight onto devices, and out again as the same folder with other numbers in it.
+
+Both directions hold about one tensor in host memory. Letters as in model/decoder.py.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+from jax import lax
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.typing import DTypeLike
+
+from dpo_jax import __version__, trees
+from dpo_jax.hf import tensors
+from dpo_jax.hf.families import read_spec
+from dpo_jax.hf.mapping import Claims, Entry, claim
+from dpo_jax.hf.tensors import DTYPES, TensorInfo, Tensors, local_folder, member, read_json
+from dpo_jax.model.decoder import Model, abstract_params
+from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.settings import UserError, printable
+
+SHARD_BYTES = 5 * 10**9
+EXPORT_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+COPIED = (
+    "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
+    "vocab.json vocab.txt merges.txt tekken.json *.model *.tiktoken chat_template.jinja chat_template.json "
+    "additional_chat_templates/*.jinja LICENSE* NOTICE* Notice* USE_POLICY*".split()
+)
+"""Files beside the tensors that an export takes over byte for byte."""
+
+# ---------------------------------------------------------------------------------------------- in
+
+
+def load_hf(
+    folder_or_hub_id: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    shardings: Any = None,
+    spec: DecoderSpec | None = None,
+) -> Model:
+    """The model of a Hugging Face folder, read one tensor at a time.
+
+    Args:
+      folder_or_hub_id: a folder that exists here, or else the name of a hub repository.
+      dtype: of every leaf, whatever the folder holds. float32 keeps each weight exactly.
+      shardings: tree like `abstract_params(spec)` of where leaves go; each device's part is all that is read for it.
+        None puts everything on the default device, uncommitted.
+      spec: what `read_spec` gave, if the caller has it already.
+
+    Raises:
+      UserError: anything about the folder that is not as it must be, in one line.
+    """
+    folder = local_folder(folder_or_hub_id)
+    spec = read_spec(folder) if spec is None else spec
+    source = Tensors(folder)
+    claims = claim(spec, source.infos, str(folder))
+    _check_copies(source, claims)
+    leaves = trees.paths(abstract_params(spec))
+    places = dict.fromkeys(leaves) if shardings is None else trees.paths(shardings)
+    by_leaf: dict[str, list[tuple[str, Entry]]] = {}
+    for name, entry in claims.entries.items():
+        by_leaf.setdefault(entry.leaf, []).append((name, entry))
+    dtype = jnp.dtype(dtype)
+    loaded = {leaf: _leaf(source, by_leaf[leaf], leaves[leaf].shape, dtype, places[leaf]) for leaf in leaves}
+    return Model(spec, trees.from_paths(loaded))
+
+
+def _check_copies(source: Tensors, claims: Claims) -> None:
+    """A leaf that the folder holds twice must be the same numbers twice."""
+    for copy, entry in claims.copies.items():
+        first = next(name for name, other in claims.entries.items() if other.leaf == entry.leaf)
+        if _digest(source, copy) != _digest(source, first):
+            raise UserError(
+                f"{source.folder}: {copy!r} differs from {first!r}, but config.json ties them; "
+                "set tie_word_embeddings to false in a copy of the folder"
+            )
+
+
+def _digest(source: Tensors, name: str) -> tuple[str, bytes]:
+    bits = np.ascontiguousarray(source.read(name)).reshape(-1).view(np.uint8).data
+    return source.infos[name].dtype, hashlib.sha256(bits).digest()
+
+
+def _leaf(
+    source: Tensors,
+    parts: list[tuple[str, Entry]],
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    sharding: Sharding | None,
+) -> jax.Array:
+    """One leaf; a stacked one starts from zeros, and each layer is written into it in place."""
+    if parts[0][1].layer is None:
+        return _cast(sharding)(_piece(source, *parts[0], shape, sharding), dtype)
+    stack, below = _zeros(sharding)(shape, dtype), _below(sharding)
+    for name, entry in parts:
+        piece = _piece(source, name, entry, shape[1:], below)
+        # Waiting keeps the host from reading far ahead of the devices, one tensor after another.
+        stack = jax.block_until_ready(_put(sharding)(stack, piece, entry.layer))
+    return stack
+
+
+def _piece(source: Tensors, name: str, entry: Entry, shape: tuple[int, ...], sharding: Sharding | None) -> jax.Array:
+    """One tensor of the folder as the tree lays it out, in the folder's dtype."""
+    read = functools.lru_cache(functools.partial(_read, source, name, entry))
+    if sharding is None:
+        return jnp.asarray(read(()))
+    return jax.make_array_from_callback(shape, sharding, lambda index: read(_bounds(index, shape)))
+
+
+def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """A device's part of an array as plain numbers, so that devices with equal parts share one read."""
+    return tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+
+
+def _read(source: Tensors, name: str, entry: Entry, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+    index = entry.transform.index(tuple(slice(*bound) for bound in bounds))
+    array = source.read(name, index)
+    bad = tensors.non_finite(array)
+    if bad:
+        where = source.folder / source.infos[name].file
+        raise UserError(f"{where}: tensor {name!r} has {bad} values that are NaN or infinite; the model is damaged")
+    return np.ascontiguousarray(entry.transform.unpack(array))
+
+
+def _below(sharding: Sharding | None) -> Sharding | None:
+    """Where one layer of a stacked leaf goes: the leaf's sharding without its first axis."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]), memory_kind=sharding.memory_kind)
+
+
+@functools.lru_cache
+def _zeros(sharding: Sharding | None) -> Callable:
+    return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)
+
+
+@functools.lru_cache
+def _cast(sharding: Sharding | None) -> Callable:
+    return jax.jit(lambda piece, dtype: piece.astype(dtype), static_argnums=1, out_shardings=sharding)
+
+
+@functools.lru_cache
+def _put(sharding: Sharding | None) -> Callable:
+    def put(stack, piece, layer):
+        return lax.dynamic_update_index_in_dim(stack, piece.astype(stack.dtype), layer, 0)
+
+    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
+
+
+# ---------------------------------------------------------------------------------------------- out
+
+
+class _Export(NamedTuple):
+    """What is being written: the model's leaves, the folder it is to look like, and its tensors by file."""
+
+    leaves: dict[str, jax.Array]
+    source: Tensors
+    claims: Claims
+    files: dict[str, dict[str, TensorInfo]]
+
+
+def save_hf(
+    model: Model,
+    folder: str | Path,
+    like: str | Path,
+    *,
+    card: Mapping[str, Any] | None = None,
+    extra_files: Mapping[str, str] | None = None,
+    replace: bool = False,
+    dtype: Literal["keep", "float32", "bfloat16"] = "keep",
+    max_shard_bytes: int | None = None,
+) -> None:
+    """Writes the model as a folder that looks like the one it came from, and reads it back before it stands there.
+
+    Tensor names, dtypes, shapes and files, the config and the tokenizer are those of `like`; weights that did not
+    change come back bit for bit. Added are a model card, `dpo_jax.json` and `SHA256SUMS`.
+
+    Args:
+      model: what to write; several processes must call this together, and the first one writes.
+      folder: where to; it must not exist, or be empty.
+      like: folder or hub id that the model was loaded from.
+      card: what the model card says about the training: any of `base_model`, `datasets` (names), `metrics` (numbers by
+        name) and `config` (a table).
+      extra_files: further text files by name, such as `dpo_jax.json`.
+      replace: an earlier export at `folder`, with nothing in it changed or added, may be replaced.
+      dtype: of the tensors written; `keep` is each tensor's own in `like`.
+      max_shard_bytes: split anew into files of at most this size; None keeps the files of `like`
+        (5 GB if dtype changes).
+
+    Raises:
+      UserError: the target is not free, `like` is not of this model, a weight is NaN or too large for its dtype, or the
+        folder cannot be written. What stood at `folder` is then as it was.
+    """
+    target, origin = Path(folder), local_folder(like)
+    source = Tensors(origin)
+    _check_like(model, origin)
+    claims = claim(model.spec, source.infos, str(origin))
+    infos = _layout(source, claims, dtype, max_shard_bytes)
+    export = _Export(trees.paths(model.params), source, claims, _by_file(infos))
+    if jax.process_index() != 0:
+        for name in (name for part in export.files.values() for name in part):
+            _fetch(export, name, infos[name].dtype)
+        return
+    tensors.check_target(target, replace)
+    need = sum(tensors.num_bytes(info.dtype, info.shape) for info in infos.values())
+    with tensors.staging(target, need, replace) as staging:
+        sums = {file: _write_weights(export, staging / file, part) for file, part in export.files.items()}
+        texts = _side_files(export, dtype, base_name(like, card), card, dict(extra_files or {}))
+        sums |= {name: tensors.write_bytes(staging / name, data) for name, data in texts.items()}
+        listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+        tensors.write_bytes(staging / tensors.SUMS, listing.encode())
+
+
+def base_name(like: str | Path, card: Mapping[str, Any] | None = None) -> str:
+    """Public name of the model that `like` is: what the card says, a hub id, or the folder's own name."""
+    folder = Path(like).expanduser().resolve()
+    if card is not None and "base_model" in card:
+        return _public(card["base_model"])
+    if not folder.is_dir():
+        return str(like)
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.name
+
+
+def _check_like(model: Model, origin: Path) -> None:
+    spec = read_spec(origin)
+    if spec != model.spec:
+        names = [name for name, value in vars(spec).items() if value != getattr(model.spec, name)]
+        raise UserError(
+            f"{origin} is another model than the one to export: {', '.join(names)} differ; give its own folder"
+        )
+    wanted = {leaf: value.shape for leaf, value in trees.paths(abstract_params(spec)).items()}
+    found = {leaf: value.shape for leaf, value in trees.paths(model.params).items()}
+    wrong = sorted(leaf for leaf in wanted.keys() | found.keys() if wanted.get(leaf) != found.get(leaf))
+    if wrong:
+        raise ValueError(
+            f"leaf {wrong[0]!r} of params has shape {found.get(wrong[0])}, the spec says {wanted.get(wrong[0])}"
+        )
+
+
+def _layout(source: Tensors, claims: Claims, dtype: str, max_shard_bytes: int | None) -> dict[str, TensorInfo]:
+    infos = dict(source.infos)
+    if dtype != "keep":
+        weights = claims.entries | claims.copies
+        infos = {
+            name: info._replace(dtype=EXPORT_DTYPES[dtype]) if name in weights else info for name, info in infos.items()
+        }
+        max_shard_bytes = SHARD_BYTES if max_shard_bytes is None else max_shard_bytes
+    return infos if max_shard_bytes is None else tensors.split(infos, max_shard_bytes)
+
+
+def _by_file(infos: dict[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
+    files: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in infos.items():
+        files.setdefault(info.file, {})[name] = info
+    return files
+
+
+def _write_weights(export: _Export, path: Path, infos: dict[str, TensorInfo]) -> str:
+    metadata = {"format": "pt", **export.source.metadata.get(path.name, {})}
+    digest = tensors.write_tensors(path, infos, metadata, lambda name: _fetch(export, name, infos[name].dtype))
+    tensors.check_tensors(path, infos, digest)
+    return digest
+
+
+def _fetch(export: _Export, name: str, dtype: str) -> np.ndarray:
+    """One tensor as the folder holds it, rounded to nearest even from the model's dtype."""
+    entry = export.claims.entries.get(name) or export.claims.copies.get(name)
+    if entry is None:
+        return export.source.read(name)
+    leaf = export.leaves[entry.leaf]
+    part = leaf if entry.layer is None else _layer(leaf, entry.layer)
+    if isinstance(part, jax.Array) and not part.is_fully_addressable:
+        part = multihost_utils.process_allgather(part, tiled=True)
+    array = np.asarray(part)
+    with np.errstate(over="ignore"):
+        cast = array.astype(DTYPES[dtype])
+    if tensors.non_finite(cast):
+        why = (
+            "a value too large for"
+            if not tensors.non_finite(array)
+            else "NaN or infinite values; nothing is written in"
+        )
+        raise UserError(f"tensor {name!r} of the model has {why} {DTYPES[dtype].name}; export an earlier checkpoint")
+    return entry.transform.pack(cast)
+
+
+@jax.jit
+def _layer(leaf, layer):
+    return lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+
+
+# ---------------------------------------------------------------------------------------------- the rest of the folder
+
+
+def _side_files(
+    export: _Export, dtype: str, base: str, card: Mapping[str, Any] | None, extra: dict[str, str]
+) -> dict[str, bytes]:
+    origin = export.source.folder
+    found = sorted({path.relative_to(origin).as_posix() for pattern in COPIED for path in origin.glob(pattern)})
+    files = {name: member(origin, name).read_bytes() for name in found if not (origin / name).is_dir()}
+    if dtype != "keep":
+        files["config.json"] = _config_with(read_json(origin, "config.json"), dtype)
+    files |= _index(export)
+    files["README.md"] = model_card(base, _front_matter(origin), card).encode()
+    if tensors.OURS not in extra:
+        facts = {"version": __version__, "base_model": base}
+        extra[tensors.OURS] = json.dumps({**facts, "base_digest": tensors.weights_digest(origin)}, indent=2) + "\n"
+    for name, text in extra.items():
+        if (
+            name in files
+            or name in export.files
+            or name == tensors.SUMS
+            or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name)
+        ):
+            raise ValueError(f"extra file {name!r} is not a free plain name")
+        files[name] = text.encode()
+    return files
+
+
+def _index(export: _Export) -> dict[str, bytes]:
+    """The source's own index if every tensor keeps its file and dtype, so that it too comes back byte for byte."""
+    infos = {name: info for part in export.files.values() for name, info in part.items()}
+    if infos == export.source.infos and export.source.weight_map is not None:
+        return {tensors.INDEX: member(export.source.folder, tensors.INDEX).read_bytes()}
+    return {} if list(export.files) == [tensors.SINGLE] else {tensors.INDEX: tensors.index_text(infos).encode()}
+
+
+def _config_with(config: dict[str, Any], dtype: str) -> bytes:
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    return (json.dumps({**config, key: dtype}, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _front_matter(origin: Path) -> dict[str, Any]:
+    """The part of the base's model card that goes for what is made of it."""
+    if not os.path.lexists(origin / "README.md"):
+        return {}
+    text = member(origin, "README.md").read_bytes()[: 1 << 16].decode("utf-8", "replace")
+    block = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    try:
+        table = yaml.safe_load(block.group(1)) if block else {}
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return {}  # someone else's card; it only costs us the licence line
+    wanted = ("license", "license_name", "license_link", "language")
+    kept = {key: table.get(key) for key in wanted} if isinstance(table, dict) else {}
+    return {key: value for key, value in kept.items() if isinstance(value, str) or _strings(value)}
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+
+
+CARD = """\
+---
+{front}---
+
+# {title}
+
+{text}
+"""
+
+TRAINED = """\
+[{base}] trained on preference pairs with Direct Preference Optimization (DPO) by `dpo_jax`, in JAX.
+Names, dtypes and files are those of the base model; the tokenizer and its chat template are unchanged."""
+
+CITATION = """\
+## Citation
+
+```bibtex
+@inproceedings{rafailov2023direct,
+  title     = {Direct Preference Optimization: Your Language Model is Secretly a Reward Model},
+  author    = {Rafailov, Rafael and Sharma, Archit and Mitchell, Eric and Manning, Christopher D. and Ermon, Stefano and Finn, Chelsea},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2023},
+  url       = {https://arxiv.org/abs/2305.18290}
+}
+```"""  # noqa: E501
+
+
+def model_card(base: str, inherited: Mapping[str, Any], card: Mapping[str, Any] | None) -> str:
+    """A model card: YAML front matter for the hub, then what was done. Paths in it are cut down to names.
+
+    `inherited` is front matter taken over from the base (its licence); `card` is described in `save_hf`.
+    """
+    card = {} if card is None else {key: _public(value) for key, value in card.items()}
+    unknown = sorted(card.keys() - {"base_model", "datasets", "metrics", "config"})
+    if unknown:
+        raise ValueError(f"model card has no part {unknown[0]!r}; parts: base_model, datasets, metrics, config")
+    front: dict[str, Any] = {"base_model": base, "library_name": "transformers", "pipeline_tag": "text-generation"}
+    front |= {**inherited, "tags": ["dpo", "dpo_jax", "jax"] if card else ["dpo_jax", "jax"]}
+    if card.get("datasets"):
+        front["datasets"] = list(card["datasets"])
+    parts = [TRAINED.format(base=printable(base)).replace("[", "").replace("]", "")] if card else []
+    parts = parts or [f"{printable(base)}, written by `dpo_jax`; it was not trained further."]
+    if card.get("metrics"):
+        rows = [f"| {printable(str(name))} | {value:.6g} |" for name, value in card["metrics"].items()]
+        parts.append("\n".join(["## Results", "", "| metric | value |", "| --- | --- |", *rows]))
+    if card.get("config"):
+        text = yaml.safe_dump(card["config"], sort_keys=False, allow_unicode=True)
+        parts.append("## Settings\n\n" + "".join(f"    {line}\n" for line in text.splitlines()).rstrip("\n"))
+    parts += [CITATION] if card else []
+    title = printable(base.rsplit("/", 1)[-1]) + (" (DPO)" if card else "")
+    dumped = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    return CARD.format(front=dumped, title=title, text="\n\n".join(parts))
+
+
+def _public(value: Any) -> Any:
+    """The value with every absolute path in it cut down to its last part: a card must not describe a machine."""
+    if isinstance(value, Mapping):
+        return {str(key): _public(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_public(item) for item in value]
+    if isinstance(value, str | Path) and (
+        str(value).startswith(("/", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", str(value))
+    ):
+        return re.split(r"[\\/]", str(value).rstrip("\\/"))[-1]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,397 @@
+"""Files of a Hugging Face folder: read without trust, and written so that nothing is ever half there.
+
+A folder holds its tensors in `model.safetensors`, or in shards that `model.safetensors.index.json` lists. Names stay
+inside the folder, tensors come from safetensors only, and everything is checked before a tensor is read. Tensors are
+read and written one at a time. A new folder is finished and verified under a hidden name before it takes its place.
+Nothing here knows a model.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from dpo_jax.settings import UserError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+OURS = "dpo_jax.json"
+SUMS = "SHA256SUMS"
+SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".npz")
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+MAX_JSON_BYTES = 64 << 20
+SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md")
+"""What a hub repository may hand us beside its tensors."""
+
+
+class TensorInfo(NamedTuple):
+    """Where a tensor lies and what it is; `dtype` is safetensors' name for it, such as `BF16`."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def local_folder(folder_or_hub_id: str | Path, patterns: Sequence[str] = ("*.safetensors", *SIDE_FILES)) -> Path:
+    """The folder itself if it exists here, otherwise the hub repository of that name, downloaded (or from its cache).
+
+    Raises:
+      UserError: there is no such folder, and no such repository can be had (`HF_HUB_OFFLINE` is honoured).
+    """
+    folder = Path(folder_or_hub_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{folder} is a file, not a model folder; give the folder that holds config.json")
+    if isinstance(folder_or_hub_id, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(folder_or_hub_id)):
+        raise UserError(f"there is no folder {str(folder_or_hub_id)!r}; give an existing model folder or a hub id")
+    return _download(str(folder_or_hub_id), list(patterns))
+
+
+def _download(hub_id: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    # The hub client raises its own errors, httpx's, OSError and ValueError; all of them mean "it cannot be had".
+    except Exception as error:
+        raise UserError(
+            f"there is no folder {hub_id!r}, and the hub did not give a model of that name ({one_line(error)}); "
+            "check the name, the network and HF_HUB_OFFLINE"
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error's type and the first line of its text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def member(folder: Path, name: str) -> Path:
+    """Path of a regular file of the folder.
+
+    A link may leave the folder only towards the `blobs` of the hub cache that the folder itself is a snapshot of.
+
+    Raises:
+      UserError: the file is missing, is not a regular file, or lies elsewhere.
+    """
+    path, root = folder / name, folder.resolve()
+    if not os.path.lexists(path):
+        raise UserError(f"{path} is missing; the folder is not complete")
+    real = path.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not real.is_relative_to(root) and not real.is_relative_to(blobs):
+        raise UserError(f"{path} leads out of its folder, to {real}; put the file itself into the folder")
+    if not real.is_file():
+        raise UserError(f"{path} is not a regular file; put the file itself into the folder")
+    return path
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object from a file of the folder.
+
+    Raises:
+      UserError: the file is missing, too large, not JSON, not an object, or names a key twice.
+    """
+    path = member(folder, name)
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise UserError(f"{path} has {path.stat().st_size} bytes, more than the {MAX_JSON_BYTES} such a file may have")
+    try:
+        value = json.loads(path.read_text("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({one_line(error)}); fetch or write it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object; fetch or write it again")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return table
+
+
+class Tensors:
+    """The tensors of a folder: `infos` by name, in file and offset order. Files stay mapped while this lives."""
+
+    def __init__(self, folder: Path):
+        """Opens and checks every tensor file of the folder; reads no tensor."""
+        self.folder = folder
+        self.files, self.weight_map = _tensor_files(folder)
+        self._handles = {file: _open(folder, file) for file in self.files}
+        self.metadata = {file: dict(handle.metadata() or {}) for file, handle in self._handles.items()}
+        self.infos: dict[str, TensorInfo] = {}
+        for file, handle in self._handles.items():
+            self._add(file, handle)
+        self._check_index()
+
+    def _add(self, file: str, handle: Any) -> None:
+        for name in handle.offset_keys():
+            if name in self.infos:
+                raise UserError(f"tensor {name!r} is in both {self.infos[name].file} and {file} of {self.folder}")
+            part = handle.get_slice(name)
+            info = TensorInfo(file, part.get_dtype(), tuple(part.get_shape()))
+            if info.dtype not in DTYPES:
+                raise UserError(
+                    f"tensor {name!r} of {self.folder / file} has dtype {info.dtype}; "
+                    f"only {', '.join(DTYPES)} are read: dequantise or convert the model first"
+                )
+            self.infos[name] = info
+
+    def _check_index(self) -> None:
+        if self.weight_map is None:
+            return
+        for name, file in self.weight_map.items():
+            if name not in self.infos or self.infos[name].file != file:
+                raise UserError(f"{self.folder / INDEX} puts tensor {name!r} into {file}, which does not hold it")
+        extra = next((name for name in self.infos if name not in self.weight_map), None)
+        if extra is not None:
+            raise UserError(f"{self.folder / self.infos[extra].file} holds {extra!r}, which {INDEX} does not list")
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A tensor, or the part of it that `index` selects, as a new array."""
+        handle = self._handles[self.infos[name].file]
+        try:
+            return handle.get_slice(name)[index] if index else handle.get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{self.folder / self.infos[name].file}: tensor {name!r}: {one_line(error)}") from error
+
+
+def _open(folder: Path, file: str) -> Any:
+    path = member(folder, file)
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is not a whole safetensors file ({one_line(error)}); fetch or write it again"
+        ) from error
+
+
+def _tensor_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """Names of the tensor files, and the index's map from tensor to file if there is an index."""
+    if os.path.lexists(folder / INDEX):
+        weight_map = _weight_map(folder)
+        files = sorted(set(weight_map.values()))
+        if os.path.lexists(folder / SINGLE) and files != [SINGLE]:
+            raise UserError(f"{folder} holds both {SINGLE} and {INDEX}; remove the one that is not the model")
+        return files, weight_map
+    if os.path.lexists(folder / SINGLE):
+        return [SINGLE], None
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise UserError(
+            f"{folder} has no {SINGLE}, only {pickles[0]}, a format that can run code when it is opened and is never "
+            "read; save the model with save_pretrained(..., safe_serialization=True) where it is trusted"
+        )
+    raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}; give a folder with safetensors weights")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    weight_map = read_json(folder, INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{folder / INDEX} has no weight_map of tensor names to files; fetch it again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not SHARD_NAME.fullmatch(file):
+            raise UserError(
+                f"{folder / INDEX} names {file!r} for {name!r}; only a plain *.safetensors name is followed"
+            )
+    return weight_map
+
+
+def non_finite(array: np.ndarray) -> int:
+    """How many elements are NaN or infinite."""
+    if array.dtype == DTYPES["BF16"]:  # ml_dtypes' isfinite goes through float32 element by element, 8 times slower
+        return int(np.count_nonzero((array.view(np.uint16) & 0x7F80) == 0x7F80))
+    return array.size - int(np.count_nonzero(np.isfinite(array)))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_digest(folder: str | Path) -> str:
+    """SHA-256 over the tensor files of a folder, in the order of their names: a key for what was computed with them."""
+    folder = Path(folder)
+    files, _ = _tensor_files(folder)
+    return hashlib.sha256("".join(file_digest(member(folder, file)) for file in files).encode()).hexdigest()
+
+
+def write_tensors(
+    path: Path, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], fetch: Callable[[str], np.ndarray]
+) -> str:
+    """Writes a safetensors file tensor by tensor, in the order of `infos`, and returns the SHA-256 of what was meant.
+
+    Only one tensor is in memory at a time. The header is the one that safetensors itself writes for that order, so
+    that tensors which did not change give a file that did not change.
+    """
+    digest = hashlib.sha256()
+    with path.open("xb") as file:
+        for part in (_header(infos, metadata),):
+            file.write(part)
+            digest.update(part)
+        for name, info in infos.items():
+            part = _bytes_of(name, info, fetch(name))
+            file.write(part)
+            digest.update(part)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (_, dtype, shape) in infos.items():
+        start, end = end, end + num_bytes(dtype, shape)
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def num_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes that a tensor takes in a file."""
+    return int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
+
+
+def _bytes_of(name: str, info: TensorInfo, array: np.ndarray) -> memoryview:
+    assert array.shape == info.shape and array.dtype == DTYPES[info.dtype], (name, info, array.shape, array.dtype)
+    # Every kernel arrives as a transposed view; the file holds rows in C order.
+    array = np.ascontiguousarray(array)
+    assert array.flags.c_contiguous, name
+    return array.reshape(-1).view(np.uint8).data
+
+
+def check_tensors(path: Path, infos: Mapping[str, TensorInfo], digest: str) -> None:
+    """Reopens a written file and holds it against what was meant.
+
+    Raises:
+      OSError: a name, shape, dtype or byte differs.
+    """
+    with safe_open(path, framework="numpy") as file:
+        parts = {name: file.get_slice(name) for name in file.offset_keys()}
+        found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    if found != {name: (dtype, shape) for name, (_, dtype, shape) in infos.items()} or file_digest(path) != digest:
+        raise OSError(f"{path} does not read back as it was written")
+
+
+def split(infos: Mapping[str, TensorInfo], max_bytes: int) -> dict[str, TensorInfo]:
+    """Tensors assigned anew to files of at most `max_bytes` each (a larger tensor has a file of its own), in order."""
+    groups: list[dict[str, TensorInfo]] = [{}]
+    room = max_bytes
+    for name, info in infos.items():
+        size = num_bytes(info.dtype, info.shape)
+        if size > room and groups[-1]:
+            groups.append({})
+            room = max_bytes
+        groups[-1][name] = info
+        room -= size
+    files = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    files = files if len(groups) > 1 else [SINGLE]
+    return {
+        name: info._replace(file=file)
+        for file, group in zip(files, groups, strict=True)
+        for name, info in group.items()
+    }
+
+
+def index_text(infos: Mapping[str, TensorInfo]) -> str:
+    """The index file that goes with sharded tensors."""
+    total = sum(num_bytes(info.dtype, info.shape) for info in infos.values())
+    weight_map = {name: info.file for name, info in sorted(infos.items())}
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------- replacing a folder
+
+
+def check_target(target: Path, replace: bool) -> None:
+    """Refuses a target in which anything of the user's would be lost."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UserError(f"{target} is a link or a file; give a folder that does not exist yet")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not replace or not (target / OURS).is_file():
+        raise UserError(f"{target} exists and is not empty; give another folder, or move it away first")
+    changed = changed_files(target)
+    if changed:
+        raise UserError(f"{target} was changed since it was exported ({changed[0]}); move it away first")
+
+
+def changed_files(folder: Path) -> list[str]:
+    """Files of an export that are new, missing, or other than its `SHA256SUMS` says."""
+    lines = (folder / SUMS).read_text("utf-8").splitlines() if (folder / SUMS).is_file() else []
+    listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {SUMS}
+    same = {name for name in found & listed.keys() if file_digest(folder / name) == listed[name]}
+    return sorted((found | listed.keys()) - same)
+
+
+@contextlib.contextmanager
+def staging(target: Path, need: int, replace: bool) -> Iterator[Path]:
+    """A new folder beside the target that takes its place if the block ends well, and vanishes if not."""
+    folder = target.absolute().with_name(f".{target.absolute().name}.tmp-{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+        if free < need:
+            raise UserError(f"{target} needs {need} bytes, {free} are free there; make room or give another folder")
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that had our number and was killed
+        folder.mkdir()
+        yield folder
+        check_target(target, replace)
+        _publish(folder, target.absolute())
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({one_line(error)}); make room or give another folder") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(staging: Path, target: Path) -> None:
+    """Two renames: at any moment the old folder or the new one is whole, under its name or a hidden one beside it."""
+    for folder in [staging, *(path for path in staging.rglob("*") if path.is_dir())]:
+        _sync(folder)
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.exists():
+        os.rename(target, old)
+    try:
+        os.rename(staging, target)
+    except OSError:
+        if old.exists():
+            os.rename(old, target)
+        raise
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_bytes(path: Path, data: bytes) -> str:
+    """Writes a small new file, down to the disk, and returns its SHA-256."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(data).hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

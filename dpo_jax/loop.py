@@ -1,0 +1,318 @@
+"""The loop: a compiled step, what is recorded of it, and when to measure, to save and to stop."""
+
+import functools
+import json
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dpo_jax import config, sharding
+from dpo_jax.config import Run
+from dpo_jax.data.batches import Batches, origin, pair_tokens, prefetch
+from dpo_jax.evaluation import preference, winrate
+from dpo_jax.model.decoder import Model, cast
+from dpo_jax.model.preference import Problem, evaluate_batch
+from dpo_jax.settings import UserError
+from dpo_jax.stages import Data, Reference, cache_folder, is_policy, sweep
+from dpo_jax.training.checkpoints import Checkpoints
+from dpo_jax.training.journal import Journal
+from dpo_jax.training.optimizer import make_optimizer, schedule
+from dpo_jax.training.step import State, fresh_state, make_step
+
+START_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3}
+"""How far the first loss may be from the objective's constant, in nats."""
+
+
+class Trainer:
+    """The compiled step, the state it moves, and the batches it takes."""
+
+    def __init__(
+        self, run: Run, policy: Model, problem: Problem, batches: Batches, reference: Any, mesh: jax.sharding.Mesh
+    ):
+        """Set up; nothing is compiled yet and the state is only described."""
+        self.run, self.problem, self.batches, self.mesh, self.reference = run, problem, batches, mesh, reference
+        self.optimizer = make_optimizer(run.optimizer)
+        self.abstract = jax.eval_shape(functools.partial(fresh_state, optimizer=self.optimizer), policy.params)
+        self.shardings = self._state_shardings()
+        step = make_step(problem, self.optimizer, schedule(run.optimizer, batches.steps))
+        self._step = sharding.Compiled(step, out_shardings=(self.shardings, None), donate=(0,))
+
+    def step(self, state: State, batch: Any) -> tuple[State, dict[str, jax.Array]]:
+        """One optimizer step; the old state is consumed."""
+        return self._step(state, self.reference, batch)
+
+    @property
+    def late_compilations(self) -> int:
+        """Compilations since `compile`; 0 is what a run wants."""
+        return self._step.late
+
+    def fresh(self, params: Any) -> State:
+        """The state before the first step; the parameters are the given arrays themselves."""
+        rest = jax.jit(
+            lambda p: {k: v for k, v in fresh_state(p, self.optimizer).items() if k != "params"},
+            out_shardings={k: v for k, v in self.shardings.items() if k != "params"},
+        )(params)
+        return {"params": params, **rest}
+
+    def target(self) -> Any:
+        """Shapes, dtypes and shardings of the state, for restoring it."""
+        return sharding.shape_of(self.abstract, self.shardings)
+
+    def compile(self, journal: Journal) -> None:
+        """Compile the step for each shape of the run."""
+        blanks = self.batches.blanks()
+        for number, blank in enumerate(blanks, 1):
+            journal.phase(f"compiling {number}/{len(blanks)}")
+            shape = sharding.shape_of(blank, sharding.batch_shardings(blank, self.mesh))
+            self._step.prepare(self.target(), self.reference, shape)
+
+    def placed_batches(self, first: int) -> Iterator[tuple[int, Any]]:
+        """Batches from a step on, on their devices, made ahead by a thread."""
+        return prefetch(lambda step: sharding.place(self.batches.at(step), self.mesh), range(first, self.batches.steps))
+
+    def _state_shardings(self) -> Any:
+        whole = sharding.replicated(self.mesh)
+        params = sharding.param_shardings(self.abstract["params"], self.mesh)
+        moments = optax.tree_utils.tree_map_params(
+            self.optimizer,
+            lambda _, place: place,
+            self.abstract["optimizer"],
+            params,
+            transform_non_params=lambda _: whole,
+        )
+        rest = {name: whole for name in ("step", "skipped", "streak")}
+        return {"params": params, "optimizer": moments, **rest}
+
+
+class Evaluator:
+    """Everything that is measured on held-out data, compiled once."""
+
+    def __init__(
+        self, run: Run, problem: Problem, data: Data, reference: Reference, tokenizer: Any, mesh: jax.sharding.Mesh
+    ):
+        """Set up; compiles at its first use."""
+        self.run, self.problem, self.reference, self.tokenizer, self.mesh = run, problem, reference, tokenizer, mesh
+        self._measure = sharding.Compiled(lambda params, live, batch: evaluate_batch(problem, params, batch, live))
+        share = run.batch.share_prompts and problem.spec.shared_trunk
+        shards = sharding.batch_shards(mesh)
+        held_out = data.held_out
+        self._pairs = None if held_out is None else sweep(run, held_out, shards, share, reference.held_out)
+        self._questions = None if run.evaluation.answers is None else winrate.read_questions(run.evaluation.answers)
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether to evaluate after this many steps."""
+        every = self.run.evaluation.every
+        wanted = self._pairs is not None or self._questions is not None
+        return wanted and (step in (0, last) or (every is not None and step % every == 0))
+
+    def __call__(self, params: Any, folder: Path, step: int) -> dict[str, float]:
+        """Metrics of these weights; answers go to `answers/STEP.jsonl`."""
+        found: dict[str, float] = {}
+        if self._pairs is not None:
+            measure = functools.partial(_three, self._measure, self.reference.weights)
+            place = functools.partial(sharding.place, mesh=self.mesh)
+            found |= preference.evaluate(measure, params, self._pairs, place)
+        if self._questions is not None:
+            found["good_answers"] = self._answer(params, folder / "answers" / f"{step}.jsonl")
+        return found
+
+    def _answer(self, params: Any, path: Path) -> float:
+        weights = cast(params, jnp.dtype(self.problem.compute_dtype))
+        questions = self._questions or []
+        answers = winrate.answer(
+            self.problem.spec,
+            weights,
+            questions,
+            self.tokenizer,
+            stop=winrate.stop_tokens(self.run.model.path, self.tokenizer),
+            max_new_tokens=self.run.evaluation.max_new_tokens,
+        )
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+        return winrate.share_of_good_answers(answers)
+
+
+def _three(measure: Callable, live: Any, params: Any, batch: Any) -> Any:
+    return measure(params, live, batch)
+
+
+class Recorder:
+    """Writes each step's metrics to the journal once the device has them, one step late, so that it never waits."""
+
+    def __init__(self, run: Run, trainer: Trainer, data: Data, journal: Journal, start: int):
+        """Go on after step `start`."""
+        self.run, self.batches, self.data, self.journal = run, trainer.batches, data, journal
+        train = data.train
+        self._lengths = pair_tokens(train)
+        self._cut = train.truncated[train.chosen] | train.truncated[train.rejected]
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._seen = sum(int(self._tokens(step).sum()) for step in range(start))
+        self._clock = time.perf_counter()
+
+    def take(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Take over the metrics of step (from 1); those of the step before are written now."""
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Write what is pending.
+
+        Raises:
+          UserError: too many steps in a row were not finite.
+        """
+        if self._pending is None:
+            return
+        step, metrics = self._pending[0], {k: float(v) for k, v in jax.device_get(self._pending[1]).items()}
+        self._pending = None
+        seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
+        streak = metrics.pop("nonfinite_streak")
+        tokens = self._tokens(step - 1)
+        self._seen += int(tokens.sum())
+        pairs = self.batches.pairs_of(step - 1)
+        if self.journal.due(step):
+            self.journal.step(
+                step,
+                metrics
+                | {
+                    "epoch": step * self.run.batch.pairs / self.data.train.num_pairs,
+                    "num_tokens": self._seen,
+                    "truncated": int(self._cut[pairs].sum()),
+                    "dropped": self.data.dropped,
+                    "step_seconds": seconds,
+                    "pairs_per_second": len(pairs) / seconds,
+                    "tokens_per_second": float(tokens.sum()) / seconds,
+                    "memory_bytes": memory_in_use(),
+                },
+            )
+        if streak > self.run.log.max_nonfinite:
+            raise UserError(self._diverged(step, int(streak), pairs))
+
+    def restart_clock(self) -> None:
+        """Time the next step from now."""
+        self._clock = time.perf_counter()
+
+    def _tokens(self, step: int) -> np.ndarray:
+        """Tokens of each pair of a step, as TRL counts them: the prompt once for each completion."""
+        return self._lengths[self.batches.pairs_of(step)]
+
+    def _diverged(self, step: int, streak: int, pairs: np.ndarray) -> str:
+        rows = [origin(self.data.train, int(pair)) for pair in pairs[:8]]
+        return (
+            f"step {step}: the loss or gradient was not finite for {streak} steps in a row; the last checkpoint stays;"
+            f" lower optimizer.learning_rate or look at the rows of this step: {', '.join(rows)}"
+        )
+
+
+def memory_in_use() -> int:
+    """Bytes: the most on one accelerator so far; on a CPU, the most of the whole process."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [found["peak_bytes_in_use"] for found in stats if found and "peak_bytes_in_use" in found]
+    return max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def check_start(run: Run, problem: Problem, data: Data, loss: float) -> None:
+    """Where policy and reference are the same, the first loss is known; anything else means that something is wrong.
+
+    Raises:
+      UserError: the loss of the first step is not the objective's constant.
+    """
+    row = problem.row
+    same = row.uses_reference and is_policy(run)
+    if not same or row.at_start is None or (data.train.margin != 0).any() or (data.train.weight != 1).any():
+        return
+    expected, tolerance = row.at_start(problem.label_smoothing), START_TOLERANCE[problem.compute_dtype]
+    if not abs(loss - expected) <= tolerance:
+        raise UserError(
+            f"step 1: policy and reference are the same weights, so the loss must be {expected:.6f} and is {loss:.6f}; "
+            f"the cached reference may be of other weights: remove {cache_folder(run)} and start again"
+        )
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM ask the loop to stop after the step it is in; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        """Nothing has been asked yet."""
+        self.asked: int | None = None
+
+    def __enter__(self) -> "Interrupts":
+        """Listen."""
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Listen no more."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = number
+
+
+def start_or_resume(
+    trainer: Trainer,
+    policy: Model,
+    checkpoints: Checkpoints,
+    start: int | None,
+    evaluator: Evaluator,
+    folder: Path,
+    journal: Journal,
+) -> State:
+    """The state after the newest checkpoint; or the state before the first step, which is measured first."""
+    if start is not None:
+        journal.phase(f"resuming after step {start}")
+        state, _ = checkpoints.restore(start, trainer.target())
+        journal.note(f"resumed after step {start}")
+        return state
+    if evaluator.due(0, trainer.batches.steps):
+        journal.phase("evaluating")
+        journal.evaluation(0, evaluator(policy.params, folder, 0))
+    return trainer.fresh(policy.params)
+
+
+def loop(
+    run: Run,
+    trainer: Trainer,
+    state: State,
+    evaluator: Evaluator,
+    checkpoints: Checkpoints,
+    data: Data,
+    folder: Path,
+    journal: Journal,
+) -> tuple[State, int | None]:
+    """Every step that is left. Returns the last state, and the signal that stopped it early, if one did."""
+    first, last = int(state["step"]), trainer.batches.steps
+    if first < last:
+        trainer.compile(journal)
+    journal.phase("training")
+    recorder = Recorder(run, trainer, data, journal, first)
+    with Interrupts() as interrupts:
+        for number, batch in trainer.placed_batches(first):
+            state, metrics = trainer.step(state, batch)
+            step = number + 1
+            recorder.take(step, metrics)
+            if step == 1:
+                check_start(run, trainer.problem, data, float(metrics["loss"]))
+            if evaluator.due(step, last):
+                recorder.flush()
+                journal.evaluation(step, evaluator(state["params"], folder, step))
+                recorder.restart_clock()
+            if step % run.checkpoint.every == 0 or step == last or interrupts.asked:
+                recorder.flush()
+                checkpoints.save(step, state, {"settings": config.dump(run)})
+                recorder.restart_clock()
+            if interrupts.asked and step < last:
+                return state, interrupts.asked
+    if trainer.late_compilations:
+        journal.note(f"{trainer.late_compilations} compilations happened after warm-up")
+    return state, None

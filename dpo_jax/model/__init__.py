@@ -1,0 +1,1 @@
+"""The decoder: one frozen spec, its layers, and how they attend."""

@@ -1,0 +1,30 @@
+"""Matrix products that are fast on every backend. Letters: I inputs, O outputs."""
+
+import jax
+from jax import lax
+from jaxtyping import Array, Float
+
+
+@jax.custom_vjp
+def dense(x: Float[Array, "*B I"], kernel: Float[Array, "I O"]) -> Float[Array, "*B O"]:
+    """`x @ kernel`, whose backward products are written in the order that XLA's CPU matrix kernels are fast in.
+
+    JAX's own rule asks for the kernel's gradient as (output, input) and transposes it, which on a CPU runs at a half
+    (float32) to a sixtieth (bfloat16) of the speed. On GPU and TPU both orders are the same.
+    """
+    return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _forward(x, kernel):
+    return dense(x, kernel), (x, kernel)
+
+
+def _backward(residuals, dy):
+    x, kernel = residuals
+    batch = tuple(range(x.ndim - 1))
+    dx = lax.dot_general(dy, kernel, (((x.ndim - 1,), (1,)), ((), ())))
+    dkernel = lax.dot_general(x, dy, ((batch, batch), ((), ())))
+    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
+
+
+dense.defvjp(_forward, _backward)

@@ -1,0 +1,43 @@
+"""Settings of the model and of the devices it is laid out on."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dpo_jax.settings import Section
+
+
+class ModelSettings(Section):
+    """Which model is trained and how it is computed."""
+
+    path: str = Field(description="Hugging Face folder (or hub id) of the policy's starting weights")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="dtype of activations and matrix products; auto: bfloat16 on accelerators, float32 on a CPU",
+    )
+    scan_layers: bool = Field(
+        default=True, description="compile one layer and scan over it; false unrolls (longer to compile)"
+    )
+    remat: Literal["none", "attention", "block"] = Field(
+        default="attention", description="what the backward pass computes again instead of keeping it"
+    )
+
+
+class MeshSettings(Section):
+    """How devices are arranged. One axis may be -1: it takes all devices that the others leave."""
+
+    data: int = Field(default=1, description="replicas of the weights; each sees its own part of the batch")
+    fsdp: int = Field(
+        default=-1, description="devices that share one copy of the weights; each sees its own part of the batch"
+    )
+    tensor: int = Field(default=1, description="devices that share each matrix product")
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "MeshSettings":
+        sizes = dict(self)
+        rest = [axis for axis, size in sizes.items() if size == -1]
+        found = [f"mesh.{axis}: must be > 0, or -1" for axis, size in sizes.items() if size == 0 or size < -1]
+        found += [f"mesh.{axis}: only one axis of the mesh may be -1" for axis in rest if len(rest) > 1]
+        if found:
+            raise ValueError("\n".join(found))
+        return self

@@ -1,0 +1,185 @@
+"""What every block of settings shares: its base class, the strict YAML it is written in, and the error a user sees.
+
+Imports neither jax nor transformers.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+import yaml.composer
+from pydantic import BaseModel, ConfigDict
+from pydantic.fields import FieldInfo
+
+
+class UserError(ValueError):
+    """Something a user gave is wrong: one line that names the file, line or key, the value, and the remedy.
+
+    Commands print it without a traceback and exit with code 2. Anything else that escapes is our fault and keeps its
+    traceback.
+    """
+
+
+class Section(BaseModel):
+    """A frozen block of settings: unknown keys are refused, defaults are validated, nan and inf are not numbers."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+def printable(text: str) -> str:
+    """The text with line breaks, terminal escapes and other invisible characters written out: `a\\x1b[2J`.
+
+    For whatever comes from a file or a user and goes to a terminal or a log.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+# YAML 1.2 scalars. PyYAML's own (YAML 1.1) read 5e-7 as text, no as false and 010 as 8.
+SCALARS: tuple[tuple[str, Callable[[str], Any]], ...] = (
+    (r"~|null|Null|NULL|", lambda text: None),
+    (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    (r"[-+]?[0-9]{1,18}", int),
+    (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", float),
+    (r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", lambda text: float(text.replace(".", ""))),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        if event.anchor is not None:  # a few nested aliases stand for billions of values
+            raise yaml.composer.ComposerError(None, None, "anchors and aliases (&, *) are refused", event.start_mark)
+        if getattr(event, "tag", None) is not None:
+            raise yaml.composer.ComposerError(None, None, "tags (!) are refused", event.start_mark)
+        return super().compose_node(parent, index)
+
+
+def _plain(node: yaml.Node) -> Any:
+    """Value of a YAML node; a list is a tuple."""
+    if isinstance(node, yaml.SequenceNode):
+        return tuple(_plain(item) for item in node.value)
+    if isinstance(node, yaml.MappingNode):
+        return {str(_plain(key)): _plain(value) for key, value in node.value}
+    if not isinstance(node, yaml.ScalarNode) or node.style is not None:  # quoted: text, whatever it looks like
+        return node.value
+    return next((read(node.value) for form, read in SCALARS if re.fullmatch(form, node.value)), node.value)
+
+
+def _parse(text: str, file: str | None = None) -> yaml.Node:
+    """The tree of a YAML text, with line numbers; `_plain` makes values of it.
+
+    Raises:
+      UserError: not YAML, or one of the features of YAML that settings do not need; names the file and line, if any.
+    """
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except RecursionError:
+        raise UserError(f"{file + ': ' if file else ''}is nested too deeply") from None
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
+        problem = problem or getattr(error, "reason", None) or "syntax error"
+        if "'\\t'" in problem:
+            problem = "a tab where YAML wants spaces"
+        raise UserError(f"{f'{file}:{line + 1}: ' if file else ''}not valid YAML: {problem}") from None
+    return node or yaml.ScalarNode("", "", style=None)
+
+
+SIZE_LIMIT = 1 << 20
+COMMAND_LINE = "command line"
+
+
+@dataclasses.dataclass
+class Sources:
+    """Settings by dotted key, where each came from, and what was wrong so far, a line for each fault."""
+
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    where: dict[str, str] = dataclasses.field(default_factory=dict)
+    problems: list[str] = dataclasses.field(default_factory=list)
+    unreadable: list[str] = dataclasses.field(default_factory=list)
+    origin: str = COMMAND_LINE  # the place to name for a setting that is nowhere
+
+    def put(self, node: yaml.Node, key: str, where: str, file: str | None = None) -> None:
+        """Take over a value, or every value of a block; `file` numbers the lines of a block's keys."""
+        if not isinstance(node, yaml.MappingNode):
+            self.values[key], self.where[key] = _plain(node), where
+            return
+        seen: dict[str, str] = {}
+        for name, value in node.value:
+            here = f"{file}:{name.start_mark.line + 1}" if file else where
+            inner = f"{key}.{name.value}" if key else str(name.value)
+            if inner in seen:
+                self.problems.append(f"{here}: {short(inner)}: is given twice, first at {seen[inner]}; keep one")
+            seen[inner] = here
+            self.put(value, inner, here, file)
+
+    def read(self, file: str) -> None:
+        """Take over a YAML file."""
+        self.origin = short(file)
+        try:
+            with open(file, "rb") as handle:
+                content = handle.read(SIZE_LIMIT + 1)
+            if len(content) > SIZE_LIMIT:
+                raise UserError(f"{self.origin}: is larger than 1 MiB; a config holds settings, not data")
+            node = _parse(content.decode("utf-8-sig"), self.origin)
+        except OSError as error:
+            self.unreadable.append(f"{self.origin}: {error.strerror or error}{_near_files(file)}")
+        except UnicodeDecodeError as error:
+            self.unreadable.append(f"{self.origin}: is not UTF-8 text (byte {error.start}); save it as UTF-8")
+        except UserError as error:
+            self.unreadable.append(str(error))
+        else:
+            if isinstance(node, yaml.MappingNode):
+                self.put(node, "", self.origin, self.origin)
+            else:
+                self.unreadable.append(f"{self.origin}: holds no settings; the top level must be `section:` blocks")
+
+    def override(self, key: str, text: str) -> None:
+        """Take over `key=text` of the command line."""
+        try:
+            self.put(_parse(text, None), key.replace("-", "_"), COMMAND_LINE)
+        except UserError as error:
+            self.unreadable.append(f"{COMMAND_LINE}: {short(key)}: {error}; quote the value")
+
+
+def _near_files(file: str) -> str:
+    path = Path(file)
+    names = [
+        str(other) for folder in (path.parent, Path("configs")) for other in folder.glob("*.y*ml") if other != path
+    ]
+    near = difflib.get_close_matches(file[:200], names, 1, 0.6) or [n for n in names if Path(n).stem == path.stem]
+    return f"; did you mean {' or '.join(near)}?" if near else "; settings are given as FILE.yaml or section.key=value"
+
+
+def short(key: str) -> str:
+    """A key or a name fit for a line of text."""
+    return printable(key if len(key) <= 80 else f"{key[:77]}...")
+
+
+def _kind(annotation: Any, bounds: str = "") -> str:
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if typing.get_origin(annotation) is tuple:
+        return f"a list of {_kind(arguments[0])}"
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " or ".join(_kind(argument, bounds) for argument in arguments)
+    words = {str: "text", bool: "true or false", int: "a whole number", float: "a number", types.NoneType: "null"}
+    return words[annotation] + (bounds if annotation in (int, float) else "")
+
+
+def allowed(field: FieldInfo) -> str:
+    """What a setting may be, in words: `a whole number > 0 or null`."""
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    limits = [(sign, getattr(rule, name, None)) for rule in field.metadata for name, sign in signs.items()]
+    return _kind(field.annotation, " and".join(f" {sign} {limit}" for sign, limit in limits if limit is not None))

@@ -1,0 +1,143 @@
+"""The mesh, one table of partition rules, and placing arrays by them.
+
+Axes of the mesh: `data` replicates the weights, `fsdp` shares one copy of them, `tensor` shares each matrix product,
+`context` is kept for long rows. A batch is split over `data` and `fsdp` together.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dpo_jax import trees
+from dpo_jax.settings import UserError
+
+AXES = ("data", "fsdp", "tensor", "context")
+BATCH = ("data", "fsdp")
+
+RULES: tuple[tuple[str, P], ...] = (
+    (r"(embed|head)/embedding", P("tensor", "fsdp")),
+    (r"head/bias", P("tensor")),
+    (r"blocks/attention/(query|key|value)/kernel", P(None, "fsdp", "tensor")),
+    (r"blocks/attention/(query|key|value)/bias", P(None, "tensor")),
+    (r"blocks/attention/output/kernel", P(None, "tensor", "fsdp")),
+    (r"blocks/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"blocks/mlp/(gate|up)/bias", P(None, "tensor")),
+    (r"blocks/mlp/down/kernel", P(None, "tensor", "fsdp")),
+    (r"blocks/(attention/output|mlp/down)/bias", P()),
+    (r"blocks/.*norm/scale", P()),
+    (r"final_norm/scale", P()),
+)
+"""How each leaf of the parameters is split. A leaf that no rule claims is an error."""
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[Any] | None = None) -> Mesh:
+    """A mesh over all devices; one of the sizes may be -1 and takes what the others leave.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor, 1]
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"mesh: data={data} fsdp={fsdp} tensor={tensor}: give positive sizes, and -1 for one at most")
+    rest = math.prod(size for size in sizes if size != -1)
+    sizes = [len(devices) // rest if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        raise UserError(
+            f"mesh: data={data} fsdp={fsdp} tensor={tensor} needs a multiple of {rest} devices and there are "
+            f"{len(devices)}; choose sizes whose product is {len(devices)}"
+        )
+    grid = np.asarray(devices).reshape(sizes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Parts that a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def param_shardings(params: Any, mesh: Mesh) -> Any:
+    """A sharding for each leaf of a tree of parameters (arrays or shapes)."""
+    table = trees.paths(params)
+    return trees.from_paths(
+        {path: _fitted(leaf.shape, trees.match(path, RULES, table="sharding"), mesh) for path, leaf in table.items()}
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on each device."""
+    return NamedSharding(mesh, P())
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """Leading axis split like the batch."""
+    return NamedSharding(mesh, P(BATCH))
+
+
+def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+    """Shardings of a packed batch: arrays [M, D, ...] split over D, scalars on each device."""
+    split = NamedSharding(mesh, P(None, BATCH))
+    return jax.tree.map(lambda leaf: split if np.ndim(leaf) else replicated(mesh), batch)
+
+
+def place(batch: Any, mesh: Mesh) -> Any:
+    """A batch of host arrays on its devices; each process holds the whole batch and hands over its own part."""
+
+    def put(leaf, sharding):
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(put, batch, batch_shardings(batch, mesh))
+
+
+class Compiled:
+    """A jitted function that is compiled ahead for the shapes it will meet, and counts what it compiles later.
+
+    Attributes:
+      late: compilations since `prepare` was last called; 0 is what a run wants.
+    """
+
+    def __init__(self, function: Callable, *, out_shardings: Any = None, donate: tuple[int, ...] = ()):
+        """Wrap `function(*args)`; the arguments at `donate` are consumed by each call."""
+        self._jitted = jax.jit(function, out_shardings=out_shardings, donate_argnums=donate)
+        self._ready: dict[Any, Any] = {}
+        self.late = 0
+
+    def prepare(self, *args: Any) -> None:
+        """Compile for arguments of these shapes, dtypes and shardings (arrays or jax.ShapeDtypeStruct)."""
+        self._ready[_signature(args)] = self._jitted.lower(*args).compile()
+        self.late = 0
+
+    def __call__(self, *args: Any) -> Any:
+        """The function's result."""
+        key = _signature(args)
+        if key not in self._ready:
+            self._ready[key] = self._jitted.lower(*args).compile()
+            self.late += 1
+        return self._ready[key](*args)
+
+
+def _signature(args: Any) -> Any:
+    leaves, structure = jax.tree.flatten(args)
+    return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+
+
+def shape_of(tree: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of a tree, on the given shardings."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding), tree, shardings
+    )
+
+
+def _fitted(shape: tuple[int, ...], spec: P, mesh: Mesh) -> NamedSharding:
+    """The rule on this mesh; an axis that does not divide its dimension is left out, so that dimension is whole."""
+    spec = tuple(spec) + (None,) * (len(shape) - len(tuple(spec)))
+    kept = (
+        axis if axis is None or size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=True)
+    )
+    return NamedSharding(mesh, P(*kept))

@@ -1,0 +1,352 @@
+"""The stages of a run, one function each; `train.py` and `evaluate.py` put them in a row."""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax import config, sharding
+from dpo_jax.config import Run
+from dpo_jax.data.batches import Batches
+from dpo_jax.data.encode import Encoded, encode
+from dpo_jax.evaluation import preference
+from dpo_jax.hf import checkpoint as hf
+from dpo_jax.hf import tensors
+from dpo_jax.hf.families import read_spec
+from dpo_jax.model.decoder import Execution, Model, abstract_params, cast
+from dpo_jax.model.preference import Problem
+from dpo_jax.model.scoring import score_batch
+from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.settings import UserError
+from dpo_jax.training import reference as references
+from dpo_jax.training.journal import Journal, read_records, summary
+from dpo_jax.training.step import State
+
+RUN_FILE = "run.json"
+
+
+# ---------------------------------------------------------------------------------------------- output
+
+
+@contextlib.contextmanager
+def opened(run: Run) -> Iterator[Path]:
+    """The output folder, made if need be and locked while the run lasts.
+
+    Raises:
+      UserError: it belongs to something else, to a run with other mathematics, or to one that is still going on.
+    """
+    folder = Path(run.output)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output: {folder} is a file; name a folder")
+    strangers = [] if not folder.exists() else [entry.name for entry in folder.iterdir() if entry.name not in OURS]
+    if strangers and not (folder / RUN_FILE).exists():
+        raise UserError(
+            f"output: {folder} holds other things ({sorted(strangers)[0]}, ...); name a new or empty folder"
+        )
+    _refuse_changes(run, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"output: {folder} is in use by another run; wait for it or name another folder") from None
+        yield folder
+
+
+OURS = (".lock", RUN_FILE, "metrics.jsonl", "tensorboard", "checkpoints", "model", "cache", "data.json", "answers")
+
+
+def _refuse_changes(run: Run, folder: Path) -> None:
+    """Stop if the folder's run would lead to another model than this one."""
+    path = folder / RUN_FILE
+    if not path.exists():
+        return
+    try:
+        old = json.loads(path.read_text())["settings"]
+    except (ValueError, KeyError):
+        raise UserError(f"{path} is damaged; name another output folder") from None
+    changes = [
+        c
+        for c in config.changed_mathematics(old, config.dump(run))
+        if c.split(":")[0] not in run.checkpoint.allow_change
+    ]
+    if changes:
+        raise UserError(
+            "\n".join(
+                f"output: {folder} holds a run with another setting, {change}; change it back, name another output, or "
+                f"accept it with checkpoint.allow_change=[{change.split(':')[0]}]"
+                for change in changes
+            )
+        )
+
+
+def facts(run: Run, data: "Data", steps: int) -> dict[str, Any]:
+    """What a run depends on beside its settings: when one of these changes, it is another run."""
+    return {
+        "number of steps": steps,
+        "number of pairs": data.train.num_pairs,
+        "digest of the training data": references.data_digest(data.train),
+        "digest of the starting weights": tensors.weights_digest(run.model.path),
+    }
+
+
+def record_run(run: Run, folder: Path, facts: dict[str, Any]) -> None:
+    """Write down what this run is; refuse if the same settings now mean other data or other weights."""
+    path = folder / RUN_FILE
+    if path.exists():
+        known = json.loads(path.read_text())["facts"]
+        for name, value in facts.items():
+            if known.get(name, value) != value:
+                raise UserError(
+                    f"output: {folder} holds a run whose {name} was {known[name]} and is now {value}; restore it, or "
+                    "name another output"
+                )
+    write_json(path, {"settings": config.dump(run), "facts": facts})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file in one move."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    temporary.replace(path)
+
+
+def make_journal(run: Run, folder: Path, steps: int, start: int | None) -> Journal:
+    """The run's journal; what was recorded after the checkpoint that it goes on from is dropped."""
+    return Journal(folder, steps, run.log, -1 if start is None else start, process=jax.process_index())
+
+
+def cache_folder(run: Run) -> Path:
+    """Where tokenised data and reference log-probabilities are kept."""
+    return Path(run.data.cache) if run.data.cache else Path(run.output) / "cache"
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Tokenised training and held-out pairs, and what was found on the way."""
+
+    train: Encoded
+    held_out: Encoded | None
+    dropped: int
+    report: dict[str, Any]
+
+
+def load_data(run: Run, tokenizer: Any, folder: Path, say: Callable[[str], None]) -> Data:
+    """Read, check and tokenise; the reports are printed, and kept in `data.json`."""
+    cache = cache_folder(run)
+    train, report = encode(run.data.train, tokenizer, run.data, cache, first=run.data.first)
+    reports = {"data.train": report}
+    held_out = None
+    if run.data.eval is not None:
+        held_out, reports["data.eval"] = encode(run.data.eval, tokenizer, run.data, cache)
+    for name, found in reports.items():
+        say(name)
+        for line in found.lines():
+            say(f"  {line}")
+    tables = {name: found.to_dict() for name, found in reports.items()}
+    write_json(folder / "data.json", tables)
+    return Data(train, held_out, report.bad + report.too_long, tables)
+
+
+def number_of_steps(run: Run, data: Data) -> int:
+    """Optimizer steps of the run."""
+    pairs = data.train.num_pairs
+    if pairs < run.batch.pairs:
+        raise UserError(f"batch.pairs: {run.batch.pairs} is more than the {pairs} pairs of data.train; lower it")
+    return run.steps if run.steps is not None else max(1, int((run.epochs or 1) * pairs / run.batch.pairs))
+
+
+def training_batches(
+    run: Run, data: Data, steps: int, mesh: jax.sharding.Mesh, policy: Model, reference: "Reference"
+) -> Batches:
+    """The run's batches as a function of (seed, step)."""
+    return Batches(
+        data.train,
+        run.batch.pairs,
+        sharding.batch_shards(mesh),
+        steps,
+        order="shuffled" if run.data.shuffle else "file",
+        seed=run.seed,
+        share_prompts=shares(run, policy),
+        micro_tokens=run.batch.micro_tokens,
+        reference=reference.train,
+    )
+
+
+def sweep(run: Run, encoded: Encoded, shards: int, share: bool, logps: np.ndarray | None = None) -> Batches:
+    """Every pair of a data set once."""
+    pairs = min(run.batch.pairs, encoded.num_pairs)
+    batches = Batches(
+        encoded, pairs, shards, 1, share_prompts=share, micro_tokens=run.batch.micro_tokens, reference=logps
+    )
+    return batches.sweep()
+
+
+# ---------------------------------------------------------------------------------------------- model
+
+
+def make_mesh(run: Run) -> jax.sharding.Mesh:
+    """The mesh of this machine's devices; float32 means float32 also where matrix units round by default."""
+    if compute_dtype(run) == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")
+    return sharding.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+
+
+def compute_dtype(run: Run) -> str:
+    """dtype of activations and matrix products."""
+    if run.model.compute_dtype != "auto":
+        return run.model.compute_dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def load_model(path: str, mesh: jax.sharding.Mesh, dtype: str = "float32") -> Model:
+    """A folder's model, straight onto its shardings."""
+    spec = read_spec(tensors.local_folder(path))
+    shardings = sharding.param_shardings(abstract_params(spec), mesh)
+    return hf.load_hf(path, dtype=jnp.dtype(dtype), shardings=shardings, spec=spec)
+
+
+def make_problem(run: Run, model: Model, mesh: jax.sharding.Mesh) -> Problem:
+    """The objective on this model."""
+    execution = Execution(run.model.scan_layers, run.model.remat, sharding.rows(mesh))
+    return Problem(
+        spec=model.spec,
+        objective=run.objective.name,
+        beta=run.objective.beta,
+        label_smoothing=run.objective.label_smoothing,
+        compute_dtype=compute_dtype(run),
+        execution=execution,
+        statistics=run.log.token_statistics,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Log-probabilities by completion of the training and of the held-out data; or live weights; or neither."""
+
+    train: np.ndarray | None = None
+    held_out: np.ndarray | None = None
+    weights: Any = None
+
+
+def make_reference(
+    run: Run, policy: Model, problem: Problem, data: Data, mesh: jax.sharding.Mesh, journal: Journal
+) -> Reference:
+    """The reference as the settings want it. Cached: its weights are gone when this returns."""
+    if run.reference.mode == "none":
+        return Reference()
+    model = policy if is_policy(run) else load_model(run.reference.path or run.model.path, mesh, problem.compute_dtype)
+    if model.spec.vocab_size != policy.spec.vocab_size:
+        raise UserError(
+            f"reference.path: {run.reference.path} knows {model.spec.vocab_size} tokens and the policy "
+            f"{policy.spec.vocab_size}; give a reference with the policy's tokenizer"
+        )
+    if run.reference.mode == "live":
+        # A copy: the policy's own buffers are given away by the first step.
+        return Reference(weights=jax.tree.map(jnp.copy, cast(model.params, jnp.dtype(problem.compute_dtype))))
+    digest = tensors.weights_digest(run.reference.path or run.model.path)
+    sets = {"train": data.train, "held_out": data.held_out}
+    return Reference(
+        **{
+            name: None if encoded is None else _cached(run, digest, model, problem, encoded, mesh, journal)
+            for name, encoded in sets.items()
+        }
+    )
+
+
+def is_policy(run: Run) -> bool:
+    """Whether the reference is the policy's own starting weights."""
+    return run.reference.path is None or run.reference.path == run.model.path
+
+
+def _cached(
+    run: Run, digest: str, model: Model, problem: Problem, encoded: Encoded, mesh, journal: Journal
+) -> np.ndarray:
+    key = references.cache_key(digest, encoded, problem.compute_dtype)
+
+    def compute() -> np.ndarray:
+        journal.phase("compiling the reference")
+        return score_all(
+            problem, model, sweep(run, encoded, sharding.batch_shards(mesh), shares(run, model)), mesh, journal
+        )
+
+    return references.cached(cache_folder(run), key, encoded.num_completions, compute)
+
+
+def score_all(
+    problem: Problem, model: Model, batches: Batches, mesh: jax.sharding.Mesh, journal: Journal
+) -> np.ndarray:
+    """Log-probability of each completion under a model, in nats."""
+    params = cast(model.params, jnp.dtype(problem.compute_dtype))
+    scorer = sharding.Compiled(
+        lambda params, batch: score_batch(model.spec, params, batch, execution=problem.execution)
+    )
+
+    def progress(done: int, total: int) -> None:
+        journal.phase(f"reference log-probabilities {done}/{total}")
+
+    place = functools.partial(sharding.place, mesh=mesh)
+    return preference.completion_logprobs(scorer, params, batches, place, progress)
+
+
+def shares(run: Run, model: Model) -> bool:
+    """Whether prompts are laid out once for all their completions."""
+    return run.batch.share_prompts and model.spec.shared_trunk
+
+
+# ---------------------------------------------------------------------------------------------- result
+
+
+def before_and_after(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """The first and the last evaluation of a run, from its records."""
+    found = [r for r in read_records(folder / "metrics.jsonl") if any(name.startswith("eval_") for name in r)]
+    return (found[0], found[-1]) if found else ({}, {})
+
+
+def export(run: Run, spec: DecoderSpec, state: State, folder: Path, journal: Journal) -> None:
+    """The trained model as a Hugging Face folder like the one it came from, written beside and verified first."""
+    journal.phase("exporting")
+    _, after = before_and_after(folder)
+    metrics = {name: value for name, value in after.items() if name.startswith("eval_")}
+    names = [run.data.train] if isinstance(run.data.train, str) else list(run.data.train)
+    card = {"datasets": [Path(name).name for name in names], "metrics": metrics, "config": config.dump(run)}
+    record = {"settings": config.dump(run), "settings_sha256": config.digest(run), "metrics": metrics}
+    files = {"dpo_jax.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n"}
+    model = Model(spec, state["params"])
+    hf.save_hf(model, folder / "model", like=run.model.path, card=card, extra_files=files, replace=True)
+    known = json.loads((folder / RUN_FILE).read_text())
+    write_json(folder / RUN_FILE, {**known, "finished": True})
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run that this folder holds has been trained to its end and exported."""
+    path = folder / RUN_FILE
+    return path.exists() and json.loads(path.read_text()).get("finished", False) and (folder / "model").exists()
+
+
+def show_result(folder: Path, word: str) -> int:
+    """Print what was measured before and after, and where the model is."""
+    summary(*before_and_after(folder))
+    print(f"{word}: the model is in {folder / 'model'}, the record in {folder / 'metrics.jsonl'}")
+    return 0
+
+
+def say_stopped(number: int, state: State, journal: Journal) -> int:
+    """Tell how to go on; exit code 75 (try again) after SIGTERM, 130 after Ctrl-C."""
+    journal.note(f"stopped and saved after step {int(state['step'])}; run the same command again to go on")
+    return 130 if number == signal.SIGINT else 75

@@ -1,0 +1,50 @@
+"""`python -m dpo_jax.train CONFIG [key=value ...]`: from a folder and preferences to a folder, as it happens."""
+
+import sys
+from collections.abc import Sequence
+
+from dpo_jax import config
+
+
+@config.command
+def main(argv: Sequence[str]) -> int:
+    """Read the settings, then train; nothing heavy is imported before they are known to be right."""
+    run = config.load(argv)
+    config.quiet_libraries()
+    return train(run)
+
+
+def train(run: config.Run) -> int:
+    """The whole job. Running it again goes on where it stopped; exit code 0 when done, 75 or 130 when stopped early."""
+    from dpo_jax import loop, stages
+    from dpo_jax.hf.tokenizer import load_tokenizer
+    from dpo_jax.training.checkpoints import Checkpoints
+
+    with stages.opened(run) as folder:
+        if stages.is_finished(folder):
+            return stages.show_result(folder, "this run is finished already")
+        mesh = stages.make_mesh(run)
+        tokenizer = load_tokenizer(run.model.path, run.data.template)
+        data = stages.load_data(run, tokenizer, folder, print)
+        steps = stages.number_of_steps(run, data)
+        policy = stages.load_model(run.model.path, mesh)
+        problem = stages.make_problem(run, policy, mesh)
+        with Checkpoints(folder / "checkpoints", run.checkpoint) as checkpoints:
+            start = checkpoints.latest()
+            with stages.make_journal(run, folder, steps, start) as journal:
+                reference = stages.make_reference(run, policy, problem, data, mesh, journal)
+                batches = stages.training_batches(run, data, steps, mesh, policy, reference)
+                trainer = loop.Trainer(run, policy, problem, batches, reference.weights, mesh)
+                evaluator = loop.Evaluator(run, problem, data, reference, tokenizer, mesh)
+                stages.record_run(run, folder, stages.facts(run, data, steps))
+                state = loop.start_or_resume(trainer, policy, checkpoints, start, evaluator, folder, journal)
+                del policy
+                state, stopped = loop.loop(run, trainer, state, evaluator, checkpoints, data, folder, journal)
+                if stopped:
+                    return stages.say_stopped(stopped, state, journal)
+                stages.export(run, problem.spec, state, folder, journal)
+        return stages.show_result(folder, "done")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

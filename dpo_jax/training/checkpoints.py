@@ -1,0 +1,439 @@
+"""What a run needs to go on where it stopped: saved beside training, sealed with digests, verified before it is used.
+
+Orbax writes and commits a step; it does not checksum array data (a flipped bit comes back as a wrong weight). So once
+a step is committed, a background thread digests every file of it into `manifest.json`. What a folder can hold:
+
+    100/  with manifest.json that verifies   usable
+    100/  with manifest.json that does not   damaged: renamed to 100.bad-<time>, never deleted
+    100/  committed, but no manifest.json    unfinished: killed between commit and seal; an older step is used
+    100.orbax-checkpoint-tmp/                killed while writing; removed when the folder is next opened
+    sealed                                   the newest step that was ever sealed here
+    anything else                            not ours: ignored
+
+Old steps are removed only after a newer one is sealed. So from the first seal on there is always a sealed step, and a
+folder with `sealed` but no usable step has lost something: that is an error, never a silent start from scratch.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from dpo_jax.settings import UserError
+from dpo_jax.training.settings import CheckpointSettings
+from dpo_jax.trees import paths
+
+_MANIFEST = "manifest.json"
+_SEALED = "sealed"
+_HASHERS = 4
+# Orbax's default is 1200. When one host cannot write, the others learn it only after this long.
+_TIMEOUT_SECONDS = 600
+_DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ESTALE,
+)
+_NONE, _REFUSED = -1, -2
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder that every process sees.
+
+    `save` returns as soon as the arrays are copied to the host; writing, sealing and removing old steps happen behind
+    training. A failed write surfaces at the next `save`, `wait` or `close`; earlier steps stay. The decision when to
+    save is the caller's. Process 0 seals, verifies and removes; all processes call every method, in the same order.
+
+        with Checkpoints(output / "checkpoints", settings, say=say) as checkpoints:
+            step = checkpoints.latest()
+            if step is not None:
+                state, record = checkpoints.restore(step, abstract_state)
+    """
+
+    def __init__(self, folder: str | Path, settings: CheckpointSettings, *, say: Callable[[str], None] = print):
+        """Open a folder, making it if it is not there, and remove what a killed run left half-written in it."""
+        if "://" in str(folder):
+            raise UserError(f"checkpoint folder {folder} is not a path; use a local or mounted folder")
+        self.folder = Path(folder).absolute()
+        self._settings = settings
+        self._say = say if jax.process_index() == 0 else _silent
+        self._good: set[int] = set()
+        self._pending: Future[None] | None = None
+        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                _remove_leftovers(self.folder)
+            self._manager = ocp.CheckpointManager(self.folder, options=_options())
+        logging.getLogger("absl").addFilter(_said_once)
+
+    def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
+        """Start saving a tree of arrays and a JSON-able record; a step that is already saved is left alone.
+
+        Raises:
+          UserError: this save or the one before it could not be written, or the folder holds this step of another run.
+        """
+        self.wait()
+        if step in self._good:
+            return
+        self._agreed(lambda: self._make_way(step))
+        items = {
+            "state": ocp.args.StandardSave(state),
+            "leaves": ocp.args.JsonSave(_leaves(state)),
+            "record": ocp.args.JsonSave(record),
+        }
+        with self._writing(step):
+            # `force` passes over Orbax's own rules for when to save; deciding that is the caller's.
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self._pending = self._finisher.submit(self._finish, step)
+
+    def latest(self) -> int | None:
+        """The newest step that verifies, or None where nothing was ever finished.
+
+        Damaged steps are renamed to `<step>.bad-<time>`. Every byte of the newest step is read.
+
+        Raises:
+          UserError: there were finished steps, and none of them can be used.
+        """
+        self.wait()
+        found = self._agreed(self._newest_usable)
+        if found == _NONE:
+            return None
+        self._good.add(found)
+        return found
+
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """A step's state and record; the state has the target's structure, and its shardings on any devices.
+
+        Args:
+          step: a saved step, as `latest` gives it.
+          abstract_state: tree of `jax.ShapeDtypeStruct` (or arrays) with shardings.
+
+        Raises:
+          UserError: the step is damaged, or a leaf is missing, new, or differs in shape or dtype; nothing is cast.
+        """
+        self.wait()
+        self._require_usable(step)
+        self._require_fit(step, abstract_state)
+        items = {"state": ocp.args.StandardRestore(jax.tree.map(_target, abstract_state))}
+        state = self._manager.restore(step, args=ocp.args.Composite(**items))["state"]
+        return state, self._read(step, "record")
+
+    def read_record(self, step: int) -> dict[str, Any]:
+        """A step's record alone; no array is read, so this is how settings are compared before anything is placed."""
+        self.wait()
+        if step not in self._good and (damage := _damage(self.folder / str(step), "record/")):
+            raise self._unusable(step, damage)
+        return self._read(step, "record")
+
+    def preempted(self, step: int) -> bool:
+        """Whether this machine was asked to stop (SIGTERM), agreed between processes; ask once per step."""
+        return self._manager.reached_preemption(step)
+
+    def wait(self) -> None:
+        """Return when the last save is written, sealed and the old steps are removed; raise if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except Exception:
+            # Orbax raises the same failure once more in this thread; it is reported already.
+            with suppress(Exception):
+                self._manager.wait_until_finished()
+            raise
+
+    def close(self) -> None:
+        """Finish the last save and release the threads."""
+        try:
+            self.wait()
+        finally:
+            self._finisher.shutdown()
+            self._manager.close()
+            logging.getLogger("absl").removeFilter(_said_once)
+
+    def __enter__(self) -> "Checkpoints":
+        """The folder itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Close; a failed last save is raised, unless something else went wrong before: then it is only said."""
+        try:
+            self.close()
+        except UserError as error:
+            if kind is None:
+                raise
+            self._say(str(error))
+
+    def _finish(self, step: int) -> None:
+        """Behind training: wait for the commit, seal it, and only then remove old steps."""
+        with self._writing(step):
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                _seal(self.folder / str(step))
+                _write_durably(self.folder / _SEALED, f"{step}\n")
+                self._remove_old(step)
+        self._good.add(step)
+
+    def _remove_old(self, newest: int) -> None:
+        sealed = [step for step, path in _steps(self.folder) if (path / _MANIFEST).exists()]
+        keep = set(sealed[: self._settings.keep])
+        if self._settings.keep_every is not None:
+            keep |= {step for step in sealed if step % self._settings.keep_every == 0}
+        unfinished = {step for step, path in _steps(self.folder) if step < newest and _unfinished(path)}
+        for step in set(sealed) - keep | unfinished:
+            self._good.discard(step)
+            _remove(self.folder / str(step))
+
+    def _newest_usable(self) -> int:
+        for step, path in _steps(self.folder):
+            if not (path / _MANIFEST).exists():
+                if _unfinished(path):
+                    self._say(f"checkpoint {path} was never finished; it is ignored")
+                continue
+            damage = _damage(path)
+            if damage is None:
+                return step
+            aside = _move_aside(path, "bad")
+            self._say(f"checkpoint {path} is damaged ({damage}); renamed to {aside.name}, looking for an older one")
+        if (self.folder / _SEALED).exists() or any(self.folder.glob("*.bad-*")):
+            raise UserError(
+                f"no checkpoint in {self.folder} can be used, though the run had saved some; put one back, or delete "
+                "this folder or choose another output to start from the beginning"
+            )
+        return _NONE
+
+    def _make_way(self, step: int) -> int:
+        """Clear the name of a step that is about to be saved; what is not ours is moved, never deleted."""
+        path = self.folder / str(step)
+        if (path / _MANIFEST).exists():
+            raise UserError(
+                f"checkpoint {path} exists already and this run did not start from it; "
+                "delete the folder or choose another output"
+            )
+        if _unfinished(path):
+            _remove(path)
+        elif os.path.lexists(path):
+            self._say(f"{path} is not a checkpoint and in the way; renamed to {_move_aside(path, 'stray').name}")
+        return step
+
+    def _agreed(self, decide: Callable[[], int]) -> int:
+        """Process 0's decision, on every process; if it refuses, all refuse."""
+        if jax.process_count() == 1:
+            return decide()
+        outcome, refusal = _REFUSED, None
+        if jax.process_index() == 0:
+            try:
+                outcome = decide()
+            except UserError as error:
+                refusal = error
+        outcome = int(multihost_utils.broadcast_one_to_all(np.int64(outcome)))
+        if outcome == _REFUSED:
+            raise refusal or UserError(f"process 0 refuses checkpoint folder {self.folder}; its message says why")
+        return outcome
+
+    def _require_usable(self, step: int) -> None:
+        if step not in self._good:
+            if damage := _damage(self.folder / str(step)):
+                raise self._unusable(step, damage)
+            self._good.add(step)
+
+    def _require_fit(self, step: int, abstract_state: Any) -> None:
+        """Refuse a target whose leaves are not those of the checkpoint: Orbax would cast dtypes without a word."""
+        saved, wanted = self._read(step, "leaves"), _leaves(abstract_state)
+        different = [path for path in saved | wanted if saved.get(path) != wanted.get(path)]
+        if different:
+            path = different[0]
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} does not fit this run: leaf {path} is "
+                f"{saved.get(path, 'missing')} there and {wanted.get(path, 'missing')} here ({len(different)} of "
+                f"{len(saved | wanted)} leaves differ); use the settings it was saved with, or another output"
+            )
+
+    def _read(self, step: int, item: str) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
+
+    def _unusable(self, step: int, damage: str) -> UserError:
+        return UserError(f"checkpoint {self.folder / str(step)} cannot be used ({damage}); choose another step")
+
+    @contextmanager
+    def _writing(self, step: int | None = None) -> Iterator[None]:
+        """Turn what the machine refuses into one line; any other error is ours and passes as it is."""
+        path = self.folder if step is None else self.folder / str(step)
+        try:
+            yield
+        except Exception as error:
+            if step is not None and jax.process_index() == 0:
+                # Orbax leaves the space of a failed save to the next run; a full disk needs it now.
+                for partial in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(partial, ignore_errors=True)
+            if (reason := _disk_reason(error)) is None:
+                raise
+            raise UserError(
+                f"cannot write checkpoint {path}: {reason}; earlier checkpoints are kept: free some space or correct "
+                "the folder's permissions, then run the same command again"
+            ) from error
+
+
+class _Names(ocp.step.NameFormat):
+    """Plain step numbers. Orbax is told of no earlier steps: it takes any folder with a number for one."""
+
+    def build_name(self, step: int) -> str:
+        return str(step)
+
+    def find_all(self, base_path: Any) -> Iterator[Any]:
+        del base_path
+        return iter(())
+
+    def find_step(self, base_path: Any, step: int) -> Any:
+        return ocp.step.standard_name_format().find_step(base_path, step)
+
+
+def _options() -> ocp.CheckpointManagerOptions:
+    return ocp.CheckpointManagerOptions(
+        step_name_format=_Names(),
+        cleanup_tmp_directories=True,
+        save_root_metadata=False,
+        async_options=ocp.AsyncOptions(timeout_secs=_TIMEOUT_SECONDS),
+    )
+
+
+def _disk_reason(error: Exception) -> str | None:
+    """The operating system's words, also where Orbax and TensorStore wrap them in errors of their own."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return next((reason for reason in map(os.strerror, _DISK_ERRORS) if reason in str(error)), None)
+
+
+def _said_once(record: logging.LogRecord) -> bool:
+    """Drop Orbax's log of errors that it also raises: one full disk is 500 lines of tracebacks from four threads."""
+    return record.exc_info is None or "orbax" not in record.pathname
+
+
+def _silent(_: str) -> None:
+    """Say nothing: every process but the first."""
+
+
+def _target(leaf: Any) -> jax.ShapeDtypeStruct:
+    assert leaf.sharding is not None, "restore needs a sharding for every leaf"
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+    """Each leaf's dtype and shape by path: `{"params/w": "float32[4, 8]"}`."""
+    return {path: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for path, leaf in paths(tree).items()}
+
+
+def _steps(folder: Path) -> list[tuple[int, Path]]:
+    """Real folders whose name is a step number, newest first."""
+    names = (path for path in folder.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", path.name))
+    return sorted(((int(p.name), p) for p in names if p.is_dir() and not p.is_symlink()), reverse=True)
+
+
+def _unfinished(path: Path) -> bool:
+    """Whether this is a step that Orbax committed and nothing sealed."""
+    committed = (path / "_CHECKPOINT_METADATA").exists() or (path / "commit_success.txt").exists()
+    return committed and not path.is_symlink() and not (path / _MANIFEST).exists()
+
+
+def _move_aside(path: Path, why: str) -> Path:
+    aside = path.with_name(f"{path.name}.{why}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}")
+    path.rename(aside)
+    return aside
+
+
+def _remove(path: Path) -> None:
+    """Delete a step; the rename comes first, so that a kill on the way leaves nothing that looks like a step."""
+    doomed = path.with_name(f"{path.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.glob("*.removed"):
+        if re.fullmatch(r"[0-9]+\.removed", path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _seal(step: Path) -> None:
+    """Write the size and digest of each file of a committed step, once all of them are on the disk."""
+    files = sorted(path for path in step.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(_HASHERS) as pool:
+        list(pool.map(_sync, [*files, *(path for path in step.rglob("*") if path.is_dir()), step, step.parent]))
+        digests = list(pool.map(_digest, files))
+    table = {str(f.relative_to(step)): [f.stat().st_size, d] for f, d in zip(files, digests, strict=True)}
+    _write_durably(step / _MANIFEST, _manifest_text(table))
+
+
+def _manifest_text(table: Any) -> str:
+    return json.dumps(table, indent=1, sort_keys=True) + "\n"
+
+
+def _damage(step: Path, under: str = "") -> str | None:
+    """What is wrong with the files of a step whose names begin with `under`, or None."""
+    try:
+        text = (step / _MANIFEST).read_text()
+        table = json.loads(text)
+        if not table or text != _manifest_text(table):
+            return f"{_MANIFEST} was changed"
+        claims = [(step / name, size, digest) for name, (size, digest) in table.items() if name.startswith(under)]
+    except OSError as error:
+        return f"{_MANIFEST}: {error.strerror}"
+    except (ValueError, TypeError, AttributeError):
+        return f"{_MANIFEST} was changed"
+    with ThreadPoolExecutor(_HASHERS) as pool:
+        return next(filter(None, pool.map(lambda claim: _file_damage(step, *claim), claims)), None)
+
+
+def _file_damage(step: Path, path: Path, size: int, digest: str) -> str | None:
+    name = path.relative_to(step)
+    try:
+        found = path.stat().st_size
+        if found != size:
+            return f"{name} has {found} bytes instead of {size}"
+        return None if _digest(path) == digest else f"{name} has other bytes than were saved"
+    except (OSError, ValueError) as error:
+        return f"{name}: {error}"
+
+
+def _write_durably(path: Path, text: str) -> None:
+    """Replace a file's text so that even a power cut leaves either the old text or the new."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    _sync(partial)
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,441 @@
+"""What a run writes down while it goes on: `metrics.jsonl` (the truth), TensorBoard, other services, and the terminal.
+
+Names are TRL's (`rewards/margins`, `logps/chosen`, ...); `eval_` stands before what was measured on held-out pairs.
+"""
+
+import contextlib
+import datetime
+import functools
+import importlib
+import json
+import math
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, SupportsFloat
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from dpo_jax.settings import UserError, printable
+from dpo_jax.training.settings import LogSettings
+
+METRICS_FILE = "metrics.jsonl"
+
+METRICS: dict[str, str] = {
+    "loss": "mean objective of the step's pairs",
+    "grad_norm": "global norm of the gradient, before clipping",
+    "learning_rate": "rate of this step",
+    "epoch": "passes over the data so far",
+    "rewards/chosen": "mean of beta x (policy - reference) log-probability of chosen completions",
+    "rewards/rejected": "the same of rejected completions",
+    "rewards/accuracies": "share of pairs whose chosen reward is greater",
+    "rewards/margins": "mean of chosen reward - rejected reward",
+    "logps/chosen": "mean summed log-probability of chosen completions",
+    "logps/rejected": "the same of rejected completions",
+    "logps/accuracies": "share of pairs whose chosen completion is the more likely one",
+    "logits/chosen": "mean logit over chosen completion tokens and the vocabulary",
+    "logits/rejected": "the same over rejected completion tokens",
+    "entropy": "mean entropy of the next token, over completion tokens",
+    "mean_token_accuracy": "share of chosen completion tokens that are the most likely token",
+    "num_tokens": "tokens seen so far",
+    "lengths/chosen": "mean tokens of a chosen completion",
+    "lengths/rejected": "mean tokens of a rejected completion",
+    "kl": "estimated divergence of the policy from the reference, per completion",
+    "truncated": "pairs of the step of which a part was cut",
+    "dropped": "rows of the data that could not be used",
+    "good_answers": "share of held-out questions that were answered well",
+    "step_seconds": "wall time of the step",
+    "pairs_per_second": "pairs per second of wall time",
+    "tokens_per_second": "token slots per second of wall time",
+    "memory_bytes": "most bytes in use on one device",
+}
+"""Every metric and what it is."""
+
+TIME_FIELDS = ("step_seconds", "pairs_per_second", "tokens_per_second", "memory_bytes")
+"""What two runs of the same mathematics may differ in (`eval_` forms too); everything else in a record is the same."""
+
+TERMINAL = (
+    ("loss", "loss", "{:.4f}"),
+    ("rewards/accuracies", "accuracy", "{:.3f}"),
+    ("rewards/margins", "margin", "{:+.3f}"),
+    ("grad_norm", "grad", "{:.2f}"),
+    ("pairs_per_second", "pairs/s", "{:.1f}"),
+)
+"""What a line of the terminal shows: name, label, format."""
+
+SUMMARY = (
+    ("rewards/accuracies", "held-out accuracy", "{:.1%}"),
+    ("logps/accuracies", "chosen more likely", "{:.1%}"),
+    ("rewards/margins", "held-out margin", "{:+.3f}"),
+    ("loss", "held-out loss", "{:.4f}"),
+    ("good_answers", "good answers", "{:.1%}"),
+)
+"""Rows of the summary at the end of a run."""
+
+PLAIN_LINES = 200
+"""Most step lines of a run on a terminal that cannot redraw."""
+
+
+class Writer(Protocol):
+    """Somewhere metrics go."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take over the metrics of a step; more of the same step may follow."""
+
+    def close(self) -> None:
+        """Finish."""
+
+
+def read_records(path: Path | str) -> list[dict[str, Any]]:
+    """Records of a `metrics.jsonl`. A last line that was not written to its end (the process was killed) is left out.
+
+    Raises:
+      UserError: another line is not a record.
+    """
+    records = []
+    lines = Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last line break is empty, or torn
+        try:
+            record = json.loads(line)
+            known = isinstance(record, dict) and isinstance(record.get("step"), int)
+        except ValueError:
+            known = False
+        if not known:
+            raise UserError(f"{path}:{number}: is not a record of metrics; restore the file or move it away")
+        records.append(record)
+    return records
+
+
+def _encoded(record: Mapping[str, Any]) -> str:
+    """A line of JSON. nan and inf, which JSON does not have, are null, and the record says so."""
+    broken = {name: None for name, value in record.items() if not math.isfinite(value)}
+    return json.dumps({**record, **broken, **({"nonfinite": True} if broken else {})}, allow_nan=False) + "\n"
+
+
+class MetricsFile:
+    """`metrics.jsonl`: a JSON object per record, flushed as it is written."""
+
+    def __init__(self, folder: Path, resume_step: int):
+        """Go on after step `resume_step`: what was recorded of later steps is dropped, so no step is there twice."""
+        path = folder / METRICS_FILE
+        old = read_records(path) if resume_step >= 0 and path.exists() else []
+        kept = [record for record in old if record["step"] <= resume_step]
+        draft = path.with_name(METRICS_FILE + ".tmp")
+        with open(draft, "w", encoding="utf-8") as handle:
+            handle.writelines(json.dumps(record, allow_nan=False) + "\n" for record in kept)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(draft, path)
+        self._handle = open(path, "a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add a record."""
+        self._handle.write(_encoded({"step": step, **metrics}))
+        self._handle.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._handle.close()
+
+
+class TensorBoard:
+    """Event files beside `metrics.jsonl`; a resumed run hides the events of the steps that it repeats."""
+
+    def __init__(self, folder: Path, resume_step: int):
+        """Write into `folder/tensorboard`."""
+        from tensorboardX import SummaryWriter
+
+        first = resume_step + 1
+        # the suffix: two files that begin in the same second would be one, and the older one lost
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first, filename_suffix=f".{first}")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add the finite metrics as scalars."""
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+
+class Service:
+    """wandb, or trackio, which has the same functions."""
+
+    def __init__(self, name: str, folder: Path, resume_step: int):
+        """Begin a run named after the output folder, or go on with it."""
+        try:
+            self._module: Any = importlib.import_module(name)
+        except ModuleNotFoundError:
+            raise UserError(
+                f"log.loggers: {name}: is not installed; pip install 'dpo_jax[loggers]', or leave it out"
+            ) from None
+        mark = folder / f"{name}_run"
+        run = mark.read_text() if resume_step >= 0 and mark.exists() else uuid.uuid4().hex[:12]
+        mark.write_text(run)
+        # trackio knows a run by its name, wandb by its id
+        options = {"id": run, "dir": str(folder)} if name == "wandb" else {}
+        self._module.init(project="dpo_jax", name=f"{folder.resolve().name}-{run}", resume="allow", **options)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Send the finite metrics."""
+        self._module.log({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
+
+    def close(self) -> None:
+        """End the run."""
+        self._module.finish()
+
+
+class Guarded:
+    """A writer that the run does not depend on: when it fails, it is left out from then on, with one warning."""
+
+    def __init__(self, name: str, make: Callable[[], Writer], warn: Callable[[str], None]):
+        """Make the writer. That its package is missing is an error at once, not a warning later."""
+        self._name, self._warn, self._writer = name, warn, None
+        self._attempt(lambda: setattr(self, "_writer", make()))
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except UserError:
+            raise
+        except Exception as error:  # a service may raise anything; a night of training must not end with it
+            self._writer = None
+            self._warn(f"warning: {self._name} is switched off: {type(error).__name__}: {error}")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write, if the writer still works."""
+        if (writer := self._writer) is not None:
+            self._attempt(lambda: writer.write(step, metrics))
+
+    def close(self) -> None:
+        """Close, if the writer still works."""
+        if (writer := self._writer) is not None:
+            self._attempt(writer.close)
+
+
+def _labelled(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    return [(label, form.format(metrics[name])) for name, label, form in TERMINAL if name in metrics]
+
+
+def _put(console: Console, line: str) -> None:
+    """Print a whole line. A terminal that went away, or lacks a letter, does not stop a run."""
+    letters = line.encode(console.encoding, "backslashreplace").decode(console.encoding)
+    with contextlib.suppress(OSError, ValueError):
+        print(letters, file=console.file, flush=True)
+
+
+class PlainTerminal:
+    """One line now and then, for logs and terminals that cannot redraw."""
+
+    def __init__(self, console: Console, total_steps: int, every: int):
+        """Show at most about `PLAIN_LINES` steps of the run, and the first and the last."""
+        self._console, self._total, self._phase = console, total_steps, ""
+        self._every = every * math.ceil(total_steps / (PLAIN_LINES * every))
+        self._first: tuple[int, float] | None = None
+
+    def phase(self, text: str) -> None:
+        """Say what begins. A phase that only counts on (`reference 3/10`) says nothing new."""
+        kind = re.sub(r"\d+", "#", text)
+        if kind and kind != self._phase:
+            self.note(text)
+        self._phase = kind
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show a step if its turn has come."""
+        now = time.monotonic()
+        first, began = self._first = self._first or (step, now)
+        if step in (first, self._total) or step % self._every == 0:
+            left = (self._total - step) * (now - began) / max(step - first, 1)
+            tail = f"  left {datetime.timedelta(seconds=int(left))}" if step > first else ""
+            shown = "  ".join(f"{label} {value:>7}" for label, value in _labelled(metrics))
+            self.note(f"step {step:>{len(str(self._total))}}/{self._total}  {shown}{tail}")
+
+    def note(self, line: str) -> None:
+        """Print a line."""
+        _put(self._console, printable(line))
+
+    def close(self) -> None:
+        """Nothing is left to do."""
+
+
+class LiveTerminal:
+    """A progress bar that is drawn again in place."""
+
+    def __init__(self, console: Console, total_steps: int, resume_step: int):
+        """A bar that appears with the first phase or step."""
+        self._room = max(console.width - 36, 0)  # what the phase, the count and the time leave
+        bar = [BarColumn(bar_width=20)] if console.width >= 120 else []
+        left = [TimeRemainingColumn()] if console.width >= 60 else []
+        words = [TextColumn(f"{{task.fields[{field}]}}", markup=False) for field in ("phase", "metrics")]
+        self._progress = Progress(words[0], *bar, MofNCompleteColumn(), words[1], *left, console=console)
+        done = max(resume_step, 0)
+        self._task: TaskID = self._progress.add_task("", total=total_steps, completed=done, phase="", metrics="")
+
+    def phase(self, text: str) -> None:
+        """Show what is being done, left of the bar."""
+        self._progress.start()
+        self._progress.update(self._task, phase=printable(text))
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Move the bar."""
+        self._progress.start()
+        self._progress.update(self._task, completed=step, phase="training", metrics=self._fitting(metrics))
+
+    def _fitting(self, metrics: Mapping[str, float]) -> str:
+        text = ""
+        for label, value in _labelled(metrics):
+            longer = f"{text}  {label} {value}".lstrip()
+            text = longer if len(longer) <= self._room else text
+        return text
+
+    def note(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._progress.console.print(Text(printable(line)), soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._progress.stop()
+
+
+class Silent:
+    """The terminal of a process that is not the first: nothing."""
+
+    def phase(self, text: str) -> None:
+        """Say nothing."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show nothing."""
+
+    def note(self, line: str) -> None:
+        """Print nothing."""
+
+    def close(self) -> None:
+        """Nothing is left to do."""
+
+
+def _redraws(console: Console) -> bool:
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+class Journal:
+    """Everything a run writes down, as a context manager. Only process 0 of a run writes; on others all is silent.
+
+    So that a resumed run's `metrics.jsonl` is that of a run that was never interrupted, record a step and its
+    evaluation before the checkpoint of that step is saved.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        total_steps: int,
+        settings: LogSettings,
+        resume_step: int = -1,
+        *,
+        process: int = 0,
+        console: Console | None = None,
+    ):
+        """Write into `folder`, from the start (-1) or going on after step `resume_step`."""
+        self._every, self._total = settings.every, total_steps
+        self._writers: list[Writer] = []
+        self._terminal: PlainTerminal | LiveTerminal | Silent = Silent()
+        if process != 0:
+            return
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        screen = console or Console()
+        self._terminal = (
+            LiveTerminal(screen, total_steps, resume_step)
+            if _redraws(screen)
+            else PlainTerminal(screen, total_steps, settings.every)
+        )
+        optional: dict[str, Callable[[], Writer]] = {
+            name: functools.partial(Service, name, folder, resume_step) for name in settings.loggers
+        }
+        if settings.tensorboard:
+            optional["TensorBoard"] = functools.partial(TensorBoard, folder, resume_step)
+        guarded = [Guarded(name, make, self.note) for name, make in optional.items()]
+        self._writers = [MetricsFile(folder, resume_step), *guarded]
+
+    def __enter__(self) -> "Journal":
+        """The journal itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close all that is written to, whatever ended the run."""
+        self._terminal.close()
+        for writer in self._writers:
+            writer.close()
+
+    def due(self, step: int) -> bool:
+        """Whether a step (1, 2, ... total) is to be recorded: the first, the last, and each `log.every` steps."""
+        return step in (1, self._total) or step % self._every == 0
+
+    def phase(self, text: str) -> None:
+        """Say what is being done: `compiling`, `reference log-probabilities 3/10`."""
+        self._terminal.phase(text)
+
+    def step(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Record a step."""
+        numbers = _numbers(metrics)
+        self._write(step, numbers)
+        self._terminal.step(step, numbers)
+
+    def evaluation(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Record what was measured on held-out data after a step, each name with `eval_` before it."""
+        numbers = _numbers(metrics)
+        self._write(step, {name if name.startswith("eval_") else f"eval_{name}": n for name, n in numbers.items()})
+        self._terminal.note(f"evaluation after step {step}  {_measured(numbers)}")
+
+    def note(self, line: str) -> None:
+        """Show a line on the terminal."""
+        self._terminal.note(line)
+
+    def _write(self, step: int, numbers: Mapping[str, float]) -> None:
+        for writer in self._writers:
+            writer.write(step, numbers)
+
+
+def _numbers(metrics: Mapping[str, SupportsFloat]) -> dict[str, float]:
+    return {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
+
+
+def _measured(metrics: Mapping[str, float]) -> str:
+    named = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    return "  ".join(f"{label} {form.format(named[name])}" for name, label, form in SUMMARY if name in named)
+
+
+def summary(before: Mapping[str, Any], after: Mapping[str, Any], *, console: Console | None = None) -> None:
+    """Print two records of held-out data side by side; a row that neither has is left out.
+
+    held-out accuracy    50.0% ->  71.4%
+    good answers         12.5% ->  87.5%
+    """
+    screen = console or Console()
+    sides = [{name.removeprefix("eval_"): value for name, value in side.items()} for side in (before, after)]
+    rows = [
+        (label, *("-" if side.get(name) is None else form.format(side[name]) for side in sides))
+        for name, label, form in SUMMARY
+        if any(name in side for side in sides)
+    ]
+    if not rows:
+        return
+    if _redraws(screen):
+        table = Table("", Column("before", justify="right"), Column("after", justify="right"))
+        for row in rows:
+            table.add_row(*row)
+        screen.print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for label, old, new in rows:
+        _put(screen, f"{label:<{widths[0]}}  {old:>{widths[1]}} -> {new:>{widths[2]}}")

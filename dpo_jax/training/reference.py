@@ -1,0 +1,74 @@
+"""The reference as data: its log-probabilities, computed once and kept in a content-addressed file."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from dpo_jax.data.encode import Encoded
+
+VERSION = "1"
+"""Changed whenever the same weights and tokens would give other numbers."""
+
+
+def cache_key(weights_digest: str, encoded: Encoded, compute_dtype: str) -> str:
+    """Digest of everything that changes the numbers: weights, token ids, what is scored after what, and dtype."""
+    return hashlib.sha256(f"{VERSION} {weights_digest} {compute_dtype} {data_digest(encoded)}".encode()).hexdigest()
+
+
+def data_digest(encoded: Encoded) -> str:
+    """SHA-256 of every array of a data set, so of every token and of every pair with its weight and margin."""
+    digest = hashlib.sha256()
+    for field in dataclasses.fields(encoded):
+        array = getattr(encoded, field.name)
+        if isinstance(array, np.ndarray):
+            digest.update(f"{field.name}{array.dtype}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def cached(folder: Path, key: str, completions: int, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """Log-probabilities by completion, float32 in nats: read from `folder/reference-KEY.bin`, or computed and kept.
+
+    A file that is damaged (its digest differs) is computed again. Values that are not finite are never written.
+
+    Raises:
+      ValueError: `compute` returned a value that is not finite, or not one per completion.
+    """
+    path = folder / f"reference-{key[:40]}.bin"
+    values = _read(path, completions)
+    if values is not None:
+        return values
+    values = np.asarray(compute(), np.float32)
+    if values.shape != (completions,) or not np.isfinite(values).all():
+        bad = int((~np.isfinite(values)).sum())
+        raise ValueError(f"the reference gave {bad} non-finite log-probabilities of {values.shape}")
+    _write(path, values)
+    return values
+
+
+def _read(path: Path, completions: int) -> np.ndarray | None:
+    """The file's values, or None if it is absent or damaged."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    digest, body = data[:32], data[32:]
+    if hashlib.sha256(body).digest() != digest or len(body) != 4 * completions:
+        return None
+    return np.frombuffer(body, np.float32).copy()
+
+
+def _write(path: Path, values: np.ndarray) -> None:
+    """Digest and values, put in place in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    body = np.ascontiguousarray(values).tobytes()
+    with temporary.open("wb") as file:
+        file.write(hashlib.sha256(body).digest() + body)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,56 @@
+"""Trees of arrays seen as a flat table of paths `a/b/c`, and ordered tables of rules over those paths."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import jax
+
+T = TypeVar("T")
+
+
+def paths(tree: Any) -> dict[str, Any]:
+    """Leaves of a nested dict by path, in the tree's own order: `{"a": {"b": x}}` -> `{"a/b": x}`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def from_paths(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict whose `paths` are this table."""
+    tree: dict[str, Any] = {}
+    for path, leaf in table.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def match(path: str, rules: Iterable[tuple[str, T]], *, table: str) -> T:
+    """Value of the first rule whose pattern matches the whole path.
+
+    Raises:
+      ValueError: no rule of `table` (its name, for the message) claims the path.
+    """
+    for pattern, value in rules:
+        if re.fullmatch(pattern, path):
+            return value
+    raise ValueError(f"no rule of the {table} table matches leaf {path!r}; add one")
+
+
+def map_by_rules(tree: Any, rules: Iterable[tuple[str, T]], *, table: str) -> Any:
+    """The tree with each leaf replaced by the value of the rule that claims it."""
+    rules = list(rules)
+    return from_paths({path: match(path, rules, table=table) for path in paths(tree)})
+
+
+def num_parameters(tree: Any) -> int:
+    """Elements in all leaves."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes in all leaves."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

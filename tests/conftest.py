@@ -1,0 +1,26 @@
+"""What every test stands on: four fake CPU devices, no compile cache, and arrays that never promote on their own."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also for the processes that tests start
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_enable_compilation_cache", False)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference models and data that lies beside a full checkout."""
+    for folder in (ROOT.parent / "shared", ROOT / "shared"):
+        if folder.is_dir():
+            return folder
+    pytest.skip("needs the folder of reference models and data, which is not part of the repository")

@@ -1,0 +1,365 @@
+"""A checkpoint comes back bit for bit, or its damage is noticed and an older one is used."""
+
+import functools
+import os
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dpo_jax.settings import UserError
+from dpo_jax.training.checkpoints import Checkpoints
+from dpo_jax.training.settings import CheckpointSettings
+from dpo_jax.trees import paths
+
+
+def rows_sharding(devices: int) -> NamedSharding:
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+@functools.cache
+def a_state(seed: int, *, devices: int = 1):
+    """Parameters in two dtypes, their AdamW state, and a counter; arrays split by rows."""
+    rng, array = np.random.default_rng(seed), jax.ShapeDtypeStruct
+    params = {
+        "block": {"kernel": array((8, 12), jnp.float32), "scale": array((8,), jnp.float32)},
+        "embed": array((16, 4), jnp.bfloat16),
+    }
+    state = {
+        "params": params,
+        "opt": jax.eval_shape(optax.adamw(1e-3).init, params),
+        "step": array((), jnp.int32),
+    }
+    return jax.tree.map(
+        lambda x: jax.device_put((100 * rng.standard_normal(x.shape)).astype(x.dtype), x.sharding),
+        abstract(state, devices=devices),
+    )
+
+
+def abstract(state, *, devices: int = 1):
+    rows = rows_sharding(devices)
+    replicated = NamedSharding(rows.mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows if x.ndim else replicated), state
+    )
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for (path, a), b in zip(paths(left).items(), jax.tree.leaves(right), strict=True):
+        assert a.dtype == b.dtype, path
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+
+
+def opened(folder: Path, said: list[str] | None = None, **settings) -> Checkpoints:
+    return Checkpoints(folder, CheckpointSettings(**settings), say=(said if said is not None else []).append)
+
+
+def with_steps(folder: Path, *steps: int, **settings) -> Path:
+    with opened(folder, **settings) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, a_state(step), {"step": step})
+    return folder
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {"sealed"}
+
+
+def test_restore_inverts_save(tmp_path):
+    state, record = a_state(3), {"step": 3, "seed": 0, "loss": 0.1, "rows": [1, 2], "name": "é", "none": None}
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.latest() is None
+        checkpoints.save(3, state, record)
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.latest() == 3
+        assert checkpoints.read_record(3) == record
+        restored, found = checkpoints.restore(3, abstract(state))
+    assert found == record
+    assert_same(restored, state)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_restores_onto_other_devices(tmp_path, devices):
+    state = a_state(1, devices=4)
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        target = abstract(state, devices=devices)
+        restored, _ = checkpoints.restore(1, target)
+    assert_same(restored, state)
+    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, target)
+
+
+def test_training_that_goes_on_does_not_change_what_is_saved(tmp_path):
+    train = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    state = train({"w": jnp.zeros((512, 512)), "step": jnp.int32(0)})
+    with opened(tmp_path, keep=9) as checkpoints:
+        for step in range(1, 5):
+            checkpoints.save(step, state, {})
+            for _ in range(5):
+                state = train(state)
+        for step in range(1, 5):
+            restored, _ = checkpoints.restore(step, jax.tree.map(lambda x: x, state))
+            assert int(restored["step"]) == 1 + 5 * (step - 1)
+            assert float(restored["w"].min()) == float(restored["w"].max()) == 1 + 5 * (step - 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"keep": 1}, {6}),
+        ({"keep": 2}, {5, 6}),
+        ({"keep": 1, "keep_every": 2}, {2, 4, 6}),
+        ({"keep": 9}, set(range(1, 7))),
+    ],
+)
+def test_keep_rules(tmp_path, settings, kept):
+    assert names(with_steps(tmp_path, *range(1, 7), **settings)) == {str(step) for step in kept}
+
+
+def test_an_old_step_stays_until_a_newer_one_is_sealed(tmp_path, monkeypatch):
+    with_steps(tmp_path, 1, keep=1)
+
+    def full(step):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr("dpo_jax.training.checkpoints._seal", full)
+    with pytest.raises(UserError, match="No space left"), opened(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(2, a_state(2), {})
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.latest() == 1
+
+
+def test_saving_a_saved_step_again_does_nothing(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, a_state(1), {"first": True})
+        checkpoints.save(1, a_state(1), {"first": False})
+        assert checkpoints.read_record(1) == {"first": True}
+    with opened(tmp_path) as checkpoints, pytest.raises(UserError, match="exists already"):
+        checkpoints.save(1, a_state(1), {})
+
+
+def damages(file: Path, rng: random.Random):
+    """The file with single bits flipped, cut, grown, emptied and gone."""
+    whole = file.read_bytes()
+    for _ in range(4):
+        flipped = bytearray(whole)
+        flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        yield bytes(flipped)
+    yield whole[: rng.randrange(len(whole))]
+    yield whole + b"\n"
+    yield b""
+    yield None
+
+
+def test_every_damage_is_noticed_and_the_older_step_used(tmp_path):
+    step = with_steps(tmp_path, 1, 2) / "2"
+    rng, said, tried = random.Random(0), [], 0
+    with opened(tmp_path, said) as checkpoints:
+        for file in sorted(path for path in step.rglob("*") if path.is_file()):
+            whole = file.read_bytes()
+            for damaged in damages(file, rng):
+                file.unlink() if damaged is None else file.write_bytes(damaged)
+                assert checkpoints.latest() == 1, (file, damaged, whole)
+                tried += 1
+                for aside in tmp_path.glob("2.bad-*"):
+                    aside.rename(step)
+                file.write_bytes(whole)
+        assert len(said) == tried >= 100
+        assert checkpoints.latest() == 2
+        assert_same(checkpoints.restore(1, abstract(a_state(1)))[0], a_state(1))
+
+
+def test_a_damaged_step_is_renamed_named_and_never_deleted(tmp_path):
+    data = next((with_steps(tmp_path, 1, 2) / "2").glob("state/ocdbt.process_0/d/*"))
+    data.write_bytes(b"x" + data.read_bytes()[1:])
+    said = []
+    with opened(tmp_path, said) as checkpoints:
+        with pytest.raises(UserError, match="other bytes than were saved"):
+            checkpoints.restore(2, abstract(a_state(2)))
+        assert checkpoints.latest() == 1
+        checkpoints.save(2, a_state(2), {})
+        assert checkpoints.latest() == 2
+    (aside,) = tmp_path.glob("2.bad-*")
+    assert (aside / data.relative_to(tmp_path / "2")).read_bytes().startswith(b"x")
+    assert len(said) == 1
+    assert aside.name in said[0] and data.name in said[0]
+
+
+@pytest.mark.parametrize("lost", ["data", "manifest.json", "everything"])
+def test_a_run_that_lost_its_only_step_never_starts_from_scratch(tmp_path, lost):
+    step = with_steps(tmp_path, 1) / "1"
+    if lost == "data":
+        next(step.glob("state/d/*")).write_bytes(b"")
+    elif lost == "manifest.json":
+        (step / lost).unlink()
+    else:
+        shutil.rmtree(step)
+    for _ in range(2):
+        with opened(tmp_path) as checkpoints, pytest.raises(UserError, match=re.escape(str(tmp_path))):
+            checkpoints.latest()
+
+
+def test_stray_entries_are_ignored(tmp_path):
+    with_steps(tmp_path, 1)
+    (tmp_path / "99").mkdir()
+    (tmp_path / "97").write_text("a file")
+    for name in ("-5", "007", "3.5", "notes", "5.bad"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "98").symlink_to(tmp_path / "1")
+    strays = names(tmp_path)
+    with opened(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.latest() == 1
+        checkpoints.save(2, a_state(2), {})
+        assert checkpoints.latest() == 2
+        assert names(tmp_path) == strays - {"1"} | {"2"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "symlink"])
+def test_a_stray_in_the_way_is_moved_not_deleted(tmp_path, kind):
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "text").write_text("keep me")
+    stray = tmp_path / "checkpoints" / "2"
+    stray.parent.mkdir()
+    match kind:
+        case "folder":
+            shutil.copytree(tmp_path / "else", stray)
+        case "file":
+            stray.write_text("keep me")
+        case "symlink":
+            stray.symlink_to(tmp_path / "else")
+    with opened(stray.parent) as checkpoints:
+        checkpoints.save(2, a_state(2), {})
+        assert checkpoints.latest() == 2
+    (aside,) = stray.parent.glob("2.stray-*")
+    assert (aside if kind == "file" else aside / "text").read_text() == "keep me"
+
+
+def changed(state, path: str, leaf):
+    state = dict(state)
+    state[path] = leaf
+    return state
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (lambda s: changed(s, "step", s["step"].astype(jnp.int16)), r"step is int32\[\] there and int16\[\] here"),
+        (
+            lambda s: jax.tree.map(lambda x: x.astype(jnp.bfloat16), s),
+            r"leaf opt/0/count is int32\[\] there and bfloat16\[\] here",
+        ),
+        (lambda s: changed(s, "step", jnp.zeros((2,), jnp.int32)), r"int32\[\] there and int32\[2\] here"),
+        (lambda s: changed(s, "more", jnp.int32(1)), "more is missing there"),
+        (lambda s: {"params": s["params"], "opt": s["opt"]}, "step is int32.* missing here"),
+    ],
+    ids=["integer", "every dtype", "shape", "more", "fewer"],
+)
+def test_a_target_that_differs_is_refused_in_one_line(tmp_path, target, message):
+    state = a_state(1)
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        with pytest.raises(UserError, match=message) as refusal:
+            checkpoints.restore(1, target(state))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_is_there(tmp_path, caplog):
+    with_steps(tmp_path, 1)
+    big = {"w": jax.random.normal(jax.random.key(0), (512, 512))}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with opened(tmp_path) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limit[1]))
+        try:
+            checkpoints.save(2, big, {})
+            with pytest.raises(UserError, match="cannot write checkpoint .*/2: File too large") as refusal:
+                checkpoints.save(3, big, {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert "\n" not in str(refusal.value)
+        assert not caplog.records
+        assert names(tmp_path) == {"1"}
+        assert checkpoints.latest() == 1
+        checkpoints.save(2, big, {})
+        assert checkpoints.latest() == 2
+
+
+def test_an_error_inside_the_block_is_not_hidden_by_a_failed_save(tmp_path, monkeypatch):
+    said = []
+
+    def full(step):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr("dpo_jax.training.checkpoints._seal", full)
+    with pytest.raises(ZeroDivisionError), opened(tmp_path, said) as checkpoints:
+        checkpoints.save(1, a_state(1), {})
+        raise ZeroDivisionError
+    assert "No space left" in said[0]
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", "gs://bucket/run"):
+        with pytest.raises(UserError, match="checkpoint"):
+            opened(folder)
+
+
+KILLED = """
+import os, sys, time
+import jax.numpy as jnp
+from dpo_jax.training import checkpoints as module
+from dpo_jax.training.settings import CheckpointSettings
+root, moment = sys.argv[1:]
+state = lambda step: {"w": jnp.full((64, 64), step, jnp.float32)}
+opened = lambda name: module.Checkpoints(f"{root}/{name}", CheckpointSettings(), say=print)
+with opened("second") as checkpoints:
+    checkpoints.save(1, state(1), {})
+rename = os.rename
+def die_at_commit(source, target, **kwargs):
+    if str(target).endswith("/second/2"):
+        os._exit(9)
+    if not str(target).endswith("/first/1"):
+        rename(source, target, **kwargs)
+def die_at_seal(step):
+    if str(step).endswith("/second/2"):
+        os._exit(9)
+    raise SystemExit
+if moment == "commit":
+    os.rename = die_at_commit
+else:
+    module._seal = die_at_seal
+first, second = opened("first"), opened("second")
+assert second.latest() == 1
+first.save(1, state(1), {})
+while not os.path.exists(f"{root}/first/1/commit_success.txt") and moment == "seal":
+    time.sleep(0.01)
+second.save(2, state(2), {})
+if moment == "start":
+    os._exit(9)
+second.wait()
+"""
+
+
+@pytest.mark.parametrize("moment", ["start", "commit", "seal"])
+def test_a_kill_while_saving_loses_that_step_only(tmp_path, moment):
+    code = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), moment], check=False).returncode
+    assert code == 9
+    # The run that comes next saves the lost step again, or saves at other steps.
+    for name, before, lost, after in (("first", None, 1, 1), ("second", 1, 2, 7)):
+        with opened(tmp_path / name) as checkpoints:
+            found = checkpoints.latest()
+            assert found == before or (moment == "start" and found == lost)
+            checkpoints.save(after, a_state(after), {})
+            assert checkpoints.latest() == after
+            assert names(tmp_path / name) == {str(step) for step in (found, after) if step}

@@ -1,0 +1,262 @@
+"""The journal: what it wrote is the truth, whatever stopped the run."""
+
+import io
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from dpo_jax.settings import UserError
+from dpo_jax.training import journal
+from dpo_jax.training.journal import METRICS, TIME_FIELDS, Journal, read_records, summary
+from dpo_jax.training.settings import LogSettings
+
+FILE_ONLY = LogSettings(tensorboard=False)
+
+
+def metrics(step: int) -> dict[str, float]:
+    return {"loss": 0.7 / step, "rewards/accuracies": 0.5, "rewards/margins": -0.25, "num_tokens": 10 * step}
+
+
+def terminal(width: int = 80, **options) -> Console:
+    return Console(file=io.StringIO(), width=width, color_system=None, **options)
+
+
+def run(folder, steps: range, resume_step: int = -1, log: LogSettings = FILE_ONLY, console: Console | None = None):
+    """Steps of a run of 20, with an evaluation at the start and after every fifth."""
+    with Journal(folder, 20, log, resume_step, console=console or terminal()) as book:
+        if 1 in steps:
+            book.evaluation(0, {"loss": 0.7})
+        for step in steps:
+            book.step(step, metrics(step))
+            if step % 5 == 0:
+                book.evaluation(step, {"loss": 0.1})
+    return (folder / "metrics.jsonl").read_bytes()
+
+
+@settings(max_examples=30, deadline=None)
+@given(saved=st.integers(1, 20), more=st.integers(0, 10), torn=st.integers(0, 30))
+def test_a_resumed_file_is_that_of_a_run_that_was_never_stopped(tmp_path_factory, saved, more, torn):
+    whole = run(tmp_path_factory.mktemp("whole"), range(1, 21))
+    folder = tmp_path_factory.mktemp("torn")
+    run(folder, range(1, saved + more + 1))
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 99, "loss": 1.0, "more": "x" * 20})[:torn])
+    assert run(folder, range(saved + 1, 21), resume_step=saved) == whole
+    assert run(folder, range(1, 21)) == whole
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl"]
+
+
+def test_a_run_that_goes_on_from_its_start_keeps_what_was_measured_there(tmp_path):
+    with Journal(tmp_path, 20, FILE_ONLY, console=terminal()) as book:
+        book.evaluation(0, {"loss": 0.7})
+        book.step(1, metrics(1))
+    with Journal(tmp_path, 20, FILE_ONLY, 0, console=terminal()) as book:
+        book.step(1, metrics(1))
+    assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == [0, 1]
+
+
+def test_each_line_is_there_as_soon_as_it_is_written(tmp_path):
+    with Journal(tmp_path, 2, FILE_ONLY, console=terminal()) as book:
+        book.step(1, metrics(1))
+        assert read_records(tmp_path / "metrics.jsonl") == [{"step": 1, **metrics(1)}]
+
+
+def test_what_is_not_finite_is_null_and_said(tmp_path):
+    with Journal(tmp_path, 2, LogSettings(), console=terminal()) as book:
+        book.step(1, {"loss": math.nan, "grad_norm": np.float32(np.inf), "epoch": np.float32(0.5)})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"step": 1, "loss": null, "grad_norm": null, "epoch": 0.5, "nonfinite": true}\n'
+
+
+def test_a_broken_record_is_named_by_file_and_line(tmp_path):
+    for line in ("{", "[1]", '{"loss": 1}', '{"step": "x"}', "\x00"):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + line + '\n{"step": 2}\n')
+        with pytest.raises(UserError, match=r"metrics\.jsonl:2: "):
+            read_records(tmp_path / "metrics.jsonl")
+
+
+def test_held_out_metrics_have_the_prefix_once(tmp_path):
+    with Journal(tmp_path, 2, FILE_ONLY, console=terminal()) as book:
+        book.evaluation(2, {"loss": 0.5, "eval_kl": 0.25})
+    assert read_records(tmp_path / "metrics.jsonl") == [{"step": 2, "eval_loss": 0.5, "eval_kl": 0.25}]
+
+
+def test_due_is_the_first_the_last_and_every_nth():
+    book = Journal("unused", 10, LogSettings(every=4), process=1)
+    assert [step for step in range(1, 11) if book.due(step)] == [1, 4, 8, 10]
+
+
+def test_other_processes_write_nothing(tmp_path):
+    with Journal(tmp_path / "out", 2, LogSettings(loggers=("wandb",)), process=1, console=terminal()) as book:
+        book.phase("compiling")
+        book.step(1, metrics(1))
+        book.note("hello")
+    assert not list(tmp_path.iterdir())
+
+
+def test_time_fields_are_metrics():
+    assert set(TIME_FIELDS) <= set(METRICS)
+    assert {name for name, _, _ in (*journal.TERMINAL, *journal.SUMMARY)} <= set(METRICS)
+
+
+def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path):
+    from tensorboardX.proto import event_pb2
+
+    run(tmp_path, range(1, 8), log=LogSettings())
+    run(tmp_path, range(6, 10), resume_step=5, log=LogSettings())
+    shown: dict[int, float] = {}
+    for path in sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        data = path.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            event, data = event_pb2.Event.FromString(data[12 : 12 + length]), data[16 + length :]
+            if event.session_log.status == event_pb2.SessionLog.START and event.step:
+                shown = {step: value for step, value in shown.items() if step < event.step}
+            for value in event.summary.value:
+                if value.tag == "loss":
+                    assert event.step not in shown
+                    shown[event.step] = value.simple_value
+    assert sorted(shown) == list(range(1, 10))
+    np.testing.assert_allclose([shown[step] for step in range(1, 10)], [0.7 / step for step in range(1, 10)], rtol=1e-6)
+
+
+class Flaky:
+    """A service with wandb's functions that fails when told to."""
+
+    def __init__(self, fails_at: str):
+        self.fails_at, self.calls, self.sent = fails_at, [], []
+
+    def _call(self, name):
+        self.calls.append(name)
+        if self.fails_at == name:
+            raise RuntimeError("no\x1b[31m network")
+
+    def init(self, **options):
+        self.options = options
+        self._call("init")
+
+    def log(self, values, step):
+        self.sent.append((step, values))
+        self._call("log")
+
+    def finish(self):
+        self._call("finish")
+
+
+@pytest.mark.parametrize("fails_at", ["init", "log", "finish"])
+def test_a_service_that_fails_costs_one_warning_and_no_record(tmp_path, monkeypatch, fails_at):
+    service, console = Flaky(fails_at), terminal()
+    monkeypatch.setattr(journal.importlib, "import_module", lambda name: service)
+    run(tmp_path, range(1, 21), log=LogSettings(tensorboard=False, loggers=("wandb",)), console=console)
+    text = console.file.getvalue()
+    assert text.count("warning: wandb is switched off: RuntimeError: no\\x1b[31m network") == 1
+    assert service.calls.count(fails_at) == 1 and service.calls[-1] == fails_at
+    assert len(read_records(tmp_path / "metrics.jsonl")) == 25
+
+
+def test_a_service_gets_finite_metrics_and_its_own_run_again_on_resume(tmp_path, monkeypatch):
+    first, second = Flaky("nothing"), Flaky("nothing")
+    for service, steps, resume_step in ((first, range(1, 4), -1), (second, range(3, 5), 2)):
+        monkeypatch.setattr(journal.importlib, "import_module", lambda name, service=service: service)
+        run(tmp_path, steps, resume_step, LogSettings(tensorboard=False, loggers=("wandb",)))
+    assert first.options["id"] == second.options["id"]
+    assert [step for step, _ in second.sent] == [3, 4]
+    assert first.sent[-1] == (3, metrics(3))
+
+
+def test_a_service_that_is_not_installed_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(journal.importlib, "import_module", missing)
+    with pytest.raises(UserError, match=r"log.loggers: trackio: is not installed; pip install 'dpo_jax\[loggers\]'"):
+        Journal(tmp_path, 2, LogSettings(loggers=("trackio",)), console=terminal())
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def everything(console: Console, folder) -> str:
+    with Journal(folder, 20, FILE_ONLY, console=console) as book:
+        for number in range(1, 4):
+            book.phase(f"reference log-probabilities {number}/3 \x1b[2J")
+        run_like = metrics(1) | {"grad_norm": math.inf, "pairs_per_second": 1e9}
+        for step in range(1, 21):
+            book.step(step, run_like)
+        book.evaluation(20, {"rewards/accuracies": 0.5})
+        book.note("[bold]saved\x07 \x9b2J\u202e to a/b\nerror: forged")
+        book.phase("")
+    summary({"eval_loss": 0.7, "eval_kl": None}, {"eval_loss": None, "good_answers": 0.5}, console=console)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [1, 7, 20, 40, 80, 200])
+@pytest.mark.parametrize("live", [False, True], ids=["log", "tty"])
+def test_no_width_and_no_text_upsets_a_terminal(tmp_path, width, live):
+    text = everything(terminal(width, force_terminal=live), tmp_path)
+    for evil in ("\x07", "\x9b", "\u202e", "\x1b[2J"):
+        assert evil not in text
+    assert "\nerror: forged" not in text
+    assert "[bold]" in re.sub(r"\s", "", text)
+
+
+def test_a_dumb_terminal_gets_plain_lines(tmp_path):
+    console = terminal(80, force_terminal=True, _environ={"TERM": "dumb"})
+    assert "\x1b" not in everything(console, tmp_path)
+
+
+def test_a_log_is_calm(tmp_path):
+    console = terminal()
+    with Journal(tmp_path, 4_000, FILE_ONLY, console=console) as book:
+        for number in range(500):
+            book.phase(f"reference log-probabilities {number}/500")
+        for step in range(1, 4_001):
+            book.step(step, metrics(1))
+    lines = console.file.getvalue().splitlines()
+    steps = [line for line in lines if line.startswith("step ")]
+    assert len(lines) - len(steps) == 1
+    assert 190 <= len(steps) <= 203 and "4000/4000" in steps[-1]
+    assert len({line.index("loss") for line in steps}) == 1
+
+
+class Gone(io.StringIO):
+    """A terminal whose window was closed."""
+
+    def write(self, text):
+        raise OSError("gone")
+
+
+def test_a_terminal_that_went_away_does_not_stop_the_run(tmp_path):
+    run(tmp_path, range(1, 21), console=Console(file=Gone(), width=80))
+    assert len(read_records(tmp_path / "metrics.jsonl")) == 25
+
+
+def test_a_letter_that_the_terminal_lacks_is_written_out(tmp_path):
+    raw = io.BytesIO()
+    with Journal(tmp_path, 2, FILE_ONLY, console=Console(file=io.TextIOWrapper(raw, "ascii"), width=80)) as book:
+        book.note("modèle")
+    assert raw.getvalue() == b"mod\\xe8le\n"
+
+
+def test_the_summary_sets_before_beside_after():
+    console = terminal()
+    summary(
+        {"step": 0, "eval_rewards/accuracies": 0.5, "eval_loss": 0.69314},
+        {"step": 9, "eval_rewards/accuracies": 0.714, "eval_loss": 0.4, "good_answers": 0.875, "eval_other": 1.0},
+        console=console,
+    )
+    assert console.file.getvalue().splitlines() == [
+        "held-out accuracy   50.0% ->  71.4%",
+        "held-out loss      0.6931 -> 0.4000",
+        "good answers            - ->  87.5%",
+    ]
+
+
+def test_nothing_measured_gives_no_summary():
+    console = terminal()
+    summary({}, {}, console=console)
+    assert console.file.getvalue() == ""

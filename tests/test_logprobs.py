@@ -1,0 +1,118 @@
+"""The linear form equals the plain one, and holds no [tokens, vocabulary] array."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import linear_logprobs, sequence_logprobs, token_logprobs
+from dpo_jax.logprobs import linear_scores
+
+
+def problem(n=7, width=16, vocab=97, dtype=jnp.float32, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    hidden = jax.random.normal(keys[0], (n, width)).astype(dtype)
+    head = jax.random.normal(keys[1], (width, vocab)).astype(dtype)
+    bias = jax.random.normal(keys[2], (vocab,)).astype(dtype)
+    return hidden, head, jax.random.randint(keys[3], (n,), 0, vocab), bias
+
+
+def plain(hidden, head, targets, bias=None, softcap=None):
+    logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32)
+    logits = logits if bias is None else logits + bias[None].astype(jnp.float32)
+    return token_logprobs(logits if softcap is None else softcap * jnp.tanh(logits / softcap), targets)
+
+
+@pytest.mark.parametrize("vocab", [1, 33, 64])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_value_and_gradient_are_those_of_log_softmax(vocab, softcap, with_bias):
+    hidden, head, targets, bias = problem(vocab=vocab)
+    bias = bias if with_bias else None
+    cotangent = jnp.arange(1.0, 8.0)
+
+    def value(form):
+        return lambda *args: (form(*args) * cotangent).sum()
+
+    def linear(hidden, head, bias):
+        return linear_logprobs(hidden, head, targets, bias=bias, softcap=softcap, chunk=32)
+
+    def whole(hidden, head, bias):
+        return plain(hidden, head, targets, bias, softcap)
+
+    np.testing.assert_allclose(linear(hidden, head, bias), whole(hidden, head, bias), rtol=1e-5, atol=1e-5)
+    argnums = (0, 1, 2) if with_bias else (0, 1)
+    ours = jax.grad(value(linear), argnums)(hidden, head, bias)
+    theirs = jax.grad(value(whole), argnums)(hidden, head, bias)
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)  # sums of 97 float32 products in another order
+
+
+def test_a_tied_head_gets_the_embeddings_gradient():
+    hidden, head, targets, _ = problem()
+    embedding = head.T
+    ours = jax.grad(lambda e: linear_logprobs(hidden, e.T, targets, chunk=32).sum())(embedding)
+    theirs = jax.grad(lambda e: plain(hidden, e.T, targets).sum())(embedding)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_inputs_keep_float32_sums():
+    hidden, head, targets, _ = problem(n=64, width=64, vocab=1000, dtype=jnp.bfloat16)
+    exact = plain(hidden.astype(jnp.float32), head.astype(jnp.float32), targets)
+    # products of bfloat16 are exact in float32, so only the order of the sums differs
+    np.testing.assert_allclose(linear_logprobs(hidden, head, targets, chunk=256), exact, rtol=1e-5, atol=1e-4)
+
+
+def test_no_array_has_both_a_token_and_a_vocabulary_axis():
+    n, vocab = 48, 1009
+    hidden, head, targets, _ = problem(n=n, vocab=vocab)
+
+    def loss(hidden, head):
+        return linear_logprobs(hidden, head, targets, chunk=128).sum()
+
+    text = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(hidden, head).as_text()
+    shapes = {tuple(map(int, found.split("x"))) for found in re.findall(r"tensor<((?:\d+x)+\d+)x", text + "x")}
+    shapes |= {tuple(map(int, s.split("x")[:-1])) for s in re.findall(r"tensor<((?:\d+x)+[a-z]\w*)>", text)}
+    assert (16, vocab) in shapes or (vocab, 16) in shapes
+    assert not [shape for shape in shapes if n in shape and vocab in shape]
+
+
+def test_it_composes_with_vmap():
+    hidden, head, targets, _ = problem()
+    stacked = jax.vmap(lambda h, t: linear_logprobs(h, head, t, chunk=32))(jnp.stack([hidden, -hidden]), jnp.stack([targets] * 2))
+    np.testing.assert_allclose(stacked[1], plain(-hidden, head, targets), rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_are_those_of_the_whole_distribution():
+    hidden, head, targets, _ = problem()
+    scores = linear_scores(hidden, head.T, targets, chunk=32, statistics=True)
+    logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64)
+    shares = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+    np.testing.assert_allclose(scores.entropy, -(shares * np.log(shares)).sum(1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scores.mean_logit, logits.mean(1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(scores.top1, logits.argmax(1))
+
+
+def test_the_first_of_equals_is_the_most_probable():
+    scores = linear_scores(jnp.ones((1, 2)), jnp.ones((9, 2)), jnp.asarray([3]), chunk=4, statistics=True)
+    assert scores.top1[0] == 0
+
+
+def test_sequence_logprobs_shift_by_one_and_ignore_the_first_position():
+    logits = jax.random.normal(jax.random.key(0), (2, 5, 11))
+    tokens = jax.random.randint(jax.random.key(1), (2, 5), 0, 11)
+    mask = jnp.asarray([[0, 0, 1, 1, 0], [1, 1, 0, 0, 1]])
+    logs = np.asarray(jax.nn.log_softmax(logits))
+    first = logs[0, 1, tokens[0, 2]] + logs[0, 2, tokens[0, 3]]
+    second = logs[1, 0, tokens[1, 1]] + logs[1, 3, tokens[1, 4]]  # the token in position 0 has nothing before it
+    np.testing.assert_allclose(sequence_logprobs(logits, tokens, mask), [first, second], rtol=1e-6)
+    np.testing.assert_allclose(sequence_logprobs(logits, tokens, mask, average=True), [first / 2, second / 2], rtol=1e-6)
+
+
+def test_padding_may_be_nan():
+    logits = jnp.zeros((1, 4, 3)).at[0, 2:].set(jnp.nan)
+    tokens, mask = jnp.zeros((1, 4), jnp.int32), jnp.asarray([[0, 0, 1, 0]])
+    value, grad = jax.value_and_grad(lambda x: sequence_logprobs(x, tokens, mask).sum())(logits)
+    assert value == pytest.approx(-np.log(3)) and np.isfinite(grad[0, 1]).all() and (grad[0, 2:] == 0).all()

@@ -1,0 +1,100 @@
+"""Laws of the DPO loss, and the paper's and tutorials' worked numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo_jax import dpo_loss, dpo_loss_from_indices
+from dpo_jax.losses import OBJECTIVES, Pairs
+
+nats = st.floats(-50, 50, width=32)
+
+
+def f32(*values):
+    return jnp.asarray(values, jnp.float32)
+
+
+def numpy_dpo(pw, pl, rw, rl, beta, eps):
+    """The paper's equation 7 (with smoothing) in float64."""
+    h = beta * ((np.float64(pw) - rw) - (np.float64(pl) - rl))
+    return (1 - eps) * np.logaddexp(0, -h) + eps * np.logaddexp(0, h)
+
+
+@settings(deadline=None, max_examples=60)
+@given(nats, nats, nats, nats, st.floats(0.01, 2), st.floats(0, 0.49))
+def test_the_loss_is_the_papers_formula(pw, pl, rw, rl, beta, eps):
+    loss = dpo_loss(f32(pw), f32(pl), f32(rw), f32(rl), beta=beta, label_smoothing=eps)
+    # float32 of differences of numbers up to 50: 1e-5 absolute is 2 units in the last place of 100
+    np.testing.assert_allclose(loss.losses[0], numpy_dpo(pw, pl, rw, rl, beta, eps), rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(loss.chosen_rewards[0], beta * (pw - rw), rtol=1e-5, atol=2e-5)
+
+
+def test_policy_equal_to_reference_costs_ln_2_whatever_the_smoothing():
+    logps = f32(-3.0, -70.0)
+    for eps in (0.0, 0.3):
+        loss = dpo_loss(logps, logps - 1, logps, logps - 1, label_smoothing=eps)
+        np.testing.assert_allclose(loss.losses, np.log(2), rtol=1e-6)
+        assert OBJECTIVES["sigmoid"].at_start(eps) == pytest.approx(np.log(2))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.floats(0, 0.5), st.floats(-20, 20, width=32))
+def test_smoothing_is_the_chance_that_the_pair_is_swapped(eps, gap):
+    right = dpo_loss(f32(gap), f32(0), f32(0), f32(0), beta=0.5).losses
+    wrong = dpo_loss(f32(0), f32(gap), f32(0), f32(0), beta=0.5).losses
+    both = dpo_loss(f32(gap), f32(0), f32(0), f32(0), beta=0.5, label_smoothing=eps).losses
+    np.testing.assert_allclose(both, (1 - eps) * right + eps * wrong, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_pulls_the_pair_apart_and_never_reaches_the_reference():
+    def total(pw, pl, rw, rl):
+        return dpo_loss(pw, pl, rw, rl, beta=0.1).losses.sum()
+
+    pw, pl, rw, rl = f32(-1.0), f32(-2.0), f32(-1.5), f32(-1.5)
+    grads = jax.grad(total, argnums=(0, 1, 2, 3))(pw, pl, rw, rl)
+    weight = 0.1 / (1 + np.exp(0.1))  # beta * sigmoid(-h), the paper's implicit-reward weight; h = 0.1
+    np.testing.assert_allclose([g[0] for g in grads], [-weight, weight, 0, 0], rtol=1e-6)
+
+
+def test_rewards_carry_no_gradient():
+    grad = jax.grad(lambda x: dpo_loss(x, f32(0), f32(0), f32(0)).chosen_rewards.sum())(f32(1))
+    assert grad[0] == 0
+
+
+def test_extreme_log_ratios_stay_finite():
+    loss, grad = jax.value_and_grad(lambda x: dpo_loss(x, f32(0), f32(0), f32(0), beta=1.0).losses.sum())(f32(-1e4))
+    assert loss == 1e4 and grad[0] == -1.0
+
+
+def test_the_worked_example_of_a_tutorial_in_nats():
+    """Policy 0.7/0.3, reference 0.3/0.7: the reward gap is 2 ln(7/3) = 1.6946 nats (a tutorial prints 1.20)."""
+    loss = dpo_loss(f32(np.log(0.7)), f32(np.log(0.3)), f32(np.log(0.3)), f32(np.log(0.7)), beta=1.0)
+    np.testing.assert_allclose(loss.chosen_rewards - loss.rejected_rewards, [1.6946], atol=5e-5)
+
+
+def test_index_form_is_the_pair_form():
+    pi, ref = f32(-1, -2, -3, -4), f32(-2, -2, -2, -2)
+    better, worse = jnp.asarray([0, 0, 1]), jnp.asarray([1, 3, 2])
+    by_index = dpo_loss_from_indices(pi, ref, better, worse, beta=0.3, label_smoothing=0.1)
+    by_pair = dpo_loss(pi[better], pi[worse], ref[better], ref[worse], beta=0.3, label_smoothing=0.1)
+    for one, other in zip(by_index, by_pair, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_low_precision_goes_in_and_float32_comes_out():
+    half = jnp.asarray([-1.0], jnp.bfloat16)
+    assert dpo_loss(half, half, half, half).losses.dtype == jnp.float32
+
+
+def test_a_margin_shifts_the_decision():
+    zero = f32(0)
+    pairs = Pairs(f32(3), zero, zero, zero, f32(1), f32(1), f32(0.3))
+    np.testing.assert_allclose(OBJECTIVES["sigmoid"].loss(pairs, 0.1, 0.0), np.log(2), rtol=1e-6)
+
+
+def test_sft_looks_at_the_chosen_completion_alone():
+    grads = jax.grad(lambda p: OBJECTIVES["sft"].loss(p, 0.1, 0.0).sum())(Pairs(*[f32(-2.0)] * 7))
+    assert grads.policy_chosen[0] == -1 and all(g[0] == 0 for name, g in grads._asdict().items() if name != "policy_chosen")

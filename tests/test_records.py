@@ -1,0 +1,601 @@
+"""Rows from files: every layout, every format, and everything that can be wrong with a row."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo_jax.data.encode import collect, encode
+from dpo_jax.data.layouts import LAYOUTS, Pair, Record, detect, split_texts, to_record
+from dpo_jax.data.messages import BadRow, shared_length
+from dpo_jax.data.records import read_records, read_rows, tables
+from dpo_jax.data.report import BAD, KINDS, NOTED, TOO_LONG, Report
+from dpo_jax.data.settings import LAYOUTS as NAMES
+from dpo_jax.data.settings import DataSettings
+from dpo_jax.settings import UserError
+from tests.tiny_rows import CHAT, CHATML, GOOD, HI, NO, YO, assistant, byte_tokenizer, user, write
+
+
+def records(*paths, layout="auto", report=None, first=None, max_characters=10_000) -> list[Record]:
+    report = report or Report()
+    opened = tables([str(path) for path in paths])
+    return list(read_records(opened, layout=layout, max_characters=max_characters, first=first, report=report))
+
+
+def one(row, layout="auto") -> Record:
+    found = detect(row) if layout == "auto" else LAYOUTS[layout]
+    return to_record(row, found, file="f", line=1)
+
+
+# ------------------------------------------------------------------------------------------------ layouts
+
+
+SAME_MEANING = {  # rows of every layout that say: to "Hi?" the answer "Yo" is better than "No"
+    "pair": [
+        {"prompt": HI, "chosen": YO, "rejected": NO},
+        {"prompt": HI, "chosen": YO[0], "rejected": NO[0]},
+        {"prompt": HI, "chosen": "Yo", "rejected": "No"},
+        {"prompt": HI, "chosen": HI + YO, "rejected": HI + NO},
+        {"prompt": "Hi?", "chosen": HI + YO, "rejected": HI + NO},
+        {"prompt": "Hi?", "chosen": YO, "rejected": NO},
+        {"prompt": "Hi?", "chosen": "Yo", "rejected": "No", "system": None},
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Hi?"}]}], "chosen": YO, "rejected": NO},
+        {"prompt": [{**HI[0], "tool_calls": None, "name": None}], "chosen": YO, "rejected": NO},
+    ],
+    "implicit": [{"chosen": HI + YO, "rejected": HI + NO}],
+    "sharegpt": [
+        {
+            "conversations": [{"from": "human", "value": "Hi?"}],
+            "chosen": {"from": "gpt", "value": "Yo"},
+            "rejected": [{"from": "gpt", "value": "No"}],
+        },
+        {"conversations": HI, "chosen": "Yo", "rejected": NO},
+    ],
+    "openai": [{"input": {"messages": HI}, "preferred_output": YO, "non_preferred_output": NO}],
+    "ranked": [
+        {"prompt": HI, "completions": [NO, YO], "ranks": [2, 1]},
+        {"prompt": HI, "responses": ["No", "Yo"], "scores": [-1, 0.5]},
+    ],
+}
+
+
+@pytest.mark.parametrize(("layout", "row"), [(name, row) for name, rows in SAME_MEANING.items() for row in rows])
+def test_every_layout_reads_the_same_preference(layout, row):
+    record = one(row)
+    assert detect(row).name == layout
+    (pair,) = record.pairs
+    assert record.prompt == HI
+    assert (record.completions[pair.chosen], record.completions[pair.rejected]) == (YO, NO)
+    assert (pair.weight, pair.margin) == (1.0, 0.0)
+
+
+def test_the_layout_names_of_the_settings_are_those_of_the_table():
+    assert sorted(NAMES) == sorted(LAYOUTS)
+
+
+def test_texts_stay_texts_and_ids_stay_ids():
+    assert one({"prompt": "a", "chosen": "b", "rejected": "c"}).completions == ("b", "c")
+    ids = one({"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5]})
+    assert (ids.prompt, ids.completions) == ([1, 2], ([3], [4, 5]))
+
+
+def test_columns_that_every_layout_takes():
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    extra = {
+        "system": "Be brief.",
+        "weight": 2,
+        "margin": 0.5,
+        "chat_template_kwargs": {"thinking": False, "gone": None},
+    }
+    for value in (tools, json.dumps(tools)):
+        record = one({"prompt": HI, "chosen": YO, "rejected": NO, "tools": value, **extra})
+        assert record.prompt == [{"role": "system", "content": "Be brief."}, *HI]
+        assert record.pairs == (Pair(0, 1, 2.0, 0.5),)
+        assert (record.tools, record.chat_template_kwargs) == (tools, {"thinking": False})
+    in_input = {"input": {"messages": HI, "tools": tools}, "preferred_output": YO, "non_preferred_output": NO}
+    assert one(in_input).tools == tools
+
+
+def test_a_ranked_row_is_one_group_with_all_its_strict_pairs():
+    record = one({"prompt": "p", "completions": ["a", "b", "c", "d"], "ranks": [1, 2, 2, 3]})
+    assert record.completions == ("a", "b", "c", "d")
+    assert [(pair.chosen, pair.rejected) for pair in record.pairs] == [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)]
+    assert [kind for kind, _ in record.notes] == ["tie in a ranked row"]
+    scored = one({"prompt": "p", "completions": ["a", "b", "c", "d"], "scores": [9, 5, 5, 1]})
+    assert scored.pairs == record.pairs
+
+
+def test_a_completion_in_no_pair_is_left_out():
+    record = one({"prompt": "p", "completions": ["a", "same", "same"], "ranks": [1, 2, 3]})
+    assert record.completions == ("a", "same", "same") and len(record.pairs) == 2
+    assert "pair left out of a ranked row" in dict(record.notes)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("The sky is blue.", "The sky is green.", "The sky is"),
+        ("It is blue", "It is black", "It is"),
+        ("2+2=4", "2+2=5", "2+2="),
+        ("Yes", "Yes, sir", ""),
+        ("say it", "say it now", "say"),
+        ("don't", "don", ""),
+        ("a cafe\u0301", "a cafe", "a"),
+        ("Q\nyes", "Q\nno", "Q\n"),
+        ("\n\nHuman: a\n\nAssistant: x", "\n\nHuman: a\n\nAssistant: y", "\n\nHuman: a\n\nAssistant:"),
+        ("\n\nHuman: a\n\nAssistant: the x", "\n\nHuman: a\n\nAssistant: the y", "\n\nHuman: a\n\nAssistant:"),
+        (
+            "H: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+            "H: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: e",
+            "H: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:",
+        ),
+        ("H: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", "H: a\n\nAssistant: x", "H: a\n\nAssistant:"),
+    ],
+)
+def test_implicit_prompts_of_texts(chosen, rejected, prompt):
+    assert split_texts(chosen, rejected) == (prompt, chosen[len(prompt) :], rejected[len(prompt) :])
+
+
+WORDS = st.lists(
+    st.sampled_from(["it", "is", "blue", "black", "a-b", "don't", " ", "\n", ",", "é", "z\u0301"]), max_size=8
+)
+
+
+@given(WORDS, WORDS, WORDS)
+def test_an_implicit_prompt_never_splits_a_word_and_loses_nothing(common, one_end, other_end):
+    chosen, rejected = "".join(common + one_end), "".join(common + other_end)
+    prompt, *answers = split_texts(chosen, rejected)
+    assert [prompt + answer for answer in answers] == [chosen, rejected]
+    for answer in answers:
+        assert not prompt or answer.strip()
+        assert not (prompt[-1:].isalnum() and answer[:1].isalnum())
+
+
+@given(st.text("ab", max_size=9), st.text("ab", max_size=9))
+def test_shared_length_is_the_longest_common_prefix(one_text, other):
+    length = shared_length(one_text, other)
+    assert one_text[:length] == other[:length]
+    assert length == min(len(one_text), len(other)) or one_text[length] != other[length]
+
+
+def test_implicit_conversations_leave_both_answers_to_the_assistant():
+    longer = [*HI, *YO, user("And?"), assistant("so")]
+    record = one({"chosen": HI + YO, "rejected": longer})
+    assert record.prompt == HI and record.completions == (YO, longer[1:])
+    assert "completion of several turns" in dict(record.notes)
+
+
+def test_a_prompt_that_a_completion_repeats_is_taken_off_and_noted():
+    record = one({"prompt": HI, "chosen": HI + YO, "rejected": NO})
+    assert record.completions == (YO, NO)
+    assert "prompt repeated in a completion" in dict(record.notes)
+
+
+# ------------------------------------------------------------------------------------------------ bad rows
+
+IDS = {"prompt_ids": [70], "chosen_ids": [71], "rejected_ids": [72]}
+RANKED = {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]}
+OPENAI = SAME_MEANING["openai"][0]
+SHAREGPT = SAME_MEANING["sharegpt"][0]
+IMPLICIT = {"chosen": "It is so", "rejected": "It is not"}
+
+
+def without(row, name):
+    return {key: value for key, value in row.items() if key != name}
+
+
+BAD_ROWS = [  # a good row that sets the layout, the bad row, its class
+    (GOOD, b"{", "not JSON"),
+    (GOOD, b'{"prompt": "a" "b"}', "not JSON"),
+    (GOOD, b"prompt,chosen,rejected", "not JSON"),
+    (GOOD, b"{'prompt': 'single quotes'}", "not JSON"),
+    (GOOD, b'{"prompt": "a", "chosen": "b", "rejected": "c",}', "not JSON"),
+    (GOOD, b'{"prompt": "a", "chosen": "b", "rejected": "c"} x', "not JSON"),
+    (GOOD, b'{"prompt": "a", "chosen": "b", "rejected": "c", "weight": NaN}', "not JSON"),
+    (GOOD, b'{"prompt": "a", "chosen": "b", "rejected": "c", "weight": -Infinity}', "not JSON"),
+    (GOOD, b'{"prompt": "a", "chosen": "b", "rejected": "c", "weight": ' + b"1" * 5000 + b"}", "not JSON"),
+    (GOOD, b'{"prompt": "raw \x01 control", "chosen": "b", "rejected": "c"}', "not JSON"),
+    (GOOD, b'{"prompt": "a", "prompt": "b", "chosen": "b", "rejected": "c"}', "duplicate key"),
+    (
+        CHAT,
+        b'{"prompt": [{"role": "user", "role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}',
+        "duplicate key",
+    ),
+    (GOOD, b"[" * 200_000, "nested too deep"),
+    (GOOD, b'{"prompt": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}", "nested too deep"),
+    (GOOD, b'{"prompt": "\xff\xfe", "chosen": "b", "rejected": "c"}', "invalid UTF-8"),
+    (GOOD, b"\x80", "invalid UTF-8"),
+    (GOOD, [1, 2], "not an object"),
+    (GOOD, "text", "not an object"),
+    (GOOD, None, "not an object"),
+    (GOOD, 3.5, "not an object"),
+    (GOOD, {}, "missing column"),
+    (GOOD, without(GOOD, "rejected"), "missing column"),
+    (GOOD, without(GOOD, "prompt"), "missing column"),
+    (CHAT, {**CHAT, "chosen": [{"content": "no role"}]}, "missing column"),
+    (OPENAI, without(OPENAI, "non_preferred_output"), "missing column"),
+    (OPENAI, {**OPENAI, "input": {}}, "missing column"),
+    (RANKED, without(RANKED, "ranks"), "missing column"),
+    (SHAREGPT, without(SHAREGPT, "conversations"), "missing column"),
+    (GOOD, {**GOOD, "chosen": None}, "null value"),
+    (GOOD, {**GOOD, "prompt": None}, "null value"),
+    (CHAT, {**CHAT, "chosen": [{"role": "assistant", "content": None}]}, "null value"),
+    (GOOD, {**GOOD, "chosen": 5}, "wrong type"),
+    (GOOD, {**GOOD, "chosen": True, "rejected": False}, "wrong type"),
+    (GOOD, {**GOOD, "chosen": YO}, "wrong type"),
+    (CHAT, {**CHAT, "prompt": 7}, "wrong type"),
+    (CHAT, {**CHAT, "prompt": ["Hi?"]}, "wrong type"),
+    (CHAT, {**CHAT, "chosen": [{"role": "assistant", "content": 5}]}, "wrong type"),
+    (CHAT, {**CHAT, "prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}, "wrong type"),
+    (CHAT, {**CHAT, "system": 5}, "wrong type"),
+    (CHAT, {**CHAT, "tools": "not json"}, "wrong type"),
+    (CHAT, {**CHAT, "tools": ["f"]}, "wrong type"),
+    (CHAT, {**CHAT, "chat_template_kwargs": [1]}, "wrong type"),
+    (IDS, {**IDS, "chosen_ids": ["a"]}, "wrong type"),
+    (IDS, {**IDS, "chosen_ids": [1.5]}, "wrong type"),
+    (IDS, {**IDS, "chosen_ids": [True]}, "wrong type"),
+    (RANKED, {**RANKED, "completions": "ab"}, "wrong type"),
+    (RANKED, {**RANKED, "ranks": [1]}, "wrong type"),
+    (RANKED, {**RANKED, "ranks": ["first", "second"]}, "wrong type"),
+    (RANKED, {**RANKED, "scores": [1, 2]}, "wrong type"),
+    (OPENAI, {**OPENAI, "input": "Hi?"}, "wrong type"),
+    (IMPLICIT, {**IMPLICIT, "prompt": "It"}, "wrong type"),
+    (IMPLICIT, {"chosen": "It is so", "rejected": HI + NO}, "wrong type"),
+    (GOOD, {**GOOD, "weight": "heavy"}, "wrong type"),
+    (GOOD, {**GOOD, "weight": -1}, "wrong type"),
+    (GOOD, {**GOOD, "margin": True}, "wrong type"),
+    (GOOD, b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1e999}', "not finite"),
+    (GOOD, {**GOOD, "margin": 10**400}, "not finite"),
+    (CHAT, {**CHAT, "chosen": [{"role": "bot", "content": "x"}]}, "unknown role"),
+    (CHAT, {**CHAT, "chosen": [{"role": 5, "content": "x"}]}, "unknown role"),
+    (SHAREGPT, {**SHAREGPT, "chosen": {"from": "bing", "value": "x"}}, "unknown role"),
+    (CHAT, {**CHAT, "prompt": []}, "empty conversation"),
+    (CHAT, {**CHAT, "rejected": []}, "empty conversation"),
+    (CHAT, {**CHAT, "system": "a", "prompt": [{"role": "system", "content": "b"}, *HI]}, "two system messages"),
+    (CHAT, {**CHAT, "chosen": YO + HI}, "last message not assistant"),
+    (IMPLICIT, {"chosen": HI + YO + HI, "rejected": HI + NO}, "last message not assistant"),
+    (GOOD, {**GOOD, "prompt": ""}, "empty prompt"),
+    (CHAT, {**CHAT, "prompt": [user("  ")]}, "empty prompt"),
+    (IMPLICIT, {"chosen": YO, "rejected": NO}, "empty prompt"),
+    (IMPLICIT, {"chosen": "Yes", "rejected": "No"}, "empty prompt"),
+    (IDS, {**IDS, "prompt_ids": []}, "empty prompt"),
+    (GOOD, {**GOOD, "chosen": ""}, "empty completion"),
+    (GOOD, {**GOOD, "rejected": " \n\t"}, "empty completion"),
+    (GOOD, {**GOOD, "rejected": "<eos>"}, "empty completion"),
+    (CHAT, {**CHAT, "chosen": [assistant(" ")]}, "empty completion"),
+    (IDS, {**IDS, "chosen_ids": []}, "empty completion"),
+    (GOOD, {**GOOD, "chosen": "no"}, "identical completions"),
+    (GOOD, {**GOOD, "chosen": "no<eos>"}, "identical completions"),
+    (CHAT, {**CHAT, "chosen": NO}, "identical completions"),
+    (IMPLICIT, {"chosen": "It is", "rejected": "It is"}, "identical completions"),
+    (IMPLICIT, {"chosen": HI + YO, "rejected": [user("Other?"), *NO]}, "prompts differ"),
+    (IMPLICIT, {"chosen": "A\n\nAssistant: x", "rejected": "B\n\nAssistant: y"}, "prompts differ"),
+    (CHAT, {**CHAT, "chosen": [user("Other?"), *YO]}, "prompt not a prefix"),
+    (CHAT, {**CHAT, "prompt": "Other?", "chosen": HI + YO, "rejected": HI + NO}, "prompt not a prefix"),
+    (RANKED, {**RANKED, "ranks": [1, 1]}, "no preference"),
+    (RANKED, {**RANKED, "completions": ["a"], "ranks": [1]}, "no preference"),
+    (GOOD, b'{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}', "lone surrogate"),
+    (CHAT, b'{"prompt": [{"role": "user", "content": "\\udfff"}], "chosen": "b", "rejected": "c"}', "lone surrogate"),
+    (GOOD, {**GOOD, "chosen": "a\0b"}, "NUL character"),
+    (GOOD, {**GOOD, "chosen": "long " * 3000}, "too many characters"),
+    (CHAT, {**CHAT, "chat_template_kwargs": {"chat_template": "{{ x }}"}}, "reserved template argument"),
+    (CHAT, {**CHAT, "chat_template_kwargs": {"sanitize_control_tokens": False}}, "reserved template argument"),
+    (CHAT, {**CHAT, "chat_template_kwargs": {"boom": 1}}, "template error"),
+    (IDS, {**IDS, "chosen_ids": [10**6]}, "token id out of range"),
+    (IDS, {**IDS, "rejected_ids": [-1]}, "token id out of range"),
+]
+TEMPLATE = "{% if boom %}{{ raise_exception('boom') }}{% endif %}" + CHATML
+SETTINGS = DataSettings(train="x", max_length=128)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer(template=TEMPLATE)
+
+
+@pytest.mark.parametrize(("good", "bad", "kind"), BAD_ROWS, ids=[f"{i}-{row[2]}" for i, row in enumerate(BAD_ROWS)])
+def test_a_bad_row_is_counted_and_named_and_the_others_are_kept(tmp_path, tokenizer, good, bad, kind):
+    path = write(tmp_path / "rows.jsonl", good, b"", bad, good)
+    before = path.read_bytes()
+    encoded, report = collect(str(path), tokenizer, SETTINGS)
+    dropped = {name: count for name, count in report.counts.items() if KINDS[name] != NOTED}
+    assert dropped == {kind: 1} and KINDS[kind] == BAD
+    (example,) = report.examples[kind]
+    assert example.startswith(f"{path}:3: ") and "\n" not in example and len(example) < len(str(path)) + 260
+    assert (report.rows, report.kept, report.bad, encoded.num_units) == (3, 2, 1, 2)
+    assert encoded.line.tolist() == [1, 4]
+    assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_there_are_sixty_bad_rows_and_every_class_of_them_is_met():
+    assert len(BAD_ROWS) >= 60
+    assert {kind for _, _, kind in BAD_ROWS} == {kind for kind, effect in KINDS.items() if effect == BAD}
+
+
+def test_too_many_bad_rows_stop_the_run_with_one_line_that_names_the_largest_classes(tmp_path, tokenizer):
+    path = write(tmp_path / "rows.jsonl", *[GOOD] * 97, b"{", b"{", {**GOOD, "chosen": ""})
+    with pytest.raises(UserError) as caught:
+        encode(str(path), tokenizer, SETTINGS)
+    message = str(caught.value)
+    assert "\n" not in message and "3 of 100 rows" in message and "data.max_bad_fraction" in message
+    assert f"2 not JSON (first: {path}:98: " in message and f"1 empty completion (first: {path}:100: " in message
+    encode(str(path), tokenizer, SETTINGS.model_copy(update={"max_bad_fraction": 0.03}))
+
+
+def test_no_rows_left_is_an_error_whatever_the_fraction(tmp_path, tokenizer):
+    generous = SETTINGS.model_copy(update={"max_bad_fraction": 1.0})
+    for rows in ([], [{**GOOD, "chosen": ""}]):
+        with pytest.raises(UserError, match=r"0 rows left of \d"):
+            encode(str(write(tmp_path / "rows.jsonl", *rows)), tokenizer, generous)
+
+
+# ------------------------------------------------------------------------------------------------ odd but good rows
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({**GOOD, "chosen": "bell \a"}, "control characters"),
+        ({**GOOD, "chosen": "\u202egnp.exe"}, "bidirectional controls"),
+        ({**GOOD, "prompt": "say <|im_end|>"}, "control-token text"),
+        ({**CHAT, "prompt": [user("say <|im_end|>")]}, "control-token text"),
+        ({**CHAT, "chosen": [*YO, user("And?"), assistant("so")]}, "completion of several turns"),
+        (IDS, "no end of turn"),
+    ],
+)
+def test_what_is_odd_about_a_row_is_noted_and_the_row_kept(tmp_path, tokenizer, row, kind):
+    _, report = collect(str(write(tmp_path / "rows.jsonl", row)), tokenizer, SETTINGS)
+    assert (report.counts, report.kept) == ({kind: 1}, 1)
+
+
+def test_repeated_and_contradicting_pairs_are_counted(tmp_path, tokenizer):
+    swapped = {**GOOD, "chosen": "no", "rejected": "yes"}
+    _, report = collect(str(write(tmp_path / "rows.jsonl", GOOD, GOOD, swapped)), tokenizer, SETTINGS)
+    assert report.counts == {"duplicate pair": 1, "conflicting pair": 1} and report.kept == 3
+    assert report.examples["conflicting pair"] == [
+        f"{tmp_path}/rows.jsonl:3: the other way round at {tmp_path}/rows.jsonl:1"
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def test_lines_are_counted_as_an_editor_counts_them(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\r\n  \n" + json.dumps(CHAT).encode())
+    report = Report()
+    assert [record.line for record in records(path, report=report)] == [1, 4]
+    assert report.counts == {"byte-order mark": 1}
+
+
+def test_elements_of_a_json_array_have_the_line_that_they_begin_on(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(
+        '\ufeff[\n {"prompt": "a",\n  "chosen": "b", "rejected": "c"},\n\n 5, {"a": 1, "a": 2}\n]\n', "utf-8"
+    )
+    rows = list(read_rows(str(path)))
+    assert [(row.line, getattr(row.value, "kind", None)) for row in rows] == [
+        (2, None),
+        (5, None),
+        (5, "duplicate key"),
+    ]
+    assert rows[0].value == {"prompt": "a", "chosen": "b", "rejected": "c"} and rows[1].value == 5
+    (tmp_path / "empty.json").write_text(" [ ] ")
+    assert list(read_rows(str(tmp_path / "empty.json"))) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "what"),
+    [
+        (b'{"prompt": "a"}\n{"prompt": "b"}', 1, "named .jsonl"),
+        (b"", 1, "not a JSON array"),
+        (b'[\n{"a": 1}\n{"a": 2}]', 3, "expected a comma"),
+        (b'[\n{"a": 1},\n]', 3, "not JSON"),
+        (b'[\n{"a": 1},\n{"a": ', 3, "not JSON"),
+        (b"[1]\n2", 1, "after the array"),
+        (b"[1", 1, "expected a comma"),
+        (b'[\n"\xff"]', 2, "invalid UTF-8"),
+        (b"[\n" + b"[" * 100_000, 2, "cannot be read"),
+    ],
+)
+def test_a_broken_json_array_is_refused_with_its_line(tmp_path, text, line, what):
+    path = tmp_path / "rows.json"
+    path.write_bytes(text)
+    with pytest.raises(UserError) as caught:
+        list(read_rows(str(path)))
+    assert str(caught.value).startswith(f"{path}:{line}: ") and what in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_arrow_and_saved_data_sets_give_the_same_rows(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [CHAT, {**CHAT, "chosen": [assistant("é")]}]
+    data = datasets.Dataset.from_list(rows)
+    data.to_parquet(str(tmp_path / "rows.parquet"))
+    datasets.DatasetDict(train=data, test=data.select([1])).save_to_disk(str(tmp_path / "both"))
+    data.select([1, 0]).save_to_disk(str(tmp_path / "saved"))
+    arrow = next((tmp_path / "both" / "train").glob("*.arrow"))
+    expected = [(record.prompt, record.completions) for record in records(write(tmp_path / "rows.jsonl", *rows))]
+
+    def found(source):
+        return [(record.prompt, record.completions) for record in records(source)]
+
+    assert found(tmp_path / "rows.parquet") == found(arrow) == found(tmp_path / "both") == expected
+    assert found(f"{tmp_path / 'both'}:test") == expected[1:]
+    assert found(tmp_path / "saved") == expected[::-1]
+    with pytest.raises(UserError, match="no split 'dev'; give one of train, test"):
+        found(f"{tmp_path / 'both'}:dev")
+
+
+def test_arrow_files_with_a_footer_and_texts_that_are_not_utf8(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    raw = pyarrow.array([b"fine", b"\xff\xfe", b"fine too"]).cast(pyarrow.binary())
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 3, raw.buffers())
+    table = pyarrow.table({"prompt": text, "chosen": ["a"] * 3, "rejected": ["b"] * 3})
+    with pyarrow.ipc.new_file(str(tmp_path / "rows.arrow"), table.schema) as file:
+        file.write_table(table)
+    report = Report()
+    assert [record.line for record in records(tmp_path / "rows.arrow", report=report)] == [1, 3]
+    assert report.examples["invalid UTF-8"][0].startswith(f"{tmp_path}/rows.arrow:2: ")
+
+
+def test_a_folder_is_its_files_in_order_and_each_file_has_its_own_layout(tmp_path):
+    write(tmp_path / "b.jsonl", GOOD)
+    write(tmp_path / "a.jsonl", {**OPENAI, "weigth": 3})
+    (tmp_path / "README.md").write_text("about")
+    report = Report()
+    assert [Path(record.file).name for record in records(tmp_path, report=report)] == ["a.jsonl", "b.jsonl"]
+    assert [about["layout"] for about in report.files.values()] == ["openai", "pair"]
+    assert report.files[str(tmp_path / "a.jsonl")]["unused"] == ["weigth"]
+    assert "columns not used: weigth" in "\n".join(report.lines())
+
+
+def test_a_given_layout_is_used_instead_of_the_detected_one(tmp_path):
+    both = {**GOOD, "completions": ["x", "y"], "ranks": [2, 1]}
+    path = write(tmp_path / "rows.jsonl", both)
+    assert records(path)[0].completions == ("x", "y")
+    assert records(path, layout="pair")[0].completions == ("yes", "no")
+
+
+def test_only_the_first_rows_are_read(tmp_path):
+    report = Report()
+    path = write(tmp_path / "rows.jsonl", GOOD, b"{", CHAT, GOOD)
+    assert [record.line for record in records(path, path, first=3, report=report)] == [1, 3]
+    assert report.rows == 3
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("{}/rows.jsnol", "did you mean {}/rows.jsonl?"),
+        ("{}/no/rows.jsonl", "no such file or folder"),
+        ("./nothing", "no such file or folder"),
+        ("{}/rows.csv", "files that can be read are .jsonl"),
+        ("{}/empty", "holds no .jsonl"),
+        ("{}/empty:test", "was not saved by datasets"),
+    ],
+)
+def test_a_source_that_is_not_there_is_refused(tmp_path, source, what):
+    write(tmp_path / "rows.jsonl", GOOD)
+    (tmp_path / "rows.csv").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError) as caught:
+        tables(source.format(tmp_path))
+    assert what.format(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "call"),
+    [
+        ("org/name", ("org/name", None, "train")),
+        ("org/name:test", ("org/name", None, "test")),
+        ("name:train[:10%]", ("name", None, "train[:10%]")),
+        ("org/name:en:test", ("org/name", "en", "test")),
+    ],
+)
+def test_names_of_hub_data_sets(monkeypatch, source, call):
+    datasets = pytest.importorskip("datasets")
+    calls = []
+
+    def load_dataset(name, configuration, *, split):
+        calls.append((name, configuration, split))
+        return datasets.Dataset.from_list([GOOD])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [(row.file, row.line, row.value) for row in read_rows(source)] == [(source, 1, GOOD)]
+    assert calls == [call]
+
+
+def test_files_that_are_not_what_their_name_says_are_refused(tmp_path):
+    for name in ("rows.parquet", "rows.arrow"):
+        (tmp_path / name).write_bytes(b"not that at all")
+        with pytest.raises(UserError, match=f"{name}: not a"):
+            list(read_rows(str(tmp_path / name)))
+
+
+# ------------------------------------------------------------------------------------------------ many rows
+
+VALUES = [
+    None,
+    True,
+    0,
+    -1.5,
+    "",
+    " ",
+    "text",
+    "\ud800",
+    "a\0",
+    [],
+    {},
+    [[]],
+    [1],
+    ["a"],
+    HI,
+    YO,
+    NO,
+    HI + YO,
+    HI[0],
+    YO[0],
+]
+VALUES += [{"messages": HI}, {"messages": 5}, [{"from": "human", "value": "q"}], {"from": "gpt", "value": "a"}, [1, 2]]
+VALUES += [
+    [{"role": "assistant", "tool_calls": [5]}],
+    [{"role": "tool", "content": "x"}],
+    10**400,
+    {"a": {"b": [None]}},
+]
+COLUMNS = ["prompt", "chosen", "rejected", "conversations", "input", "preferred_output", "non_preferred_output"]
+COLUMNS += [
+    "prompt_ids",
+    "chosen_ids",
+    "rejected_ids",
+    "completions",
+    "responses",
+    "ranks",
+    "scores",
+    "system",
+    "tools",
+]
+COLUMNS += ["chat_template_kwargs", "weight", "margin"]
+
+
+def malformed(generator: random.Random) -> bytes:
+    """A row of a random layout with some columns replaced, and now and then some bytes."""
+    rows = [GOOD, CHAT, IDS, RANKED, OPENAI, SHAREGPT, IMPLICIT, {}]
+    row = {**generator.choice(rows), **{generator.choice(COLUMNS): generator.choice(VALUES) for _ in range(3)}}
+    data = bytearray(json.dumps(row).encode())
+    for _ in range(generator.choice([0, 0, 0, 1, 3])):
+        data[generator.randrange(len(data))] = generator.choice(
+            [0x00, 0x22, 0x5C, 0x7B, 0xFF, generator.randrange(256)]
+        )
+    return bytes(data).replace(b"\n", b" ")
+
+
+@pytest.mark.parametrize("layout", ["auto", *NAMES])
+def test_no_malformed_row_escapes_and_the_counts_add_up(tmp_path, tokenizer, layout):
+    generator = random.Random(layout)
+    path = write(tmp_path / "rows.jsonl", *(malformed(generator) for _ in range(1500)))
+    settings = SETTINGS.model_copy(update={"layout": layout})
+    encoded, report = collect(str(path), tokenizer, settings)
+    assert report.rows == 1500 == report.kept + report.bad + report.too_long
+    for effect, total in ((BAD, report.bad), (TOO_LONG, report.too_long)):
+        assert sum(count for kind, count in report.counts.items() if KINDS[kind] == effect) == total
+    assert (encoded.num_units, encoded.num_pairs) == (report.kept, report.pairs)
+    assert all(line.isprintable() for line in report.lines())
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=5), lambda x: st.lists(x, max_size=3)))
+def test_any_value_in_a_column_gives_a_record_or_a_bad_row(value):
+    for row in (GOOD, CHAT, IDS, RANKED, OPENAI, SHAREGPT, IMPLICIT):
+        for name in (*row, "system", "tools", "chat_template_kwargs", "weight", "margin"):
+            try:
+                record = one({**row, name: value}, detect(row).name)
+            except BadRow as error:
+                assert error.kind in KINDS
+            else:
+                assert record.pairs and np.isfinite([pair.weight for pair in record.pairs]).all()

@@ -1,0 +1,50 @@
+"""A tokenizer of single bytes and rows of preference data that are small enough to read."""
+
+import json
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<pad>", "<eos>", "<|im_start|>", "<|im_end|>", "<bos>"]
+
+
+def byte_tokenizer(*, bos: bool = False, template: str | None = CHATML, merges: tuple = ()):
+    """One token per byte, plus merges; with `bos`, every text begins with <bos>."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *letters, *(a + b for a, b in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    if bos:
+        single = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])])
+        tokenizer.post_processor = single
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", **({"bos_token": "<bos>"} if bos else {})}
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    made.chat_template = template
+    return made
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def write(path: Path, *rows) -> Path:
+    """A JSONL file; rows that are bytes are written as they are."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return path
+
+
+HI, YO, NO = [user("Hi?")], [assistant("Yo")], [assistant("No")]
+GOOD = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}
+CHAT = {"prompt": HI, "chosen": YO, "rejected": NO}
