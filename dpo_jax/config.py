@@ -243,9 +243,9 @@ def _advice(key: str) -> str:
         return f"no such setting; did you mean {' or '.join(same)}?"
     if answer := FOREIGN.get(name.lower()):
         return f"no such setting; here it is {answer}" if answer in FIELDS else f"no such setting; {answer}"
-    short = {known.rsplit(".", 1)[-1]: known for known in FIELDS}
+    by_name = {known.rsplit(".", 1)[-1]: known for known in FIELDS}
     near = difflib.get_close_matches(key[:80], FIELDS, 1, 0.7)
-    near = near or [short[n] for n in difflib.get_close_matches(name[:80], short, 1, 0.7)]
+    near = near or [by_name[n] for n in difflib.get_close_matches(name[:80], by_name, 1, 0.7)]
     return f"no such setting; did you mean {near[0]}?" if near else "no such setting; --help lists them all"
 
 

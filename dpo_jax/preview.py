@@ -19,6 +19,7 @@ from dpo_jax import config
 from dpo_jax.data.encode import collect
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.data.report import BAD, Report, clean
+from dpo_jax.data.templates import special_ids
 from dpo_jax.settings import UserError, printable
 
 PAIRS = 3
@@ -156,8 +157,7 @@ def _body(tokenizer: Any, parts: Sequence[tuple[np.ndarray, str]], plain: bool) 
 def _part(tokenizer: Any, ids: list[int], name: str, plain: bool) -> Text:
     """Tokens as text in the part's colour; in plain text, cuts and special tokens are bracketed instead."""
     text = Text()
-    special = set(tokenizer.all_special_ids)
-    for run, is_special in _runs(ids, special):
+    for run, is_special in _runs(ids, special_ids(tokenizer)):
         shown = _lines(tokenizer.decode(run, skip_special_tokens=False))
         if is_special:
             shown = f"⟦{shown}⟧" if plain else shown
@@ -166,7 +166,7 @@ def _part(tokenizer: Any, ids: list[int], name: str, plain: bool) -> Text:
     return Text("[cut: ") + text + Text("]") if plain and name == "cut" else text
 
 
-def _runs(ids: Sequence[int], special: set[int]) -> Iterator[tuple[list[int], bool]]:
+def _runs(ids: Sequence[int], special: frozenset[int]) -> Iterator[tuple[list[int], bool]]:
     """Ordinary tokens in runs, special tokens one by one."""
     run: list[int] = []
     for token in ids:

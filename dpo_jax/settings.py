@@ -54,14 +54,23 @@ SCALARS: tuple[tuple[str, Callable[[str], Any]], ...] = (
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}
+    nodes = depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
-        if event.anchor is not None:  # a few nested aliases stand for billions of values
-            raise yaml.composer.ComposerError(None, None, "anchors and aliases (&, *) are refused", event.start_mark)
-        if getattr(event, "tag", None) is not None:
-            raise yaml.composer.ComposerError(None, None, "tags (!) are refused", event.start_mark)
-        return super().compose_node(parent, index)
+        self.nodes += 1
+        self.depth += 1
+        for wrong, problem in (
+            (event.anchor is not None, "anchors and aliases (&, *) are refused"),  # few of them can stand for billions
+            (getattr(event, "tag", None) is not None, "tags (!) are refused"),
+            (self.depth > 20, "nested too deeply"),
+            (self.nodes > 10_000, "more than 10,000 values; a config holds settings, not data"),
+        ):
+            if wrong:
+                raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def _plain(node: yaml.Node) -> Any:
@@ -83,8 +92,6 @@ def _parse(text: str, file: str | None = None) -> yaml.Node:
     """
     try:
         node = yaml.compose(text, Loader=_Loader)
-    except RecursionError:
-        raise UserError(f"{file + ': ' if file else ''}is nested too deeply") from None
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))

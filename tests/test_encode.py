@@ -1,23 +1,20 @@
 """Rows as token ids: TRL's own tokens, one terminator, truncation, and the cache."""
 
-import dataclasses
 import itertools
 import json
 import re
 import time
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_jax.data import encode as encode_module
 from dpo_jax.data.encode import TRUNCATIONS, collect, encode
-from dpo_jax.data.encoded import SETTINGS, Encoded
+from dpo_jax.data.encoded import Encoded
 from dpo_jax.data.report import Report
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.settings import UserError
-from tests.tiny_rows import CHAT, CHATML, GOOD, HI, NO, SPECIAL, assistant, byte_tokenizer, user, write
+from tests.tiny_rows import CHAT, CHATML, GOOD, HI, IDS, NO, SPECIAL, YO, assistant, byte_tokenizer, user, write
 
 END = SPECIAL.index("<|im_end|>")
 EOS = SPECIAL.index("<eos>")
@@ -138,12 +135,9 @@ def test_a_text_ends_with_exactly_one_eos(tmp_path, written, control_tokens, tru
 
 def test_a_text_has_one_bos_and_an_empty_prompt_is_bos(tmp_path):
     tokenizer = byte_tokenizer(bos=True)
-    encoded, report = encoded_rows(tmp_path, tokenizer, GOOD, {**GOOD, "prompt": ""}, IDS_WITHOUT_PROMPT)
-    assert [texts(encoded, tokenizer, pair)[0] for pair in range(3)] == ["<bos>Hi", "<bos>", "<bos>"]
+    encoded, report = encoded_rows(tmp_path, tokenizer, GOOD, {**GOOD, "prompt": ""})
+    assert [texts(encoded, tokenizer, pair)[0] for pair in range(2)] == ["<bos>Hi", "<bos>"]
     assert texts(encoded, tokenizer)[1] == "yes<eos>" and report.bad == 0
-
-
-IDS_WITHOUT_PROMPT = {"prompt": "", "chosen": "c", "rejected": "d"}
 
 
 def test_given_ids_are_used_as_they_are(tmp_path):
@@ -209,10 +203,12 @@ def test_messages_without_a_template_and_texts_without_eos_are_refused(tmp_path)
 def test_where_the_prompt_is_no_token_prefix_it_ends_at_the_common_one_of_all(tmp_path):
     tokenizer = byte_tokenizer(merges=(("x", "y"), ("!", "?")))
     rows = [{"prompt": "a!x", "chosen": "y", "rejected": "n"}, {"prompt": "a!", "chosen": "y", "rejected": "n"}]
+    rows.append({"prompt": "b!x", "chosen": "n", "rejected": "y"})
     encoded, report = encoded_rows(tmp_path, tokenizer, *rows)
     assert texts(encoded, tokenizer) == ("a!", "xy<eos>", "xn<eos>")
     assert texts(encoded, tokenizer, 1) == ("a!", "y<eos>", "n<eos>")
-    assert report.counts == {"prompt tokens not a prefix": 1}
+    assert texts(encoded, tokenizer, 2) == ("b!", "xn<eos>", "xy<eos>")
+    assert report.counts == {"prompt tokens not a prefix": 2}
 
 
 def test_a_thinking_template_whose_prompt_is_no_prefix_is_counted(tmp_path):
@@ -314,21 +310,20 @@ def test_only_the_cut_rows_are_too_long(tmp_path):
 
 def test_the_arrays_follow_the_layout_that_the_batches_rely_on(tmp_path):
     ranked = {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [3, 1, 2], "weight": 0.5, "margin": 2}
-    encoded, _ = encoded_rows(tmp_path, byte_tokenizer(), GOOD, ranked, {**GOOD, "margin": 1})
-    assert (encoded.num_units, encoded.num_completions, encoded.num_pairs) == (3, 7, 4 + 1)
+    paths = [write(tmp_path / "a.jsonl", GOOD), write(tmp_path / "b.jsonl", ranked, {"prompt": "q", **RANKED})]
+    encoded, _ = collect([str(path) for path in paths], byte_tokenizer(), settings())
+    assert (encoded.num_units, encoded.num_completions, encoded.num_pairs) == (3, 7, 5)
     assert encoded.completion_unit.tolist() == [0, 0, 1, 1, 1, 2, 2]
     assert encoded.pair_unit.tolist() == [0, 1, 1, 1, 2]
-    assert list(zip(encoded.chosen.tolist(), encoded.rejected.tolist(), strict=True)) == [
-        (0, 1),
-        (3, 2),
-        (3, 4),
-        (4, 2),
-        (5, 6),
-    ]
+    assert encoded.chosen.tolist() == [0, 3, 3, 4, 5] and encoded.rejected.tolist() == [1, 2, 4, 2, 6]
     assert encoded.weight.tolist() == [1, 0.5, 0.5, 0.5, 1] and encoded.margin.tolist() == [0, 2, 2, 2, 1]
-    assert (encoded.line.tolist(), encoded.file.tolist(), len(encoded.files)) == ([1, 2, 3], [0, 0, 0], 1)
+    assert (encoded.line.tolist(), encoded.file.tolist()) == ([1, 1, 2], [0, 1, 1])
+    assert encoded.files == tuple(map(str, paths))
     assert encoded.pair_lengths().tolist()[0] == [2 + 4, 2 + 3]
     assert not encoded.truncated.any() and not encoded.completion_skip.any()
+
+
+RANKED = {"responses": ["a", "b"], "scores": [2, 1], "margin": 1}
 
 
 def test_a_batch_of_rows_gives_what_each_row_gives_alone(tmp_path):
@@ -345,95 +340,32 @@ def test_a_batch_of_rows_gives_what_each_row_gives_alone(tmp_path):
         assert texts(together, tokenizer, index) == texts(alone, tokenizer)
 
 
-# ------------------------------------------------------------------------------------------------ cache
+# ------------------------------------------------------------------------------------------------ notes
 
 
-@pytest.fixture
-def cached(tmp_path):
-    path = write(tmp_path / "rows.jsonl", CHAT, GOOD, {**GOOD, "prompt": "p" * 30}, b"{")
-    tokenizer = byte_tokenizer()
-
-    def run(tokenizer=tokenizer, first=None, path=path, **changes):
-        return collect(str(path), tokenizer, settings(**changes), tmp_path / "cache", first=first)
-
-    return run, path, tmp_path / "cache"
-
-
-def assert_equal(one: tuple[Encoded, Report], other: tuple[Encoded, Report]) -> None:
-    for field in dataclasses.fields(Encoded):
-        first, second = getattr(one[0], field.name), getattr(other[0], field.name)
-        assert np.array_equal(first, second) and getattr(first, "dtype", 0) == getattr(second, "dtype", 0), field.name
-    reports = [{**report.to_dict(), "cache": ""} for _, report in (one, other)]
-    assert reports[0] == reports[1]
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({**GOOD, "chosen": "bell \a"}, "control characters"),
+        ({**GOOD, "chosen": "\u202egnp.exe"}, "bidirectional controls"),
+        ({**GOOD, "prompt": "say <|im_end|>"}, "control-token text"),
+        ({**CHAT, "prompt": [user("say <|im_end|>")]}, "control-token text"),
+        ({**CHAT, "chosen": [*YO, user("And?"), assistant("so")]}, "completion of several turns"),
+        (IDS, "no end of turn"),
+    ],
+)
+def test_what_is_odd_about_a_row_is_noted_and_the_row_kept(tmp_path, row, kind):
+    _, report = encoded_rows(tmp_path, byte_tokenizer(), row)
+    assert (report.counts, report.kept) == ({kind: 1}, 1)
 
 
-def test_a_cached_result_is_the_same_and_is_not_made_again(cached, monkeypatch):
-    run, _, folder = cached
-    made = run()
-    monkeypatch.setattr(encode_module, "codec", None)  # nothing may be tokenised
-    read = run()
-    assert_equal(made, read)
-    assert made[1].cache.startswith("made, kept in") and read[1].cache.startswith("read from")
-    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".npz"]
-
-
-def test_everything_that_the_result_depends_on_makes_a_new_entry(cached, tmp_path):
-    run, path, folder = cached
-    template = tmp_path / "template.jinja"
-    template.write_text(CHATML + " ", "utf-8")
-    changed = {
-        "layout": {"layout": "pair"},
-        "max_length": {"max_length": 20},
-        "truncation": {"truncation": "keep_end"},
-        "control_tokens": {"control_tokens": "tokens"},
-        "max_characters": {"max_characters": 20},
-    }
-    assert sorted(changed) == sorted(SETTINGS)
-    # Settings that are left: which sources and where the cache is (arguments here), and what acts after encoding.
-    others = {"train", "eval", "cache", "first", "shuffle", "max_bad_fraction", "template"}
-    assert set(DataSettings.model_fields) == {*SETTINGS, *others}
-    runs = [*changed.values(), {"template": str(template)}, {"first": 2}, {"tokenizer": byte_tokenizer(bos=True)}]
-    entries = 0
-    for change in ({}, *runs):
-        assert run(**change)[1].cache.startswith("made, kept in"), change
-        entries += 2
-        assert len(list(folder.iterdir())) == entries
-    assert run(max_bad_fraction=0.5)[1].cache.startswith("read from")
-    path.write_bytes(path.read_bytes().replace(b"yes", b"yep"))
-    assert run()[1].cache.startswith("made, kept in")
-
-
-@pytest.mark.parametrize("suffix", [".npz", ".json"])
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
-def test_a_damaged_entry_is_made_again_and_said_so(cached, suffix, damage):
-    run, _, folder = cached
-    made = run()
-    path = next(folder.glob(f"*{suffix}"))
-    data = bytearray(path.read_bytes())
-    if damage == "gone":
-        path.unlink()
-    else:
-        at = data.index(b'"sha256": "') + 15 if suffix == ".json" else len(data) // 2
-        data[at] ^= 1
-        path.write_bytes({"flip": bytes(data), "cut": bytes(data[: at // 2]), "empty": b""}[damage])
-    again = run()
-    assert again[1].cache.startswith("made again, the one kept in") and "damaged" in again[1].cache
-    assert_equal(made, again)
-    assert run()[1].cache.startswith("read from")
-
-
-def test_a_cache_that_cannot_be_written_is_refused(cached, tmp_path):
-    run, _, folder = cached
-    folder.write_text("a file")
-    with pytest.raises(UserError, match=r"data.cache=.*cannot be written"):
-        run()
-
-
-def test_a_cached_result_is_checked_against_the_fraction_of_today(tmp_path):
-    path = str(write(tmp_path / "rows.jsonl", GOOD, b"{"))
-    encode(path, byte_tokenizer(), settings(max_bad_fraction=0.5), tmp_path / "cache")
-    with pytest.raises(UserError, match="1 of 2 rows are bad"):
-        encode(path, byte_tokenizer(), settings(max_bad_fraction=0.4), tmp_path / "cache")
+def test_repeated_and_contradicting_pairs_are_counted(tmp_path):
+    swapped = {**GOOD, "chosen": "no", "rejected": "yes"}
+    _, report = encoded_rows(tmp_path, byte_tokenizer(), GOOD, GOOD, swapped)
+    assert report.counts == {"duplicate pair": 1, "conflicting pair": 1} and report.kept == 3
+    assert report.examples["conflicting pair"] == [
+        f"{tmp_path}/rows.jsonl:3: the other way round at {tmp_path}/rows.jsonl:1"
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ real data

@@ -21,7 +21,7 @@ FLOORS = (
     (("evaluation",), 3, "evaluation"),
     (("reporting",), 4, "reporting"),
     (("config",), 5, "config"),
-    (("stages",), 6, "stages"),
+    (("stages", "loop"), 6, "stages"),
     *(((name,), 7, name) for name in ("train", "evaluate", "sample", "convert", "preview", "doctor")),
 )
 NUMERIC = {"jax", "jaxtyping", "numpy"}

@@ -127,6 +127,14 @@ def test_links_of_the_hub_cache_lead_into_its_own_blobs_only(sharded, tmp_path):
     refused(snapshot, FIRST, "leads out of its folder")
 
 
+def test_a_folder_that_is_no_snapshot_has_no_blobs(sharded):
+    blobs = sharded.parent.parent / "blobs"
+    blobs.mkdir()
+    (sharded / FIRST).rename(blobs / "0")
+    (sharded / FIRST).symlink_to("../../blobs/0")
+    refused(sharded, FIRST, "leads out of its folder")
+
+
 def test_a_file_beside_the_weights_that_leads_outside_is_not_copied(single, tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("key")
@@ -375,6 +383,14 @@ def test_a_flipped_bit_in_a_header_is_refused_or_harmless(sound, tmp_path_factor
 def test_json_that_is_not_as_it_must_be_is_named(name, text, sharded):
     (sharded / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     refused(sharded, name)
+
+
+def test_a_key_that_stands_twice_is_refused(sharded):
+    """One reader takes the first value and another the last."""
+    text = (sharded / INDEX).read_text()
+    name = next(iter(weight_map(sharded)))
+    (sharded / INDEX).write_text(text.replace('"weight_map": {', f'"weight_map": {{"{name}": "{SECOND}",'))
+    refused(sharded, INDEX, name, "twice")
 
 
 def test_a_huge_json_file_is_not_read(sharded, monkeypatch):

@@ -48,3 +48,12 @@ def write(path: Path, *rows) -> Path:
 HI, YO, NO = [user("Hi?")], [assistant("Yo")], [assistant("No")]
 GOOD = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}
 CHAT = {"prompt": HI, "chosen": YO, "rejected": NO}
+IDS = {"prompt_ids": [70], "chosen_ids": [71], "rejected_ids": [72]}
+RANKED = {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]}
+OPENAI = {"input": {"messages": HI}, "preferred_output": YO, "non_preferred_output": NO}
+SHAREGPT = {
+    "conversations": [{"from": "human", "value": "Hi?"}],
+    "chosen": {"from": "gpt", "value": "Yo"},
+    "rejected": {"from": "gpt", "value": "No"},
+}
+IMPLICIT = {"chosen": "It is so", "rejected": "It is not"}

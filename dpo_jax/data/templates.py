@@ -70,8 +70,7 @@ def codec(tokenizer: Any, *, template: str | None, control_tokens: Literal["text
             "this transformers cannot keep control tokens as text; upgrade it, or data.control_tokens=tokens"
         )
     source = template_source(tokenizer, template)
-    added = tokenizer.added_tokens_decoder
-    special = frozenset(index for index, token in added.items() if token.special)
+    special = special_ids(tokenizer)
     return Codec(
         tokenizer=tokenizer,
         template=template,
@@ -82,6 +81,11 @@ def codec(tokenizer: Any, *, template: str | None, control_tokens: Literal["text
         turn=_turn(tokenizer, template, special) if source else Turn(),
         special=special,
     )
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids that are tokens of their own and no text: more than the named ones, `all_special_ids`."""
+    return frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
 def template_source(tokenizer: Any, template: str | None) -> str | None:
@@ -150,7 +154,7 @@ class _Job:
     """A record's prompt and its prompt with each completion, as texts to tokenise or as ids where that is done."""
 
     kind: Literal["text", "chat", "ids"]
-    sequences: list[str] | list[list[int]]
+    sequences: Sequence[str | list[int]]
     notes: tuple[tuple[str, str], ...]
 
 
@@ -193,11 +197,13 @@ def _job(record: Record, codec: Codec) -> _Job | BadRow:
 def _ids_job(record: Record, codec: Codec) -> _Job:
     """Ids are used as they are; a prompt and its completions are joined only for the shape's sake."""
     size = len(codec.tokenizer)
-    for token in (token for part in (record.prompt, *record.completions) for token in part):
-        if not isinstance(token, int) or not 0 <= token < size:
+    prompt, *completions = (
+        [token for token in part if isinstance(token, int)] for part in (record.prompt, *record.completions)
+    )
+    for token in (token for part in (prompt, *completions) for token in part):
+        if not 0 <= token < size:
             raise BadRow("token id out of range", f"{token}; the tokenizer has ids 0 to {size - 1}")
-    prompt = [token for token in record.prompt if isinstance(token, int)]
-    return _Job("ids", [prompt, *([*prompt, *completion] for completion in record.completions)], record.notes)
+    return _Job("ids", [prompt, *([*prompt, *completion] for completion in completions)], record.notes)
 
 
 def _text_job(record: Record, codec: Codec) -> _Job:
@@ -270,7 +276,8 @@ def _rendered(record: Record, chat: Messages, codec: Codec, *, asking: bool, san
 
 def _tokens(job: _Job, codec: Codec) -> Tokens:
     """Split each sequence after the prompt, and end each completion."""
-    whole, *together = ([*codec.before, *ids] if job.kind == "text" else list(ids) for ids in job.sequences)
+    before = codec.before if job.kind == "text" else ()
+    whole, *together = ([*before, *ids] for ids in job.sequences if isinstance(ids, list))
     end = len(whole) if job.kind == "ids" else min(shared_length(whole, ids) for ids in together)
     prompt, notes = whole[:end], job.notes
     if end < len(whole):

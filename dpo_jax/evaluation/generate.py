@@ -122,7 +122,8 @@ def generate(
     Raises:
       UserError: a prompt is empty or has a token that the model does not know, or the decoding makes no sense.
     """
-    _check(spec, prompts, decoding)
+    check(decoding)
+    _check_prompts(spec, prompts)
     answers: dict[int, Answer] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), batch_size):
@@ -138,7 +139,8 @@ def stream(
     spec: DecoderSpec, params: Params, prompt: Sequence[int], decoding: Decoding, *, seed: int = 0, every: int = 8
 ) -> Iterator[Answer]:
     """The answer that `generate` gives to this one prompt, so far, each time that it is `every` tokens longer."""
-    _check(spec, [prompt], decoding)
+    check(decoding)
+    _check_prompts(spec, [prompt])
     state = _read(spec, params, _rows([prompt], [0], 1, 1), np.uint32(seed), decoding)
     for until in range(every, decoding.max_new_tokens + every, every):
         state = _write(spec, params, state, np.int32(min(until, decoding.max_new_tokens)), decoding)
@@ -148,7 +150,12 @@ def stream(
             return
 
 
-def _check(spec: DecoderSpec, prompts: Sequence[Sequence[int]], decoding: Decoding) -> None:
+def check(decoding: Decoding) -> None:
+    """Refuse what is out of range.
+
+    Raises:
+      UserError: names the setting, its value, and what it must be.
+    """
     limits = (
         ("max_new_tokens", decoding.max_new_tokens, decoding.max_new_tokens >= 1, "at least 1"),
         ("temperature", decoding.temperature, 0 <= decoding.temperature < float("inf"), "0 or more"),
@@ -158,6 +165,9 @@ def _check(spec: DecoderSpec, prompts: Sequence[Sequence[int]], decoding: Decodi
     for name, value, sound, wanted in limits:
         if not sound:
             raise UserError(f"{name} = {value}: must be {wanted}")
+
+
+def _check_prompts(spec: DecoderSpec, prompts: Sequence[Sequence[int]]) -> None:
     for number, prompt in enumerate(prompts, 1):
         if not len(prompt):
             raise UserError(f"prompt {number} has no tokens, and an answer needs something to follow; write something")
@@ -226,8 +236,8 @@ def _read(spec: DecoderSpec, params: Params, rows: _Rows, seed: UInt32[Array, ""
     cache = empty_cache(spec, batch, slots + decoding.max_new_tokens - 1, dtype)
 
     def read(number, carry):
-        part = [lax.dynamic_slice_in_dim(x, number * piece, piece, axis=1) for x in (tokens, positions)]
-        states, cache = extend(spec, params, *part, carry[1])
+        some, where = (lax.dynamic_slice_in_dim(x, number * piece, piece, axis=1) for x in (tokens, positions))
+        states, cache = extend(spec, params, some, where, carry[1])
         return states[:, -1], cache
 
     last, cache = lax.fori_loop(0, slots // piece, read, (jnp.zeros((batch, spec.width), dtype), cache))
@@ -328,7 +338,7 @@ def answer_logprobs(
 
     An empty answer has log-probability 0.
     """
-    _check(spec, prompts, Decoding(max_new_tokens=1))
+    _check_prompts(spec, prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]) + len(answers[index]))
     scores: dict[int, float] = {}
     for start in range(0, len(order), batch_size):

@@ -1,26 +1,30 @@
 """The share of good answers: a model is asked, answers greedily, and each answer is held against a pattern.
 
-A file of questions is JSON Lines, one object a line: `prompt` (a text, taken as it stands, or a list of messages) and
-`good`, a regular expression that is found (`re.search`, `.` matches line ends) in a good answer and in no bad one.
+A file of questions is JSON Lines, one object a line: `prompt` (a text, taken as it stands, or a list of messages, put
+through the chat template) and `good`, a regular expression that is found (`re.search`, `.` matches line ends too) in a
+good answer and in no bad one.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from jax.sharding import Mesh
 
 from dpo_jax.data.messages import BadRow, Messages, is_chat, messages_of, need, texts_of
 from dpo_jax.data.records import READERS, text_notes
 from dpo_jax.data.report import clean
-from dpo_jax.data.templates import Codec, template_source
-from dpo_jax.evaluation.generate import Answer, Decoding, generate
+from dpo_jax.data.templates import Codec, codec, template_source
+from dpo_jax.evaluation.generate import Decoding, generate
+from dpo_jax.hf.tensors import SIDE_FILES, local_folder
+from dpo_jax.hf.tokenizer import generation_settings
 from dpo_jax.model.decoder import Params
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.settings import UserError
 
 Prompt = str | Messages
+T = TypeVar("T")
 
 
 class Asked(NamedTuple):
@@ -38,13 +42,6 @@ class Question(NamedTuple):
     good: re.Pattern[str]
 
 
-class Result(NamedTuple):
-    """The share of good answers, and a row for each question: prompt, answer, good, finished."""
-
-    share: float
-    rows: list[dict[str, Any]]
-
-
 # ---------------------------------------------------------------------------------------------- files
 
 
@@ -54,7 +51,7 @@ def read_prompts(path: str) -> list[Asked]:
     Raises:
       UserError: the file, or one of its rows, is not as it must be.
     """
-    return [Asked(_prompt(row), where) for where, row in _rows(path)]
+    return _read(path, lambda row, where: Asked(_prompt(row), where))
 
 
 def read_questions(path: str) -> list[Question]:
@@ -63,25 +60,152 @@ def read_questions(path: str) -> list[Question]:
     Raises:
       UserError: the file, or one of its rows, is not as it must be.
     """
-    return [Question(_prompt(row), where, _pattern(row, where)) for where, row in _rows(path)]
+    return _read(path, lambda row, where: Question(_prompt(row), where, _pattern(row)))
 
 
-def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows with their place; what is wrong with one, found here or by who takes it, is an error that names the place."""
+def _read(path: str, take: Callable[[Mapping[str, Any], str], T]) -> list[T]:
     file = Path(path).expanduser()
     reader = READERS.get(file.suffix.lower())
     if reader is None:
         raise UserError(f"{clean(path)}: prompts are read from {', '.join(READERS)}; name the file so")
-    where = ""
+    taken, where = [], clean(path)
     try:
         for row in reader(file, path):
             where = f"{clean(path)}:{row.line}"
-            if isinstance(row.value, BadRow):
-                raise row.value
-            if not isinstance(row.value, dict):
-                raise BadRow("not an object", 'a row is an object: {"prompt": ...}')
-            yield where, row.value
+            taken.append(take(_object(row.value), where))
+    except BadRow as error:
+        raise UserError(f"{where}: {clean(str(error))}") from error
     except OSError as error:
-        raise UserError(f"{clean(path)}: {error.strerror or error}") from error
-    if not where:
-        raise UserError(f'{clean(path)}: is empty; write a row {{"prompt": ...}} a line')
+        raise UserError(f"{clean(path)}: {error.strerror or error}; give a file of prompts") from error
+    if not taken:
+        raise UserError(f'{clean(path)}: is empty; write rows such as {{"prompt": "..."}}')
+    return taken
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    if isinstance(value, BadRow):
+        raise value
+    if not isinstance(value, Mapping):
+        raise BadRow("not an object", 'a row is an object such as {"prompt": "..."}')
+    return value
+
+
+def _prompt(row: Mapping[str, Any]) -> Prompt:
+    value = need(row, "prompt")
+    prompt = value if isinstance(value, str) else messages_of(value, "prompt")
+    text_notes(list(texts_of(prompt)))
+    return prompt
+
+
+def _pattern(row: Mapping[str, Any]) -> re.Pattern[str]:
+    pattern = need(row, "good")
+    if not isinstance(pattern, str):
+        raise BadRow("wrong type", "good is not text; it is a regular expression")
+    try:
+        return re.compile(pattern, re.DOTALL)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise BadRow("not a pattern", f"good = {clean(pattern, 60)!r}: {error}; mend the regular expression") from error
+
+
+# ---------------------------------------------------------------------------------------------- tokens
+
+
+def prompt_codec(tokenizer: Any, control_tokens: Literal["text", "tokens"] = "text") -> Codec:
+    """How a tokenizer, with the chat template that it holds, makes tokens of prompts."""
+    return codec(tokenizer, template=None, control_tokens=control_tokens, ending="one_terminator")
+
+
+def prompt_tokens(prompt: Prompt, coder: Codec, where: str = "") -> list[int]:
+    """Token ids that ask for an answer to a prompt: the same that stand before the answers in training.
+
+    Messages go through the chat template, which opens the assistant's turn; a text gets BOS if the tokenizer puts one
+    before texts. Control tokens in either are plain text unless the codec says otherwise.
+
+    Raises:
+      UserError: the prompt is of messages and there is no template, the template refuses it, or no token comes of it;
+        names `where`.
+    """
+    ids = _chat_tokens(prompt, coder, where) if is_chat(prompt) else _text_tokens(str(prompt), coder)
+    if not ids:
+        raise UserError(
+            f"{where or 'prompt'}: is empty, and the tokenizer has no BOS token to begin with; write something"
+        )
+    return ids
+
+
+def _text_tokens(text: str, coder: Codec) -> list[int]:
+    plain = coder.control_tokens == "text"
+    ids = coder.tokenizer(text, add_special_tokens=False, split_special_tokens=plain, verbose=False)["input_ids"]
+    bos = coder.tokenizer.bos_token_id
+    return [*coder.before, *ids] or ([] if bos is None else [bos])
+
+
+def _chat_tokens(messages: Any, coder: Codec, where: str) -> list[int]:
+    where = where or "prompt"
+    if template_source(coder.tokenizer, coder.template) is None:
+        raise UserError(
+            f"{where}: messages need a chat template and the tokenizer has none; write the prompt as a text"
+        )
+    # The codec's pattern finds every text that the tokenizer could take for a control token; without one, both ways of
+    # rendering are the same, and this one is what most users of the model will do.
+    found = coder.control_tokens == "text" and any(coder.control.search(text) for text in texts_of(messages))
+    how = {"sanitize_control_tokens": True} if found else {}
+    try:
+        return coder.tokenizer.apply_chat_template(
+            messages, chat_template=coder.template, add_generation_prompt=True, tokenize=True, return_dict=False, **how
+        )
+    except Exception as error:  # templates raise what they like: Jinja's errors, their own, TypeError, KeyError
+        raise UserError(
+            f"{where}: the chat template refuses it: {clean(f'{type(error).__name__}: {error}')}"
+        ) from error
+
+
+def stop_tokens(folder_or_hub_id: str | Path, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end an answer: those of generation_config.json, and what the chat template ends a turn with.
+
+    The second is what a chat model is trained to write at the end; some folders forget to list it.
+    """
+    ids = generation_settings(local_folder(folder_or_hub_id, SIDE_FILES), tokenizer).eos
+    turn = prompt_codec(tokenizer).turn.terminator
+    return ids if turn is None or turn in ids else (*ids, turn)
+
+
+def text_of(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """An answer as text, without special tokens, and with its spaces as they are."""
+    return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+# ---------------------------------------------------------------------------------------------- asking
+
+
+def answer(
+    spec: DecoderSpec,
+    params: Params,
+    questions: Sequence[Question],
+    tokenizer: Any,
+    *,
+    stop: tuple[int, ...],
+    max_new_tokens: int,
+    batch_size: int = 16,
+    mesh: Mesh | None = None,
+) -> list[dict[str, Any]]:
+    """The model's greedy answer to each question, as a row of JSON.
+
+    A row has `prompt`, `answer`, `good` (whether the question's pattern is found in the answer) and `finished` (whether
+    the model ended by itself; an answer that was cut off is judged as it is).
+    """
+    coder = prompt_codec(tokenizer)
+    prompts = [prompt_tokens(question.prompt, coder, question.where) for question in questions]
+    decoding = Decoding(max_new_tokens=max_new_tokens, stop=stop)
+    answers = generate(spec, params, prompts, decoding, batch_size=batch_size, mesh=mesh)
+    rows = []
+    for question, given in zip(questions, answers, strict=True):
+        text = text_of(tokenizer, given.tokens)
+        good = question.good.search(text) is not None
+        rows.append({"prompt": question.prompt, "answer": text, "good": good, "finished": given.finished})
+    return rows
+
+
+def share_of_good_answers(answers: Sequence[Mapping[str, Any]]) -> float:
+    """Good answers among all, from 0 to 1."""
+    return sum(row["good"] for row in answers) / len(answers)

@@ -1,6 +1,6 @@
 """A Hugging Face folder in, straight onto devices, and out again as the same folder with other numbers in it.
 
-Both directions hold about one tensor in host memory. Letters as in model/decoder.py.
+Both directions hold about one tensor in host memory.
 """
 
 import functools
@@ -372,8 +372,10 @@ CARD = """\
 """
 
 TRAINED = """\
-[{base}] trained on preference pairs with Direct Preference Optimization (DPO) by `dpo_jax`, in JAX.
+{base}, trained on preference pairs with Direct Preference Optimization (DPO) by `dpo_jax`, in JAX.
 Names, dtypes and files are those of the base model; the tokenizer and its chat template are unchanged."""
+
+WRITTEN = "{base}, written by `dpo_jax`."
 
 CITATION = """\
 ## Citation
@@ -402,17 +404,16 @@ def model_card(base: str, inherited: Mapping[str, Any], card: Mapping[str, Any] 
     front |= {**inherited, "tags": ["dpo", "dpo_jax", "jax"] if card else ["dpo_jax", "jax"]}
     if card.get("datasets"):
         front["datasets"] = list(card["datasets"])
-    parts = [TRAINED.format(base=printable(base)).replace("[", "").replace("]", "")] if card else []
-    parts = parts or [f"{printable(base)}, written by `dpo_jax`; it was not trained further."]
+    parts = [(TRAINED if card else WRITTEN).format(base=printable(base))]
     if card.get("metrics"):
         rows = [f"| {printable(str(name))} | {value:.6g} |" for name, value in card["metrics"].items()]
         parts.append("\n".join(["## Results", "", "| metric | value |", "| --- | --- |", *rows]))
     if card.get("config"):
-        text = yaml.safe_dump(card["config"], sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(card["config"], sort_keys=False)
         parts.append("## Settings\n\n" + "".join(f"    {line}\n" for line in text.splitlines()).rstrip("\n"))
     parts += [CITATION] if card else []
     title = printable(base.rsplit("/", 1)[-1]) + (" (DPO)" if card else "")
-    dumped = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    dumped = yaml.safe_dump(front, sort_keys=False)
     return CARD.format(front=dumped, title=title, text="\n\n".join(parts))
 
 

@@ -25,7 +25,7 @@ HARMLESS = frozenset(
     "is_llama_config cache_implementation attn_implementation _attn_implementation unsloth_fixed unsloth_version "
     # how it was trained, or how long a text it has seen; DPO itself runs without dropout
     "attention_dropout hidden_dropout initializer_range max_position_embeddings original_max_position_embeddings "
-    "pretraining_tp "
+    "max_sequence_length pretraining_tp "
     # tokens and sampling (hf/tokenizer.py reads those that matter)
     "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id max_length min_length max_new_tokens "
     "do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p "
@@ -50,6 +50,9 @@ REQUIRED: dict[str, Any] = {
     "use_sliding_window": False,
     "attention_bias": False,
     "mlp_bias": False,
+    "qkv_bias": False,
+    "bias": False,
+    "activation": "swiglu",
 }
 """Keys that any family may have, as long as the value is this one or the family itself reads the key."""
 
