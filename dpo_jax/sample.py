@@ -111,10 +111,11 @@ def _check(options: argparse.Namespace) -> None:
     for wrong, why in faults:
         if wrong:
             raise UserError(f"{COMMAND_LINE}: {why}")
-    if options.output is not None and Path(options.output).exists():
-        raise UserError(
-            f"{COMMAND_LINE}: --output {options.output}: exists already, and is not overwritten; name a new file"
-        )
+    output = None if options.output is None else Path(options.output)
+    if output is not None and output.exists():
+        raise UserError(f"{COMMAND_LINE}: --output {output}: exists already, and is not overwritten; name a new file")
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"{COMMAND_LINE}: --output {output}: there is no folder {output.parent}; make it first")
 
 
 @contextlib.contextmanager
@@ -125,9 +126,7 @@ def _output(path: str | None) -> Iterator[TextIO | None]:
     try:
         file = open(path, "x", encoding="utf-8")
     except OSError as error:
-        raise UserError(
-            f"{COMMAND_LINE}: --output {path}: {error.strerror}; name a new file in a folder of yours"
-        ) from error
+        raise UserError(f"{COMMAND_LINE}: --output {path}: {error.strerror}; name a new file") from error
     with file:
         yield file
 

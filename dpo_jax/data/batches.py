@@ -66,6 +66,7 @@ class Batches:
       order: "shuffled" anew in each epoch; "file", the data's own in each epoch; or "length", every pair once, units of
         like length together, where the last step may hold fewer pairs.
       seed: of the shuffled order.
+      attention_length: row length at which attention costs as much per slot as everything else.
       max_shapes: row shapes that the steps may come in.
       share_prompts: lay a prompt out once for all its completions, where they see the same tokens of it.
       micro_tokens: slots of a micro-batch; None chooses.
@@ -80,6 +81,7 @@ class Batches:
     seed: int = 0
     share_prompts: bool = True
     micro_tokens: int | None = None
+    attention_length: int = 8192
     max_shapes: int = 4
     reference: np.ndarray | None = None
     _orders: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False)
@@ -117,7 +119,14 @@ class Batches:
         most = max(len(b.trees) for b in self._bundles)
         longest = max(max(b.trees) for b in self._bundles)
         largest = Bundle((longest,) * most, max(b.scored for b in self._bundles))
-        return choose_shapes(samples, largest, self.shards, self.micro_tokens, self.max_shapes)
+        return choose_shapes(
+            samples,
+            largest,
+            self.shards,
+            micro_tokens=self.micro_tokens,
+            attention_length=self.attention_length,
+            most=self.max_shapes,
+        )
 
     @functools.cached_property
     def depth(self) -> int:
@@ -156,7 +165,10 @@ class Batches:
         return list(dict.fromkeys(self.encoded.pair_unit[pairs].tolist()))
 
     def _shape(self, units: Sequence[int]) -> Shape:
-        return cheapest([self._bundles[u] for u in units], self.shards, self.shapes)
+        return self._cheapest([self._bundles[u] for u in units])
+
+    def _cheapest(self, bundles: Sequence[Bundle]) -> Shape:
+        return cheapest(bundles, self.shards, self.shapes, self.attention_length)
 
     # ------------------------------------------------------------------------------------------ layout
 
@@ -191,7 +203,7 @@ class Batches:
         """Arrays of the given pairs."""
         units = self._units(pairs)
         bundles = [self._bundles[u] for u in units]
-        shape = cheapest(bundles, self.shards, self.shapes)
+        shape = self._cheapest(bundles)
         parts = [pack(bundles, part, shape) for part in balance(bundles, self.shards)]
         used = max((place.micro for part in parts for place in part), default=-1) + 1
         depth = self.depth

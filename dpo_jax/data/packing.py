@@ -13,10 +13,7 @@ import numpy as np
 
 MICRO_OVERHEAD = 256
 """Cost of one more micro-batch (reading weights, adding gradients), in token slots."""
-ATTENTION_LENGTH = 8192
-"""Row length at which attention costs about as much per slot as everything else."""
 DEFAULT_MICRO_TOKENS = 8192
-SCORED_SLACK = 1.25
 
 
 class Bundle(NamedTuple):
@@ -34,9 +31,12 @@ class Shape:
     length: int
     scored: int
 
-    def cost(self, micro_batches: int) -> float:
-        """Time of that many micro-batches, in slots of a short row."""
-        return micro_batches * (self.rows * self.length * (1 + self.length / ATTENTION_LENGTH) + MICRO_OVERHEAD)
+    def cost(self, micro_batches: int, attention_length: int) -> float:
+        """Time of that many micro-batches, in slots of a short row.
+
+        At rows of `attention_length` slots, attention costs as much per slot as everything else.
+        """
+        return micro_batches * (self.rows * self.length * (1 + self.length / attention_length) + MICRO_OVERHEAD)
 
 
 class Place(NamedTuple):
@@ -89,7 +89,13 @@ def fits(bundle: Bundle, shape: Shape) -> bool:
 
 
 def choose_shapes(
-    samples: Sequence[Sequence[Bundle]], largest: Bundle, shards: int, micro_tokens: int | None, most: int
+    samples: Sequence[Sequence[Bundle]],
+    largest: Bundle,
+    shards: int,
+    *,
+    micro_tokens: int | None,
+    attention_length: int,
+    most: int,
 ) -> tuple[Shape, ...]:
     """The few shapes (at most `most`) under which the sample steps cost least; the first one fits every bundle.
 
@@ -98,14 +104,16 @@ def choose_shapes(
       largest: a bundle as long in every tree, and with as many scored tokens, as any that will come.
       shards: devices that share a step.
       micro_tokens: slots of a micro-batch; None tries several sizes up to DEFAULT_MICRO_TOKENS.
+      attention_length: see `Shape.cost`.
+      most: shapes to choose at most.
     """
-    candidates = _candidates(samples, largest, micro_tokens)
     parts = [balance(step, shards) for step in samples]
+    candidates = [_with_budget(shape, samples, parts, largest) for shape in _candidates(samples, largest, micro_tokens)]
     costs = np.full((len(candidates), len(samples)), np.inf)
     for i, shape in enumerate(candidates):
         for j, step in enumerate(samples):
             if all(fits(bundle, shape) for bundle in step):
-                costs[i, j] = shape.cost(micro_batches(step, parts[j], shape))
+                costs[i, j] = shape.cost(micro_batches(step, parts[j], shape), attention_length)
     general = [i for i, shape in enumerate(candidates) if fits(largest, shape)]
     chosen = [min(general, key=lambda i: costs[i].sum())]
     while len(chosen) < most:
@@ -117,11 +125,11 @@ def choose_shapes(
     return tuple(candidates[i] for i in chosen)
 
 
-def cheapest(bundles: Sequence[Bundle], shards: int, shapes: Sequence[Shape]) -> Shape:
+def cheapest(bundles: Sequence[Bundle], shards: int, shapes: Sequence[Shape], attention_length: int) -> Shape:
     """The shape under which one step costs least, among those that every bundle of it fits."""
     parts = balance(bundles, shards)
     able = [shape for shape in shapes if all(fits(bundle, shape) for bundle in bundles)]
-    return min(able, key=lambda shape: shape.cost(micro_batches(bundles, parts, shape)))
+    return min(able, key=lambda shape: shape.cost(micro_batches(bundles, parts, shape), attention_length))
 
 
 def row_lengths(longest: int, limit: int) -> list[int]:
@@ -136,12 +144,12 @@ def row_lengths(longest: int, limit: int) -> list[int]:
 def _candidates(samples, largest: Bundle, micro_tokens: int | None) -> list[Shape]:
     """Shapes worth trying for the sample steps; some of them fit the largest bundle."""
     usual = max(max(bundle.trees) for step in samples for bundle in step)
-    slots = sum(sum(bundle.trees) for step in samples for bundle in step)
-    ratio = sum(bundle.scored for step in samples for bundle in step) / slots
     smallest = min(max(max(bundle.trees) for bundle in step) for step in samples)
     limit = micro_tokens or DEFAULT_MICRO_TOKENS
     shapes = []
-    for length in sorted({*row_lengths(smallest, 4 * usual), *row_lengths(max(largest.trees), max(largest.trees))}):
+    for length in sorted(
+        {*row_lengths(smallest, min(4 * usual, limit)), *row_lengths(max(largest.trees), max(largest.trees))}
+    ):
         needed = _rows_needed(largest, length)
         most = max(limit // length, needed, 1)
         counts = (
@@ -149,11 +157,21 @@ def _candidates(samples, largest: Bundle, micro_tokens: int | None) -> list[Shap
             if micro_tokens
             else sorted({r for r in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, needed) if needed <= r <= most})
         )
-        for rows in counts:
-            room = rows * length
-            scored = max(int(SCORED_SLACK * ratio * room), min(largest.scored, room))
-            shapes.append(Shape(rows, length, min(-(-scored // 64) * 64, room)))
+        shapes += [Shape(rows, length, rows * length) for rows in counts]
     return shapes
+
+
+def _with_budget(shape: Shape, samples, parts, largest: Bundle) -> Shape:
+    """The shape with room for as many scored tokens as the fullest micro-batch of the sample steps has."""
+    most = largest.scored
+    for step, split in zip(samples, parts, strict=True):
+        if all(fits(bundle, shape) for bundle in step):
+            for part in split:
+                scored: dict[int, int] = {}
+                for bundle, micro in {(place.bundle, place.micro) for place in pack(step, part, shape)}:
+                    scored[micro] = scored.get(micro, 0) + step[bundle].scored
+                most = max(most, *scored.values(), 0)
+    return dataclasses.replace(shape, scored=min(-(-most // 64) * 64, shape.rows * shape.length))
 
 
 def _rows_needed(bundle: Bundle, length: int) -> int:

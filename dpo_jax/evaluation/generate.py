@@ -31,6 +31,8 @@ READ_AT_ONCE = 256
 """Prompt tokens of a row that are read in one piece; bounds the memory that attention takes."""
 NOTHING = -1
 """Stands in `written` where a row has no token, as it has ended."""
+NEVER = -2
+"""Fills up the stop tokens; no token is this."""
 
 
 class Decoding(NamedTuple):
@@ -81,10 +83,20 @@ class _Rows(NamedTuple):
     """Each prompt's place in the list, which its random numbers are made from; -1 for a row that fills up the batch."""
 
 
+class Rule(NamedTuple):
+    """A `Decoding` as numbers that a compiled function takes, so that one compilation serves them all."""
+
+    temperature: Float[Array, ""] | np.float32
+    top_p: Float[Array, ""] | np.float32
+    top_k: Int[Array, ""] | np.int32
+    stop: Int[Array, " S"] | Int[np.ndarray, " S"]
+
+
 class _State(NamedTuple):
-    """A batch of answers that are being written; the last token of each is not in the cache yet."""
+    """A batch of answers that are being written; `last` is the hidden state that the next token is chosen from."""
 
     cache: Cache
+    last: Float[Array, "B D"]
     written: Int[Array, "B N"]
     count: Int[Array, ""]
     prompt_length: Int[Array, " B"]
@@ -129,8 +141,9 @@ def generate(
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         rows = _rows(prompts, indices, batch_size, 1 if mesh is None else sharding.batch_shards(mesh))
-        state = _read(spec, params, _placed(rows, mesh), np.uint32(seed), decoding)
-        state = _write(spec, params, state, np.int32(decoding.max_new_tokens), decoding)
+        rule, capacity = rule_of(decoding), _rounded(decoding.max_new_tokens)
+        state = _read(spec, params, _placed(rows, mesh), np.uint32(seed), capacity=capacity)
+        state = _write(spec, params, state, np.int32(decoding.max_new_tokens), rule)
         answers |= zip(indices, _answers(state, decoding), strict=False)
     return [answers[index] for index in range(len(prompts))]
 
@@ -141,9 +154,10 @@ def stream(
     """The answer that `generate` gives to this one prompt, so far, each time that it is `every` tokens longer."""
     check(decoding)
     _check_prompts(spec, [prompt])
-    state = _read(spec, params, _rows([prompt], [0], 1, 1), np.uint32(seed), decoding)
+    rule, capacity = rule_of(decoding), _rounded(decoding.max_new_tokens)
+    state = _read(spec, params, _rows([prompt], [0], 1, 1), np.uint32(seed), capacity=capacity)
     for until in range(every, decoding.max_new_tokens + every, every):
-        state = _write(spec, params, state, np.int32(min(until, decoding.max_new_tokens)), decoding)
+        state = _write(spec, params, state, np.int32(min(until, decoding.max_new_tokens)), rule)
         (answer,) = _answers(state, decoding)
         yield answer
         if answer.finished:
@@ -176,6 +190,16 @@ def _check_prompts(spec: DecoderSpec, prompts: Sequence[Sequence[int]]) -> None:
                 f"prompt {number} has token {strange[0]}, and the model knows 0..{spec.vocab_size - 1}; "
                 "use the tokenizer of the model's own folder"
             )
+
+
+def rule_of(decoding: Decoding) -> Rule:
+    """The decoding as numbers."""
+    size = max(8, 1 << (max(len(decoding.stop), 1) - 1).bit_length())
+    stop = [*decoding.stop, *[NEVER] * (size - len(decoding.stop))]
+    top_k = decoding.top_k or np.iinfo(np.int32).max
+    return Rule(
+        np.float32(decoding.temperature), np.float32(decoding.top_p), np.int32(top_k), np.asarray(stop, np.int32)
+    )
 
 
 def _rounded(size: int) -> int:
@@ -225,15 +249,14 @@ def _on_host(array: jax.Array) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- on the devices
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "decoding"))
-def _read(spec: DecoderSpec, params: Params, rows: _Rows, seed: UInt32[Array, ""], decoding: Decoding) -> _State:
-    """Read the prompts and choose the first token of each answer."""
+@functools.partial(jax.jit, static_argnames=("spec", "capacity"))
+def _read(spec: DecoderSpec, params: Params, rows: _Rows, seed: UInt32[Array, ""], *, capacity: int) -> _State:
+    """Read the prompts, and make room for answers of `capacity` tokens."""
     tokens, positions, index = (jnp.asarray(part) for part in rows)
     batch, slots = tokens.shape
     piece = slots if slots <= READ_AT_ONCE else math.gcd(slots, READ_AT_ONCE)
     dtype = params["embed"]["embedding"].dtype
-    # the last token that is written is never read
-    cache = empty_cache(spec, batch, slots + decoding.max_new_tokens - 1, dtype)
+    cache = empty_cache(spec, batch, slots + capacity, dtype)
 
     def read(number, carry):
         some, where = (lax.dynamic_slice_in_dim(x, number * piece, piece, axis=1) for x in (tokens, positions))
@@ -241,69 +264,63 @@ def _read(spec: DecoderSpec, params: Params, rows: _Rows, seed: UInt32[Array, ""
         return states[:, -1], cache
 
     last, cache = lax.fori_loop(0, slots // piece, read, (jnp.zeros((batch, spec.width), dtype), cache))
-    state = _State(
+    return _State(
         cache=cache,
-        written=jnp.full((batch, decoding.max_new_tokens), NOTHING, jnp.int32),
+        last=last,
+        written=jnp.full((batch, capacity), NOTHING, jnp.int32),
         count=jnp.int32(0),
         prompt_length=positions[:, -1] + 1,
         stopped=index < 0,
         index=index,
         seed=jnp.asarray(seed),
     )
-    return _with_next(spec, params, state, last, decoding)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "decoding"), donate_argnames="state")
-def _write(spec: DecoderSpec, params: Params, state: _State, until: Int[Array, ""], decoding: Decoding) -> _State:
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
+def _write(spec: DecoderSpec, params: Params, state: _State, until: Int[Array, ""], rule: Rule) -> _State:
     """Go on until `until` tokens are written, or every row has stopped."""
 
     def wanted(state: _State):
         return (state.count < until) & ~state.stopped.all()
 
     def step(state: _State) -> _State:
-        token = lax.dynamic_slice_in_dim(state.written, state.count - 1, 1, axis=1)
-        position = state.prompt_length[:, None] + state.count - 1
+        chosen = choose(head_logits(spec, params, state.last), rule, state.seed, state.index, state.count)
+        token = jnp.where(state.stopped, NOTHING, chosen)[:, None]
+        position = state.prompt_length[:, None] + state.count
         states, cache = extend(spec, params, jnp.maximum(token, 0), position, state.cache)
-        return _with_next(spec, params, state._replace(cache=cache), states[:, 0], decoding)
+        return state._replace(
+            cache=cache,
+            last=states[:, 0],
+            written=lax.dynamic_update_slice_in_dim(state.written, token, state.count, axis=1),
+            count=state.count + 1,
+            stopped=state.stopped | (token == rule.stop[None, :]).any(axis=1),
+        )
 
+    # The last token of all is read for nothing: one step in many, and the sampler is compiled here only.
     return lax.while_loop(wanted, step, state)
-
-
-def _with_next(
-    spec: DecoderSpec, params: Params, state: _State, last: Float[Array, "B D"], decoding: Decoding
-) -> _State:
-    """One more token in each row that has not stopped; `last` is the hidden state that it is chosen from."""
-    logits = head_logits(spec, params, last)
-    token = jnp.where(state.stopped, NOTHING, choose(logits, decoding, state.seed, state.index, state.count))
-    stops = jnp.asarray(decoding.stop, jnp.int32)
-    return state._replace(
-        written=lax.dynamic_update_slice_in_dim(state.written, token[:, None], state.count, axis=1),
-        count=state.count + 1,
-        stopped=state.stopped | (token[:, None] == stops[None, :]).any(axis=1),
-    )
 
 
 def choose(
     logits: Float[Array, "B V"],
-    decoding: Decoding,
+    rule: Rule,
     seed: UInt32[Array, ""],
     index: Int[Array, " B"],
     count: Int[Array, ""],
 ) -> Int[Array, " B"]:
     """The next token of each row. What row b draws depends on (seed, index[b], count) and on its own logits alone."""
-    if decoding.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    tokens, scores = ranked(logits, decoding)
 
     def draw(index, scores):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), count)
         return jax.random.categorical(key, scores)
 
-    rank = jax.vmap(draw)(index, scores)
-    return jnp.take_along_axis(tokens, rank[:, None], axis=1)[:, 0].astype(jnp.int32)
+    def drawn():
+        tokens, scores = ranked(logits, rule)
+        return jnp.take_along_axis(tokens, jax.vmap(draw)(index, scores)[:, None], axis=1)[:, 0].astype(jnp.int32)
+
+    return lax.cond(rule.temperature == 0, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32), drawn)
 
 
-def ranked(logits: Float[Array, "B V"], decoding: Decoding) -> tuple[Int[Array, "B V"], Float[Array, "B V"]]:
+def ranked(logits: Float[Array, "B V"], rule: Rule) -> tuple[Int[Array, "B V"], Float[Array, "B V"]]:
     """Tokens from the most probable down, and the logits that they are drawn by (-inf: dropped by top_k or top_p).
 
     A token is kept while those before it add up to less than top_p, so the first one always is.
@@ -313,14 +330,12 @@ def ranked(logits: Float[Array, "B V"], decoding: Decoding) -> tuple[Int[Array, 
     tokens = jnp.argsort(logits, axis=-1, descending=True)
     scores = jnp.take_along_axis(logits, tokens, axis=-1)
     # less the largest first: no temperature, however small, makes infinities of two that are equal
-    scores = (scores - scores[:, :1]) / decoding.temperature
-    if decoding.top_k:
-        scores = jnp.where(jnp.arange(scores.shape[1])[None, :] < decoding.top_k, scores, -jnp.inf)
-    if decoding.top_p < 1:
-        share = jax.nn.softmax(scores, axis=-1)
-        before = jnp.pad(jnp.cumsum(share, axis=-1)[:, :-1], ((0, 0), (1, 0)))
-        scores = jnp.where(before < decoding.top_p, scores, -jnp.inf)
-    return tokens, scores
+    scores = (scores - scores[:, :1]) / rule.temperature
+    scores = jnp.where(jnp.arange(scores.shape[1], dtype=jnp.int32)[None, :] < rule.top_k, scores, -jnp.inf)
+    share = jax.nn.softmax(scores, axis=-1)
+    before = jnp.pad(jnp.cumsum(share, axis=-1)[:, :-1], ((0, 0), (1, 0)))
+    # with top_p = 1 nothing is dropped, though rounding may bring the sum to 1 before the last token
+    return tokens, jnp.where((before < rule.top_p) | (rule.top_p == 1), scores, -jnp.inf)
 
 
 # ---------------------------------------------------------------------------------------------- log-probabilities

@@ -3,11 +3,15 @@
 Letters: B rows, T queries, S keys, K key-value heads, G queries per key-value head, H = K G heads, C channels.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+
+QUERY_BLOCK = 128
+"""Queries that attend together; smaller skips more of the upper triangle, larger has less overhead."""
 
 
 class Layout(NamedTuple):
@@ -55,9 +59,34 @@ def attend(
     Every query must see at least one key.
     """
     batch, queries, heads, channels = query.shape
-    kv_heads = key.shape[2]
-    grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, channels)
-    scores = jnp.einsum("btkgc,bskc->bkgts", grouped, key, preferred_element_type=jnp.float32) * channels**-0.5
-    scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgts,bskc->btkgc", weights, value).reshape(batch, queries, heads, channels)
+    keys, kv_heads = key.shape[1], key.shape[2]
+
+    def by_head(x: Array) -> Array:
+        return x.transpose(0, 2, 1, 3).reshape(batch * kv_heads, -1, channels)
+
+    scores = _batched(by_head(query), by_head(key), 2, jnp.float32) * channels**-0.5
+    scores = scores.reshape(batch, heads, queries, keys)
+    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
+    weights = weights.astype(value.dtype).reshape(batch * kv_heads, -1, keys)
+    mixed = _batched(weights, by_head(value), 1, value.dtype)
+    return mixed.reshape(batch, heads, queries, channels).transpose(0, 2, 1, 3)
+
+
+def attend_causally(
+    query: Float[Array, "B T H C"],
+    key: Float[Array, "B T K C"],
+    value: Float[Array, "B T K C"],
+    seen: Bool[Array, "B T T"],
+) -> Float[Array, "B T H C"]:
+    """`attend` where no query sees a later slot: queries go in blocks, and keys after a block are not computed."""
+    length = query.shape[1]
+    parts = []
+    for start in range(0, length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, length)
+        parts.append(attend(query[:, start:stop], key[:, :stop], value[:, :stop], seen[:, start:stop, :stop]))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def _batched(a: Float[Array, "N T X"], b: Float[Array, "N S Y"], b_axis: int, dtype: Any) -> Float[Array, "N T Z"]:
+    """Product of each matrix of a batch with its partner, over a's last axis and the given one of b."""
+    return lax.dot_general(a, b, (((2,), (b_axis,)), ((0,), (0,))), preferred_element_type=dtype)

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dpo_jax import trees
-from dpo_jax.model.attention import Layout, attend, causal, visible
+from dpo_jax.model.attention import Layout, attend, attend_causally, causal, visible
 from dpo_jax.model.kernels import dense
 from dpo_jax.model.rope import rotate, rotation
 from dpo_jax.model.spec import DecoderSpec
@@ -213,7 +213,8 @@ def hidden(
     shared = visible(layout, windows[0]) if uniform else None
 
     def mix(query, key, value, window):
-        return attend(query, key, value, visible(layout, window) if shared is None else shared), None
+        seen = visible(layout, window) if shared is None else shared
+        return attend_causally(query, key, value, seen), None
 
     if execution.remat == "attention":
         mix = jax.checkpoint(mix)

@@ -45,7 +45,7 @@ def make_step(
 
     def step(state: State, reference: Any, batch: Any) -> tuple[State, dict[str, jax.Array]]:
         loss, metrics, gradient = loss_and_gradient(problem, state["params"], batch, reference)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         directions, moments = optimizer.update(gradient, state["optimizer"], state["params"])
         rate = jnp.asarray(learning_rate(state["step"]), jnp.float32)
