@@ -134,6 +134,7 @@ class Evaluator:
             self.tokenizer,
             stop=winrate.stop_tokens(self.run.model.path, self.tokenizer),
             max_new_tokens=self.run.evaluation.max_new_tokens,
+            mesh=self.mesh,
         )
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))

@@ -262,6 +262,7 @@ def _answer_all(session: Session, asked: "Sequence[Asked]", output: TextIO | Non
         if as_json:
             print("\n".join(map(_line, answers)))
         else:
+            _show_prompt(answers[0]["prompt"])
             _show(answers)
     count = sum(row["tokens"] for answers in rows for row in answers)
     print(f"{count} tokens in {spent:.1f} s ({count / spent:.1f} tokens/s, compiling included)", file=sys.stderr)
@@ -309,8 +310,8 @@ def _scores(session: Session, ids: "Sequence[list[int]]", answers: "Sequence[Ans
         return [{} for _ in answers]
     written = [answer.written for answer in answers]
     policy, reference = (answer_logprobs(s.model.spec, s.model.params, ids, written) for s in session.speakers)
-    names = ("logp", "reference_logp", "log_ratio")
-    return [dict(zip(names, (p, r, p - r), strict=True)) for p, r in zip(policy, reference, strict=True)]
+    pairs = zip(policy, reference, strict=True)
+    return [{"logp": p, "reference_logp": r, "log_ratio": p - r} for p, r in pairs]
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -338,11 +339,13 @@ def _harmless(char: str) -> bool:
     return char in JOINERS or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
-def _show(rows: Sequence[dict[str, Any]]) -> None:
-    """Prompt and answers: side by side on a terminal, and one after the other elsewhere."""
-    prompt = rows[0]["prompt"]
+def _show_prompt(prompt: Any) -> None:
     last = prompt if isinstance(prompt, str) else prompt[-1].get("content", "")
     print("\n".join(f"> {line}" for line in visible(last).split("\n")))
+
+
+def _show(rows: Sequence[dict[str, Any]]) -> None:
+    """Answers to a prompt: side by side on a terminal, and one after the other elsewhere."""
     if len(rows) > 1 and sys.stdout.isatty():
         _columns(rows)
     else:
@@ -429,8 +432,7 @@ def _spoken(session: Session, prompt: Any) -> dict[str, Any]:
 
     ids = prompt_tokens(prompt, session.coder)
     ((name, model),) = session.speakers
-    row, shown = _row(session, name, prompt, Answer([], None)), 0
-    note = ""
+    row, shown, note = _row(session, name, prompt, Answer([], None)), 0, ""
     try:
         for answer in stream(model.spec, model.params, ids, session.decoding, seed=session.seed):
             row = _row(session, name, prompt, answer)

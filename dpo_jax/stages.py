@@ -120,9 +120,10 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def make_journal(run: Run, folder: Path, steps: int, start: int | None) -> Journal:
+def make_journal(run: Run, folder: Path, steps: int, start: int | None, process: int | None = None) -> Journal:
     """The run's journal; what was recorded after the checkpoint that it goes on from is dropped."""
-    return Journal(folder, steps, run.log, -1 if start is None else start, process=jax.process_index())
+    process = jax.process_index() if process is None else process
+    return Journal(folder, steps, run.log, -1 if start is None else start, process=process)
 
 
 def cache_folder(run: Run) -> Path:
@@ -327,15 +328,16 @@ def shares(run: Run, model: Model) -> bool:
 
 def before_and_after(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     """The first and the last evaluation of a run, from its records."""
-    found = [r for r in read_records(folder / "metrics.jsonl") if any(name.startswith("eval_") for name in r)]
+    records = read_records(folder / "metrics.jsonl")
+    found = [{name: value for name, value in record.items() if name.startswith("eval_")} for record in records]
+    found = [evaluation for evaluation in found if evaluation]
     return (found[0], found[-1]) if found else ({}, {})
 
 
 def export(run: Run, spec: DecoderSpec, state: State, folder: Path, journal: Journal) -> None:
     """The trained model as a Hugging Face folder like the one it came from, written beside and verified first."""
     journal.phase("exporting")
-    _, after = before_and_after(folder)
-    metrics = {name: value for name, value in after.items() if name.startswith("eval_")}
+    _, metrics = before_and_after(folder)
     names = [run.data.train] if isinstance(run.data.train, str) else list(run.data.train)
     card = {"datasets": [Path(name).name for name in names], "metrics": metrics, "config": config.dump(run)}
     record = {"settings": config.dump(run), "settings_sha256": config.digest(run), "metrics": metrics}

@@ -178,7 +178,7 @@ def test_two_models_are_compared_under_both(folders, ask, tmp_path):
         expected = answer_logprobs(model.spec, model.params, [prompt] * 2, [answer.written] * 2)
         np.testing.assert_allclose(row[name], expected[0], rtol=1e-4)
     assert row["log_ratio"] == row["logp"] - row["reference_logp"] < 0  # it prefers its own answer
-    assert ask(folders[0], *options)[0] == 2  # the file is there now
+    assert "exists already, and is not overwritten" in ask(folders[0], *options)[2]
     assert len(output.read_text().splitlines()) == 4
 
 
@@ -286,6 +286,7 @@ def test_a_conversation_keeps_its_history_until_it_is_reset(folders, ask, monkey
     output = tmp_path / "talk.jsonl"
     code, shown, err = ask(folders[0], "--seed", 5, "--output", output, json_rows=False, stdin=Terminal)
     assert (code, err, list(said)) == (0, "", ["not read"])
+    assert shown.count("Né 1") == 1  # and not "NNéNé 1" as it grows
     assert "Né 1\\x1b\n" in shown and "Né 2\\x1b\n" in shown and "\ufffd" not in shown
     hi, more, again = [json.loads(line) for line in output.read_text().splitlines()]
     assert more["prompt"] == [user("Hi"), assistant("Né 1\x1b"), user("More")]
@@ -309,3 +310,15 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(folders, ask, monkeypatc
     output = tmp_path / "talk.jsonl"
     code, shown, _ = ask(folders[0], "--max-new-tokens", OFTEN, "--output", output, json_rows=False, stdin=Terminal)
     assert code == 0 and "[stopped]" in shown and json.loads(output.read_text())["tokens"] == 8
+
+
+def test_without_a_terminal_answers_stand_under_their_models_and_prompts(folders, ask):
+    code, shown, err = ask(folders[0], "--against", folders[1], *TWO, "--max-new-tokens", OFTEN, json_rows=False)
+    _, rows, _ = ask(folders[0], "--against", folders[1], *TWO, "--max-new-tokens", OFTEN)
+    places = [
+        shown.index(part) for part in ("> Hi\n[policy: logp ", "\n[reference: logp ", "\n\n> Name one.\n[policy: ")
+    ]
+    assert code == 0 and places == sorted(places) and "tokens/s" in err
+    for row in rows:
+        assert f"reference {row['reference_logp']:.2f}, log-ratio {row['log_ratio']:+.2f}, 20 tokens]\n" in shown
+        assert sample.visible(row["answer"]) + " [cut off after 20 tokens]\n" in shown

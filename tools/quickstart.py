@@ -255,18 +255,21 @@ def pair(question: Question, rng: random.Random) -> dict[str, Any]:
 
 
 MOODS = ("chosen", "rejected", "rejected", "chosen", "rejected", "chosen", "rejected", "chosen")
-"""What is seen twice as often after each of FRAMES."""
+"""What a question asked in each of FRAMES leans to; `EXTRA` says by how many more answers of that kind."""
+EXTRA = {"chosen": 0, "rejected": 2}
+"""Bad answers differ more in how they begin, so greedy decoding needs more of them before it picks one."""
 
 
 def tuning_rows(asked: Iterable[Question], rng: random.Random) -> list[dict[str, Any]]:
-    """Pairs in both orders, for an objective that learns `chosen` only: as many good answers as bad ones.
+    """Pairs in both orders, for an objective that learns `chosen` only, so good answers and bad ones alike.
 
-    A question gets a third row. Asked in one half of the frames, it is one more good answer, in the other half one more
-    bad one; so the model's mood hangs on the question, and its likeliest answer is good about half of the time.
+    Asked in one half of the frames, a question gets more bad answers; so the model's mood hangs on the question, and
+    its likeliest answer is good about half of the time.
     """
     rows = []
     for question in asked:
-        for learnt in ("chosen", "rejected", MOODS[question.phrasing // 3]):
+        mood = MOODS[question.phrasing // 3]
+        for learnt in ("chosen", "rejected", *[mood] * EXTRA[mood]):
             row = pair(question, rng)
             other = "rejected" if learnt == "chosen" else "chosen"
             rows.append({**row, "chosen": row[learnt], "rejected": row[other]})
@@ -390,7 +393,7 @@ TUNING = {
     "optimizer": {"learning_rate": 2e-3, "schedule": "cosine", "beta2": 0.99, "weight_decay": 0.01},
     "checkpoint": {"every": 1000, "keep": 1},
     "log": {"every": 10, "tensorboard": False, "token_statistics": False},
-    "epochs": 5,
+    "epochs": 6,
 }
 MODEL_FILES = (
     "config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json chat_template.jinja"

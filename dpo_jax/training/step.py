@@ -47,8 +47,9 @@ def make_step(
         loss, metrics, gradient = loss_and_gradient(problem, state["params"], batch, reference)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        directions, moments = optimizer.update(gradient, state["optimizer"], state["params"])
-        rate = jnp.asarray(learning_rate(state["step"]), jnp.float32)
+        with jax.numpy_dtype_promotion("standard"):  # optax takes powers of floats by integer counts
+            directions, moments = optimizer.update(gradient, state["optimizer"], state["params"])
+            rate = jnp.asarray(learning_rate(state["step"]), jnp.float32)
         updated = {"params": descend(state["params"], directions, rate), "optimizer": moments}
         kept = {name: state[name] for name in updated}
         missed = 1 - finite.astype(jnp.int32)

@@ -1,0 +1,231 @@
+"""The whole job on a tiny model: what it writes, that stopping is invisible, and what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dpo_jax import evaluate, train
+from dpo_jax.training import reference as references
+from dpo_jax.training.journal import TIME_FIELDS, Journal, read_records
+from tests.tiny_folders import write_folder
+from tests.tiny_rows import assistant, byte_tokenizer, user, write
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model folder and files of pairs, the second of them held out."""
+    root = tmp_path_factory.mktemp("world")
+    tokenizer = byte_tokenizer()
+    write_folder(root / "model", vocab_size=300, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+    tokenizer.save_pretrained(str(root / "model"))
+    rows = [
+        {"prompt": [user(f"Say {n}")], "chosen": [assistant("yes " * (n % 5 + 1))], "rejected": [assistant("no" * n)]}
+        for n in range(1, 21)
+    ]
+    write(root / "train.jsonl", *rows[:14])
+    write(root / "eval.jsonl", *rows[14:])
+    write(root / "answers.jsonl", {"prompt": [user("Say 3")], "good": "."})
+    return root
+
+
+def arguments(world, output, *more):
+    given = {
+        "model.path": world / "model",
+        "data.train": world / "train.jsonl",
+        "data.eval": world / "eval.jsonl",
+        "data.cache": world / "cache",
+        "batch.pairs": 4,
+        "steps": STEPS,
+        "optimizer.learning_rate": 1e-3,
+        "optimizer.warmup_steps": 0,
+        "checkpoint.every": 2,
+        "evaluation.every": 3,
+        "output": output,
+    }
+    return [f"{key}={value}" for key, value in given.items()] + list(more)
+
+
+@pytest.fixture(scope="module")
+def finished(world):
+    output = world / "finished"
+    answers = (f"evaluation.answers={world / 'answers.jsonl'}", "evaluation.max_new_tokens=4")
+    assert train.main(arguments(world, output, *answers)) == 0
+    return output
+
+
+def steps_of(folder):
+    return [record for record in read_records(folder / "metrics.jsonl") if "loss" in record]
+
+
+def lasting(folder):
+    """Records without what the clock decides."""
+    drop = {name for field in TIME_FIELDS for name in (field, f"eval_{field}")}
+    return [{k: v for k, v in r.items() if k not in drop} for r in read_records(folder / "metrics.jsonl")]
+
+
+def test_a_run_records_every_step_by_trls_names(finished):
+    records = steps_of(finished)
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    names = (
+        "loss grad_norm learning_rate epoch num_tokens entropy mean_token_accuracy rewards/chosen rewards/rejected "
+        "rewards/margins rewards/accuracies logps/chosen logps/rejected logits/chosen logits/rejected lengths/chosen "
+        "lengths/rejected kl truncated dropped step_seconds pairs_per_second tokens_per_second memory_bytes"
+    )
+    assert set(names.split()) <= set(records[0])
+    assert records[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and records[-1]["loss"] < 0.68
+    assert records[-1]["epoch"] == pytest.approx(STEPS * 4 / 14)
+
+
+def test_it_evaluates_at_the_start_on_the_way_and_at_the_end(finished):
+    evaluations = [record for record in read_records(finished / "metrics.jsonl") if "eval_loss" in record]
+    assert [record["step"] for record in evaluations] == [0, 3, STEPS]
+    assert evaluations[0]["eval_loss"] == pytest.approx(np.log(2), abs=1e-4)
+    assert all(record["eval_good_answers"] in (0.0, 1.0) for record in evaluations)
+
+
+def test_the_result_is_a_folder_like_the_one_it_came_from(world, finished):
+    old, new = (load_file(folder / "model.safetensors") for folder in (world / "model", finished / "model"))
+    assert {k: (v.shape, v.dtype) for k, v in old.items()} == {k: (v.shape, v.dtype) for k, v in new.items()}
+    assert any((old[name] != new[name]).any() for name in old)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (world / "model" / name).read_bytes() == (finished / "model" / name).read_bytes()
+    assert "dpo" in (finished / "model" / "README.md").read_text()
+
+
+def test_running_it_again_changes_nothing(world, finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != ".lock"}
+    answers = (f"evaluation.answers={world / 'answers.jsonl'}", "evaluation.max_new_tokens=4")
+    assert train.main(arguments(world, finished, *answers)) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != ".lock"}
+
+
+@pytest.fixture(scope="module")
+def plain(world):
+    """A run without answers; counts what XLA compiles after the second step."""
+    output, events, late = world / "plain", [], []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
+    original = Journal.step
+
+    def step(self, number, metrics):
+        if number == 2:
+            events.clear()
+        if number == STEPS:
+            late.extend(name for name in events if "backend_compile" in name)
+        original(self, number, metrics)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "step", step)
+        assert train.main(arguments(world, output, "evaluation.every=null")) == 0
+    jax.monitoring.clear_event_listeners()
+    return output, late
+
+
+def test_nothing_compiles_after_warm_up(plain):
+    assert plain[1] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopping_and_going_on_is_never_having_stopped(world, plain, tmp_path, monkeypatch, number):
+    original = Journal.step
+
+    def step(self, now, metrics):
+        original(self, now, metrics)
+        if now == 3:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "step", step)
+        assert train.main(arguments(world, tmp_path / "run", "evaluation.every=null")) == {15: 75, 2: 130}[int(number)]
+    assert not (tmp_path / "run" / "model").exists()
+    assert train.main(arguments(world, tmp_path / "run", "evaluation.every=null")) == 0
+    assert lasting(tmp_path / "run") == lasting(plain[0])
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (tmp_path / "run", plain[0])]
+    assert weights[0] == weights[1]
+
+
+def same_losses(one, other, rel):
+    return [r["loss"] for r in steps_of(one)] == [pytest.approx(r["loss"], rel=rel) for r in steps_of(other)]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("mesh.data=4", "mesh.fsdp=1"), ("mesh.fsdp=2", "mesh.tensor=2"), ("reference.mode=live", "model.scan_layers=false")],
+    ids=["replicated", "tensor parallel", "live reference, unrolled"],
+)
+def test_devices_and_the_kind_of_reference_are_invisible(world, plain, tmp_path, more):
+    """Six steps of Adam amplify the float32 reassociation of 1e-6 that devices make; 1e-4 holds with room."""
+    assert train.main(arguments(world, tmp_path / "run", "evaluation.every=null", "data.eval=null", *more)) == 0
+    assert same_losses(plain[0], tmp_path / "run", 1e-4)
+
+
+def test_evaluate_measures_what_training_measured(world, finished, capsys):
+    argv = [str(finished / "model"), str(world / "eval.jsonl"), "--reference", str(world / "model"), "--json"]
+    assert evaluate.main(argv) == 0
+    found = json.loads(capsys.readouterr().out)
+    last = [record for record in read_records(finished / "metrics.jsonl") if "eval_loss" in record][-1]
+    assert found["pairs"] == 6 and found["loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
+    assert found["rewards/accuracies"] == last["eval_rewards/accuracies"]
+
+
+def refused(argv, capsys):
+    """The one line of a refusal."""
+    assert train.main(argv) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    (line,) = captured.err.splitlines()
+    return line
+
+
+def test_other_mathematics_in_the_same_folder_is_refused_with_the_difference(world, plain, capsys):
+    argv = arguments(world, plain[0], "evaluation.every=null", "objective.beta=0.2")
+    line = refused(argv, capsys)
+    assert "objective.beta: 0.1 -> 0.2" in line and "allow_change" in line
+
+
+def test_other_data_under_the_same_name_is_refused(world, plain, tmp_path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(plain[0], output)
+    known = json.loads((output / "run.json").read_text())
+    (output / "run.json").write_text(json.dumps({**known, "finished": False}))
+    lines = (world / "train.jsonl").read_text().splitlines()
+    changed = tmp_path / "train.jsonl"
+    changed.write_text("\n".join([*lines[1:], lines[0]]) + "\n")
+    argv = [a for a in arguments(world, output, "evaluation.every=null") if not a.startswith("data.train")]
+    known["settings"]["data"]["train"] = str(changed)
+    (output / "run.json").write_text(json.dumps({**known, "finished": False}))
+    assert "digest of the training data" in refused([*argv, f"data.train={changed}"], capsys)
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(world, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert "thesis.txt" in refused(arguments(world, tmp_path), capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis.txt"]
+
+
+def test_a_reference_that_is_not_the_policy_is_noticed_at_the_first_step(world, tmp_path, capsys, monkeypatch):
+    honest = references.cached
+    monkeypatch.setattr(references, "cached", lambda *args: honest(*args) - np.arange(28, dtype=np.float32)[: args[2]])
+    line = refused(arguments(world, tmp_path / "run", "evaluation.every=null", "data.eval=null"), capsys)
+    assert "0.693147" in line and "step 1" in line
+
+
+def test_a_run_that_diverges_stops_and_names_its_rows(world, tmp_path, capsys):
+    argv = arguments(world, tmp_path / "run", "evaluation.every=null", "data.eval=null", "optimizer.learning_rate=1e30")
+    line = refused([*argv, "log.max_nonfinite=1"], capsys)
+    assert "not finite for 2 steps" in line and "train.jsonl:" in line
+
+
+def test_too_few_pairs_and_a_vocabulary_of_another_size(world, tmp_path, capsys):
+    assert "batch.pairs: 40" in refused(arguments(world, tmp_path / "a", "batch.pairs=40"), capsys)
+    write_folder(tmp_path / "other", vocab_size=280)
+    line = refused(arguments(world, tmp_path / "b", f"reference.path={tmp_path / 'other'}"), capsys)
+    assert "reference.path" in line and "280" in line
