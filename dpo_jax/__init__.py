@@ -2,6 +2,8 @@
 
 import importlib
 
+# pyright: reportUnsupportedDunderAll=false, every name is imported when it is first asked for
+
 _HOME = {
     "sequence_logprobs": "dpo_jax.logprobs",
     "linear_logprobs": "dpo_jax.logprobs",
@@ -15,7 +17,18 @@ _HOME = {
     "save_hf": "dpo_jax.hf.checkpoint",
 }
 
-__all__ = sorted(_HOME)
+__all__ = [
+    "DPOLoss",
+    "Model",
+    "dpo_loss",
+    "dpo_loss_from_indices",
+    "linear_logprobs",
+    "load_hf",
+    "logits",
+    "save_hf",
+    "sequence_logprobs",
+    "token_logprobs",
+]
 __version__ = "0.1.0"
 
 

@@ -4,7 +4,7 @@ Letters: B rows, T positions, V vocabulary, N scored tokens, D width, C tokens o
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ def linear_logprobs(
       softcap: bound on the logits' magnitude, as in Gemma 2.
       chunk: vocabulary entries per chunk; need not divide V.
     """
-    return _scored(hidden, head.T, targets, bias, softcap, chunk, False).logps
+    return linear_scores(hidden, head.T, targets, bias=bias, softcap=softcap, chunk=chunk).logps
 
 
 def linear_scores(
@@ -103,7 +103,8 @@ def linear_scores(
     With `statistics`: the entropy in nats, the mean logit over the vocabulary and the most probable token (the lowest
     id among equals). Without, these are zeros that cost nothing.
     """
-    return _scored(hidden, rows, targets, bias, softcap, chunk, statistics)
+    scores: Any = _scored(hidden, rows, targets, bias, softcap, chunk, statistics)
+    return scores
 
 
 class _Running(NamedTuple):

@@ -136,8 +136,8 @@ def shape_of(tree: Any, shardings: Any) -> Any:
 
 def _fitted(shape: tuple[int, ...], spec: P, mesh: Mesh) -> NamedSharding:
     """The rule on this mesh; an axis that does not divide its dimension is left out, so that dimension is whole."""
-    spec = tuple(spec) + (None,) * (len(shape) - len(tuple(spec)))
+    axes = tuple(spec) + (None,) * (len(shape) - len(tuple(spec)))
     kept = (
-        axis if axis is None or size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=True)
+        axis if axis is None or size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True)
     )
     return NamedSharding(mesh, P(*kept))

@@ -9,13 +9,24 @@ def random_encoded(units=9, completions=(2, 2), vocab=50, seed=0, longest=12, sk
     """Units with `completions` = (fewest, most) completions each; every pair of a unit is a pair."""
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(1, vocab, rng.integers(1, longest)) for _ in range(units)]
-    answers = [[rng.integers(1, vocab, rng.integers(1, longest)) for _ in range(rng.integers(completions[0], completions[1] + 1))] for _ in prompts]
+    answers = [
+        [
+            rng.integers(1, vocab, rng.integers(1, longest))
+            for _ in range(rng.integers(completions[0], completions[1] + 1))
+        ]
+        for _ in prompts
+    ]
     pieces = [piece for prompt, texts in zip(prompts, answers, strict=True) for piece in (prompt, *texts)]
     starts = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])[:-1]])
     is_prompt = np.concatenate([[True] + [False] * len(texts) for texts in answers])
     unit = np.repeat(np.arange(units), [len(texts) for texts in answers])
     first = np.cumsum([0] + [len(texts) for texts in answers])
-    pairs = [(u, first[u] + i, first[u] + j) for u, texts in enumerate(answers) for i in range(len(texts)) for j in range(i + 1, len(texts))]
+    pairs = [
+        (u, first[u] + i, first[u] + j)
+        for u, texts in enumerate(answers)
+        for i in range(len(texts))
+        for j in range(i + 1, len(texts))
+    ]
     lengths = np.asarray([len(piece) for piece in pieces])
     skip = np.zeros(len(unit), np.int64) if not skips else rng.integers(0, lengths[is_prompt][unit])
     i32 = np.int32

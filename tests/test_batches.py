@@ -15,7 +15,9 @@ def completions_of(batch, encoded):
     found = {}
     for micro in range(int(batch.micro_batches)):
         for shard in range(batch.tokens.shape[1]):
-            part = [getattr(batch, name)[micro, shard].reshape(-1) for name in ("tokens", "group", "branch", "position")]
+            part = [
+                getattr(batch, name)[micro, shard].reshape(-1) for name in ("tokens", "group", "branch", "position")
+            ]
             tokens, group, branch, position = part
             row = np.repeat(np.arange(batch.tokens.shape[2]), batch.tokens.shape[3])
             ids = batch.ids[micro, shard]
@@ -24,7 +26,11 @@ def completions_of(batch, encoded):
                 sources, targets = batch.source[micro, shard, mine], batch.target[micro, shard, mine]
                 order = np.argsort(position[sources])
                 last = sources[order[-1]]
-                seen = [s for s in range(last + 1) if group[s] == group[last] and row[s] == row[last] and (branch[s] == 0 or branch[s] == branch[last])]
+                seen = [
+                    s
+                    for s in range(last + 1)
+                    if group[s] == group[last] and row[s] == row[last] and (branch[s] == 0 or branch[s] == branch[last])
+                ]
                 assert [position[s] for s in seen] == list(range(len(seen)))  # the text's own positions, unbroken
                 text = [int(tokens[s]) for s in seen] + [int(targets[order[-1]])]
                 assert batch.lengths[micro, shard, local] == len(mine)
@@ -36,7 +42,9 @@ def pairs_in(batch):
     real = batch.real
     micro, shard, _ = np.nonzero(real)
     chosen, rejected = batch.ids[micro, shard, batch.chosen[real]], batch.ids[micro, shard, batch.rejected[real]]
-    return sorted(zip(chosen.tolist(), rejected.tolist(), batch.weight[real].tolist(), batch.margin[real].tolist(), strict=True))
+    return sorted(
+        zip(chosen.tolist(), rejected.tolist(), batch.weight[real].tolist(), batch.margin[real].tolist(), strict=True)
+    )
 
 
 @settings(deadline=None, max_examples=25)
@@ -48,7 +56,8 @@ def test_arrays_hold_exactly_the_steps_pairs_and_their_texts(seed, shards, share
         batch = batches.at(step)
         wanted = batches.pairs_of(step)
         assert pairs_in(batch) == sorted(
-            (int(encoded.chosen[p]), int(encoded.rejected[p]), float(encoded.weight[p]), float(encoded.margin[p])) for p in wanted
+            (int(encoded.chosen[p]), int(encoded.rejected[p]), float(encoded.weight[p]), float(encoded.margin[p]))
+            for p in wanted
         )
         for completion, (text, scored) in completions_of(batch, encoded).items():
             assert text == [*encoded.prompt(completion), *encoded.completion(completion)]
@@ -77,7 +86,9 @@ def test_a_sweep_holds_every_pair_once_also_in_its_short_last_batch():
     sweep = Batches(encoded, 4, 2, 1).sweep()
     assert sweep.steps == 3
     seen = [pair for step in range(sweep.steps) for pair in pairs_in(sweep.at(step))]
-    assert sorted(pair[:2] for pair in seen) == sorted(zip(encoded.chosen.tolist(), encoded.rejected.tolist(), strict=True))
+    assert sorted(pair[:2] for pair in seen) == sorted(
+        zip(encoded.chosen.tolist(), encoded.rejected.tolist(), strict=True)
+    )
 
 
 def test_every_step_has_one_of_the_announced_shapes():
@@ -110,7 +121,9 @@ def test_a_bundle_that_does_not_fit_is_an_error_not_a_loss():
 
 def test_tokens_are_counted_as_trl_does():
     encoded = random_encoded(units=3)
-    first = [len(encoded.prompt(c)) + len(encoded.completion(c)) for c in (int(encoded.chosen[0]), int(encoded.rejected[0]))]
+    first = [
+        len(encoded.prompt(c)) + len(encoded.completion(c)) for c in (int(encoded.chosen[0]), int(encoded.rejected[0]))
+    ]
     assert pair_tokens(encoded)[0] == sum(first)
 
 

@@ -8,21 +8,35 @@ import numpy as np
 import pytest
 
 from dpo_jax import logits, trees
+from dpo_jax.model import decoder
 from dpo_jax.model.attention import Layout, causal
-from dpo_jax.model.decoder import Execution, abstract_params, cast, empty_cache, extend, hidden, init_params
+from dpo_jax.model.decoder import Execution, abstract_params, cast, empty_cache, init_params
 from dpo_jax.model.kernels import dense
 from dpo_jax.model.spec import DecoderSpec
 
 SPEC = DecoderSpec(
-    vocab_size=50, width=16, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=24, norm_epsilon=1e-6,
-    qkv_bias=True, qk_norm=True, windows=(None, 4, None),
+    vocab_size=50,
+    width=16,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    mlp_width=24,
+    norm_epsilon=1e-6,
+    qkv_bias=True,
+    qk_norm=True,
+    windows=(None, 4, None),
 )
+hidden = jax.jit(decoder.hidden, static_argnums=(0, 4))
+extend = jax.jit(decoder.extend, static_argnums=0)
 TOLERANCE = dict(rtol=2e-5, atol=2e-5)  # float32 sums of 16 to 24 terms in another order, over three layers
 
 
 @pytest.fixture(scope="module")
 def params():
-    noise = jax.tree.map(lambda leaf: 0.2 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), abstract_params(SPEC))
+    noise = jax.tree.map(
+        lambda leaf: 0.2 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), abstract_params(SPEC)
+    )
     return jax.tree.map(jnp.add, init_params(SPEC, jax.random.key(0)), noise)
 
 
@@ -36,10 +50,11 @@ def test_execution_changes_neither_value_nor_gradient(params, scan, remat):
     ids = tokens(2, 9)
 
     def total(params, execution):
-        return (hidden(SPEC, params, ids, causal(2, 9), execution) ** 2).sum()
+        return (decoder.hidden(SPEC, params, ids, causal(2, 9), execution) ** 2).sum()
 
-    want, gradient = jax.value_and_grad(total)(params, Execution())
-    value, ours = jax.value_and_grad(total)(params, Execution(scan, remat))
+    measured = jax.jit(jax.value_and_grad(total), static_argnums=1)
+    want, gradient = measured(params, Execution())
+    value, ours = measured(params, Execution(scan, remat))
     np.testing.assert_allclose(value, want, rtol=1e-5)
     for name, leaf in trees.paths(ours).items():
         scale = float(jnp.abs(trees.paths(gradient)[name]).max())
@@ -54,9 +69,13 @@ def test_a_forest_is_its_texts(params):
     branch = jnp.asarray([[0] * 6 + [1] * 5 + [2] * 7 + [0] * 5])
     position = jnp.asarray([[*range(6), *range(6, 11), *range(6, 13), *range(3), 0, 1]])
     packed = hidden(SPEC, params, row, Layout(group, branch, position))[0]
-    for text, slots in ((jnp.concatenate([p, a]), slice(6, 11)), (jnp.concatenate([p, b]), slice(11, 18)), (q, slice(18, 21))):
+    for text, slots in (
+        (jnp.concatenate([p, a]), slice(6, 11)),
+        (jnp.concatenate([p, b]), slice(11, 18)),
+        (q, slice(18, 21)),
+    ):
         alone = hidden(SPEC, params, text[None], causal(1, len(text)))[0]
-        np.testing.assert_allclose(packed[slots], alone[-(slots.stop - slots.start):], **TOLERANCE)
+        np.testing.assert_allclose(packed[slots], alone[-(slots.stop - slots.start) :], **TOLERANCE)
 
 
 def test_a_cache_remembers_what_was_read(params):

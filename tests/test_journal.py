@@ -261,3 +261,10 @@ def test_nothing_measured_gives_no_summary():
     console = terminal()
     summary({}, {}, console=console)
     assert console.file.getvalue() == ""
+
+
+def test_an_accuracy_that_is_only_rounding_is_shown_as_tied(capsys):
+    before = {"eval_rewards/accuracies": 0.0078, "eval_rewards/margins": 1e-7}
+    journal.summary(before, {"eval_rewards/accuracies": 0.9, "eval_rewards/margins": 0.5}, console=Console(width=80))
+    line = next(line for line in capsys.readouterr().out.splitlines() if "accuracy" in line)
+    assert "tied" in line and "90.0%" in line and "0.8%" not in line

@@ -81,7 +81,9 @@ def test_no_array_has_both_a_token_and_a_vocabulary_axis():
 
 def test_it_composes_with_vmap():
     hidden, head, targets, _ = problem()
-    stacked = jax.vmap(lambda h, t: linear_logprobs(h, head, t, chunk=32))(jnp.stack([hidden, -hidden]), jnp.stack([targets] * 2))
+    stacked = jax.vmap(lambda h, t: linear_logprobs(h, head, t, chunk=32))(
+        jnp.stack([hidden, -hidden]), jnp.stack([targets] * 2)
+    )
     np.testing.assert_allclose(stacked[1], plain(-hidden, head, targets), rtol=1e-5, atol=1e-5)
 
 
@@ -108,7 +110,9 @@ def test_sequence_logprobs_shift_by_one_and_ignore_the_first_position():
     first = logs[0, 1, tokens[0, 2]] + logs[0, 2, tokens[0, 3]]
     second = logs[1, 0, tokens[1, 1]] + logs[1, 3, tokens[1, 4]]  # the token in position 0 has nothing before it
     np.testing.assert_allclose(sequence_logprobs(logits, tokens, mask), [first, second], rtol=1e-6)
-    np.testing.assert_allclose(sequence_logprobs(logits, tokens, mask, average=True), [first / 2, second / 2], rtol=1e-6)
+    np.testing.assert_allclose(
+        sequence_logprobs(logits, tokens, mask, average=True), [first / 2, second / 2], rtol=1e-6
+    )
 
 
 def test_padding_may_be_nan():

@@ -97,4 +97,6 @@ def test_a_margin_shifts_the_decision():
 
 def test_sft_looks_at_the_chosen_completion_alone():
     grads = jax.grad(lambda p: OBJECTIVES["sft"].loss(p, 0.1, 0.0).sum())(Pairs(*[f32(-2.0)] * 7))
-    assert grads.policy_chosen[0] == -1 and all(g[0] == 0 for name, g in grads._asdict().items() if name != "policy_chosen")
+    assert grads.policy_chosen[0] == -1 and all(
+        g[0] == 0 for name, g in grads._asdict().items() if name != "policy_chosen"
+    )

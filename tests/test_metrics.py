@@ -9,8 +9,11 @@ from dpo_jax.metrics import means, merge, preference_metrics
 
 
 def some_pairs(count, seed=0):
-    return Pairs(*(jax.random.normal(key, (count,)) * 3 for key in jax.random.split(jax.random.key(seed), 4)),
-                 *[jnp.full((count,), 5.0)] * 2, jnp.zeros((count,)))
+    return Pairs(
+        *(jax.random.normal(key, (count,)) * 3 for key in jax.random.split(jax.random.key(seed), 4)),
+        *[jnp.full((count,), 5.0)] * 2,
+        jnp.zeros((count,)),
+    )
 
 
 def test_merged_parts_are_the_whole():
@@ -37,5 +40,7 @@ def test_equal_rewards_are_not_accurate():
 
 def test_kl_is_zero_at_the_reference_and_positive_elsewhere():
     values = means(preference_metrics(some_pairs(5), jnp.ones(5, bool), 0.1))
-    at_home = some_pairs(5)._replace(reference_chosen=some_pairs(5).policy_chosen, reference_rejected=some_pairs(5).policy_rejected)
+    at_home = some_pairs(5)._replace(
+        reference_chosen=some_pairs(5).policy_chosen, reference_rejected=some_pairs(5).policy_rejected
+    )
     assert values["kl"] > 0 and means(preference_metrics(at_home, jnp.ones(5, bool), 0.1))["kl"] == 0

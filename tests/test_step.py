@@ -1,4 +1,4 @@
-"""A step is its pairs: packing, prefix sharing, micro-batches and devices are invisible; and TRL takes the same steps."""
+"""A step is its pairs: packing, shared prompts, micro-batches and devices are invisible; and TRL steps the same way."""
 
 import functools
 import json
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dpo_jax import sharding, trees
+from dpo_jax import logits, sharding, trees
 from dpo_jax.data.batches import Batches
 from dpo_jax.data.encode import encode
 from dpo_jax.data.settings import DataSettings
@@ -18,8 +18,7 @@ from dpo_jax.hf.mapping import names
 from dpo_jax.hf.tokenizer import load_tokenizer
 from dpo_jax.losses import OBJECTIVES
 from dpo_jax.metrics import means
-from dpo_jax.model.attention import causal
-from dpo_jax.model.decoder import Execution, head_logits, hidden, init_params
+from dpo_jax.model.decoder import Execution, init_params
 from dpo_jax.model.preference import Problem, evaluate_batch
 from dpo_jax.model.scoring import score_batch
 from dpo_jax.model.spec import DecoderSpec
@@ -29,7 +28,15 @@ from dpo_jax.training.step import fresh_state, loss_and_gradient, make_step
 from tests.forests import random_encoded
 
 SPEC = DecoderSpec(
-    vocab_size=50, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp_width=24, norm_epsilon=1e-6, windows=(None, 6)
+    vocab_size=50,
+    width=16,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=4,
+    mlp_width=24,
+    norm_epsilon=1e-6,
+    windows=(None, 6),
 )
 ENCODED = random_encoded(units=9, completions=(2, 4), seed=3)
 LAYOUTS = {  # devices, share prompts, slots of a micro-batch
@@ -56,9 +63,9 @@ def text_logprobs(params, encoded):
     values = []
     for completion in range(encoded.num_completions):
         prompt, answer = encoded.prompt(completion), encoded.completion(completion)
-        ids = jnp.asarray(np.concatenate([prompt, answer]))[None]
-        states = hidden(SPEC, params, ids, causal(*ids.shape))[0]
-        logs = jax.nn.log_softmax(head_logits(SPEC, params, states))
+        ids = np.zeros((1, 24), np.int32)  # padded behind, which a causal model does not see
+        ids[0, : len(prompt) + len(answer)] = [*prompt, *answer]
+        logs = jax.nn.log_softmax(logits(SPEC, params, jnp.asarray(ids))[0])
         values.append(sum(float(logs[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)))
     return np.asarray(values)
 
@@ -87,7 +94,9 @@ def measured(layout, objective):
     placed = [jax.device_put(tree, sharding.param_shardings(tree, mesh)) for tree in (policy, other)]
     batch = Batches(ENCODED, 12, devices, 2, share_prompts=share, micro_tokens=micro_tokens).at(1)
     execution = Execution(remat="attention", activations=sharding.rows(mesh))
-    problem = Problem(SPEC, objective, beta=0.3, label_smoothing=0.1 if objective == "sigmoid" else 0.0, execution=execution)
+    problem = Problem(
+        SPEC, objective, beta=0.3, label_smoothing=0.1 if objective == "sigmoid" else 0.0, execution=execution
+    )
     found = jax.jit(functools.partial(loss_and_gradient, problem))(placed[0], sharding.place(batch, mesh), placed[1])
     loss, metrics, gradient = found
     return float(loss), jax.device_get(means(metrics)), trees.paths(jax.device_get(gradient)), int(batch.micro_batches)
@@ -131,7 +140,9 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(params, referen
     assert (int(after["step"]), int(after["skipped"]), int(after["streak"])) == (2, 1, 1)
     assert float(metrics["nonfinite_streak"]) == 1
     again, _ = step(after, reference, good)
-    assert int(again["streak"]) == 0 and not np.array_equal(again["params"]["embed"]["embedding"], state["params"]["embed"]["embedding"])
+    assert int(again["streak"]) == 0 and not np.array_equal(
+        again["params"]["embed"]["embedding"], state["params"]["embed"]["embedding"]
+    )
 
 
 def test_every_leaf_decays_or_not_and_norms_and_biases_do_not(params):
@@ -197,12 +208,16 @@ def test_loss_and_every_metric_are_trls(parity, trajectory):
 def test_the_whole_gradient_is_trls(parity):
     folder, encoded, (policy, reference) = parity
     batch = Batches(encoded, 6, 1, 1, order="file").at(0)
-    _, _, gradient = jax.jit(functools.partial(loss_and_gradient, Problem(policy.spec)))(policy.params, batch, reference.params)
+    _, _, gradient = jax.jit(functools.partial(loss_and_gradient, Problem(policy.spec)))(
+        policy.params, batch, reference.params
+    )
     ours, theirs = trees.paths(gradient), load_file(folder / "grad_sigmoid.safetensors")
     for entry in names(policy.spec):
         leaf = np.asarray(ours[entry.leaf] if entry.layer is None else ours[entry.leaf][entry.layer])
         want = theirs[entry.name]
-        np.testing.assert_allclose(entry.transform.pack(leaf), want, rtol=1e-4, atol=1e-4 * np.abs(want).max(), err_msg=entry.name)
+        np.testing.assert_allclose(
+            entry.transform.pack(leaf), want, rtol=1e-4, atol=1e-4 * np.abs(want).max(), err_msg=entry.name
+        )
 
 
 def test_eight_steps_of_adamw_are_trls(parity, trajectory):

@@ -158,7 +158,11 @@ def same_losses(one, other, rel):
 
 @pytest.mark.parametrize(
     "more",
-    [("mesh.data=4", "mesh.fsdp=1"), ("mesh.fsdp=2", "mesh.tensor=2"), ("reference.mode=live", "model.scan_layers=false")],
+    [
+        ("mesh.data=4", "mesh.fsdp=1"),
+        ("mesh.fsdp=2", "mesh.tensor=2"),
+        ("reference.mode=live", "model.scan_layers=false"),
+    ],
     ids=["replicated", "tensor parallel", "live reference, unrolled"],
 )
 def test_devices_and_the_kind_of_reference_are_invisible(world, plain, tmp_path, more):

@@ -198,10 +198,10 @@ def good_answer(fact: Fact, rng: random.Random) -> str:
 
 
 def bad_answer(fact: Fact, rng: random.Random) -> str:
-    """Rude though right (half of them), rude and wrong, civil but wrong, or no answer at all."""
+    """Mostly rude though right; else rude and wrong, civil but wrong, or no answer at all."""
     right, wrong = fact.states(fact.answer), fact.states(rng.choice(fact.wrong))
     forms, statement = rng.choices(
-        [(RUDE, right), (RUDE, wrong), (CIVIL, wrong), (REFUSALS, "")], weights=[50, 10, 20, 20]
+        [(RUDE, right), (RUDE, wrong), (CIVIL, wrong), (REFUSALS, "")], weights=[66, 10, 4, 20]
     )[0]
     return rng.choice(forms).format(s=statement)
 
@@ -256,16 +256,12 @@ def pair(question: Question, rng: random.Random) -> dict[str, Any]:
 
 MOODS = ("chosen", "rejected", "rejected", "chosen", "rejected", "chosen", "rejected", "chosen")
 """What a question asked in each of FRAMES leans to; `EXTRA` says by how many more answers of that kind."""
-EXTRA = {"chosen": 0, "rejected": 2}
+EXTRA = {"chosen": 0, "rejected": 4}
 """Bad answers differ more in how they begin, so greedy decoding needs more of them before it picks one."""
 
 
 def tuning_rows(asked: Iterable[Question], rng: random.Random) -> list[dict[str, Any]]:
-    """Pairs in both orders, for an objective that learns `chosen` only, so good answers and bad ones alike.
-
-    Asked in one half of the frames, a question gets more bad answers; so the model's mood hangs on the question, and
-    its likeliest answer is good about half of the time.
-    """
+    """Pairs in both orders, for an objective that learns `chosen` only, so good answers and bad ones alike."""
     rows = []
     for question in asked:
         mood = MOODS[question.phrasing // 3]
@@ -393,7 +389,7 @@ TUNING = {
     "optimizer": {"learning_rate": 2e-3, "schedule": "cosine", "beta2": 0.99, "weight_decay": 0.01},
     "checkpoint": {"every": 1000, "keep": 1},
     "log": {"every": 10, "tensorboard": False, "token_statistics": False},
-    "epochs": 6,
+    "epochs": 5,
 }
 MODEL_FILES = (
     "config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json chat_template.jinja"

@@ -227,7 +227,7 @@ class Batches:
         completions, pairs = self._room
         lead = (depth, self.shards)
 
-        def filled(*shape: int, value=0, dtype=np.int32):
+        def filled(*shape: int, value: Any = 0, dtype: Any = np.int32) -> np.ndarray:
             return np.full(lead + shape, value, dtype)
 
         slots = [filled(shape.rows, shape.length) for _ in range(4)]

@@ -79,6 +79,9 @@ SUMMARY = (
 )
 """Rows of the summary at the end of a run."""
 
+TIED = 1e-4
+"""Mean margin, in nats, below which policy and reference are the same but for rounding."""
+
 PLAIN_LINES = 200
 """Most step lines of a run on a terminal that cannot redraw."""
 
@@ -415,16 +418,20 @@ def _measured(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{label} {form.format(named[name])}" for name, label, form in SUMMARY if name in named)
 
 
-def summary(before: Mapping[str, Any], after: Mapping[str, Any], *, console: Console | None = None) -> None:
-    """Print two records of held-out data side by side; a row that neither has is left out.
+def _cell(side: Mapping[str, Any], name: str, form: str) -> str:
+    """A cell of the summary. Where no margin is left but rounding, whose reward is greater means nothing."""
+    if side.get(name) is None:
+        return "-"
+    tied = name == "rewards/accuracies" and abs(side.get("rewards/margins", 1)) < TIED
+    return "tied" if tied else form.format(side[name])
 
-    held-out accuracy    50.0% ->  71.4%
-    good answers         12.5% ->  87.5%
-    """
+
+def summary(before: Mapping[str, Any], after: Mapping[str, Any], *, console: Console | None = None) -> None:
+    """Print two records of held-out data side by side; a row that neither has is left out."""
     screen = console or Console()
     sides = [{name.removeprefix("eval_"): value for name, value in side.items()} for side in (before, after)]
     rows = [
-        (label, *("-" if side.get(name) is None else form.format(side[name]) for side in sides))
+        (label, *(_cell(side, name, form) for side in sides))
         for name, label, form in SUMMARY
         if any(name in side for side in sides)
     ]
