@@ -2,7 +2,8 @@
 
 import importlib
 
-# pyright: reportUnsupportedDunderAll=false, every name is imported when it is first asked for
+# Every name is imported when it is first asked for.
+# pyright: reportUnsupportedDunderAll=false
 
 _HOME = {
     "sequence_logprobs": "dpo_jax.logprobs",

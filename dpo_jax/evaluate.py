@@ -44,12 +44,14 @@ def evaluate(run: config.Run, quiet: bool = False) -> tuple[dict[str, float], in
     mesh = stages.make_mesh(run)
     tokenizer = load_tokenizer(run.model.path, run.data.template)
     data = stages.load_data(run, tokenizer, folder, _silent if quiet else print)
+    stages.check_models(run)
     policy = stages.load_model(run.model.path, mesh)
     problem = stages.make_problem(run, policy, mesh)
     with stages.make_journal(run, folder, 1, None, process=int(quiet)) as journal:
         reference = stages.make_reference(run, policy, problem, data, mesh, journal)
         held_out = stages.Data(data.train, data.train, data.dropped, data.report)
-        measure = loop.Evaluator(run, problem, held_out, replace(reference, held_out=reference.train), tokenizer, mesh)
+        logps = replace(reference, held_out=reference.train)
+        measure = loop.Evaluator(run, problem, held_out, logps, tokenizer, mesh, None)
         journal.phase("evaluating")
         return measure(policy.params, folder, 0), data.train.num_pairs
 

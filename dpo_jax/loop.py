@@ -96,7 +96,14 @@ class Evaluator:
     """Everything that is measured on held-out data, compiled once."""
 
     def __init__(
-        self, run: Run, problem: Problem, data: Data, reference: Reference, tokenizer: Any, mesh: jax.sharding.Mesh
+        self,
+        run: Run,
+        problem: Problem,
+        data: Data,
+        reference: Reference,
+        tokenizer: Any,
+        mesh: jax.sharding.Mesh,
+        questions: list[winrate.Question] | None,
     ):
         """Set up; compiles at its first use."""
         self.run, self.problem, self.reference, self.tokenizer, self.mesh = run, problem, reference, tokenizer, mesh
@@ -105,7 +112,7 @@ class Evaluator:
         shards = sharding.batch_shards(mesh)
         held_out = data.held_out
         self._pairs = None if held_out is None else sweep(run, held_out, shards, share, reference.held_out)
-        self._questions = None if run.evaluation.answers is None else winrate.read_questions(run.evaluation.answers)
+        self._questions = questions
 
     def due(self, step: int, last: int) -> bool:
         """Whether to evaluate after this many steps."""
@@ -143,6 +150,11 @@ class Evaluator:
 
 def _three(measure: Callable, live: Any, params: Any, batch: Any) -> Any:
     return measure(params, live, batch)
+
+
+def read_questions(run: Run) -> list[winrate.Question] | None:
+    """The questions of `evaluation.answers`, if there are any to ask."""
+    return None if run.evaluation.answers is None else winrate.read_questions(run.evaluation.answers)
 
 
 class Recorder:

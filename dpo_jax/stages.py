@@ -232,6 +232,23 @@ def load_model(path: str, mesh: jax.sharding.Mesh, dtype: str = "float32") -> Mo
     return hf.load_hf(path, dtype=jnp.dtype(dtype), shardings=shardings, spec=spec)
 
 
+def check_models(run: Run) -> None:
+    """Read the configs of the policy and of another reference, before any weights.
+
+    Raises:
+      UserError: a folder or its config is not as it must be, or the two models know different tokens.
+    """
+    policy = read_spec(tensors.local_folder(run.model.path))
+    if run.reference.mode == "none" or is_policy(run):
+        return
+    reference = read_spec(tensors.local_folder(run.reference.path or run.model.path))
+    if reference.vocab_size != policy.vocab_size:
+        raise UserError(
+            f"reference.path: {run.reference.path} knows {reference.vocab_size} tokens and the policy "
+            f"{policy.vocab_size}; give a reference with the policy's tokenizer"
+        )
+
+
 def make_problem(run: Run, model: Model, mesh: jax.sharding.Mesh) -> Problem:
     """The objective on this model."""
     execution = Execution(run.model.scan_layers, run.model.remat, sharding.rows(mesh))
@@ -265,11 +282,6 @@ def make_reference(
     if run.reference.mode == "none":
         return Reference()
     model = policy if is_policy(run) else load_model(run.reference.path or run.model.path, mesh, problem.compute_dtype)
-    if model.spec.vocab_size != policy.spec.vocab_size:
-        raise UserError(
-            f"reference.path: {run.reference.path} knows {model.spec.vocab_size} tokens and the policy "
-            f"{policy.spec.vocab_size}; give a reference with the policy's tokenizer"
-        )
     if run.reference.mode == "live":
         # A copy: the policy's own buffers are given away by the first step.
         return Reference(weights=jax.tree.map(jnp.copy, cast(model.params, jnp.dtype(problem.compute_dtype))))

@@ -27,6 +27,8 @@ def train(run: config.Run) -> int:
         tokenizer = load_tokenizer(run.model.path, run.data.template)
         data = stages.load_data(run, tokenizer, folder, print)
         steps = stages.number_of_steps(run, data)
+        questions = loop.read_questions(run)
+        stages.check_models(run)
         policy = stages.load_model(run.model.path, mesh)
         problem = stages.make_problem(run, policy, mesh)
         with Checkpoints(folder / "checkpoints", run.checkpoint) as checkpoints:
@@ -35,7 +37,7 @@ def train(run: config.Run) -> int:
                 reference = stages.make_reference(run, policy, problem, data, mesh, journal)
                 batches = stages.training_batches(run, data, steps, mesh, policy, reference)
                 trainer = loop.Trainer(run, policy, problem, batches, reference.weights, mesh)
-                evaluator = loop.Evaluator(run, problem, data, reference, tokenizer, mesh)
+                evaluator = loop.Evaluator(run, problem, data, reference, tokenizer, mesh, questions)
                 stages.record_run(run, folder, stages.facts(run, data, steps))
                 state = loop.start_or_resume(trainer, policy, checkpoints, start, evaluator, folder, journal)
                 del policy
