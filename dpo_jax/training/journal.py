@@ -47,7 +47,7 @@ METRICS: dict[str, str] = {
     "num_tokens": "tokens seen so far",
     "lengths/chosen": "mean tokens of a chosen completion",
     "lengths/rejected": "mean tokens of a rejected completion",
-    "kl": "estimated divergence of the policy from the reference, per completion",
+    "kl": "estimated divergence of the policy from the reference, in nats per token",
     "truncated": "pairs of the step of which a part was cut",
     "dropped": "rows of the data that could not be used",
     "good_answers": "share of held-out questions that were answered well",
