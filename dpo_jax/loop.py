@@ -21,7 +21,7 @@ from dpo_jax.evaluation import preference, winrate
 from dpo_jax.model.decoder import Model, cast
 from dpo_jax.model.preference import Problem, evaluate_batch
 from dpo_jax.settings import UserError
-from dpo_jax.stages import Data, Reference, cache_folder, is_policy, sweep
+from dpo_jax.stages import Data, Reference, cache_folder, is_policy, shares, sweep
 from dpo_jax.training.checkpoints import Checkpoints
 from dpo_jax.training.journal import Journal
 from dpo_jax.training.optimizer import make_optimizer, schedule
@@ -108,10 +108,11 @@ class Evaluator:
         """Set up; compiles at its first use."""
         self.run, self.problem, self.reference, self.tokenizer, self.mesh = run, problem, reference, tokenizer, mesh
         self._measure = sharding.Compiled(lambda params, live, batch: evaluate_batch(problem, params, batch, live))
-        share = run.batch.share_prompts and problem.spec.shared_trunk
         shards = sharding.batch_shards(mesh)
         held_out = data.held_out
-        self._pairs = None if held_out is None else sweep(run, held_out, shards, share, reference.held_out)
+        self._pairs = (
+            None if held_out is None else sweep(run, held_out, shards, shares(run, problem.spec), reference.held_out)
+        )
         self._questions = questions
 
     def due(self, step: int, last: int) -> bool:

@@ -95,7 +95,7 @@ def facts(run: Run, data: "Data", steps: int) -> dict[str, Any]:
         "number of steps": steps,
         "number of pairs": data.train.num_pairs,
         "digest of the training data": references.data_digest(data.train),
-        "digest of the starting weights": tensors.weights_digest(run.model.path),
+        "digest of the starting weights": weights_digest(run.model.path),
     }
 
 
@@ -180,7 +180,7 @@ def training_batches(
         steps,
         order="shuffled" if run.data.shuffle else "file",
         seed=run.seed,
-        share_prompts=shares(run, policy),
+        share_prompts=shares(run, policy.spec),
         micro_tokens=run.batch.micro_tokens,
         attention_length=attention_length(),
         reference=reference.train,
@@ -230,6 +230,12 @@ def load_model(path: str, mesh: jax.sharding.Mesh, dtype: str = "float32") -> Mo
     spec = read_spec(tensors.local_folder(path))
     shardings = sharding.param_shardings(abstract_params(spec), mesh)
     return hf.load_hf(path, dtype=jnp.dtype(dtype), shardings=shardings, spec=spec)
+
+
+@functools.cache
+def weights_digest(path: str) -> str:
+    """Digest of the weights of a folder or hub id; every byte of them is read, so once is enough."""
+    return tensors.weights_digest(tensors.local_folder(path))
 
 
 def check_models(run: Run) -> None:
@@ -285,7 +291,7 @@ def make_reference(
     if run.reference.mode == "live":
         # A copy: the policy's own buffers are given away by the first step.
         return Reference(weights=jax.tree.map(jnp.copy, cast(model.params, jnp.dtype(problem.compute_dtype))))
-    digest = tensors.weights_digest(run.reference.path or run.model.path)
+    digest = weights_digest(run.reference.path or run.model.path)
     sets = {"train": data.train, "held_out": data.held_out}
     return Reference(
         **{
@@ -308,7 +314,7 @@ def _cached(
     def compute() -> np.ndarray:
         journal.phase("compiling the reference")
         return score_all(
-            problem, model, sweep(run, encoded, sharding.batch_shards(mesh), shares(run, model)), mesh, journal
+            problem, model, sweep(run, encoded, sharding.batch_shards(mesh), shares(run, model.spec)), mesh, journal
         )
 
     return references.cached(cache_folder(run), key, encoded.num_completions, compute)
@@ -330,9 +336,9 @@ def score_all(
     return preference.completion_logprobs(scorer, params, batches, place, progress)
 
 
-def shares(run: Run, model: Model) -> bool:
+def shares(run: Run, spec: DecoderSpec) -> bool:
     """Whether prompts are laid out once for all their completions."""
-    return run.batch.share_prompts and model.spec.shared_trunk
+    return run.batch.share_prompts and spec.shared_trunk
 
 
 # ---------------------------------------------------------------------------------------------- result
