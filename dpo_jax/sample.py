@@ -217,7 +217,7 @@ def _load(folder: str, dtype: str) -> "Model":
 
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    spec = read_spec(local_folder(folder))
+    spec = read_spec(local_folder(folder), scalar_head=False)
     one = jax.device_count() == 1
     places = None if one else sharding.param_shardings(abstract_params(spec), sharding.make_mesh(fsdp=1, tensor=-1))
     return load_hf(folder, dtype=jnp.dtype(dtype), shardings=places, spec=spec)

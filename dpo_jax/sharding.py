@@ -22,6 +22,7 @@ BATCH = ("data", "fsdp")
 RULES: tuple[tuple[str, P], ...] = (
     (r"(embed|head)/embedding", P("tensor", "fsdp")),
     (r"head/bias", P("tensor")),
+    (r"score/kernel", P("fsdp", None)),
     (r"blocks/attention/(query|key|value)/kernel", P(None, "fsdp", "tensor")),
     (r"blocks/attention/(query|key|value)/bias", P(None, "tensor")),
     (r"blocks/attention/output/kernel", P(None, "tensor", "fsdp")),

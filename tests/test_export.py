@@ -23,7 +23,8 @@ from safetensors.numpy import load_file, save_file
 
 from dpo_jax import convert, trees
 from dpo_jax.hf import tensors
-from dpo_jax.hf.checkpoint import base_name, load_hf, model_card, save_hf
+from dpo_jax.hf.card import base_name, model_card
+from dpo_jax.hf.checkpoint import load_hf, save_hf
 from dpo_jax.hf.tensors import Tensors, changed_files, weights_digest
 from dpo_jax.model.decoder import Model, logits
 from dpo_jax.settings import UserError
@@ -285,6 +286,14 @@ def test_front_matter_survives_any_text(base, license_name):
     text = model_card(base, {"license": license_name}, {"base_model": base, "datasets": [base]})
     front = yaml.safe_load(re.match(r"---\n(.*?\n)---\n\n# ", text, re.DOTALL).group(1))
     assert front["base_model"] == base and front["license"] == license_name
+
+
+def test_the_card_names_what_the_model_was_trained_with():
+    dpo = model_card("org/base", {}, {"objectives": {"sigmoid": "DPO"}})
+    assert "Direct Preference Optimization (DPO) by" in dpo and "# base (DPO)" in dpo
+    other = model_card("org/base", {}, {"objectives": {"simpo": "SimPO, arXiv:2405.14734", "sft": "likelihood"}})
+    assert "with `simpo` (SimPO, arXiv:2405.14734), `sft` (likelihood)" in other and "# base (simpo + sft)" in other
+    assert "- simpo" in other and "Direct Preference" not in other
 
 
 def test_an_unknown_part_of_the_card_is_refused():

@@ -6,7 +6,6 @@ Both directions hold about one tensor in host memory.
 import functools
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,29 +14,31 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import yaml
 from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 from dpo_jax import __version__, trees
-from dpo_jax.hf import tensors
+from dpo_jax.hf import reward, tensors
+from dpo_jax.hf.card import LANGUAGE_MODEL, REWARD_MODEL, base_name, front_matter, model_card
 from dpo_jax.hf.families import read_spec
 from dpo_jax.hf.mapping import Claims, Entry, claim
 from dpo_jax.hf.tensors import DTYPES, TensorInfo, Tensors, local_folder, member, read_json
 from dpo_jax.model.decoder import Model, abstract_params
 from dpo_jax.model.spec import DecoderSpec
-from dpo_jax.settings import UserError, printable
+from dpo_jax.settings import UserError
 
 SHARD_BYTES = 5 * 10**9
 EXPORT_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 COPIED = (
-    "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
+    "config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
     "vocab.json vocab.txt merges.txt tekken.json *.model *.tiktoken chat_template.jinja chat_template.json "
     "additional_chat_templates/*.jinja LICENSE* NOTICE* Notice* USE_POLICY*".split()
 )
 """Files beside the tensors that an export takes over byte for byte."""
+GENERATION = "generation_config.json"
+"""Taken over too, but not for a reward model, which generates nothing."""
 
 # ---------------------------------------------------------------------------------------------- in
 
@@ -56,7 +57,8 @@ def load_hf(
       dtype: of every leaf, whatever the folder holds. float32 keeps each weight exactly.
       shardings: tree like `abstract_params(spec)` of where leaves go; each device's part is all that is read for it.
         None puts everything on the default device, uncommitted.
-      spec: what `read_spec` gave, if the caller has it already.
+      spec: what `read_spec` gave, if the caller has it already. One with a scalar head takes of a language model's
+        folder all but its head, and starts the scalar head at zero.
 
     Raises:
       UserError: anything about the folder that is not as it must be, in one line.
@@ -64,7 +66,7 @@ def load_hf(
     folder = local_folder(folder_or_hub_id)
     spec = read_spec(folder) if spec is None else spec
     source = Tensors(folder)
-    claims = claim(spec, source.infos, str(folder))
+    claims = (reward.claim_trunk if reward.head_is_new(spec, folder) else claim)(spec, source.infos, str(folder))
     _check_copies(source, claims)
     leaves = trees.paths(abstract_params(spec))
     places = dict.fromkeys(leaves) if shardings is None else trees.paths(shardings)
@@ -72,7 +74,7 @@ def load_hf(
     for name, entry in claims.entries.items():
         by_leaf.setdefault(entry.leaf, []).append((name, entry))
     dtype = jnp.dtype(dtype)
-    loaded = {leaf: _leaf(source, by_leaf[leaf], leaves[leaf].shape, dtype, places[leaf]) for leaf in leaves}
+    loaded = {leaf: _leaf(source, by_leaf.get(leaf, []), leaves[leaf].shape, dtype, places[leaf]) for leaf in leaves}
     return Model(spec, trees.from_paths(loaded))
 
 
@@ -99,8 +101,11 @@ def _leaf(
     dtype: DTypeLike,
     sharding: Sharding | None,
 ) -> jax.Array:
-    """One leaf; a stacked one starts from zeros, and each layer is written into it in place."""
-    if parts[0][1].layer is None:
+    """One leaf; a stacked one starts from zeros, and each layer is written into it in place.
+
+    One that has no parts in the folder (a new scalar head) stays zero.
+    """
+    if parts and parts[0][1].layer is None:
         return _cast(sharding)(_piece(source, *parts[0], shape, sharding), dtype)
     stack, below = _zeros(sharding)(shape, dtype), _below(sharding)
     for name, entry in parts:
@@ -162,12 +167,18 @@ def _put(sharding: Sharding | None) -> Callable:
 
 
 class _Export(NamedTuple):
-    """What is being written: the model's leaves, the folder it is to look like, and its tensors by file."""
+    """What is being written: the model's leaves, the folder it is to look like, and what it is to hold.
 
+    `claims` and `files` (tensors by file) are those of the folder that is written; so is `config`, its `config.json`,
+    where that is another than the source's.
+    """
+
+    spec: DecoderSpec
     leaves: dict[str, jax.Array]
     source: Tensors
     claims: Claims
     files: dict[str, dict[str, TensorInfo]]
+    config: dict[str, Any] | None
 
 
 def save_hf(
@@ -184,14 +195,15 @@ def save_hf(
     """Writes the model as a folder that looks like the one it came from, and reads it back before it stands there.
 
     Tensor names, dtypes, shapes and files, the config and the tokenizer are those of `like`; weights that did not
-    change come back bit for bit. Added are a model card, `dpo_jax.json` and `SHA256SUMS`.
+    change come back bit for bit. Added are a model card, `dpo_jax.json` and `SHA256SUMS`. A model with a scalar head
+    whose `like` is a language model's folder is written as that family's ...ForSequenceClassification with one label.
 
     Args:
       model: what to write; several processes must call this together, and the first one writes.
       folder: where to; it must not exist, or be empty.
       like: folder or hub id that the model was loaded from.
       card: what the model card says about the training: any of `base_model`, `datasets` (names), `metrics` (numbers by
-        name) and `config` (a table).
+        name), `objectives` (name to where it comes from) and `config` (a table).
       extra_files: further text files by name, such as `dpo_jax.json`.
       replace: an earlier export at `folder`, with nothing in it changed or added, may be replaced.
       dtype: of the tensors written; `keep` is each tensor's own in `like`.
@@ -205,9 +217,17 @@ def save_hf(
     target, origin = Path(folder), local_folder(like)
     source = Tensors(origin)
     _check_like(model, origin)
-    claims = claim(model.spec, source.infos, str(origin))
-    infos = _layout(source, claims, dtype, max_shard_bytes)
-    export = _Export(trees.paths(model.params), source, claims, _by_file(infos))
+    infos, config = source.infos, None
+    if reward.head_is_new(model.spec, origin):
+        trunk = reward.claim_trunk(model.spec, infos, str(origin))
+        claims, infos = reward.with_score(model.spec, trunk, infos)
+        config = reward.reward_config(model.spec, origin)
+    else:
+        claims = claim(model.spec, infos, str(origin))
+    infos = _layout(infos, claims, dtype, max_shard_bytes)
+    if dtype != "keep":
+        config = _with_dtype(config or read_json(origin, "config.json"), dtype)
+    export = _Export(model.spec, trees.paths(model.params), source, claims, _by_file(infos), config)
     if jax.process_index() != 0:
         for name in (name for part in export.files.values() for name in part):
             _fetch(export, name, infos[name].dtype)
@@ -216,26 +236,14 @@ def save_hf(
     need = sum(tensors.num_bytes(info.dtype, info.shape) for info in infos.values())
     with tensors.staging(target, need, replace) as staging:
         sums = {file: _write_weights(export, staging / file, part) for file, part in export.files.items()}
-        texts = _side_files(export, dtype, base_name(like, card), card, dict(extra_files or {}))
+        texts = _side_files(export, base_name(like, card), card, dict(extra_files or {}))
         sums |= {name: tensors.write_bytes(staging / name, data) for name, data in texts.items()}
         listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         tensors.write_bytes(staging / tensors.SUMS, listing.encode())
 
 
-def base_name(like: str | Path, card: Mapping[str, Any] | None = None) -> str:
-    """Public name of the model that `like` is: what the card says, a hub id, or the folder's own name."""
-    folder = Path(like).expanduser().resolve()
-    if card is not None and "base_model" in card:
-        return _public(card["base_model"])
-    if not folder.is_dir():
-        return str(like)
-    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
-    return folder.name
-
-
 def _check_like(model: Model, origin: Path) -> None:
-    spec = read_spec(origin)
+    spec = read_spec(origin, scalar_head=True if model.spec.scalar_head else None)
     if spec != model.spec:
         names = [name for name, value in vars(spec).items() if value != getattr(model.spec, name)]
         raise UserError(
@@ -250,8 +258,9 @@ def _check_like(model: Model, origin: Path) -> None:
         )
 
 
-def _layout(source: Tensors, claims: Claims, dtype: str, max_shard_bytes: int | None) -> dict[str, TensorInfo]:
-    infos = dict(source.infos)
+def _layout(
+    infos: dict[str, TensorInfo], claims: Claims, dtype: str, max_shard_bytes: int | None
+) -> dict[str, TensorInfo]:
     if dtype != "keep":
         weights = claims.entries | claims.copies
         infos = {
@@ -305,16 +314,17 @@ def _layer(leaf, layer):
 # ---------------------------------------------------------------------------------------------- the rest of the folder
 
 
-def _side_files(
-    export: _Export, dtype: str, base: str, card: Mapping[str, Any] | None, extra: dict[str, str]
-) -> dict[str, bytes]:
-    origin = export.source.folder
-    found = sorted({path.relative_to(origin).as_posix() for pattern in COPIED for path in origin.glob(pattern)})
+def _side_files(export: _Export, base: str, card: Mapping[str, Any] | None, extra: dict[str, str]) -> dict[str, bytes]:
+    origin, scores = export.source.folder, export.spec.scalar_head
+    patterns = COPIED if scores else (*COPIED, GENERATION)
+    found = sorted({path.relative_to(origin).as_posix() for pattern in patterns for path in origin.glob(pattern)})
     files = {name: member(origin, name).read_bytes() for name in found if not (origin / name).is_dir()}
-    if dtype != "keep":
-        files["config.json"] = _config_with(read_json(origin, "config.json"), dtype)
+    if export.config is not None:
+        files["config.json"] = (json.dumps(export.config, indent=2, ensure_ascii=False) + "\n").encode()
     files |= _index(export)
-    files["README.md"] = model_card(base, _front_matter(origin), card).encode()
+    config = export.config or read_json(origin, "config.json")
+    kind, note = (REWARD_MODEL, reward.padding_note(config)) if scores else (LANGUAGE_MODEL, "")
+    files["README.md"] = model_card(base, front_matter(origin), card, kind=kind, note=note).encode()
     if tensors.OURS not in extra:
         facts = {"version": __version__, "base_model": base}
         extra[tensors.OURS] = json.dumps({**facts, "base_digest": tensors.weights_digest(origin)}, indent=2) + "\n"
@@ -338,93 +348,5 @@ def _index(export: _Export) -> dict[str, bytes]:
     return {} if list(export.files) == [tensors.SINGLE] else {tensors.INDEX: tensors.index_text(infos).encode()}
 
 
-def _config_with(config: dict[str, Any], dtype: str) -> bytes:
-    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    return (json.dumps({**config, key: dtype}, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _front_matter(origin: Path) -> dict[str, Any]:
-    """The part of the base's model card that goes for what is made of it."""
-    if not os.path.lexists(origin / "README.md"):
-        return {}
-    text = member(origin, "README.md").read_bytes()[: 1 << 16].decode("utf-8", "replace")
-    block = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-    try:
-        table = yaml.safe_load(block.group(1)) if block else {}
-    except (yaml.YAMLError, RecursionError, ValueError):
-        return {}  # someone else's card; it only costs us the licence line
-    wanted = ("license", "license_name", "license_link", "language")
-    kept = {key: table.get(key) for key in wanted} if isinstance(table, dict) else {}
-    return {key: value for key, value in kept.items() if isinstance(value, str) or _strings(value)}
-
-
-def _strings(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
-
-
-CARD = """\
----
-{front}---
-
-# {title}
-
-{text}
-"""
-
-TRAINED = """\
-{base}, trained on preference pairs with Direct Preference Optimization (DPO) by `dpo_jax`, in JAX.
-Names, dtypes and files are those of the base model; the tokenizer and its chat template are unchanged."""
-
-WRITTEN = "{base}, written by `dpo_jax`."
-
-CITATION = """\
-## Citation
-
-```bibtex
-@inproceedings{rafailov2023direct,
-  title     = {Direct Preference Optimization: Your Language Model is Secretly a Reward Model},
-  author    = {Rafailov, Rafael and Sharma, Archit and Mitchell, Eric and Manning, Christopher D. and Ermon, Stefano and Finn, Chelsea},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year      = {2023},
-  url       = {https://arxiv.org/abs/2305.18290}
-}
-```"""  # noqa: E501
-
-
-def model_card(base: str, inherited: Mapping[str, Any], card: Mapping[str, Any] | None) -> str:
-    """A model card: YAML front matter for the hub, then what was done. Paths in it are cut down to names.
-
-    `inherited` is front matter taken over from the base (its licence); `card` is described in `save_hf`.
-    """
-    card = {} if card is None else {key: _public(value) for key, value in card.items()}
-    unknown = sorted(card.keys() - {"base_model", "datasets", "metrics", "config"})
-    if unknown:
-        raise ValueError(f"model card has no part {unknown[0]!r}; parts: base_model, datasets, metrics, config")
-    front: dict[str, Any] = {"base_model": base, "library_name": "transformers", "pipeline_tag": "text-generation"}
-    front |= {**inherited, "tags": ["dpo", "dpo_jax", "jax"] if card else ["dpo_jax", "jax"]}
-    if card.get("datasets"):
-        front["datasets"] = list(card["datasets"])
-    parts = [(TRAINED if card else WRITTEN).format(base=printable(base))]
-    if card.get("metrics"):
-        rows = [f"| {printable(str(name))} | {value:.6g} |" for name, value in card["metrics"].items()]
-        parts.append("\n".join(["## Results", "", "| metric | value |", "| --- | --- |", *rows]))
-    if card.get("config"):
-        text = yaml.safe_dump(card["config"], sort_keys=False)
-        parts.append("## Settings\n\n" + "".join(f"    {line}\n" for line in text.splitlines()).rstrip("\n"))
-    parts += [CITATION] if card else []
-    title = printable(base.rsplit("/", 1)[-1]) + (" (DPO)" if card else "")
-    dumped = yaml.safe_dump(front, sort_keys=False)
-    return CARD.format(front=dumped, title=title, text="\n\n".join(parts))
-
-
-def _public(value: Any) -> Any:
-    """The value with every absolute path in it cut down to its last part: a card must not describe a machine."""
-    if isinstance(value, Mapping):
-        return {str(key): _public(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_public(item) for item in value]
-    if isinstance(value, str | Path) and (
-        str(value).startswith(("/", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", str(value))
-    ):
-        return re.split(r"[\\/]", str(value).rstrip("\\/"))[-1]
-    return str(value) if isinstance(value, Path) else value
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    return {**config, "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype": dtype}

@@ -5,6 +5,7 @@ key is an error, because a key that is passed over in silence is how a model tra
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -58,6 +59,9 @@ REQUIRED: dict[str, Any] = {
 
 MOVED = frozenset({"rope_theta", "rope_scaling", "torch_dtype", "attn_implementation", "_attn_implementation"})
 """Keys that `AutoConfig` reads and gives back under another name; any other key it swallows is refused."""
+
+LANGUAGE_MODEL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
+"""What the names of transformers' classes end with: a head over the vocabulary, and one over labels."""
 
 
 class Keys:
@@ -227,8 +231,13 @@ FAMILIES: dict[str, Callable[[Keys], DecoderSpec]] = {
 }
 
 
-def read_spec(folder: str | Path) -> DecoderSpec:
+def read_spec(folder: str | Path, *, scalar_head: bool | None = None) -> DecoderSpec:
     """The decoder that a folder's `config.json` describes, in either style (`rope_theta` or `rope_parameters`).
+
+    Args:
+      folder: of a language model, or of a reward model: a ...ForSequenceClassification with one label.
+      scalar_head: None takes the head that the folder has. True gives the spec of a reward model, also for a language
+        model's folder, which `load_hf` then starts with a new head. False refuses a reward model.
 
     Raises:
       UserError: the family is not supported, or a key is unknown or has a value that is not supported.
@@ -245,7 +254,31 @@ def read_spec(folder: str | Path) -> DecoderSpec:
     keys.finish(HARMLESS)
     if spec.windows and len(spec.windows) != spec.layers:
         raise keys.refuse("layer_types", len(spec.windows), f"one entry for each of {spec.layers} layers is wanted")
-    return spec
+    own = _is_classifier(raw)
+    if own and scalar_head is False:
+        why = f"a reward model, which scores texts and writes none; give a ...{LANGUAGE_MODEL}"
+        raise keys.refuse("architectures", raw["architectures"], why)
+    return dataclasses.replace(spec, scalar_head=own if scalar_head is None else scalar_head)
+
+
+def _is_classifier(raw: dict[str, Any]) -> bool:
+    return any(str(kind).lower().endswith(CLASSIFIER.lower()) for kind in raw.get("architectures") or [])
+
+
+def _check_labels(raw: dict[str, Any], k: Keys) -> None:
+    """One label is wanted, counted as transformers does it: `num_labels` or `id2label`, and two if neither is there."""
+    labels = raw.get("id2label")
+    if labels is not None and not isinstance(labels, dict):
+        raise k.refuse("id2label", labels, "a table of labels by number is wanted")
+    count = raw.get("num_labels", 2 if labels is None else len(labels))
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise k.refuse("num_labels", count, "a whole number is wanted")
+    if labels is not None and len(labels) != count:
+        raise k.refuse("num_labels", count, f"differs from the {len(labels)} entries of id2label; keep one of them")
+    if count != 1:
+        name = "num_labels" if "num_labels" in raw else "id2label"
+        why = f"makes {count} labels, and a reward model has one; give such a model, or a ...{LANGUAGE_MODEL}"
+        raise k.refuse(name, raw.get(name), why)
 
 
 def _check_raw(raw: dict[str, Any], k: Keys) -> None:
@@ -258,8 +291,12 @@ def _check_raw(raw: dict[str, Any], k: Keys) -> None:
     if not isinstance(family, str) or family not in FAMILIES:
         raise k.refuse("model_type", family, f"not supported; supported: {', '.join(sorted(FAMILIES))}")
     kinds = raw.get("architectures") or []
-    if not isinstance(kinds, list) or any(not str(kind).lower().endswith("forcausallm") for kind in kinds):
-        raise k.refuse("architectures", kinds, "only a ...ForCausalLM is a language model that can be trained here")
+    ends = (LANGUAGE_MODEL.lower(), CLASSIFIER.lower())
+    if not isinstance(kinds, list) or not any(all(str(kind).lower().endswith(end) for kind in kinds) for end in ends):
+        why = f"only a ...{LANGUAGE_MODEL}, or a ...{CLASSIFIER} with one label, can be trained here"
+        raise k.refuse("architectures", kinds, why)
+    if _is_classifier(raw):
+        _check_labels(raw, k)
     old, new = raw.get("rope_scaling"), raw.get("rope_parameters")
     if old and new and old != new:
         raise k.refuse("rope_scaling", old, "differs from rope_parameters; keep one of them")

@@ -20,6 +20,7 @@ from dpo_jax.settings import UserError
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
 STACKED = "blocks/"
+SCORE = "score.weight"
 
 
 class Transform(NamedTuple):
@@ -69,11 +70,12 @@ LLAMA: tuple[Rule, ...] = (
     Rule("model.norm.weight", "final_norm/scale"),
     Rule("lm_head.weight", "head/embedding"),
     Rule("lm_head.bias", "head/bias"),
+    Rule(SCORE, "score/kernel", TRANSPOSE),
 )
 """Names of llama and of every family that follows it; rules of leaves that a spec does not have are not used."""
 
 TIED_ALIASES: tuple[Rule, ...] = (Rule("lm_head.weight", "embed/embedding"),)
-"""Second names of a leaf, allowed where the embeddings are tied; the numbers must be the same."""
+"""Second names of a leaf, allowed where a head is tied to the embedding; the numbers must be the same."""
 
 CARRIED: tuple[str, ...] = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 """Tensors that hold no weights: not read, and exported as they came."""
@@ -102,7 +104,8 @@ def names(spec: DecoderSpec, rules: Sequence[Rule] = LLAMA) -> list[Entry]:
 def aliases(spec: DecoderSpec, rules: Sequence[Rule] = TIED_ALIASES) -> list[Entry]:
     """Further names under which a folder may hold a leaf once more."""
     leaves = trees.paths(abstract_params(spec))
-    return [entry for rule in rules if spec.tied for entry in _entries(rule, leaves[rule.leaf].shape)]
+    tied = spec.tied and not spec.scalar_head
+    return [entry for rule in rules if tied for entry in _entries(rule, leaves[rule.leaf].shape)]
 
 
 def _only(rules: Sequence[Rule], leaf: str) -> Rule:
@@ -134,6 +137,11 @@ def claim(spec: DecoderSpec, infos: dict[str, TensorInfo], where: str) -> Claims
     Raises:
       UserError: a tensor is missing, is claimed by nobody, or has another shape than the config says.
     """
+    if SCORE in infos and not spec.scalar_head:
+        raise UserError(
+            f"{where}: tensor {SCORE!r} is the head of a reward model, which has none over the vocabulary; give a "
+            "language model, or name a ...ForSequenceClassification in architectures of config.json"
+        )
     table = {entry.name: entry for entry in names(spec)}
     for alias in aliases(spec):
         first = next(name for name, entry in table.items() if entry.leaf == alias.leaf)

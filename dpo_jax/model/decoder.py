@@ -142,14 +142,23 @@ class Table(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((spec.vocab_size,))) if bias else None
 
 
+class Score(nnx.Module):
+    """A scalar head: the score of a text is the hidden state of its last token times this."""
+
+    def __init__(self, spec: DecoderSpec):
+        """Zeros, so that a new reward model prefers no text to another and its loss starts at ln 2."""
+        self.kernel = nnx.Param(jnp.zeros((spec.width, 1)))
+
+
 class Ends(nnx.Module):
     """What stands before the first and after the last block."""
 
     def __init__(self, spec: DecoderSpec, *, rngs: nnx.Rngs):
-        """Fresh embedding, norm and (unless tied) head."""
+        """Fresh embedding, norm and head: a scalar one, or one by vocabulary row unless it is tied."""
         self.embed = Table(spec, bias=False, rngs=rngs)
         self.final_norm = RMSNorm(spec.width, spec.norm_epsilon)
-        self.head = None if spec.tied else Table(spec, bias=spec.head_bias, rngs=rngs)
+        self.head = None if spec.tied or spec.scalar_head else Table(spec, bias=spec.head_bias, rngs=rngs)
+        self.score = Score(spec) if spec.scalar_head else None
 
 
 class Head(NamedTuple):
@@ -172,7 +181,10 @@ class Cache(NamedTuple):
 
 
 def init_params(spec: DecoderSpec, key: PRNGKeyArray) -> Params:
-    """Random float32 parameters; the leaves of all blocks are stacked on a leading layer axis."""
+    """Random float32 parameters; the leaves of all blocks are stacked on a leading layer axis.
+
+    A scalar head starts at zero, not at random.
+    """
     ends_key, blocks_key = jax.random.split(key)
     ends = _plain(Ends(spec, rngs=nnx.Rngs(ends_key)))
     blocks = jax.vmap(lambda k: _plain(Block(spec, rngs=nnx.Rngs(k))))(jax.random.split(blocks_key, spec.layers))
@@ -192,7 +204,15 @@ def cast(params: Params, dtype: Any) -> Params:
 
 
 def head_of(spec: DecoderSpec, params: Params) -> Head:
-    """The output projection: the embedding itself where it is tied."""
+    """The output projection: the embedding itself where it is tied.
+
+    Raises:
+      ValueError: the model has a scalar head.
+    """
+    if spec.scalar_head:
+        raise ValueError(
+            "a model with a scalar head scores texts and has no head over the vocabulary; use scalar_scores"
+        )
     table = params["embed"] if spec.tied else params["head"]
     return Head(table["embedding"], table.get("bias"))
 
@@ -242,6 +262,18 @@ def head_logits(spec: DecoderSpec, params: Params, states: Float[Array, "N D"]) 
     if head.bias is not None:
         scores = scores + head.bias[None, :].astype(jnp.float32)
     return scores if spec.logit_softcap is None else spec.logit_softcap * jnp.tanh(scores / spec.logit_softcap)
+
+
+def scalar_scores(spec: DecoderSpec, params: Params, states: Float[Array, "N D"]) -> Float[Array, " N"]:
+    """Scores of a model with a scalar head, float32; a text's score is that of the state of its last token.
+
+    Raises:
+      ValueError: the model has no scalar head.
+    """
+    if not spec.scalar_head:
+        raise ValueError("the model has a head over the vocabulary and scores no texts; use head_logits")
+    kernel = params["score"]["kernel"][:, 0]
+    return lax.dot_general(states, kernel, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def empty_cache(spec: DecoderSpec, batch: int, slots: int, dtype: Any) -> Cache:

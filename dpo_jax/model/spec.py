@@ -23,7 +23,7 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderSpec:
-    """A decoder-only language model: pre-norm blocks of grouped-query attention and a gated MLP."""
+    """A decoder: pre-norm blocks of grouped-query attention and a gated MLP."""
 
     vocab_size: int
     width: int
@@ -46,3 +46,5 @@ class DecoderSpec:
     activation: Literal["silu"] = "silu"
     shared_trunk: bool = True
     """Whether completions may share one computed prompt (false where a layer carries a running state)."""
+    scalar_head: bool = False
+    """Whether the model scores texts (a reward model) and has no language-model head, whatever `tied` says."""

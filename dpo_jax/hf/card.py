@@ -1,0 +1,157 @@
+"""The model card of an export: YAML front matter for the hub, then what was done."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from dpo_jax.hf.tensors import member
+from dpo_jax.settings import printable
+
+
+def base_name(like: str | Path, card: Mapping[str, Any] | None = None) -> str:
+    """Public name of the model that `like` is: what the card says, a hub id, or the folder's own name."""
+    folder = Path(like).expanduser().resolve()
+    if card is not None and "base_model" in card:
+        return _public(card["base_model"])
+    if not folder.is_dir():
+        return str(like)
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.name
+
+
+def front_matter(origin: Path) -> dict[str, Any]:
+    """The part of the base's model card that goes for what is made of it."""
+    if not os.path.lexists(origin / "README.md"):
+        return {}
+    text = member(origin, "README.md").read_bytes()[: 1 << 16].decode("utf-8", "replace")
+    block = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    try:
+        table = yaml.safe_load(block.group(1)) if block else {}
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return {}  # someone else's card; it only costs us the licence line
+    wanted = ("license", "license_name", "license_link", "language")
+    kept = {key: table.get(key) for key in wanted} if isinstance(table, dict) else {}
+    return {key: value for key, value in kept.items() if isinstance(value, str) or _strings(value)}
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+
+
+CARD = """\
+---
+{front}---
+
+# {title}
+
+{text}
+"""
+
+WRITTEN = "{base}, written by `dpo_jax`."
+
+DPO = """\
+{base}, trained on preference pairs with Direct Preference Optimization (DPO) by `dpo_jax`, in JAX.
+Names, dtypes and files are those of the base model; the tokenizer and its chat template are unchanged."""
+
+OBJECTIVES = """\
+{{base}}, trained by `dpo_jax`, in JAX, with {names}. Names, dtypes and files are those of the base model; the tokenizer
+and its chat template are unchanged."""
+
+BRADLEY_TERRY = """\
+{base}, trained as a reward model on preference pairs with the Bradley-Terry loss by `dpo_jax`, in JAX. A scalar head
+gives a text its score, read at the text's last token: the difference of the scores of two answers to a prompt is the
+log-odds that the first is preferred. Names, dtypes and files of all other tensors are those of the base model; the
+tokenizer and its chat template are unchanged."""
+
+CITATION = """\
+## Citation
+
+```bibtex
+@inproceedings{rafailov2023direct,
+  title     = {Direct Preference Optimization: Your Language Model is Secretly a Reward Model},
+  author    = {Rafailov, Rafael and Sharma, Archit and Mitchell, Eric and Manning, Christopher D. and Ermon, Stefano and Finn, Chelsea},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2023},
+  url       = {https://arxiv.org/abs/2305.18290}
+}
+```"""  # noqa: E501
+
+
+class Kind(NamedTuple):
+    """What a card says by the model's head: its task on the hub; how it was trained in a tag, a word and a text."""
+
+    task: str
+    tag: str
+    title: str
+    trained: str
+    citation: str | None
+
+
+LANGUAGE_MODEL = Kind("text-generation", "dpo", "DPO", DPO, CITATION)
+REWARD_MODEL = Kind("text-classification", "reward-model", "reward model", BRADLEY_TERRY, None)
+
+
+def model_card(
+    base: str,
+    inherited: Mapping[str, Any],
+    card: Mapping[str, Any] | None,
+    *,
+    kind: Kind = LANGUAGE_MODEL,
+    note: str = "",
+) -> str:
+    """A model card. Paths in it are cut down to names.
+
+    `inherited` is front matter taken over from the base (its licence); `card` is described in `save_hf`; `note` is a
+    paragraph about the folder's use.
+    """
+    card = {} if card is None else {key: _public(value) for key, value in card.items()}
+    unknown = sorted(card.keys() - {"base_model", "datasets", "metrics", "config", "objectives"})
+    if unknown:
+        raise ValueError(
+            f"model card has no part {unknown[0]!r}; parts: base_model, datasets, metrics, config, objectives"
+        )
+    if kind is LANGUAGE_MODEL and (objectives := card.get("objectives")):
+        kind = _by_objectives(objectives)
+    front: dict[str, Any] = {"base_model": base, "library_name": "transformers", "pipeline_tag": kind.task}
+    front |= {**inherited, "tags": [kind.tag, "dpo_jax", "jax"] if card else ["dpo_jax", "jax"]}
+    if card.get("datasets"):
+        front["datasets"] = list(card["datasets"])
+    parts = [(kind.trained if card else WRITTEN).format(base=printable(base))]
+    parts += [note] if note else []
+    if card.get("metrics"):
+        rows = [f"| {printable(str(name))} | {value:.6g} |" for name, value in card["metrics"].items()]
+        parts.append("\n".join(["## Results", "", "| metric | value |", "| --- | --- |", *rows]))
+    if card.get("config"):
+        text = yaml.safe_dump(card["config"], sort_keys=False)
+        parts.append("## Settings\n\n" + "".join(f"    {line}\n" for line in text.splitlines()).rstrip("\n"))
+    parts += [kind.citation] if card and kind.citation else []
+    title = printable(base.rsplit("/", 1)[-1]) + (f" ({kind.title})" if card else "")
+    dumped = yaml.safe_dump(front, sort_keys=False)
+    return CARD.format(front=dumped, title=title, text="\n\n".join(parts))
+
+
+def _by_objectives(objectives: Mapping[str, str]) -> Kind:
+    """What a card says of a language model that was trained with these objectives (name -> what is said of it)."""
+    if list(objectives) == ["sigmoid"]:
+        return LANGUAGE_MODEL
+    names, tag = " + ".join(objectives), next(iter(objectives)).replace("_", "-")
+    text = OBJECTIVES.format(names=", ".join(f"`{name}` ({about})" for name, about in objectives.items()))
+    return LANGUAGE_MODEL._replace(tag=tag, title=names, trained=text, citation=None)
+
+
+def _public(value: Any) -> Any:
+    """The value with every absolute path in it cut down to its last part: a card must not describe a machine."""
+    if isinstance(value, Mapping):
+        return {str(key): _public(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_public(item) for item in value]
+    if isinstance(value, str | Path) and (
+        str(value).startswith(("/", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", str(value))
+    ):
+        return re.split(r"[\\/]", str(value).rstrip("\\/"))[-1]
+    return str(value) if isinstance(value, Path) else value
