@@ -1,4 +1,4 @@
-"""Show what a run would train on: decoded pairs in colour, what is scored, what was cut, counts and lengths.
+"""Show what a run would train on: decoded rows in colour, what is scored, what was cut, counts and lengths.
 
     python -m dpo_jax.preview CONFIG.yaml ... [section.key=value ...] [--pairs N]
 
@@ -27,12 +27,23 @@ CHARACTERS = 1600
 """Longest text that is shown of a prompt or a completion; the middle of a longer one is left out, and said so."""
 
 BINS = 8
-STYLES = {"prompt": "cyan", "chosen": "green", "rejected": "red", "cut": "dim strike", "special": "reverse"}
+STYLES = {
+    "prompt": "cyan",
+    "chosen": "green",
+    "rejected": "red",
+    "completion": "green",
+    "desirable": "green",
+    "undesirable": "red",
+    "cut": "dim strike",
+    "special": "reverse",
+}
+DEFAULTS = {"weight": 1.0, "margin": 0.0, "label": 1.0}
+"""Numbers of a pair that are not worth showing."""
 
 
 @config.command
 def main(argv: Sequence[str]) -> int:
-    """Print the report, the lengths, and some pairs of the training data and of the held-out data."""
+    """Print the report, the lengths, and some pairs or completions of the training data and of the held-out data."""
     from dpo_jax.hf.tokenizer import load_tokenizer
 
     pairs, rest = _pairs(argv)
@@ -72,7 +83,7 @@ def console_for(stream: Any) -> Console:
 
 
 def show(encoded: Encoded, report: Report, tokenizer: Any, console: Console, *, pairs: int, name: str) -> None:
-    """Write one data set to the console: report, lengths, pairs."""
+    """Write one data set to the console: report, lengths, and so many of its pairs or single completions."""
     _write(console, Text(name, "bold"))
     for line in report.lines():
         _write(console, Text(line, "yellow" if line.startswith(f"{BAD}:") else ""))
@@ -80,12 +91,13 @@ def show(encoded: Encoded, report: Report, tokenizer: Any, console: Console, *, 
         return
     for line in histogram(encoded, "█" if console.encoding.lower().startswith("utf") else "#"):
         _write(console, Text(line))
-    legend = [Text(part, STYLES[part]) for part in ("prompt", "chosen", "rejected", "cut", "special")]
-    _write(
-        console, Text("\ncolours: ") + Text(", ").join(legend) + Text("; every token of chosen and rejected is scored")
-    )
-    for pair in np.unique(np.linspace(0, encoded.num_pairs - 1, min(pairs, encoded.num_pairs)).astype(int)).tolist():
-        for text in pair_texts(encoded, pair, tokenizer, plain=console.color_system is None):
+    plain = console.color_system is None
+    names = chosen_names(encoded, report)
+    shown = {"prompt", "cut", "special", *names.tolist(), *(["rejected"] if "chosen" in names else [])}
+    legend = Text(", ").join(Text(part, style) for part, style in STYLES.items() if part in shown)
+    _write(console, Text("\ncolours: ") + legend + Text("; every token of a completion is scored"))
+    for entry in np.unique(np.linspace(0, encoded.num_pairs - 1, min(pairs, encoded.num_pairs)).astype(int)).tolist():
+        for text in entry_texts(encoded, entry, str(names[entry]), tokenizer, plain=plain):
             _write(console, text)
 
 
@@ -97,38 +109,51 @@ def _write(console: Console, text: Text) -> None:
 
 
 def histogram(encoded: Encoded, block: str) -> list[str]:
-    """Lengths of prompts, chosen and rejected as bars beside each other, 60 columns wide.
+    """Lengths of prompts, chosen and rejected as bars beside each other, 60 columns wide, and of single completions.
 
     tokens     prompt            chosen            rejected
        0- 127  ########    810   ########  1,102   #######   1,048
     """
-    lengths = encoded.completion_length
+    lengths, single = encoded.completion_length, encoded.single
     prompts = encoded.sequence_lengths() - lengths
-    series = [prompts[encoded.chosen], lengths[encoded.chosen], lengths[encoded.rejected]]
-    width = -(-(max(int(values.max()) for values in series) + 1) // BINS)
-    counts = [np.bincount(values // width, minlength=BINS) for values in series]
+    series = {
+        "prompt": prompts[encoded.chosen],
+        "chosen": lengths[encoded.chosen[~single]],
+        "rejected": lengths[encoded.rejected[~single]],
+        "completion": lengths[encoded.chosen[single]],
+    }
+    series = {name: values for name, values in series.items() if len(values)}
+    width = -(-(max(int(values.max()) for values in series.values()) + 1) // BINS)
+    counts = [np.bincount(values // width, minlength=BINS) for values in series.values()]
     most = max(int(count.max()) for count in counts)
-    lines = ["tokens       " + "".join(f"{name:<16}" for name in ("prompt", "chosen", "rejected")).rstrip()]
+    lines = ["tokens       " + "".join(f"{name:<16}" for name in series).rstrip()]
     for row in range(BINS):
         bars = [f"{block * -(-7 * int(count[row]) // most):<7}{count[row]:>7,}  " for count in counts]
         lines.append(f"{row * width:>5}-{(row + 1) * width - 1:<5}  " + "".join(bars).rstrip())
     return lines
 
 
-# ------------------------------------------------------------------------------------------------ pairs
+# ------------------------------------------------------------------------------------------------ entries
 
 
-def pair_texts(encoded: Encoded, pair: int, tokenizer: Any, *, plain: bool) -> Iterator[Text]:
-    """One pair: where it is from, the prompt, both completions, and what was cut of each."""
-    unit = int(encoded.pair_unit[pair])
-    file = clean(encoded.files[int(encoded.file[unit])], 400)
-    numbers = f"weight {encoded.weight[pair]:g}, margin {encoded.margin[pair]:g}"
-    yield Text(f"\npair {pair + 1:,} of {encoded.num_pairs:,}, {file}:{encoded.line[unit]}, {numbers}", "bold")
-    chosen, rejected = int(encoded.chosen[pair]), int(encoded.rejected[pair])
-    completions = {"chosen": chosen, "rejected": rejected}
-    skips = {name: int(encoded.completion_skip[index]) for name, index in completions.items()}
-    shared = skips["chosen"] == skips["rejected"] < encoded.prompt_length[unit]
-    for name, index in {"prompt": chosen, **completions}.items():
+def chosen_names(encoded: Encoded, report: Report) -> np.ndarray:
+    """What the chosen completion of each entry is called: so, or, of a single completion, what its row's label says."""
+    layouts = [report.files.get(file, {}).get("layout") for file in encoded.files]
+    labelled = np.asarray([layout == "unpaired" for layout in layouts])[encoded.file[encoded.pair_unit]]
+    alone = np.where(labelled, np.where(encoded.label > 0, "desirable", "undesirable"), "completion")
+    return np.where(encoded.single, alone, "chosen")
+
+
+def entry_texts(encoded: Encoded, entry: int, name: str, tokenizer: Any, *, plain: bool) -> Iterator[Text]:
+    """One entry: where it is from, the prompt, the chosen completion under that name, the rejected one, and any cut."""
+    unit = int(encoded.pair_unit[entry])
+    yield Text(f"\n{_title(encoded, entry)}", "bold")
+    completions = {name: int(encoded.chosen[entry])}
+    if not encoded.single[entry]:
+        completions["rejected"] = int(encoded.rejected[entry])
+    skips = {int(encoded.completion_skip[index]) for index in completions.values()}
+    shared = len(skips) == 1 and max(skips) < encoded.prompt_length[unit]
+    for name, index in {"prompt": int(encoded.chosen[entry]), **completions}.items():
         head, tail = encoded.cut(index)
         if name == "prompt":
             if shared:
@@ -139,6 +164,18 @@ def pair_texts(encoded: Encoded, pair: int, tokenizer: Any, *, plain: bool) -> I
         before = [] if shared else [(head, "cut"), (encoded.prompt(index), "prompt")]
         yield _heading(name, len(ids), len(tail) + (0 if shared else len(head)))
         yield _body(tokenizer, [*before, (ids, name), (tail, "cut")], plain)
+
+
+def _title(encoded: Encoded, entry: int) -> str:
+    """Number of the entry among its like, its row, and what is unusual about its weight, margin and label."""
+    alike = encoded.single == encoded.single[entry]
+    what = "completion" if encoded.single[entry] else "pair"
+    unit = int(encoded.pair_unit[entry])
+    file = clean(encoded.files[int(encoded.file[unit])], 400)
+    numbers = {name: getattr(encoded, name)[entry] for name in DEFAULTS if what == "pair" or name == "weight"}
+    unusual = [f", {name} {value:g}" for name, value in numbers.items() if value != DEFAULTS[name]]
+    place = f"{what} {alike[: entry + 1].sum():,} of {alike.sum():,}"
+    return f"{place}, {file}:{encoded.line[unit]}{''.join(unusual)}"
 
 
 def _heading(name: str, kept: int, cut: int) -> Text:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_jax.data.batches import Batches, pair_tokens, prefetch
+from dpo_jax.data.entries import as_entries
 from dpo_jax.data.packing import Bundle, Shape, balance, pack
 from tests.forests import random_encoded
 
@@ -99,12 +100,53 @@ def test_every_step_has_one_of_the_announced_shapes():
     assert len(announced) <= 4
 
 
-def test_reference_log_probabilities_go_where_their_completion_is():
+def test_reference_log_probabilities_go_where_their_token_is():
     encoded = random_encoded(completions=(2, 3))
-    reference = -np.arange(encoded.num_completions, dtype=np.float32)
+    reference = -np.arange(encoded.num_scored, dtype=np.float32)
     batch = Batches(encoded, 5, 2, 1, reference=reference).at(0)
-    used = batch.ids >= 0
-    np.testing.assert_array_equal(batch.reference[used], reference[batch.ids[used]])
+    for micro, shard, local in zip(*np.nonzero(batch.ids >= 0), strict=True):
+        mine = batch.completion[micro, shard] == local
+        first = encoded.scored_start[batch.ids[micro, shard, local]]
+        np.testing.assert_array_equal(batch.reference[micro, shard, mine], -np.arange(first, first + mine.sum()))
+
+
+def test_the_last_slot_of_a_completion_holds_its_last_token():
+    encoded = random_encoded(completions=(2, 3))
+    for share in (True, False):
+        batch = Batches(encoded, 5, 2, 1, share_prompts=share).at(0)
+        for micro, shard, local in zip(*np.nonzero(batch.ids >= 0), strict=True):
+            tokens = batch.tokens[micro, shard].reshape(-1)
+            assert (
+                tokens[batch.last[micro, shard, local]] == encoded.completion(int(batch.ids[micro, shard, local]))[-1]
+            )
+
+
+def test_rankings_hold_all_completions_of_their_prompt_with_their_ranks():
+    encoded = random_encoded(units=12, completions=(2, 4))
+    whole = as_entries(encoded, "rankings", objective="plackett_luce", max_length=64)
+    batches = Batches(whole, 5, 2, 1, rankings=True)
+    batch = batches.at(0)
+    found = []
+    for micro, shard, pair in zip(*np.nonzero(batch.real), strict=True):
+        there = batch.rank[micro, shard, pair] >= 0
+        ids = batch.ids[micro, shard, batch.ranked[micro, shard, pair, there]]
+        (unit,) = set(whole.completion_unit[ids].tolist())
+        assert ids.tolist() == batches.completions_of(unit).tolist()
+        np.testing.assert_array_equal(batch.rank[micro, shard, pair, there], whole.rank[ids])
+        found.append(unit)
+    assert sorted(found) == sorted(whole.pair_unit[batches.pairs_of(0)].tolist())
+
+
+def test_noise_belongs_to_the_pair_and_not_to_its_place():
+    encoded = random_encoded(units=12, completions=(2, 3))
+    tables = []
+    for shards, tokens in ((1, None), (2, 32), (4, 64)):
+        batch = Batches(encoded, 8, shards, 3, micro_tokens=tokens).at(2)
+        micro, shard, _ = np.nonzero(batch.real)
+        chosen, rejected = (batch.ids[micro, shard, ids[batch.real]].tolist() for ids in (batch.chosen, batch.rejected))
+        keys = zip(chosen, rejected, strict=True)
+        tables.append(dict(zip(keys, batch.noise[batch.real].tolist(), strict=True)))
+    assert tables[0] == tables[1] == tables[2] and len(set(tables[0].values())) == 8
 
 
 def test_shards_carry_equal_loads():

@@ -297,6 +297,7 @@ def test_a_ranked_row_keeps_the_pairs_that_still_differ(tmp_path):
     encoded, report = encoded_rows(tmp_path, tokenizer, row, max_length=8)
     assert (encoded.num_units, encoded.num_completions, encoded.num_pairs) == (1, 3, 2)
     assert (report.kept, report.pairs, report.counts["pair left out of a ranked row"]) == (1, 2, 1)
+    assert encoded.rank.tolist() == [0, 0, 2]
 
 
 def test_only_the_cut_rows_are_too_long(tmp_path):

@@ -11,6 +11,7 @@ from dpo_jax.data.encoded import SETTINGS, Encoded
 from dpo_jax.data.report import Report
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.settings import UserError
+from tests.forests import random_encoded
 from tests.tiny_rows import CHAT, CHATML, GOOD, byte_tokenizer, write
 
 
@@ -20,7 +21,7 @@ def settings(**changes) -> DataSettings:
 
 @pytest.fixture
 def cached(tmp_path):
-    path = write(tmp_path / "rows.jsonl", CHAT, GOOD, {**GOOD, "prompt": "p" * 30}, b"{")
+    path = write(tmp_path / "rows.jsonl", CHAT, GOOD, {**GOOD, "prompt": "p" * 30, "label": 0.3}, b"{")
     tokenizer = byte_tokenizer()
 
     def run(tokenizer=tokenizer, first=None, path=path, **changes):
@@ -104,3 +105,37 @@ def test_a_cached_result_is_checked_against_the_fraction_of_today(tmp_path):
     encode(path, byte_tokenizer(), settings(max_bad_fraction=0.5), tmp_path / "cache")
     with pytest.raises(UserError, match="1 of 2 rows are bad"):
         encode(path, byte_tokenizer(), settings(max_bad_fraction=0.4), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"prompt": "p", "completion": "a", "label": True}, {"prompt": "p", "completion": "a", "label": False}],
+        [{"messages": CHAT["prompt"] + CHAT["chosen"]}] * 2,
+        [{"prompt": "p", "completions": ["a", "b", "c"], "scores": [1, 1, 2], "label": 0.7, "margin": 2}],
+    ],
+)
+def test_a_round_trip_keeps_labels_ranks_and_counts(tmp_path, rows):
+    path = str(write(tmp_path / "rows.jsonl", *rows))
+    made, read = (collect(path, byte_tokenizer(), settings(), tmp_path / "cache") for _ in range(2))
+    assert read[1].cache.startswith("read from")
+    assert_equal(made, read)
+    assert read[1].pairs + read[1].singles == read[0].num_pairs == 2
+
+
+def test_each_completion_has_its_own_part_of_the_list_of_scored_tokens(tmp_path):
+    path = str(write(tmp_path / "rows.jsonl", CHAT, GOOD, {"prompt": "p", "completions": ["a"] * 2, "ranks": [1, 2]}))
+    encoded, _ = collect(path, byte_tokenizer(), settings())
+    parts = [range(start, start + length) for start, length in zip(*starts_and_lengths(encoded), strict=True)]
+    assert [place for part in parts for place in part] == list(range(encoded.num_scored))
+    assert encoded.scored_start.dtype == np.int64 and encoded.scored_start is encoded.scored_start
+
+
+def starts_and_lengths(encoded: Encoded) -> tuple[list[int], list[int]]:
+    return encoded.scored_start.tolist(), encoded.completion_length.tolist()
+
+
+def test_the_list_of_scored_tokens_may_be_longer_than_an_int32_counts():
+    encoded = random_encoded(units=3)
+    long = dataclasses.replace(encoded, completion_length=np.full_like(encoded.completion_length, 2**30))
+    assert long.scored_start.tolist() == [number * 2**30 for number in range(6)] and long.num_scored == 6 * 2**30

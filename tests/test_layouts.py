@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_jax.data.layouts import LAYOUTS, Pair, Record, detect, split_texts, to_record
-from dpo_jax.data.messages import shared_length
+from dpo_jax.data.answers import answer_start, split_texts
+from dpo_jax.data.layouts import LAYOUTS, Pair, Record, detect, to_record, unused_columns
+from dpo_jax.data.messages import BadRow, shared_length
 from dpo_jax.data.settings import LAYOUTS as NAMES
 from tests.tiny_rows import HI, NO, YO, assistant, user
 
@@ -49,11 +50,72 @@ SAME_MEANING = {  # rows of every layout that say: to "Hi?" the answer "Yo" is b
 @pytest.mark.parametrize(("layout", "row"), [(name, row) for name, rows in SAME_MEANING.items() for row in rows])
 def test_every_layout_reads_the_same_preference(layout, row):
     record = one(row)
-    assert detect(row).name == layout
+    assert detect(row).name == layout and unused_columns(row, detect(row)) == []
     (pair,) = record.pairs
     assert record.prompt == HI
     assert (record.completions[pair.chosen], record.completions[pair.rejected]) == (YO, NO)
     assert (pair.weight, pair.margin) == (1.0, 0.0)
+
+
+SAME_ANSWER = {  # rows of every layout that say: to "Hi?" the answer "Yo" is good
+    "unpaired": [
+        {"prompt": HI, "completion": YO, "label": True},
+        {"prompt": HI, "completion": YO[0], "label": 1},
+        {"prompt": HI, "completion": "Yo", "label": 1.0},
+        {"prompt": HI, "completion": HI + YO, "label": True},
+        {"prompt": "Hi?", "completion": HI + YO, "label": True},
+        {"prompt": "Hi?", "completion": YO, "label": True},
+        {"prompt": "Hi?", "completion": "Yo", "label": True, "system": None},
+    ],
+    "completion": [{"prompt": HI, "completion": YO}, {"prompt": "Hi?", "completion": YO}],
+    "messages": [{"messages": HI + YO}],
+}
+
+
+@pytest.mark.parametrize(("layout", "row"), [(name, row) for name, rows in SAME_ANSWER.items() for row in rows])
+def test_every_layout_of_single_completions_reads_the_same_answer(layout, row):
+    record = one(row)
+    assert detect(row).name == layout and unused_columns(row, detect(row)) == []
+    assert (record.prompt, record.completions) == (HI, (YO,))
+    assert record.pairs == (Pair(0, 0, 1.0, 0.0, 1.0),) and record.pairs[0].single
+
+
+@pytest.mark.parametrize("label", [False, 0, 0.0])
+def test_an_undesirable_completion_has_label_0(label):
+    (pair,) = one({"prompt": "p", "completion": "c", "label": label, "weight": 3, "margin": 1}).pairs
+    assert pair == Pair(0, 0, 3.0, 0.0, 0.0)
+
+
+DETECTED = [  # columns, and what they were read as before there were single completions: that stays
+    ("prompt chosen rejected completion label messages", "pair"),
+    ("chosen rejected messages label", "implicit"),
+    ("prompt completions ranks completion label", "ranked"),
+    ("prompt responses scores messages", "ranked"),
+    ("prompt_ids chosen_ids rejected_ids prompt completion label", "tokenized"),
+    ("conversations chosen rejected messages", "sharegpt"),
+    ("input preferred_output prompt completion", "openai"),
+    ("prompt completion label", "unpaired"),
+    ("prompt completion label messages", "unpaired"),
+    ("prompt completion messages", "completion"),
+    ("prompt prompt_id messages", "messages"),
+]
+
+
+@pytest.mark.parametrize(("columns", "layout"), DETECTED)
+def test_the_first_layout_that_fits_is_the_one(columns, layout):
+    assert detect(dict.fromkeys(columns.split())).name == layout
+
+
+@given(
+    st.sets(
+        st.sampled_from(sorted({name for layout in LAYOUTS.values() for names in layout.columns for name in names}))
+    )
+)
+def test_no_row_of_pairs_is_read_as_a_single_completion(columns):
+    row = dict.fromkeys(columns)
+    pairs = [layout for layout in LAYOUTS.values() if layout.name not in SAME_ANSWER and layout.fits(row)]
+    if pairs:
+        assert detect(row) is pairs[0]
 
 
 def test_the_layout_names_of_the_settings_are_those_of_the_table():
@@ -72,12 +134,17 @@ def test_columns_that_every_layout_takes():
         "system": "Be brief.",
         "weight": 2,
         "margin": 0.5,
+        "label": 0.75,
         "chat_template_kwargs": {"thinking": False, "gone": None},
     }
     for value in (tools, json.dumps(tools)):
         record = one({"prompt": HI, "chosen": YO, "rejected": NO, "tools": value, **extra})
         assert record.prompt == [{"role": "system", "content": "Be brief."}, *HI]
-        assert record.pairs == (Pair(0, 1, 2.0, 0.5),)
+        assert record.pairs == (Pair(0, 1, 2.0, 0.5, 0.75),)
+        assert unused_columns(extra, LAYOUTS["pair"]) == []
+        single = one({"prompt": HI, "completion": "Yo", "tools": value, **extra}, "completion")
+        assert (single.prompt, single.tools) == (record.prompt, record.tools)
+        assert single.chat_template_kwargs == record.chat_template_kwargs and single.pairs == (Pair(0, 0, 2.0),)
         assert (record.tools, record.chat_template_kwargs) == (tools, {"thinking": False})
     in_input = {"input": {"messages": HI, "tools": tools}, "preferred_output": YO, "non_preferred_output": NO}
     assert one(in_input).tools == tools
@@ -159,3 +226,52 @@ def test_a_prompt_that_a_completion_repeats_is_taken_off_and_noted():
     record = one({"prompt": HI, "chosen": HI + YO, "rejected": NO})
     assert record.completions == (YO, NO)
     assert "prompt repeated in a completion" in dict(record.notes)
+
+
+def test_a_ranked_row_has_its_label_on_every_pair():
+    record = one({"prompt": "p", "completions": ["a", "b", "c"], "ranks": [1, 2, 3], "label": 0.5})
+    assert [pair.label for pair in record.pairs] == [0.5, 0.5, 0.5]
+
+
+TOOL = {"role": "tool", "content": "5"}
+
+
+@pytest.mark.parametrize(
+    ("roles", "start"),
+    [
+        ("user assistant", 1),
+        ("system user assistant", 2),
+        ("user assistant user assistant", 3),
+        ("user assistant user assistant tool assistant", 3),
+        ("user assistant assistant", 1),
+        ("user tool assistant", 2),
+        ("user assistant system assistant", 3),
+        ("assistant", 0),
+        ("assistant user assistant assistant", 2),
+        ("user", 1),
+    ],
+)
+def test_the_last_answer_is_all_that_the_assistant_says_after_it_was_asked(roles, start):
+    conversation = [{"role": role, "content": role} for role in roles.split()]
+    assert answer_start(conversation) == start
+
+
+def test_a_conversation_of_several_turns_is_learned_from_its_last_answer():
+    asked = [*HI, *YO, user("And?")]
+    record = one({"messages": [*asked, assistant("let me see"), TOOL, assistant("five")]})
+    assert record.prompt == asked
+    assert record.completions == ([assistant("let me see"), TOOL, assistant("five")],)
+    assert dict(record.notes) == {"completion of several turns": "all of its turns are scored"}
+    record = one({"prompt": "And?", "completion": [*asked, *NO], "label": 0})
+    assert (record.prompt, record.completions) == (asked, (NO,))
+
+
+@pytest.mark.parametrize("row", [{"prompt": "p", "completion": "c"}, {"messages": HI + YO}])
+def test_what_says_desirable_or_not_is_not_learned_whatever_it_says(row):
+    layout = detect(row).name
+    for label in (True, False, 1, 0):
+        with pytest.raises(BadRow, match="data.layout=unpaired"):
+            one({**row, "label": label}, layout)
+    for label in (None, "maths", 7):
+        assert one({**row, "label": label}, layout).pairs == (Pair(0, 0),)
+    assert unused_columns({**row, "label": "maths", "margin": 1}, LAYOUTS[layout]) == ["label", "margin"]

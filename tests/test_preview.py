@@ -11,7 +11,7 @@ from rich.console import Console
 from dpo_jax import preview
 from dpo_jax.data.encode import collect
 from dpo_jax.data.settings import DataSettings
-from tests.test_records import BAD_ROWS
+from tests.bad_rows import BAD_ROWS
 from tests.tiny_rows import CHAT, CHATML, GOOD, byte_tokenizer, user, write
 
 LONG = {"prompt": "one two three", "chosen": "chosen words", "rejected": "rejected words here"}
@@ -45,11 +45,56 @@ def config_file(tmp_path, model, *rows):
 
 def test_a_pair_is_shown_with_its_source_its_parts_and_its_ends(tmp_path):
     text = shown(tmp_path, CHAT)
-    assert f"pair 1 of 1, {tmp_path}/rows.jsonl:1, weight 1, margin 0" in text
+    assert f"pair 1 of 1, {tmp_path}/rows.jsonl:1\nprompt: " in text
     assert "prompt: 22 tokens, not scored\n⟦<|im_start|>⟧user\nHi?⟦<|im_end|>⟧\n⟦<|im_start|>⟧assistant\n" in text
     assert "chosen: 3 tokens, all scored\nYo⟦<|im_end|>⟧\n" in text
     assert "rejected: 3 tokens, all scored\nNo⟦<|im_end|>⟧\n" in text
     assert "1 rows read: 1 kept (1 pairs), 0 bad, 0 too long" in text
+
+
+def test_numbers_of_a_pair_are_shown_where_they_are_not_the_usual_ones(tmp_path):
+    usual = {"weight": 1, "margin": 0, "label": 1}
+    text = shown(tmp_path, {**GOOD, **usual}, {**GOOD, "label": 0.7}, {**GOOD, "weight": 2, "margin": 0.5, "label": 0})
+    for line, numbers in ((1, ""), (2, ", label 0.7"), (3, ", weight 2, margin 0.5, label 0")):
+        assert f"pair {line} of 3, {tmp_path}/rows.jsonl:{line}{numbers}\n" in text
+
+
+def test_a_single_completion_is_shown_once_and_as_what_it_is(tmp_path):
+    rows = [{"prompt": "p", "completion": f"words {label}", "label": label} for label in (1, 0)]
+    text = shown(tmp_path, *rows, {**rows[0], "weight": 0.5})
+    assert f"completion 1 of 3, {tmp_path}/rows.jsonl:1\nprompt: 1 tokens, not scored\np\n" in text
+    assert "desirable: 8 tokens, all scored\nwords 1⟦<eos>⟧\n\ncompletion 2" in text
+    assert "\nundesirable: 8 tokens, all scored\nwords 0⟦<eos>⟧\n\ncompletion 3" in text
+    assert f"completion 3 of 3, {tmp_path}/rows.jsonl:3, weight 0.5\n" in text
+    assert "chosen" not in text and "rejected" not in text and "label" not in text
+    assert "colours: prompt, desirable, undesirable, cut, special; every token of a completion is scored" in text
+    text = shown(tmp_path, {"messages": CHAT["prompt"] + CHAT["chosen"]})
+    assert "completion: 3 tokens, all scored\nYo⟦<|im_end|>⟧\n" in text
+    assert "desirable" not in text and "chosen" not in text
+    assert "colours: prompt, completion, cut, special" in text
+
+
+def test_pairs_and_completions_of_one_run_are_counted_apart(tmp_path):
+    tokenizer = byte_tokenizer()
+    paths = [write(tmp_path / "a.jsonl", GOOD), write(tmp_path / "b.jsonl", *[{"prompt": "p", "completion": "c"}] * 2)]
+    encoded, report = collect([str(path) for path in paths], tokenizer, DataSettings(train="x"))
+    names = preview.chosen_names(encoded, report).tolist()
+    assert names == ["chosen", "completion", "completion"]
+    heads = [str(next(preview.entry_texts(encoded, e, names[e], tokenizer, plain=True))).strip() for e in range(3)]
+    wanted = [("pair 1 of 1", "a.jsonl:1"), ("completion 1 of 2", "b.jsonl:1"), ("completion 2 of 2", "b.jsonl:2")]
+    assert heads == [f"{what}, {tmp_path}/{where}" for what, where in wanted]
+    assert preview.histogram(encoded, "#")[0].split() == ["tokens", "prompt", "chosen", "rejected", "completion"]
+
+
+@pytest.mark.parametrize("truncation", ["keep_completion", "keep_start", "keep_end"])
+def test_what_was_cut_of_a_single_completion_is_shown(tmp_path, truncation):
+    text = shown(tmp_path, {"prompt": "pqr", "completion": "abcdef", "label": 0}, max_length=5, truncation=truncation)
+    wanted = {
+        "keep_completion": "[cut: pq]r\nundesirable: 4 tokens, all scored, 3 cut\nabcd[cut: ef⟦<eos>⟧]\n",
+        "keep_start": "pqr\nundesirable: 2 tokens, all scored, 5 cut\nab[cut: cdef⟦<eos>⟧]\n",
+        "keep_end": "undesirable: 4 tokens, all scored, 5 cut\n[cut: pqrab]cdef⟦<eos>⟧\n",
+    }
+    assert wanted[truncation] in text
 
 
 def test_what_was_cut_is_shown_as_cut(tmp_path):

@@ -17,21 +17,24 @@ from dpo_jax.data.report import BAD, KINDS, NOTED, TOO_LONG, Report
 from dpo_jax.data.settings import LAYOUTS as NAMES
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.settings import UserError
+from tests.bad_rows import BAD_ROWS
 from tests.tiny_rows import (
     CHAT,
     CHATML,
+    COMPLETION,
     GOOD,
     HI,
     IDS,
     IMPLICIT,
+    MESSAGES,
     NO,
     OPENAI,
     RANKED,
     SHAREGPT,
+    UNPAIRED,
     YO,
     assistant,
     byte_tokenizer,
-    user,
     write,
 )
 
@@ -44,111 +47,6 @@ def records(*paths, layout="auto", report=None, first=None, max_characters=10_00
 
 # ------------------------------------------------------------------------------------------------ bad rows
 
-
-def without(row, name):
-    return {key: value for key, value in row.items() if key != name}
-
-
-BAD_ROWS = [  # a good row that sets the layout, the bad row, its class
-    (GOOD, b"{", "not JSON"),
-    (GOOD, b'{"prompt": "a" "b"}', "not JSON"),
-    (GOOD, b"prompt,chosen,rejected", "not JSON"),
-    (GOOD, b"{'prompt': 'single quotes'}", "not JSON"),
-    (GOOD, b'{"prompt": "a", "chosen": "b", "rejected": "c",}', "not JSON"),
-    (GOOD, b'{"prompt": "a", "chosen": "b", "rejected": "c"} x', "not JSON"),
-    (GOOD, b'{"prompt": "a", "chosen": "b", "rejected": "c", "weight": NaN}', "not JSON"),
-    (GOOD, b'{"prompt": "a", "chosen": "b", "rejected": "c", "weight": -Infinity}', "not JSON"),
-    (GOOD, b'{"prompt": "a", "chosen": "b", "rejected": "c", "weight": ' + b"1" * 5000 + b"}", "not JSON"),
-    (GOOD, b'{"prompt": "raw \x01 control", "chosen": "b", "rejected": "c"}', "not JSON"),
-    (GOOD, b'{"prompt": "a", "prompt": "b", "chosen": "b", "rejected": "c"}', "duplicate key"),
-    (
-        CHAT,
-        b'{"prompt": [{"role": "user", "role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}',
-        "duplicate key",
-    ),
-    (GOOD, b"[" * 200_000, "nested too deep"),
-    (GOOD, b'{"prompt": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}", "nested too deep"),
-    (GOOD, b'{"prompt": "\xff\xfe", "chosen": "b", "rejected": "c"}', "invalid UTF-8"),
-    (GOOD, b"\x80", "invalid UTF-8"),
-    (GOOD, [1, 2], "not an object"),
-    (GOOD, "text", "not an object"),
-    (GOOD, None, "not an object"),
-    (GOOD, 3.5, "not an object"),
-    (GOOD, {}, "missing column"),
-    (GOOD, without(GOOD, "rejected"), "missing column"),
-    (GOOD, without(GOOD, "prompt"), "missing column"),
-    (CHAT, {**CHAT, "chosen": [{"content": "no role"}]}, "missing column"),
-    (OPENAI, without(OPENAI, "non_preferred_output"), "missing column"),
-    (OPENAI, {**OPENAI, "input": {}}, "missing column"),
-    (RANKED, without(RANKED, "ranks"), "missing column"),
-    (SHAREGPT, without(SHAREGPT, "conversations"), "missing column"),
-    (GOOD, {**GOOD, "chosen": None}, "null value"),
-    (GOOD, {**GOOD, "prompt": None}, "null value"),
-    (CHAT, {**CHAT, "chosen": [{"role": "assistant", "content": None}]}, "null value"),
-    (GOOD, {**GOOD, "chosen": 5}, "wrong type"),
-    (GOOD, {**GOOD, "chosen": True, "rejected": False}, "wrong type"),
-    (GOOD, {**GOOD, "chosen": YO}, "wrong type"),
-    (CHAT, {**CHAT, "prompt": 7}, "wrong type"),
-    (CHAT, {**CHAT, "prompt": ["Hi?"]}, "wrong type"),
-    (CHAT, {**CHAT, "chosen": [{"role": "assistant", "content": 5}]}, "wrong type"),
-    (CHAT, {**CHAT, "prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}, "wrong type"),
-    (CHAT, {**CHAT, "system": 5}, "wrong type"),
-    (CHAT, {**CHAT, "tools": "not json"}, "wrong type"),
-    (CHAT, {**CHAT, "tools": ["f"]}, "wrong type"),
-    (CHAT, {**CHAT, "chat_template_kwargs": [1]}, "wrong type"),
-    (IDS, {**IDS, "chosen_ids": ["a"]}, "wrong type"),
-    (IDS, {**IDS, "chosen_ids": [1.5]}, "wrong type"),
-    (IDS, {**IDS, "chosen_ids": [True]}, "wrong type"),
-    (RANKED, {**RANKED, "completions": "ab"}, "wrong type"),
-    (RANKED, {**RANKED, "ranks": [1]}, "wrong type"),
-    (RANKED, {**RANKED, "ranks": ["first", "second"]}, "wrong type"),
-    (RANKED, {**RANKED, "scores": [1, 2]}, "wrong type"),
-    (OPENAI, {**OPENAI, "input": "Hi?"}, "wrong type"),
-    (IMPLICIT, {**IMPLICIT, "prompt": "It"}, "wrong type"),
-    (IMPLICIT, {"chosen": "It is so", "rejected": HI + NO}, "wrong type"),
-    (GOOD, {**GOOD, "weight": "heavy"}, "wrong type"),
-    (GOOD, {**GOOD, "weight": -1}, "wrong type"),
-    (GOOD, {**GOOD, "margin": True}, "wrong type"),
-    (GOOD, b'{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1e999}', "not finite"),
-    (GOOD, {**GOOD, "margin": 10**400}, "not finite"),
-    (CHAT, {**CHAT, "chosen": [{"role": "bot", "content": "x"}]}, "unknown role"),
-    (CHAT, {**CHAT, "chosen": [{"role": 5, "content": "x"}]}, "unknown role"),
-    (SHAREGPT, {**SHAREGPT, "chosen": {"from": "bing", "value": "x"}}, "unknown role"),
-    (CHAT, {**CHAT, "prompt": []}, "empty conversation"),
-    (CHAT, {**CHAT, "rejected": []}, "empty conversation"),
-    (CHAT, {**CHAT, "system": "a", "prompt": [{"role": "system", "content": "b"}, *HI]}, "two system messages"),
-    (CHAT, {**CHAT, "chosen": YO + HI}, "last message not assistant"),
-    (IMPLICIT, {"chosen": HI + YO + HI, "rejected": HI + NO}, "last message not assistant"),
-    (GOOD, {**GOOD, "prompt": ""}, "empty prompt"),
-    (CHAT, {**CHAT, "prompt": [user("  ")]}, "empty prompt"),
-    (IMPLICIT, {"chosen": YO, "rejected": NO}, "empty prompt"),
-    (IMPLICIT, {"chosen": "Yes", "rejected": "No"}, "empty prompt"),
-    (IDS, {**IDS, "prompt_ids": []}, "empty prompt"),
-    (GOOD, {**GOOD, "chosen": ""}, "empty completion"),
-    (GOOD, {**GOOD, "rejected": " \n\t"}, "empty completion"),
-    (GOOD, {**GOOD, "rejected": "<eos>"}, "empty completion"),
-    (CHAT, {**CHAT, "chosen": [assistant(" ")]}, "empty completion"),
-    (IDS, {**IDS, "chosen_ids": []}, "empty completion"),
-    (GOOD, {**GOOD, "chosen": "no"}, "identical completions"),
-    (GOOD, {**GOOD, "chosen": "no<eos>"}, "identical completions"),
-    (CHAT, {**CHAT, "chosen": NO}, "identical completions"),
-    (IMPLICIT, {"chosen": "It is", "rejected": "It is"}, "identical completions"),
-    (IMPLICIT, {"chosen": HI + YO, "rejected": [user("Other?"), *NO]}, "prompts differ"),
-    (IMPLICIT, {"chosen": "A\n\nAssistant: x", "rejected": "B\n\nAssistant: y"}, "prompts differ"),
-    (CHAT, {**CHAT, "chosen": [user("Other?"), *YO]}, "prompt not a prefix"),
-    (CHAT, {**CHAT, "prompt": "Other?", "chosen": HI + YO, "rejected": HI + NO}, "prompt not a prefix"),
-    (RANKED, {**RANKED, "ranks": [1, 1]}, "no preference"),
-    (RANKED, {**RANKED, "completions": ["a"], "ranks": [1]}, "no preference"),
-    (GOOD, b'{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}', "lone surrogate"),
-    (CHAT, b'{"prompt": [{"role": "user", "content": "\\udfff"}], "chosen": "b", "rejected": "c"}', "lone surrogate"),
-    (GOOD, {**GOOD, "chosen": "a\0b"}, "NUL character"),
-    (GOOD, {**GOOD, "chosen": "long " * 3000}, "too many characters"),
-    (CHAT, {**CHAT, "chat_template_kwargs": {"chat_template": "{{ x }}"}}, "reserved template argument"),
-    (CHAT, {**CHAT, "chat_template_kwargs": {"sanitize_control_tokens": False}}, "reserved template argument"),
-    (CHAT, {**CHAT, "chat_template_kwargs": {"boom": 1}}, "template error"),
-    (IDS, {**IDS, "chosen_ids": [10**6]}, "token id out of range"),
-    (IDS, {**IDS, "rejected_ids": [-1]}, "token id out of range"),
-]
 TEMPLATE = "{% if boom %}{{ raise_exception('boom') }}{% endif %}" + CHATML
 SETTINGS = DataSettings(train="x", max_length=128)
 
@@ -393,12 +291,12 @@ COLUMNS += [
     "system",
     "tools",
 ]
-COLUMNS += ["chat_template_kwargs", "weight", "margin"]
+COLUMNS += ["chat_template_kwargs", "weight", "margin", "completion", "messages", "label"]
 
 
 def malformed(generator: random.Random) -> bytes:
     """A row of a random layout with some columns replaced, and now and then some bytes."""
-    rows = [GOOD, CHAT, IDS, RANKED, OPENAI, SHAREGPT, IMPLICIT, {}]
+    rows = [GOOD, CHAT, IDS, RANKED, OPENAI, SHAREGPT, IMPLICIT, UNPAIRED, COMPLETION, MESSAGES, {}]
     row = {**generator.choice(rows), **{generator.choice(COLUMNS): generator.choice(VALUES) for _ in range(3)}}
     data = bytearray(json.dumps(row).encode())
     for _ in range(generator.choice([0, 0, 0, 1, 3])):
@@ -417,7 +315,8 @@ def test_no_malformed_row_escapes_and_the_counts_add_up(tmp_path, tokenizer, lay
     assert report.rows == 1500 == report.kept + report.bad + report.too_long
     for effect, total in ((BAD, report.bad), (TOO_LONG, report.too_long)):
         assert sum(count for kind, count in report.counts.items() if KINDS[kind] == effect) == total
-    assert (encoded.num_units, encoded.num_pairs) == (report.kept, report.pairs)
+    assert (encoded.num_units, encoded.num_pairs) == (report.kept, report.pairs + report.singles)
+    assert encoded.single.sum() == report.singles >= report.undesirable == (encoded.label[encoded.single] == 0).sum()
     assert all(line.isprintable() for line in report.lines())
     assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
@@ -425,11 +324,14 @@ def test_no_malformed_row_escapes_and_the_counts_add_up(tmp_path, tokenizer, lay
 @settings(max_examples=25)
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=5), lambda x: st.lists(x, max_size=3)))
 def test_any_value_in_a_column_gives_a_record_or_a_bad_row(value):
-    for row in (GOOD, CHAT, IDS, RANKED, OPENAI, SHAREGPT, IMPLICIT):
-        for name in (*row, "system", "tools", "chat_template_kwargs", "weight", "margin"):
+    for row in (GOOD, CHAT, IDS, RANKED, OPENAI, SHAREGPT, IMPLICIT, UNPAIRED, COMPLETION, MESSAGES):
+        for name in (*row, "system", "tools", "chat_template_kwargs", "weight", "margin", "label"):
             try:
                 record = to_record({**row, name: value}, detect(row), file="f", line=1)
             except BadRow as error:
                 assert error.kind in KINDS
             else:
                 assert record.pairs and np.isfinite([pair.weight for pair in record.pairs]).all()
+                assert all(
+                    0 <= pair.label <= 1 and pair.single == (len(record.completions) == 1) for pair in record.pairs
+                )

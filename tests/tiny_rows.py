@@ -57,3 +57,6 @@ SHAREGPT = {
     "rejected": {"from": "gpt", "value": "No"},
 }
 IMPLICIT = {"chosen": "It is so", "rejected": "It is not"}
+UNPAIRED = {"prompt": "Hi", "completion": "yes", "label": True}
+COMPLETION = {"prompt": "Hi", "completion": "yes"}
+MESSAGES = {"messages": HI + YO}

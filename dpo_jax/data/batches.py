@@ -1,7 +1,8 @@
 """Batches as a pure function of (seed, step): which pairs a step sees, and the arrays that hold them.
 
 Letters of the arrays: M micro-batches, D shards (devices that split the batch), R rows, T slots of a row, K scored
-tokens, C completions and P pairs that a shard's micro-batch may hold.
+tokens, C completions and P pairs that a shard's micro-batch may hold, W completions of a ranking (0 where none is
+compared as one).
 """
 
 import dataclasses
@@ -39,9 +40,14 @@ class Batch(NamedTuple):
     rejected: Any  # int32 [M, D, P]  completion not preferred (yl_idxs)
     weight: Any  # float32 [M, D, P]
     margin: Any  # float32 [M, D, P]  nats
+    label: Any  # float32 [M, D, P]  chance that chosen is the better one
     real: Any  # bool [M, D, P]
-    reference: Any  # float32 [M, D, C]  reference log-probability of each completion, nats
+    noise: Any  # float32 [M, D, P]  uniform in (0, 1), from (seed, step) and the pair's place in its step
+    ranked: Any  # int32 [M, D, P, W]  completions of the pair's prompt
+    rank: Any  # int32 [M, D, P, W]  their ranks, 0 is best, -1 for none
+    reference: Any  # float32 [M, D, K]  reference log-probability of each scored token, nats
     lengths: Any  # float32 [M, D, C]  scored tokens of each completion
+    last: Any  # int32 [M, D, C]  slot of each completion's last token
     ids: Any  # int32 [M, D, C]  number of each completion in the data set, -1 for none
     micro_batches: Any  # int32 scalar: how many of the M are in use
 
@@ -70,7 +76,8 @@ class Batches:
       max_shapes: row shapes that the steps may come in.
       share_prompts: lay a prompt out once for all its completions, where they see the same tokens of it.
       micro_tokens: slots of a micro-batch; None chooses.
-      reference: float32 by completion, or None while there is none.
+      reference: log-probability of every scored token (see `Encoded.scored_start`), or None while there is none.
+      rankings: whether a pair stands for all ranked completions of its prompt.
     """
 
     encoded: Encoded
@@ -84,6 +91,7 @@ class Batches:
     attention_length: int = 8192
     max_shapes: int = 4
     reference: np.ndarray | None = None
+    rankings: bool = False
     _orders: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def pairs_of(self, step: int) -> np.ndarray:
@@ -96,7 +104,12 @@ class Batches:
 
     def at(self, step: int) -> Batch:
         """The batch of a step; the same for the same seed, data, and number of shards, whenever it is asked for."""
-        return self._assemble(self.pairs_of(step))
+        return self._assemble(self.pairs_of(step), self._noise(step))
+
+    def _noise(self, step: int) -> np.ndarray:
+        """A number in (0, 1) for each pair of a step, whichever device and micro-batch it will lie in."""
+        number = np.random.Generator(np.random.Philox(key=[self.seed, step], counter=[0, 0, 0, 1])).random(self.pairs)
+        return np.clip(number, 1e-6, 1 - 1e-6).astype(np.float32)
 
     def sweep(self) -> "Batches":
         """Batches that hold every pair of the same data once."""
@@ -199,8 +212,8 @@ class Batches:
             for trees in self._trees
         ]
 
-    def _assemble(self, pairs: np.ndarray) -> Batch:
-        """Arrays of the given pairs."""
+    def _assemble(self, pairs: np.ndarray, noise: np.ndarray) -> Batch:
+        """Arrays of the given pairs, with a number of noise for each."""
         units = self._units(pairs)
         bundles = [self._bundles[u] for u in units]
         shape = self._cheapest(bundles)
@@ -210,9 +223,9 @@ class Batches:
         while depth < used:
             depth *= 2
         batch = self._blank(depth, shape, used)
-        by_unit: dict[int, list[int]] = {}
-        for pair in pairs.tolist():
-            by_unit.setdefault(int(self.encoded.pair_unit[pair]), []).append(pair)
+        by_unit: dict[int, list[tuple[int, float]]] = {}
+        for pair, number in zip(pairs.tolist(), noise.tolist(), strict=False):
+            by_unit.setdefault(int(self.encoded.pair_unit[pair]), []).append((pair, number))
         for shard, places in enumerate(parts):
             _Filler(self, batch, shard).fill(places, units, by_unit)
         return batch
@@ -222,6 +235,17 @@ class Batches:
         """C and P: completions and pairs that fit the fullest micro-batch of any step."""
         per_unit = max(sum(len(c) for c in trees.completions) for trees in self._trees)
         return self.pairs * per_unit, self.pairs
+
+    @functools.cached_property
+    def width(self) -> int:
+        """W: completions of the fullest prompt where these are compared as a ranking, else 0."""
+        counts = np.bincount(self.encoded.completion_unit, minlength=1)
+        return int(counts.max()) if self.rankings else 0
+
+    def completions_of(self, unit: int) -> np.ndarray:
+        """Numbers of a unit's completions."""
+        first, last = np.searchsorted(self.encoded.completion_unit, [unit, unit + 1])
+        return np.arange(first, last)
 
     def _blank(self, depth: int, shape: Shape, used: int) -> Batch:
         completions, pairs = self._room
@@ -240,9 +264,14 @@ class Batches:
             rejected=filled(pairs),
             weight=filled(pairs, dtype=np.float32),
             margin=filled(pairs, dtype=np.float32),
+            label=filled(pairs, dtype=np.float32),
             real=filled(pairs, value=False, dtype=bool),
-            reference=filled(completions, dtype=np.float32),
+            noise=filled(pairs, value=0.5, dtype=np.float32),
+            ranked=filled(pairs, self.width),
+            rank=filled(pairs, self.width, value=-1),
+            reference=filled(shape.scored, dtype=np.float32),
             lengths=filled(completions, dtype=np.float32),
+            last=filled(completions),
             ids=filled(completions, value=-1),
             micro_batches=np.int32(used),
         )
@@ -259,13 +288,13 @@ class _Filler:
         self.pairs = [0] * depth
         self.groups: dict[tuple[int, int], int] = {}
 
-    def fill(self, places, units: Sequence[int], by_unit: dict[int, list[int]]) -> None:
+    def fill(self, places, units: Sequence[int], by_unit: dict[int, list[tuple[int, float]]]) -> None:
         """Write all trees, then the pairs, whose completions then have numbers."""
         for place in places:
             self._tree(units[place.bundle], place)
         for bundle, micro in dict.fromkeys((place.bundle, place.micro) for place in places):
-            for pair in by_unit[units[bundle]]:
-                self._pair(pair, micro)
+            for pair, noise in by_unit[units[bundle]]:
+                self._pair(pair, noise, micro)
 
     def _tree(self, unit: int, place) -> None:
         trees, data = self.batches._trees[unit], self.encoded
@@ -299,17 +328,25 @@ class _Filler:
         self.batch.completion[where] = number
         self.batch.ids[micro, self.shard, number] = completion
         self.batch.lengths[micro, self.shard, number] = text[1]
+        self.batch.last[micro, self.shard, number] = place.row * self.batch.tokens.shape[3] + start + text[1] - 1
         if self.batches.reference is not None:
-            self.batch.reference[micro, self.shard, number] = self.batches.reference[completion]
+            first = int(self.encoded.scored_start[completion])
+            self.batch.reference[where] = self.batches.reference[first : first + text[1]]
         self.scored[micro] += text[1]
 
-    def _pair(self, pair: int, micro: int) -> None:
+    def _pair(self, pair: int, noise: float, micro: int) -> None:
         where = (micro, self.shard, self.pairs[micro])
         self.batch.chosen[where] = self.local[micro][int(self.encoded.chosen[pair])]
         self.batch.rejected[where] = self.local[micro][int(self.encoded.rejected[pair])]
         self.batch.weight[where] = self.encoded.weight[pair]
         self.batch.margin[where] = self.encoded.margin[pair]
+        self.batch.label[where] = self.encoded.label[pair]
+        self.batch.noise[where] = noise
         self.batch.real[where] = True
+        if self.batches.rankings:
+            ranked = self.batches.completions_of(int(self.encoded.pair_unit[pair]))
+            self.batch.ranked[where][: len(ranked)] = [self.local[micro][int(c)] for c in ranked]
+            self.batch.rank[where][: len(ranked)] = self.encoded.rank[ranked]
         self.pairs[micro] += 1
 
 
@@ -317,7 +354,7 @@ def pair_tokens(encoded: Encoded) -> np.ndarray:
     """Tokens of each pair, int64 [P], as TRL counts them: the prompt once for each completion."""
     prompts = np.maximum(encoded.prompt_length[encoded.completion_unit] - encoded.completion_skip, 1)
     whole = (prompts + encoded.completion_length).astype(np.int64)
-    return whole[encoded.chosen] + whole[encoded.rejected]
+    return whole[encoded.chosen] + np.where(encoded.single, 0, whole[encoded.rejected])
 
 
 def origin(encoded: Encoded, pair: int) -> str:

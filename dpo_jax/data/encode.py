@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax.data.encoded import Encoded, Entry
+from dpo_jax.data.entries import ranks
 from dpo_jax.data.layouts import Pair, Record
 from dpo_jax.data.messages import BadRow
 from dpo_jax.data.records import read_records, tables
@@ -110,9 +111,9 @@ def units(records: Iterable[Record], coder: Codec, report: Report) -> Iterator[U
 
 
 def _different(unit: Unit, spans: Sequence[tuple[int, int]]) -> list[Pair]:
-    """Pairs whose completions differ inside the spans (start, length)."""
+    """Pairs whose completions differ inside the spans (start, length); a single completion has none to differ from."""
     kept = [ids[start : start + length] for ids, (start, length) in zip(unit.completions, spans, strict=True)]
-    return [pair for pair in unit.pairs if kept[pair.chosen] != kept[pair.rejected]]
+    return [pair for pair in unit.pairs if pair.single or kept[pair.chosen] != kept[pair.rejected]]
 
 
 def _left_out(unit: Unit, pairs: Sequence[Pair]) -> tuple[tuple[str, str], ...]:
@@ -172,9 +173,9 @@ class _Builder:
                 completion_skip=skip,
                 truncated=bool(skip) or length < len(ids),
             )
-        for chosen, rejected, weight, margin in unit.pairs:
-            pair = {"chosen": first + chosen, "rejected": first + rejected}
-            self._row(pair_unit=number, weight=weight, margin=margin, **pair)
+        for pair in unit.pairs:
+            where = {"chosen": first + pair.chosen, "rejected": first + pair.rejected}
+            self._row(pair_unit=number, **where, weight=pair.weight, margin=pair.margin, label=pair.label)
 
     def _row(self, **values: Any) -> None:
         for name, value in values.items():
@@ -189,15 +190,18 @@ class _Builder:
         """The arrays."""
         columns = {name: np.asarray(values, _DTYPES.get(name, np.int32)) for name, values in self.columns.items()}
         tokens = np.concatenate(self.tokens) if self.tokens else np.zeros(0, np.int32)
-        return Encoded(tokens=tokens, files=tuple(self.files), **columns)
+        unranked = np.zeros(len(columns["completion_unit"]), np.int32)
+        encoded = Encoded(tokens=tokens, files=tuple(self.files), rank=unranked, **columns)
+        return replace(encoded, rank=ranks(encoded))
 
 
-_WHOLE = ("tokens", "files")
+_WHOLE = ("tokens", "files", "rank")
 _DTYPES = {
     "prompt_start": np.int64,
     "completion_start": np.int64,
     "weight": np.float32,
     "margin": np.float32,
+    "label": np.float32,
     "truncated": np.bool_,
 }
 
@@ -209,14 +213,17 @@ def _build(records: Iterable[Record], coder: Codec, settings: DataSettings, repo
         if kept := truncated(unit, settings, report):
             builder.add(*kept)
             report.kept += 1
-            report.pairs += len(kept[0].pairs)
+            singles = [pair for pair in kept[0].pairs if pair.single]
+            report.pairs += len(kept[0].pairs) - len(singles)
+            report.singles += len(singles)
+            report.undesirable += sum(pair.label == 0 for pair in singles)
     encoded = builder.build()
     report.lengths = _lengths(encoded) if encoded.num_pairs else {}
     return encoded
 
 
 class _Seen:
-    """Pairs that were met, by digest, to find the ones that come twice and the ones that contradict each other."""
+    """Entries that were met, by digest, to find the ones that come twice and the ones that contradict each other."""
 
     def __init__(self):
         self.where: dict[bytes, str] = {}
@@ -224,14 +231,18 @@ class _Seen:
     def notes(self, unit: Unit) -> tuple[tuple[str, str], ...]:
         """What the unit repeats or contradicts."""
         prompt, *answers = (_digest(ids) for ids in (unit.prompt, *unit.completions))
-        found = []
+        here, found = f"{clean(unit.file, 400)}:{unit.line}", []
         for pair in unit.pairs:
             better, worse = answers[pair.chosen], answers[pair.rejected]
-            if earlier := self.where.get(prompt + worse + better):
-                found.append(("conflicting pair", f"the other way round at {earlier}"))
-            earlier = self.where.setdefault(prompt + better + worse, f"{clean(unit.file, 400)}:{unit.line}")
-            if earlier != f"{clean(unit.file, 400)}:{unit.line}":
-                found.append(("duplicate pair", f"the same as {earlier}"))
+            what, same, opposite, how = "pair", better + worse, worse + better, "the other way round"
+            if pair.single:
+                desirable = pair.label > 0
+                what, how = "completion", "undesirable" if desirable else "desirable"
+                same, opposite = better + bytes([desirable]), better + bytes([not desirable])
+            if earlier := self.where.get(prompt + opposite):
+                found.append((f"conflicting {what}", f"{how} at {earlier}"))
+            if (earlier := self.where.setdefault(prompt + same, here)) != here:
+                found.append((f"duplicate {what}", f"the same as {earlier}"))
         return tuple(found)
 
 
@@ -242,13 +253,15 @@ def _digest(ids: list[int]) -> bytes:
 def _lengths(encoded: Encoded) -> dict[str, dict[str, float]]:
     sequences = encoded.sequence_lengths()
     prompts = (sequences - encoded.completion_length)[encoded.chosen]
+    lengths, single = encoded.completion_length, encoded.single
     parts = {
         "prompt": prompts,
-        "chosen": encoded.completion_length[encoded.chosen],
-        "rejected": encoded.completion_length[encoded.rejected],
+        "chosen": lengths[encoded.chosen[~single]],
+        "rejected": lengths[encoded.rejected[~single]],
+        "completion": lengths[encoded.chosen[single]],
         "prompt + completion": sequences,
     }
-    return {name: _summary(values) for name, values in parts.items()}
+    return {name: _summary(values) for name, values in parts.items() if len(values)}
 
 
 def _summary(values: np.ndarray) -> dict[str, float]:
@@ -268,7 +281,7 @@ def encode(
     *,
     first: int | None = None,
 ) -> tuple[Encoded, Report]:
-    """Pairs of all sources as token ids, and the report of what became of their rows, when it can be accepted.
+    """Rows of all sources as token ids, and the report of what became of their rows, when it can be accepted.
 
     Arguments as of `collect`.
 
@@ -288,7 +301,7 @@ def collect(
     *,
     first: int | None = None,
 ) -> tuple[Encoded, Report]:
-    """Pairs of all sources as token ids, and the report, however bad it is.
+    """Rows of all sources as token ids, and the report, however bad it is.
 
     Args:
       sources: files, folders or data sets (see records.py).

@@ -1,9 +1,10 @@
-"""Preference pairs as arrays of token ids, and the folder that keeps them by content.
+"""Preference data as arrays of token ids, and the folder that keeps them by content.
 
-Letters: N tokens, U units (a prompt with its completions), C completions, P pairs.
+Letters: N tokens, U units (a prompt with its completions), C completions, P pairs (or single completions).
 """
 
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -25,7 +26,7 @@ from dpo_jax.data.settings import DataSettings
 from dpo_jax.data.templates import template_source
 from dpo_jax.settings import UserError
 
-VERSION = 1
+VERSION = 2
 """Part of the cache's key. Raise it with every change of this package that changes token ids or the report."""
 
 
@@ -42,7 +43,12 @@ class Encoded:
     `prompt_length`: then nothing is left of the prompt, and the token before the completion (the completion's own
     first kept token, which TRL keeps and does not score) is the span.
 
+    An entry of P is a pair of completions, or one completion that is both chosen and rejected (`single`). What an entry
+    must be for an objective is arranged in entries.py.
+
     Attributes:
+      label: of a pair, the chance that chosen is the better one; of a single completion, 1 desirable or 0 undesirable.
+      rank: how many completions of its unit are preferred to a completion, by the pairs that were read; 0 is best.
       line: row in its file, from 1.
       truncated: the prompt's head or the completion's tail (keep_end: its head) was cut.
       files: names that `file` points to.
@@ -60,9 +66,11 @@ class Encoded:
     rejected: Int32[np.ndarray, " P"]
     weight: Float32[np.ndarray, " P"]
     margin: Float32[np.ndarray, " P"]
+    label: Float32[np.ndarray, " P"]
     file: Int32[np.ndarray, " U"]
     line: Int32[np.ndarray, " U"]
     truncated: Bool[np.ndarray, " C"]
+    rank: Int32[np.ndarray, " C"]
     files: tuple[str, ...]
 
     @property
@@ -77,8 +85,24 @@ class Encoded:
 
     @property
     def num_pairs(self) -> int:
-        """Pairs of completions."""
+        """Pairs of completions, and single completions."""
         return len(self.chosen)
+
+    @property
+    def num_scored(self) -> int:
+        """Scored tokens of all completions."""
+        return int(self.completion_length.sum(dtype=np.int64))
+
+    @property
+    def single(self) -> Bool[np.ndarray, " P"]:
+        """Which entries are one completion and not two."""
+        return self.chosen == self.rejected
+
+    @functools.cached_property
+    def scored_start(self) -> Int64[np.ndarray, " C"]:
+        """Where each completion's tokens begin in one list of all scored tokens, which has `num_scored` of them."""
+        ends = np.cumsum(self.completion_length, dtype=np.int64)
+        return ends - self.completion_length
 
     def prompt_span(self, completion: int) -> tuple[int, int]:
         """Start and length, in `tokens`, of what a completion is read after: never empty, and never scored."""
@@ -99,7 +123,10 @@ class Encoded:
         return self.tokens[start : start + int(self.completion_length[completion])]
 
     def cut(self, completion: int) -> tuple[Int32[np.ndarray, " _"], Int32[np.ndarray, " _"]]:
-        """Ids that truncation took before what is read, and after it."""
+        """Ids that truncation took before what is read, and after it.
+
+        Read off the order in which `encode` stores its texts; entries.py may leave texts out or borrow them.
+        """
         unit = int(self.completion_unit[completion])
         start, after = int(self.prompt_start[unit]), int(self.completion_start[completion] + self._length(completion))
         read_from, _ = self.prompt_span(completion)

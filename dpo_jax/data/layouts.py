@@ -1,4 +1,4 @@
-"""Rows of preference files in one normal form: a table with one entry per layout, and a `Record` per row.
+"""Rows of data files in one normal form: a table with one entry per layout, and a `Record` per row.
 
     layout     columns                                         what they hold
     pair       prompt, chosen, rejected                        texts; messages; or a text and full conversations
@@ -8,16 +8,31 @@
     tokenized  prompt_ids, chosen_ids, rejected_ids            token ids, used as they are
     ranked     prompt, completions (or responses),             several answers, each with a rank (1 is best) or a
                ranks or scores                                 score (higher is better)
+    unpaired   prompt, completion, label                       one answer, desirable (true, 1) or not (false, 0)
+    completion prompt, completion                              one answer to learn
+    messages   messages                                        a conversation whose last answer is to be learned
 
-Every layout also takes `system`, `tools`, `chat_template_kwargs`, `weight` and `margin`. A text row with a system
-message or tools is read as a chat, because only a chat template has a place for them.
+Every layout also takes `system`, `tools`, `chat_template_kwargs` and `weight`; those of pairs take `margin` and
+`label`, the chance that chosen is the better one. A text row with a system message or tools is read as a chat, because
+only a chat template has a place for them.
 """
 
-import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from dpo_jax.data.answers import (
+    MARKER,
+    SINGLE,
+    SYSTEM,
+    Answers,
+    against,
+    answer_start,
+    answer_to,
+    ends_with_assistant,
+    split_conversations,
+    split_texts,
+)
 from dpo_jax.data.messages import (
     SHAREGPT_ROLES,
     BadRow,
@@ -28,25 +43,28 @@ from dpo_jax.data.messages import (
     messages_of,
     need,
     number,
-    shared_length,
     speaks,
     type_name,
 )
 
-MARKER = "\n\nAssistant:"
-"""What opens an answer in the transcripts of hh-rlhf."""
-
-
-_SYSTEM = ("system", "developer")
-
 
 class Pair(NamedTuple):
-    """Completion `chosen` is preferred to completion `rejected` (both are indices into a record's completions)."""
+    """Completion `chosen` is preferred to completion `rejected` (both are indices into a record's completions).
+
+    `label` is the chance that it really is the better one. A completion without another to compare it with is both
+    chosen and rejected; there the label says whether it is desirable (1) or not (0).
+    """
 
     chosen: int
     rejected: int
     weight: float = 1.0
     margin: float = 0.0
+    label: float = 1.0
+
+    @property
+    def single(self) -> bool:
+        """Whether this is one completion and not two."""
+        return self.chosen == self.rejected
 
 
 @dataclass(frozen=True)
@@ -63,13 +81,33 @@ class Record:
     notes: tuple[tuple[str, str], ...] = ()
 
 
-class Answers(NamedTuple):
-    """What a layout makes of its own columns; `order` lists (better, worse)."""
+COMMON = ("system", "tools", "chat_template_kwargs", "weight", "margin", "label")
+"""Columns that the layouts of pairs take beside their own."""
 
-    prompt: Part
-    completions: tuple[Part, ...]
-    order: tuple[tuple[int, int], ...] = ((0, 1),)
-    notes: tuple[tuple[str, str], ...] = ()
+
+def soft_label(row: Mapping[str, Any]) -> float:
+    """The chance that chosen is better than rejected: 1 unless the row says otherwise."""
+    value = number(row["label"], "label") if row.get("label") is not None else 1.0
+    if not 0 <= value <= 1:
+        raise BadRow("label out of range", f"label is {value:g}; the chance that chosen is better is 0 to 1")
+    return value
+
+
+def hard_label(row: Mapping[str, Any]) -> float:
+    """1 for a desirable completion, 0 for an undesirable one."""
+    label = need(row, "label")
+    value = float(label) if isinstance(label, bool) else number(label, "label")
+    if value not in (0, 1):
+        raise BadRow("label out of range", f"label is {value:g}; give true or 1 (desirable), false or 0 (undesirable)")
+    return value
+
+
+def no_label(row: Mapping[str, Any]) -> float:
+    """1, for a row that does not tell desirable from undesirable; one that does belongs to another layout."""
+    if row.get("label") in (0, 1):
+        remedy = "give columns prompt, completion, label and data.layout=unpaired"
+        raise BadRow("wrong type", f"label says that completions are desirable or not; {remedy}")
+    return 1.0
 
 
 @dataclass(frozen=True)
@@ -80,114 +118,18 @@ class Layout:
     columns: tuple[tuple[str, ...], ...]
     """Columns a row must have; a group of names is satisfied by any of them."""
     read: Callable[[Mapping[str, Any]], Answers]
+    takes: tuple[str, ...] = COMMON
+    """Columns that a row may have as well."""
+    label: Callable[[Mapping[str, Any]], float] = soft_label
 
     def fits(self, row: Mapping[str, Any]) -> bool:
         """Whether the row has this layout's columns."""
         return all(any(name in row for name in names) for names in self.columns)
 
 
-def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Prompt and two answers of two texts that begin alike.
-
-    With hh-rlhf's marker in both: after the last marker (the last one that both share, where the turns before it
-    differ). Otherwise after the longest common prefix that ends on a word boundary and leaves both answers some words;
-    one space before the answers belongs to them, as in TRL.
-
-        "The sky is blue" / "The sky is green" -> "The sky is", " blue", " green"
-        "It is blue"      / "It is black"      -> "It is", " blue", " black"
-        "Yes"             / "Yes, sir"         -> "", "Yes", "Yes, sir"
-    """
-    if MARKER in chosen and MARKER in rejected:
-        end = _after_marker(chosen, rejected)
-    else:
-        end = shared_length(chosen, rejected)
-        while end > 0 and not _splits_at(chosen, rejected, end):
-            end -= 1
-    return chosen[:end], chosen[end:], rejected[end:]
-
-
-def _after_marker(chosen: str, rejected: str) -> int:
-    ends = [text.rfind(MARKER) + len(MARKER) for text in (chosen, rejected)]
-    if chosen[: ends[0]] == rejected[: ends[1]]:
-        return ends[0]
-    at = chosen.rfind(MARKER, 0, shared_length(chosen, rejected))
-    if at < 0:
-        raise BadRow("prompts differ", f"chosen and rejected share no text up to a {MARKER!r}")
-    return at + len(MARKER)
-
-
-def _splits_at(chosen: str, rejected: str, end: int) -> bool:
-    if chosen[end - 1] == " " and end > 1:
-        return False  # the space belongs to the answers: the boundary before it is the one to use
-    answers = (chosen[end:], rejected[end:])
-    return all(answer.strip() and not _inside_word(chosen[end - 1], answer[0]) for answer in answers)
-
-
-def _inside_word(before: str, after: str) -> bool:
-    joined = unicodedata.category(after) in ("Mn", "Mc", "Me", "Cf", "Sk") or before == "\u200d"
-    return joined or (_in_word(before) and _in_word(after))
-
-
-def _in_word(char: str) -> bool:
-    return char.isalnum() or char in "_'\u2019-" or unicodedata.category(char).startswith("M")
-
-
-def split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
-    """Prompt (the common messages) and two answers of two conversations; both answers begin with the assistant."""
-    end = shared_length(chosen, rejected)
-    while end >= 0:
-        answers = (chosen[end:], rejected[end:])
-        if all(answer and answer[0]["role"] == "assistant" for answer in answers):
-            return chosen[:end], *answers
-        end -= 1
-    raise BadRow("prompts differ", "chosen and rejected do not share the messages before the assistant's answer")
-
-
-def _answer(value: Any, prompt: Part | None, name: str) -> tuple[Messages, tuple[tuple[str, str], ...]]:
-    """An assistant's answer to a list of messages, without those messages should it repeat them."""
-    if isinstance(value, str):
-        return [{"role": "assistant", "content": value}], ()
-    answer = messages_of(value, name)
-    notes: tuple[tuple[str, str], ...] = ()
-    if prompt and isinstance(prompt, list) and answer[: len(prompt)] == prompt and len(answer) > len(prompt):
-        answer, notes = answer[len(prompt) :], (("prompt repeated in a completion", f"{name}: removed there"),)
-    if answer[0]["role"] in ("system", "developer", "user"):
-        raise BadRow("prompt not a prefix", f"{name} begins with a {answer[0]['role']} message, not with the prompt's")
-    return answer, notes
-
-
 def _read_pair(row: Mapping[str, Any]) -> Answers:
     prompt, *values = (need(row, name) for name in ("prompt", "chosen", "rejected"))
-    return _against(prompt, values, ("chosen", "rejected"))
-
-
-def _against(prompt: Any, values: Sequence[Any], names: Sequence[str]) -> Answers:
-    """Answers to an explicit prompt; text with text stays text, everything else becomes messages."""
-    order = ((0, 1),)
-    if isinstance(prompt, str) and all(isinstance(value, str) for value in values):
-        return Answers(prompt, tuple(values), order)
-    for value, name in zip(values, names, strict=True):
-        if not isinstance(value, str | list | Mapping):
-            raise BadRow("wrong type", f"{name} is {type_name(value)}, neither text nor messages")
-    if not isinstance(prompt, str):
-        messages = messages_of(prompt, "prompt")
-        found = [_answer(value, messages, name) for value, name in zip(values, names, strict=True)]
-        return Answers(messages, tuple(answer for answer, _ in found), order, sum((notes for _, notes in found), ()))
-    if any(isinstance(value, str) for value in values):
-        raise BadRow("wrong type", f"{' and '.join(names)} are not all text or all messages")
-    return _conversations_with(prompt, [messages_of(value, name) for value, name in zip(values, names, strict=True)])
-
-
-def _conversations_with(prompt: str, conversations: Sequence[Messages]) -> Answers:
-    """A text prompt and conversations: full ones that contain the prompt (UltraFeedback), or just the answers."""
-    if all(conversation[0]["role"] == "assistant" for conversation in conversations):
-        return Answers([{"role": "user", "content": prompt}], tuple(conversations))
-    end = min(len(split_conversations(conversations[0], other)[0]) for other in conversations[1:])
-    messages = conversations[0][:end]
-    texts = [message.get("content", "").strip() for message in messages if message["role"] == "user"]
-    if prompt.strip() not in texts:
-        raise BadRow("prompt not a prefix", "prompt is none of the user's messages that chosen and rejected share")
-    return Answers(messages, tuple(conversation[end:] for conversation in conversations))
+    return against(prompt, values, ("chosen", "rejected"))
 
 
 def _read_implicit(row: Mapping[str, Any]) -> Answers:
@@ -203,7 +145,7 @@ def _read_implicit(row: Mapping[str, Any]) -> Answers:
     conversations = messages_of(chosen, "chosen"), messages_of(rejected, "rejected")
     _not_equal(*conversations)
     for conversation, name in zip(conversations, ("chosen", "rejected"), strict=True):
-        _ends_with_assistant(conversation, name)
+        ends_with_assistant(conversation, name)
     first, *rest = split_conversations(*conversations)
     return Answers(first, tuple(rest))
 
@@ -213,18 +155,13 @@ def _not_equal(chosen: Any, rejected: Any) -> None:
         raise BadRow("identical completions", "chosen and rejected are the same")
 
 
-def _ends_with_assistant(answer: Messages, name: str) -> None:
-    if answer[-1]["role"] != "assistant":
-        raise BadRow("last message not assistant", f"{name} ends with a {answer[-1]['role']} message")
-
-
 def _read_sharegpt(row: Mapping[str, Any]) -> Answers:
     prompt = messages_of(need(row, "conversations"), "conversations", SHAREGPT_ROLES)
     found = []
     for name in ("chosen", "rejected"):
         value = need(row, name)
         turns = value if isinstance(value, str) else messages_of(value, name, SHAREGPT_ROLES)
-        found.append(_answer(turns, prompt, name))
+        found.append(answer_to(turns, prompt, name))
     return Answers(prompt, tuple(answer for answer, _ in found), notes=sum((notes for _, notes in found), ()))
 
 
@@ -234,7 +171,7 @@ def _read_openai(row: Mapping[str, Any]) -> Answers:
         raise BadRow("wrong type", f"input is {type_name(given)}, not an object with messages")
     prompt = messages_of(need(given, "messages"), "input.messages")
     names = ("preferred_output", "non_preferred_output")
-    found = [_answer(need(row, name), prompt, name) for name in names]
+    found = [answer_to(need(row, name), prompt, name) for name in names]
     return Answers(prompt, tuple(answer for answer, _ in found), notes=sum((notes for _, notes in found), ()))
 
 
@@ -261,7 +198,7 @@ def _read_ranked(row: Mapping[str, Any]) -> Answers:
     order = tuple((i, j) for i in range(len(values)) for j in range(len(values)) if better[i] > better[j])
     if not order:
         raise BadRow("no preference", f"no completion of the {len(values)} is better than another")
-    answers = _against(prompt, values, [f"{column}[{index}]" for index in range(len(values))])
+    answers = against(prompt, values, [f"{column}[{index}]" for index in range(len(values))])
     ties = len(values) * (len(values) - 1) // 2 - len(order)
     notes = answers.notes + ((("tie in a ranked row", f"{ties} pairs of completions rank the same"),) if ties else ())
     return answers._replace(order=order, notes=notes)
@@ -279,22 +216,38 @@ def _preference(row: Mapping[str, Any], count: int) -> list[float]:
     return [sign * number(value, f"{given[0]}[{index}]") for index, value in enumerate(values)]
 
 
+def _read_single(row: Mapping[str, Any]) -> Answers:
+    return against(need(row, "prompt"), [need(row, "completion")], ["completion"])._replace(order=SINGLE)
+
+
+def _read_messages(row: Mapping[str, Any]) -> Answers:
+    conversation = messages_of(need(row, "messages"), "messages")
+    ends_with_assistant(conversation, "messages")
+    end = answer_start(conversation)
+    return Answers(conversation[:end], (conversation[end:],), SINGLE)
+
+
+_WITHOUT_PAIRS = ("system", "tools", "chat_template_kwargs", "weight")
+
 LAYOUTS = {
     layout.name: layout
     for layout in (
         Layout("openai", (("input",), ("preferred_output", "non_preferred_output")), _read_openai),
         Layout("sharegpt", (("conversations",), ("chosen",), ("rejected",)), _read_sharegpt),
         Layout("tokenized", (("prompt_ids",), ("chosen_ids",), ("rejected_ids",)), _read_tokenized),
-        Layout("ranked", (("prompt",), ("completions", "responses")), _read_ranked),
+        Layout("ranked", (("prompt",), ("completions", "responses")), _read_ranked, (*COMMON, *RANKS, *SCORES)),
         Layout("pair", (("prompt",), ("chosen",), ("rejected",)), _read_pair),
         Layout("implicit", (("chosen",), ("rejected",)), _read_implicit),
+        Layout("unpaired", (("prompt",), ("completion",), ("label",)), _read_single, _WITHOUT_PAIRS, hard_label),
+        Layout("completion", (("prompt",), ("completion",)), _read_single, _WITHOUT_PAIRS, no_label),
+        Layout("messages", (("messages",),), _read_messages, _WITHOUT_PAIRS, no_label),
     )
 }
 """All layouts, in the order in which a row is tried against them."""
 
 
 def detect(row: Mapping[str, Any]) -> Layout:
-    """The layout whose columns the row has; the first one, as `implicit` is a part of `pair`."""
+    """The layout whose columns the row has; the first one, as those of `implicit` are some of `pair`'s."""
     for layout in LAYOUTS.values():
         if layout.fits(row):
             return layout
@@ -306,16 +259,9 @@ def _columns(layout: Layout) -> str:
     return ", ".join(" or ".join(names) for names in layout.columns)
 
 
-COMMON = ("system", "tools", "chat_template_kwargs", "weight", "margin")
-
-
 def unused_columns(row: Mapping[str, Any], layout: Layout) -> list[str]:
     """Columns of the row that nothing reads, so that a misspelt `weigth` is seen in the report."""
-    used = {name for names in layout.columns for name in names} | set(COMMON)
-    if layout.name == "ranked":
-        used |= {*RANKS, *SCORES}
-    if layout.name == "openai":
-        used.add("non_preferred_output")
+    used = {*layout.takes, *(name for names in layout.columns for name in names)}
     return sorted(str(name) for name in row if name not in used)
 
 
@@ -335,11 +281,11 @@ def to_record(row: Mapping[str, Any], layout: Layout, *, file: str, line: int) -
     _usable_prompt(answers.prompt)
     answers = _without_equals(answers)
     kept = sorted({index for pair in answers.order for index in pair})
-    weight, margin = _pair_numbers(row)
+    numbers = _pair_numbers(row, layout)
     return Record(
         prompt=answers.prompt,
         completions=tuple(answers.completions[index] for index in kept),
-        pairs=tuple(Pair(kept.index(i), kept.index(j), weight, margin) for i, j in answers.order),
+        pairs=tuple(Pair(kept.index(i), kept.index(j), *numbers) for i, j in answers.order),
         tools=tools,
         chat_template_kwargs=_template_kwargs(row),
         file=file,
@@ -348,18 +294,19 @@ def to_record(row: Mapping[str, Any], layout: Layout, *, file: str, line: int) -
     )
 
 
-def _pair_numbers(row: Mapping[str, Any]) -> tuple[float, float]:
-    """Weight and margin of all pairs of the row."""
+def _pair_numbers(row: Mapping[str, Any], layout: Layout) -> tuple[float, float, float]:
+    """Weight, margin and label of all pairs of the row."""
     weight = number(row["weight"], "weight") if row.get("weight") is not None else 1.0
-    margin = number(row["margin"], "margin") if row.get("margin") is not None else 0.0
+    has_margin = row.get("margin") is not None and "margin" in layout.takes
+    margin = number(row["margin"], "margin") if has_margin else 0.0
     if weight < 0:
         raise BadRow("wrong type", f"weight is {weight:g}; a weight cannot be negative")
-    return weight, margin
+    return weight, margin, layout.label(row)
 
 
 def _without_equals(answers: Answers) -> Answers:
     """The answers without pairs whose two completions are the same, and with a note of what else is unusual."""
-    order = tuple((i, j) for i, j in answers.order if answers.completions[i] != answers.completions[j])
+    order = tuple((i, j) for i, j in answers.order if i == j or answers.completions[i] != answers.completions[j])
     if not order:
         raise BadRow("identical completions", "chosen and rejected are the same")
     notes = answers.notes
@@ -371,7 +318,8 @@ def _without_equals(answers: Answers) -> Answers:
 
 
 def _name(index: int, count: int) -> str:
-    return ("chosen", "rejected")[index] if count == 2 else f"completion {index}"
+    names = {1: ("completion",), 2: ("chosen", "rejected")}
+    return names[count][index] if count in names else f"completion {index}"
 
 
 def _assistant_turns(completion: Part) -> int:
@@ -395,7 +343,7 @@ def _with_system(answers: Answers, system: str) -> Answers:
     messages = _turns(answers.prompt)
     if not messages:
         raise BadRow("wrong type", "a system message cannot be put before token ids")
-    if messages[0]["role"] not in _SYSTEM:
+    if messages[0]["role"] not in SYSTEM:
         return answers._replace(prompt=[{"role": "system", "content": system}, *messages])
     if messages[0].get("content") != system:
         raise BadRow("two system messages", "the system column differs from the prompt's own system message")
@@ -410,7 +358,7 @@ def _turns(part: Part) -> Messages:
 def _usable(completion: Part, name: str) -> None:
     turns = _turns(completion)
     if turns:
-        _ends_with_assistant(turns, name)
+        ends_with_assistant(turns, name)
     said = any(speaks(turn) for turn in turns if turn["role"] == "assistant") if turns else completion
     if not (said.strip() if isinstance(said, str) else said):
         raise BadRow("empty completion", f"{name} is empty")
@@ -418,7 +366,7 @@ def _usable(completion: Part, name: str) -> None:
 
 def _usable_prompt(prompt: Part) -> None:
     """Texts and ids may be empty where the tokenizer has a BOS token (decided there); conversations never."""
-    if is_chat(prompt) and not any(speaks(turn) for turn in _turns(prompt) if turn["role"] not in _SYSTEM):
+    if is_chat(prompt) and not any(speaks(turn) for turn in _turns(prompt) if turn["role"] not in SYSTEM):
         raise BadRow("empty prompt", "the prompt's messages are empty")
 
 

@@ -32,6 +32,7 @@ KINDS = {
     "prompts differ": BAD,
     "prompt not a prefix": BAD,
     "no preference": BAD,
+    "label out of range": BAD,
     "lone surrogate": BAD,
     "NUL character": BAD,
     "too many characters": BAD,
@@ -57,6 +58,8 @@ KINDS = {
     "identical after truncation, kept": NOTED,
     "duplicate pair": NOTED,
     "conflicting pair": NOTED,
+    "duplicate completion": NOTED,
+    "conflicting completion": NOTED,
 }
 """Every class of row and what becomes of such a row."""
 
@@ -73,10 +76,13 @@ class Report:
     `rows` read = `kept` + `bad` + `too_long`. A row of a ranked layout counts as kept while one of its pairs is.
 
     Attributes:
+      pairs: pairs of completions in the rows that are kept.
+      singles: rows that are kept and have one completion; `undesirable` of them are so.
       files: by file: its layout, its rows, the columns that nothing reads.
       counts: rows (or pairs, for classes that speak of pairs) by class.
       examples: `file:line: reason` of the first rows of each class.
-      lengths: tokens of prompts, chosen, rejected and whole sequences: min, median, p90, p99, max, mean.
+      lengths: tokens of prompts, chosen, rejected, single completions and whole sequences: min, median, p90, p99, max,
+        mean.
       template: digest of the chat template in use.
       cache: what the cache had to do with it.
     """
@@ -86,6 +92,8 @@ class Report:
     bad: int = 0
     too_long: int = 0
     pairs: int = 0
+    singles: int = 0
+    undesirable: int = 0
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -127,7 +135,7 @@ class Report:
     def lines(self) -> list[str]:
         """The report as plain text."""
         share = f" ({self.bad / self.rows:.2%})" if self.bad else ""
-        head = f"{self.rows:,} rows read: {self.kept:,} kept ({self.pairs:,} pairs), {self.bad:,} bad{share}, "
+        head = f"{self.rows:,} rows read: {self.kept:,} kept ({self._contents()}), {self.bad:,} bad{share}, "
         lines = [f"{head}{self.too_long:,} too long"]
         for name, about in self.files.items():
             unused = f"; columns not used: {clean(', '.join(about['unused']))}" if about["unused"] else ""
@@ -140,6 +148,12 @@ class Report:
             lines.append(f"tokens of {name}: " + ", ".join(f"{key} {value:,.0f}" for key, value in table.items()))
         lines += [f"chat template: sha256 {self.template[:12]}"] if self.template else []
         return lines + ([f"cache: {self.cache}"] if self.cache else [])
+
+    def _contents(self) -> str:
+        """What the rows that are kept hold."""
+        parts = [f"{self.pairs:,} pairs"] if self.pairs or not self.singles else []
+        parts += [f"{self.singles:,} single completions"] if self.singles else []
+        return ", ".join(parts) + (f", {self.undesirable:,} of them undesirable" if self.undesirable else "")
 
     def _of(self, effect: str) -> list[str]:
         return [kind for kind in self.counts if KINDS[kind] == effect]
@@ -158,7 +172,7 @@ class Report:
         if not self.kept:
             where = ", ".join(clean(name, 400) for name in self.files) or "the data"
             what = self._largest(BAD, TOO_LONG) if self.rows else "there are no rows"
-            remedy = "raise data.max_length" if self.too_long > self.bad else "give at least one usable pair"
+            remedy = "raise data.max_length" if self.too_long > self.bad else "give at least one usable row"
             raise UserError(f"0 rows left of {self.rows:,} in {where}: {what}; {remedy}")
 
     def _largest(self, *effects: str) -> str:

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from dpo_jax.settings import Section
 
-LAYOUTS = ("pair", "implicit", "sharegpt", "openai", "tokenized", "ranked")
+LAYOUTS = ("pair", "implicit", "sharegpt", "openai", "tokenized", "ranked", "unpaired", "completion", "messages")
 """Names of the row layouts, as `data.layout` takes them (see records.py)."""
 
 
@@ -15,9 +15,9 @@ class DataSettings(Section):
 
     train: str | tuple[str, ...] = Field(description="file, folder or hub data set (name or name:split) of pairs")
     eval: str | tuple[str, ...] | None = Field(default=None, description="held-out pairs, in any of the same forms")
-    layout: Literal["auto", "pair", "implicit", "sharegpt", "openai", "tokenized", "ranked"] = Field(
-        default="auto", description="layout of the rows; auto detects it for each file and reports it"
-    )
+    layout: Literal[
+        "auto", "pair", "implicit", "sharegpt", "openai", "tokenized", "ranked", "unpaired", "completion", "messages"
+    ] = Field(default="auto", description="layout of the rows; auto detects it for each file and reports it")
     max_length: int = Field(default=1024, gt=1, description="most tokens of a prompt and one completion together")
     truncation: Literal["keep_completion", "keep_start", "keep_end"] = Field(
         default="keep_completion",
