@@ -22,16 +22,20 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from dpo_jax import terms
 from dpo_jax.data.settings import BatchSettings, DataSettings
+from dpo_jax.foreign import FOREIGN
 from dpo_jax.model.settings import MeshSettings, ModelSettings
 from dpo_jax.settings import COMMAND_LINE, Section, Sources, UserError, allowed, printable, short
 from dpo_jax.training.settings import (
+    AlarmSettings,
     CheckpointSettings,
     EvaluationSettings,
     LogSettings,
     ObjectiveSettings,
     OptimizerSettings,
     ReferenceSettings,
+    fitting_mode,
 )
 
 
@@ -48,6 +52,7 @@ class Run(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log: LogSettings = LogSettings()
+    alarms: AlarmSettings = AlarmSettings()
     steps: int | None = Field(default=None, gt=0, description="length of the run in optimizer steps")
     epochs: float | None = Field(
         default=None, gt=0, description="length of the run in passes over the data (default: 1)"
@@ -57,14 +62,20 @@ class Run(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_epoch_unless_told(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("steps") is None and data.get("epochs") is None:
-            return {**data, "epochs": 1.0}
-        return data
+    def _what_follows_from_the_rest(cls, data: Any) -> Any:
+        """One epoch unless told; the reference that the objective asks for."""
+        if not isinstance(data, Mapping):
+            return data
+        length = {"epochs": 1.0} if data.get("steps") is None and data.get("epochs") is None else {}
+        reference = data.get("reference") or {}
+        if isinstance(reference, Mapping) and reference.get("mode") is None:
+            reference = {**reference, "mode": fitting_mode(data.get("objective") or {}, reference)}
+        return {**data, **length, "reference": reference}
 
     @model_validator(mode="after")
     def _consistent(self) -> "Run":
         found = [f"{key}: {remedy}" for key, broken, remedy in RULES if broken(self)]
+        found += self.objective.problems()
         found += [f"{key}: {reason}" for key, ignores, reason in IGNORED if ignores(self) and _given(self, key)]
         found += [
             f"{key}: is empty; write a name, or leave the setting out" for key in FIELDS if _is_blank(_get(self, key))
@@ -84,13 +95,23 @@ RULES: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
     ("steps", lambda r: r.steps is not None and r.epochs is not None, "give steps or epochs, not both"),
     (
         "reference.mode",
-        lambda r: r.objective.name == "sft" and r.reference.mode != "none",
-        "objective sft has no reference; set reference.mode: none",
+        lambda r: r.objective.compares is False and r.reference.mode != "none",
+        "the objective compares with no reference; leave it out, or set reference.mode: none",
     ),
     (
         "reference.mode",
-        lambda r: r.objective.name == "sigmoid" and r.reference.mode == "none",
-        "objective sigmoid compares with a reference; set reference.mode: cached (or live)",
+        lambda r: r.objective.compares is True and r.reference.mode == "none",
+        "the objective compares with a reference; set cached or live, or objective.reference_free: true if it may",
+    ),
+    (
+        "reference.mode",
+        lambda r: r.reference.update_every is not None and r.reference.mode == "cached",
+        "a reference that moves cannot be cached; set reference.mode: live",
+    ),
+    (
+        "evaluation.answers",
+        lambda r: r.objective.trains_reward_model and r.evaluation.answers is not None,
+        "a reward model answers nothing; leave it out",
     ),
     (
         "optimizer.warmup_steps",
@@ -109,9 +130,22 @@ RULES: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
 
 # What a run as it stands would ignore: giving one of these is an error, and `dump` leaves them out.
 IGNORED: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
-    ("objective.beta", lambda r: r.objective.name == "sft", "objective sft does not use it; leave it out"),
-    ("objective.label_smoothing", lambda r: r.objective.name == "sft", "objective sft does not use it; leave it out"),
     ("reference.path", lambda r: r.reference.mode == "none", "reference.mode none reads no reference; leave it out"),
+    (
+        "reference.update_every",
+        lambda r: r.reference.mode == "none",
+        "reference.mode none has no reference that could move; leave it out",
+    ),
+    (
+        "reference.update_rate",
+        lambda r: r.reference.update_every is None,
+        "nothing moves without reference.update_every; leave it out",
+    ),
+    (
+        "log.token_statistics",
+        lambda r: r.objective.trains_reward_model,
+        "a reward model predicts no tokens; leave it out",
+    ),
     (
         "optimizer.warmup_fraction",
         lambda r: r.optimizer.warmup_steps is not None,
@@ -135,12 +169,12 @@ CHANGES_MATHEMATICS = frozenset(
     model.path model.compute_dtype
     data.train data.layout data.max_length data.truncation data.template data.control_tokens data.max_characters
     data.shuffle data.first
-    batch.pairs objective.name objective.beta objective.label_smoothing reference.mode reference.path
+    batch.pairs reference.mode reference.path reference.update_every reference.update_rate
     optimizer.learning_rate optimizer.schedule optimizer.warmup_steps optimizer.warmup_fraction optimizer.beta1
     optimizer.beta2 optimizer.epsilon optimizer.weight_decay optimizer.clip_norm
     steps epochs seed
     """.split()
-)
+) | {f"objective.{name}" for name in ObjectiveSettings.model_fields}
 KEEPS_MATHEMATICS = frozenset(
     """
     model.scan_layers model.remat data.eval data.max_bad_fraction data.cache batch.micro_tokens batch.share_prompts
@@ -148,60 +182,9 @@ KEEPS_MATHEMATICS = frozenset(
     evaluation.every evaluation.answers evaluation.max_new_tokens
     checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.allow_change
     log.every log.tensorboard log.loggers log.token_statistics log.max_nonfinite output
+    alarms.enabled alarms.chosen_drift alarms.kl
     """.split()
 )
-
-# Names that people bring from TRL, torchtune, Axolotl and LLaMA-Factory: our key, or what to do instead.
-FOREIGN = {
-    name: answer
-    for names, answer in (
-        ("model_name_or_path model_name base_model pretrained_model_name_or_path tokenizer", "model.path"),
-        ("bf16 fp16 dtype torch_dtype precision", "model.compute_dtype"),
-        ("gradient_checkpointing activation_checkpointing enable_activation_checkpointing", "model.remat"),
-        ("dataset_name dataset train_dataset train_file data_files datasets train_data", "data.train"),
-        ("eval_dataset test_datasets eval_file validation_file val_data", "data.eval"),
-        ("max_seq_length max_seq_len cutoff_len sequence_len block_size", "data.max_length"),
-        ("max_prompt_length max_completion_length max_target_length", "data.max_length"),
-        ("truncation_mode", "data.truncation"),
-        ("chat_template chat_template_path prompt_template", "data.template"),
-        ("max_train_samples max_samples", "data.first"),
-        ("per_device_train_batch_size batch_size train_batch_size micro_batch_size global_batch_size", "batch.pairs"),
-        ("loss_type loss rl pref_loss objective_name", "objective.name"),
-        ("pref_beta dpo_beta", "objective.beta"),
-        ("ref_model reference_model ref_model_name_or_path", "reference.path"),
-        ("precompute_ref_log_probs reference_free", "reference.mode"),
-        ("lr peak_lr", "optimizer.learning_rate"),
-        ("lr_scheduler_type lr_scheduler scheduler", "optimizer.schedule"),
-        ("warmup_ratio num_warmup_ratio", "optimizer.warmup_fraction"),
-        ("num_warmup_steps", "optimizer.warmup_steps"),
-        ("adam_beta1", "optimizer.beta1"),
-        ("adam_beta2", "optimizer.beta2"),
-        ("adam_epsilon eps", "optimizer.epsilon"),
-        ("max_grad_norm gradient_clipping clip_grad_norm", "optimizer.clip_norm"),
-        ("max_steps max_steps_per_epoch", "steps"),
-        ("num_train_epochs num_epochs", "epochs"),
-        ("data_seed", "seed"),
-        ("output_dir", "output"),
-        ("eval_steps eval_strategy evaluation_strategy", "evaluation.every"),
-        ("save_steps save_strategy", "checkpoint.every"),
-        ("save_total_limit", "checkpoint.keep"),
-        ("logging_steps log_every_n_steps", "log.every"),
-        ("report_to metric_logger", "log.loggers"),
-        ("tensor_parallel tensor_parallel_size", "mesh.tensor"),
-        ("data_parallel data_parallel_size ddp", "mesh.data"),
-        ("gradient_accumulation_steps", "not needed: batch.pairs is a whole step, batch.micro_tokens its parts"),
-        ("per_device_eval_batch_size", "not needed: evaluation packs its rows as training does"),
-        ("packing padding_free sample_packing pad_to_multiple_of", "not needed: rows are always packed"),
-        ("use_liger_kernel use_liger_loss attn_implementation flash_attention", "not needed: kernels are chosen here"),
-        ("deepspeed fsdp_config accelerator_config", "not needed: the mesh section lays out the devices"),
-        ("resume_from_checkpoint overwrite_output_dir", "not needed: a run resumes from its output folder"),
-        ("optim", "AdamW is the only optimizer; its settings are in the optimizer section"),
-        ("trust_remote_code", "code of a model folder is never run"),
-        ("hub_token hf_token api_key wandb_api_key", "secrets are read from the environment, never from a config"),
-        ("use_peft lora_r lora_alpha lora_dropout lora_rank adapter load_in_4bit", "all weights are trained, in full"),
-    )
-    for name in names.split()
-}
 
 
 def _walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -275,6 +258,15 @@ def _problem(source: Sources, key: str, remedy: str) -> str:
 
 def _validated(source: Sources) -> Run:
     nested: dict[str, Any] = {section: {} for section in SECTIONS}
+    if isinstance(mixture := source.values.get("objective"), tuple):
+        source.values["objective.mixture"] = source.values.pop("objective")
+        source.where["objective.mixture"] = source.where.pop("objective")
+        if not all(isinstance(block, dict) for block in mixture):
+            source.problems.append(
+                f"{source.where['objective.mixture']}: objective: a list of blocks is wanted, such as "
+                "[{name: sigmoid, weight: 0.8}, {name: sft, weight: 1}]"
+            )
+            source.values.pop("objective.mixture")
     for key, value in source.values.items():
         if key in FIELDS:
             *section, name = key.split(".")
@@ -348,6 +340,8 @@ def _help(command: str) -> str:
 def dump(run: Run) -> dict[str, Any]:
     """The settings as plain JSON values, less those that this run ignores: `Run.model_validate(dump(run)) == run`."""
     settings = run.model_dump(mode="json")
+    objective = {key: value for key, value in settings["objective"].items() if value is not None}
+    settings["objective"] = {"mixture": objective["mixture"]} if "mixture" in objective else objective
     for key, ignores, _ in IGNORED:
         section, name = key.split(".")
         if ignores(run):
@@ -365,11 +359,19 @@ def changed_mathematics(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[
 
     A setting that a dump lacks has its default value; one that is not known here counts as a change.
     """
-    before, after = dict(_flat(old)), dict(_flat(new))
+    before, after = dict(_flat(_completed(old))), dict(_flat(_completed(new)))
     keys = [key for key in {**dict.fromkeys(FIELDS), **before, **after} if key not in KEEPS_MATHEMATICS]
     default = {key: None if field.is_required() else field.default for key, field in FIELDS.items()}
     pairs = ((key, before.get(key, default.get(key)), after.get(key, default.get(key))) for key in keys)
     return [redacted(f"{key}: {_shown(a)} -> {_shown(b)}") for key, a, b in pairs if a != b]
+
+
+def _completed(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings with the objective's defaults filled in, as a dump of an earlier version may lack some."""
+    objective = settings.get("objective")
+    if not isinstance(objective, Mapping) or objective.get("mixture") is not None:
+        return settings
+    return {**settings, "objective": terms.with_defaults(objective)}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

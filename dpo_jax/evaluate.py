@@ -1,4 +1,7 @@
-"""`python -m dpo_jax.evaluate MODEL PAIRS --reference FOLDER`: how often a model prefers what people preferred."""
+"""`python -m dpo_jax.evaluate MODEL PAIRS --reference FOLDER`: how often a model prefers what people preferred.
+
+A reward model's folder needs no reference.
+"""
 
 import json
 import math
@@ -45,7 +48,7 @@ def evaluate(run: config.Run, quiet: bool = False) -> tuple[dict[str, float], in
     tokenizer = load_tokenizer(run.model.path, run.data.template)
     data = stages.load_data(run, tokenizer, folder, _silent if quiet else print)
     stages.check_models(run)
-    policy = stages.load_model(run.model.path, mesh)
+    policy = stages.load_model(run.model.path, mesh, scalar_head=run.objective.trains_reward_model)
     problem = stages.make_problem(run, policy, mesh)
     with stages.make_journal(run, folder, 1, None, process=int(quiet)) as journal:
         reference = stages.make_reference(run, policy, problem, data, mesh, journal)
@@ -57,11 +60,13 @@ def evaluate(run: config.Run, quiet: bool = False) -> tuple[dict[str, float], in
 
 
 def _options(argv: Sequence[str]) -> Namespace:
-    parser = config.Parser("evaluate", "Preference accuracy and reward margin of a model against a reference.")
+    parser = config.Parser(
+        "evaluate", "Preference accuracy and reward margin of a model against a reference, or of a reward model."
+    )
     parser.add_argument("model", metavar="MODEL", help="Hugging Face folder (or hub id) of the model")
     parser.add_argument("pairs", metavar="PAIRS", nargs="+", help="file, folder or data set of preference pairs")
-    parser.add_argument("--reference", metavar="FOLDER", required=True, help="the model that it is measured against")
-    parser.add_argument("--beta", type=float, default=0.1, help="of the rewards (default 0.1)")
+    parser.add_argument("--reference", metavar="FOLDER", help="what a language model is measured against")
+    parser.add_argument("--beta", type=float, help="of a language model's rewards (default 0.1)")
     parser.add_argument("--max-length", type=int, default=1024, help="most tokens of a prompt and one completion")
     parser.add_argument("--batch", type=int, default=32, help="pairs at a time (default 32)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
@@ -70,14 +75,20 @@ def _options(argv: Sequence[str]) -> Namespace:
 
 def _run(options: Namespace, folder: str) -> config.Run:
     """The settings that the stages take; what they write goes to the folder."""
+    scores = _is_reward_model(options.model)
+    if scores and (options.reference is not None or options.beta is not None):
+        raise UserError("command line: a reward model has scores of its own; leave --reference and --beta out")
+    if not scores and options.reference is None:
+        raise UserError("command line: --reference is missing; name the folder that MODEL is measured against")
+    objective = {"name": "reward"} if scores else {"beta": 0.1 if options.beta is None else options.beta}
     try:
         return config.Run.model_validate(
             {
                 "model": {"path": options.model},
-                "reference": {"path": options.reference},
+                "reference": {} if scores else {"path": options.reference},
                 "data": {"train": tuple(options.pairs), "max_length": options.max_length},
                 "batch": {"pairs": options.batch},
-                "objective": {"beta": options.beta},
+                "objective": objective,
                 "log": {"tensorboard": False},
                 "output": folder,
             }
@@ -88,10 +99,19 @@ def _run(options: Namespace, folder: str) -> config.Run:
         raise UserError(f"command line: {key}: {first['msg']}") from error
 
 
+def _is_reward_model(path: str) -> bool:
+    from dpo_jax.hf.families import read_spec
+    from dpo_jax.hf.tensors import local_folder
+
+    return read_spec(local_folder(path)).scalar_head
+
+
 def _lines(found: Mapping[str, float], pairs: int) -> list[str]:
     """The table; the accuracy with its standard error."""
     lines = [f"{pairs:,} pairs"]
     for name, label, form in SHOWN:
+        if name not in found:
+            continue
         share = found[name]
         error = f" +- {math.sqrt(share * (1 - share) / pairs):.1%}" if name.endswith("accuracies") else ""
         lines.append(f"{label:<20} {form.format(share)}{error}")

@@ -22,6 +22,7 @@ class TokenScores(NamedTuple):
     entropy: Float[Array, " N"]
     mean_logit: Float[Array, " N"]
     top1: Int[Array, " N"]
+    collision: Float[Array, " N"]
 
 
 @jax.jit
@@ -97,13 +98,15 @@ def linear_scores(
     softcap: float | None = None,
     chunk: int = CHUNK,
     statistics: bool = False,
+    collision: bool = False,
 ) -> TokenScores:
     """As `linear_logprobs` for a head stored by vocabulary row, with statistics of the distribution from the same scan.
 
     With `statistics`: the entropy in nats, the mean logit over the vocabulary and the most probable token (the lowest
-    id among equals). Without, these are zeros that cost nothing.
+    id among equals). With `collision`: the logarithm of the chance that two draws are the same token,
+    `log sum_v p(v)^2`. What is not asked for is zeros that cost nothing.
     """
-    scores: Any = _scored(hidden, rows, targets, bias, softcap, chunk, statistics)
+    scores: Any = _scored(hidden, rows, targets, bias, softcap, chunk, (statistics, collision))
     return scores
 
 
@@ -116,21 +119,25 @@ class _Running(NamedTuple):
     weighted: Float[Array, " N"]
     summed: Float[Array, " N"]
     best: Int[Array, " N"]
+    squared: Float[Array, " N"]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _scored(hidden, rows, targets, bias, softcap, chunk, statistics) -> TokenScores:
-    return _scored_forward(hidden, rows, targets, bias, softcap, chunk, statistics)[0]
+def _scored(hidden, rows, targets, bias, softcap, chunk, wanted) -> TokenScores:
+    return _scored_forward(hidden, rows, targets, bias, softcap, chunk, wanted)[0]
 
 
-def _scored_forward(hidden, rows, targets, bias, softcap, chunk, statistics):
+def _scored_forward(hidden, rows, targets, bias, softcap, chunk, wanted):
+    statistics, collision = wanted
+
     def visit(state: _Running, start, size):
         logits = _chunk_logits(hidden, rows, bias, softcap, start, size)
-        return _absorb(state, logits, targets - start, start, statistics)
+        return _absorb(state, logits, targets - start, start, wanted)
 
     n = hidden.shape[0]
     zeros = jnp.zeros((n,), jnp.float32)
-    first = _Running(jnp.full((n,), -jnp.inf, jnp.float32), zeros, zeros, zeros, zeros, jnp.zeros((n,), jnp.int32))
+    lowest, token = jnp.full((n,), -jnp.inf, jnp.float32), jnp.zeros((n,), jnp.int32)
+    first = _Running(lowest, zeros, zeros, zeros, zeros, token, zeros)
     state = _over_chunks(visit, first, rows.shape[0], chunk)
     normaliser = state.top + jnp.log(state.total)
     scores = TokenScores(
@@ -138,12 +145,14 @@ def _scored_forward(hidden, rows, targets, bias, softcap, chunk, statistics):
         entropy=normaliser - state.weighted / state.total if statistics else zeros,
         mean_logit=state.summed / rows.shape[0],
         top1=state.best,
+        collision=jnp.log(state.squared) + 2.0 * (state.top - normaliser) if collision else zeros,
     )
     return scores, (hidden, rows, targets, bias, normaliser)
 
 
-def _absorb(state: _Running, logits: Float[Array, "N C"], local: Int[Array, " N"], start, statistics: bool) -> _Running:
+def _absorb(state: _Running, logits: Float[Array, "N C"], local: Int[Array, " N"], start, wanted) -> _Running:
     """Take one chunk of logits into the running sums; `local` is each target's place in this chunk, maybe outside."""
+    statistics, collision = wanted
     size = logits.shape[1]
     peak = logits.max(axis=-1)
     top = jnp.maximum(state.top, peak)
@@ -161,10 +170,13 @@ def _absorb(state: _Running, logits: Float[Array, "N C"], local: Int[Array, " N"
             summed=state.summed + logits.sum(axis=-1),
             best=jnp.where(peak > state.top, place, state.best),
         )
+    if collision:
+        squared = state.squared * jnp.square(shrink) + jnp.square(weights).sum(axis=-1)
+        state = state._replace(squared=squared)
     return state._replace(top=top)
 
 
-def _scored_backward(softcap, chunk, statistics, residuals, cotangent):
+def _scored_backward(softcap, chunk, wanted, residuals, cotangent):
     hidden, rows, targets, bias, normaliser = residuals
     slope = cotangent.logps[:, None]
 

@@ -19,13 +19,14 @@ from dpo_jax.config import Run
 from dpo_jax.data.batches import Batches, origin, pair_tokens, prefetch
 from dpo_jax.evaluation import preference, winrate
 from dpo_jax.model.decoder import Model, cast
-from dpo_jax.model.preference import Problem, evaluate_batch
+from dpo_jax.model.preference import Problem, evaluate_batch, measured_terms
 from dpo_jax.settings import UserError
 from dpo_jax.stages import Data, Reference, cache_folder, is_policy, shares, sweep
+from dpo_jax.training.alarms import Alarms
 from dpo_jax.training.checkpoints import Checkpoints
-from dpo_jax.training.journal import Journal
-from dpo_jax.training.optimizer import make_optimizer, schedule
-from dpo_jax.training.step import State, fresh_state, make_step
+from dpo_jax.training.journal import Journal, read_records
+from dpo_jax.training.optimizer import make_optimizer, schedule, warmup_steps
+from dpo_jax.training.step import MovingReference, State, fresh_state, make_step
 
 START_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3}
 """How far the first loss may be from the objective's constant, in nats."""
@@ -35,14 +36,22 @@ class Trainer:
     """The compiled step, the state it moves, and the batches it takes."""
 
     def __init__(
-        self, run: Run, policy: Model, problem: Problem, batches: Batches, reference: Any, mesh: jax.sharding.Mesh
+        self, run: Run, policy: Model, problem: Problem, batches: Batches, reference: Reference, mesh: jax.sharding.Mesh
     ):
-        """Set up; nothing is compiled yet and the state is only described."""
-        self.run, self.problem, self.batches, self.mesh, self.reference = run, problem, batches, mesh, reference
+        """Set up; nothing is compiled yet and the state is only described. A reference that moves becomes state."""
+        self.run, self.problem, self.batches, self.mesh = run, problem, batches, mesh
+        self.moving = (
+            MovingReference(run.reference.update_every, run.reference.update_rate)
+            if run.reference.update_every
+            else None
+        )
+        self._start = reference.weights if self.moving else None
+        self.reference = None if self.moving else reference.weights
         self.optimizer = make_optimizer(run.optimizer)
-        self.abstract = jax.eval_shape(functools.partial(fresh_state, optimizer=self.optimizer), policy.params)
+        self.abstract = jax.eval_shape(self._fresh, policy.params, policy.params if self.moving else None)
         self.shardings = self._state_shardings()
-        step = make_step(problem, self.optimizer, schedule(run.optimizer, batches.steps))
+        rate = schedule(run.optimizer, batches.steps)
+        step = make_step(problem, self.optimizer, rate, steps=batches.steps, moving=self.moving)
         self._step = sharding.Compiled(step, out_shardings=(self.shardings, None), donate=(0,))
 
     def step(self, state: State, batch: Any) -> tuple[State, dict[str, jax.Array]]:
@@ -55,12 +64,17 @@ class Trainer:
         return self._step.late
 
     def fresh(self, params: Any) -> State:
-        """The state before the first step; the parameters are the given arrays themselves."""
+        """The state before the first step; parameters and a moving reference are the given arrays themselves."""
+        given = {"params": params} | ({"reference": self._start} if self.moving else {})
         rest = jax.jit(
-            lambda p: {k: v for k, v in fresh_state(p, self.optimizer).items() if k != "params"},
-            out_shardings={k: v for k, v in self.shardings.items() if k != "params"},
+            lambda p: {k: v for k, v in self._fresh(p, None).items() if k not in given},
+            out_shardings={k: v for k, v in self.shardings.items() if k not in given},
         )(params)
-        return {"params": params, **rest}
+        self._start = None
+        return {**given, **rest}
+
+    def _fresh(self, params: Any, reference: Any) -> State:
+        return fresh_state(params, self.optimizer, reference=reference, remembers=self.problem.remembers)
 
     def target(self) -> Any:
         """Shapes, dtypes and shardings of the state, for restoring it."""
@@ -88,8 +102,8 @@ class Trainer:
             params,
             transform_non_params=lambda _: whole,
         )
-        rest = {name: whole for name in ("step", "skipped", "streak")}
-        return {"params": params, "optimizer": moments, **rest}
+        found = {name: whole for name in self.abstract}
+        return found | {"params": params, "optimizer": moments} | ({"reference": params} if self.moving else {})
 
 
 class Evaluator:
@@ -107,7 +121,8 @@ class Evaluator:
     ):
         """Set up; compiles at its first use."""
         self.run, self.problem, self.reference, self.tokenizer, self.mesh = run, problem, reference, tokenizer, mesh
-        self._measure = sharding.Compiled(lambda params, live, batch: evaluate_batch(problem, params, batch, live))
+        self._collect = sharding.Compiled(lambda params, live, batch: evaluate_batch(problem, params, batch, live))
+        self._terms = measured_terms(problem)
         shards = sharding.batch_shards(mesh)
         held_out = data.held_out
         self._pairs = (
@@ -121,13 +136,19 @@ class Evaluator:
         wanted = self._pairs is not None or self._questions is not None
         return wanted and (step in (0, last) or (every is not None and step % every == 0))
 
-    def __call__(self, params: Any, folder: Path, step: int) -> dict[str, float]:
-        """Metrics of these weights; answers go to `answers/STEP.jsonl`."""
+    def __call__(
+        self, params: Any, folder: Path, step: int, *, progress: float = 0.0, moved: Any = None
+    ) -> dict[str, float]:
+        """Metrics of these weights after this many steps; answers go to `answers/STEP.jsonl`.
+
+        `progress` is the share of the run that is done, `moved` the weights of a reference that moves.
+        """
         found: dict[str, float] = {}
         if self._pairs is not None:
-            measure = functools.partial(_three, self._measure, self.reference.weights)
+            live = self.reference.weights if moved is None else moved
+            collect = functools.partial(_three, self._collect, live)
             place = functools.partial(sharding.place, mesh=self.mesh)
-            found |= preference.evaluate(measure, params, self._pairs, place)
+            found |= preference.evaluate(collect, params, self._pairs, place, self._terms, progress)
         if self._questions is not None:
             found["good_answers"] = self._answer(params, folder / "answers" / f"{step}.jsonl")
         return found
@@ -149,8 +170,8 @@ class Evaluator:
         return winrate.share_of_good_answers(answers)
 
 
-def _three(measure: Callable, live: Any, params: Any, batch: Any) -> Any:
-    return measure(params, live, batch)
+def _three(collect: Callable, live: Any, params: Any, batch: Any) -> Any:
+    return collect(params, live, batch)
 
 
 def read_questions(run: Run) -> list[winrate.Question] | None:
@@ -161,12 +182,14 @@ def read_questions(run: Run) -> list[winrate.Question] | None:
 class Recorder:
     """Writes each step's metrics to the journal once the device has them, one step late, so that it never waits."""
 
-    def __init__(self, run: Run, trainer: Trainer, data: Data, journal: Journal, start: int):
+    def __init__(self, run: Run, trainer: Trainer, data: Data, journal: Journal, start: int, alarms: Alarms | None):
         """Go on after step `start`."""
-        self.run, self.batches, self.data, self.journal = run, trainer.batches, data, journal
+        self.run, self.batches, self.data, self.journal, self.alarms = run, trainer.batches, data, journal, alarms
         train = data.train
         self._lengths = pair_tokens(train)
-        self._cut = train.truncated[train.chosen] | train.truncated[train.rejected]
+        # A single completion's `rejected` is itself, or for KTO one of another prompt, cut to fit.
+        single = trainer.problem.data in ("unpaired", "chosen")
+        self._cut = train.truncated[train.chosen] | (not single and train.truncated[train.rejected])
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._seen = sum(int(self._tokens(step).sum()) for step in range(start))
         self._clock = time.perf_counter()
@@ -206,6 +229,8 @@ class Recorder:
                     "memory_bytes": memory_in_use(),
                 },
             )
+            for line in self.alarms.take(step, metrics) if self.alarms else ():
+                self.journal.note(line)
         if streak > self.run.log.max_nonfinite:
             raise UserError(self._diverged(step, int(streak), pairs))
 
@@ -232,22 +257,51 @@ def memory_in_use() -> int:
     return max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def known_start(run: Run, problem: Problem, data: Data) -> float | None:
+    """The first loss, if it is known: policy and reference are the same, and no row has a margin or weight of its own.
+
+    A label does not matter where both are equally likely, except to KTO.
+    """
+    if not problem.uses_reference or not is_policy(run):
+        return None
+    plain = not (data.train.margin != 0).any() and (data.train.weight == 1).all()
+    return problem.start_constant if plain else None
+
+
 def check_start(run: Run, problem: Problem, data: Data, loss: float) -> None:
-    """Where policy and reference are the same, the first loss is known; anything else means that something is wrong.
+    """Where the first loss is known, any other means that something is wrong.
 
     Raises:
       UserError: the loss of the first step is not the objective's constant.
     """
-    row = problem.row
-    same = row.uses_reference and is_policy(run)
-    if not same or row.at_start is None or (data.train.margin != 0).any() or (data.train.weight != 1).any():
+    expected, tolerance = known_start(run, problem, data), START_TOLERANCE[problem.compute_dtype]
+    if expected is None:
         return
-    expected, tolerance = row.at_start(problem.label_smoothing), START_TOLERANCE[problem.compute_dtype]
+    tolerance *= max(1.0, abs(expected))
     if not abs(loss - expected) <= tolerance:
         raise UserError(
             f"step 1: policy and reference are the same weights, so the loss must be {expected:.6f} and is {loss:.6f}; "
             f"the cached reference may be of other weights: remove {cache_folder(run)} and start again"
         )
+
+
+def make_alarms(run: Run, trainer: Trainer, data: Data, folder: Path) -> Alarms | None:
+    """What watches the metrics, having seen the records of the steps that were already made."""
+    if not run.alarms.enabled:
+        return None
+    steps = trainer.batches.steps
+    alarms = Alarms(
+        start=None if trainer.moving else known_start(run, trainer.problem, data),  # a move brings the loss back to it
+        warmup_steps=warmup_steps(run.optimizer, steps),
+        total_steps=steps,
+        pairs=run.batch.pairs,
+        chosen_drift=run.alarms.chosen_drift,
+        kl=run.alarms.kl,
+        every=run.log.every,
+    )
+    records = read_records(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+    alarms.replay(record for record in records if "loss" in record)
+    return alarms
 
 
 class Interrupts:
@@ -309,7 +363,7 @@ def loop(
     if first < last:
         trainer.compile(journal)
     journal.phase("training")
-    recorder = Recorder(run, trainer, data, journal, first)
+    recorder = Recorder(run, trainer, data, journal, first, make_alarms(run, trainer, data, folder))
     with Interrupts() as interrupts:
         for number, batch in trainer.placed_batches(first):
             state, metrics = trainer.step(state, batch)
@@ -319,7 +373,9 @@ def loop(
                 check_start(run, trainer.problem, data, float(metrics["loss"]))
             if evaluator.due(step, last):
                 recorder.flush()
-                journal.evaluation(step, evaluator(state["params"], folder, step))
+                progress = (step - 1) / max(last - 1, 1)
+                found = evaluator(state["params"], folder, step, progress=progress, moved=state.get("reference"))
+                journal.evaluation(step, found)
                 recorder.restart_clock()
             if step % run.checkpoint.every == 0 or step == last or interrupts.asked:
                 recorder.flush()

@@ -1,16 +1,25 @@
 """Preference objectives: pure functions of log-probabilities to one value per pair. Nothing here knows a model.
 
-Letters: P pairs, C completions. All log-probabilities are sums over a completion's tokens, in nats.
+`objectives.py` has the table of them: names, settings, papers. `group_losses.py` has those that look at more than one
+pair at a time, `mixture.py` adds objectives up.
+
+Letters: P pairs, C completions, W completions of a ranking. Log-probabilities are sums over a completion's tokens, in
+nats. In the docstrings u is a completion's log-ratio `log pi(y | x) - log pi_ref(y | x)`, w the chosen and l the
+rejected completion, n a number of tokens, S the sigmoid, and e the label smoothing.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Scalar = float | Float[Array, ""]
+LARGEST_EXPONENT = 40.0
+"""The f-divergences' phi is at least -exp(40): constant beyond (log-ratios of tens of nats), and its square finite."""
+SMALLEST_SURPRISE = 1e-6
+"""Least mean surprise per token, in nats, that odds are taken of: a completion that is certain has infinite odds."""
 
 
 class DPOLoss(NamedTuple):
@@ -21,8 +30,37 @@ class DPOLoss(NamedTuple):
     rejected_rewards: Float[Array, "*P"]
 
 
+class Sums(NamedTuple):
+    """Log-probabilities over a part of each completion, in nats."""
+
+    policy_chosen: Float[Array, "*P"]
+    policy_rejected: Float[Array, "*P"]
+    reference_chosen: Float[Array, "*P"]
+    reference_rejected: Float[Array, "*P"]
+
+
+class Ranking(NamedTuple):
+    """All completions of each prompt with their rank (0 is best, equals share one, -1 is no completion)."""
+
+    policy: Float[Array, "*P W"]
+    reference: Float[Array, "*P W"]
+    rank: Int[Array, "*P W"]
+
+
 class Pairs(NamedTuple):
-    """What an objective may look at, one value per pair. Lengths are scored tokens; margin is the pair's own offset."""
+    """What an objective may look at, one value per pair; `make_pairs` fills in what is not given.
+
+    Attributes:
+      chosen_length: scored tokens, as `rejected_length`.
+      margin: by how much, in nats, the chosen reward should be ahead.
+      label: chance that the chosen completion is the better one; for KTO 1 means desirable and 0 undesirable.
+      weight: factor of the pair's loss; applied by whoever adds the losses up.
+      real: false where an entry only fills up the array.
+      noise: a uniform number in (0, 1), for objectives that draw.
+      shared: sums over the first `min(chosen_length, rejected_length)` tokens of each completion (LD-DPO).
+      alignment: for chosen and rejected, mean over the tokens of `log p(token) - log sum_v p(v)^2` (WPO).
+      ranking: all ranked completions, where more than two are compared.
+    """
 
     policy_chosen: Float[Array, "*P"]
     policy_rejected: Float[Array, "*P"]
@@ -31,6 +69,52 @@ class Pairs(NamedTuple):
     chosen_length: Float[Array, "*P"]
     rejected_length: Float[Array, "*P"]
     margin: Float[Array, "*P"]
+    label: Float[Array, "*P"]
+    weight: Float[Array, "*P"]
+    real: Bool[Array, "*P"]
+    noise: Float[Array, "*P"] | None = None
+    shared: Sums | None = None
+    alignment: tuple[Float[Array, "*P"], Float[Array, "*P"]] | None = None
+    ranking: Ranking | None = None
+
+
+class Outcome(NamedTuple):
+    """What an objective says of each pair: its loss, and the quantity that it makes grow.
+
+    `memory` is what an objective that remembers earlier steps wants to be given at the next one.
+    """
+
+    losses: Float[Array, "*P"]
+    margins: Float[Array, "*P"]
+    memory: Float[Array, " m"] | None = None
+
+
+def make_pairs(
+    policy_chosen: Any, policy_rejected: Any, reference_chosen: Any = 0.0, reference_rejected: Any = 0.0, **more: Any
+) -> Pairs:
+    """`Pairs` in float32 of one shape, the reference cut off from gradients.
+
+    Args:
+      policy_chosen: log-probabilities of the chosen completions, in nats; the shape of everything else.
+      policy_rejected: of the rejected completions.
+      reference_chosen: the reference's; 0 where there is none.
+      reference_rejected: the reference's.
+      **more: other fields of `Pairs`; lengths, labels and weights are 1 and margins 0 where they are not given.
+    """
+    shape = jnp.shape(policy_chosen)
+
+    def full(value: Any) -> Any:
+        return jnp.broadcast_to(jnp.asarray(value).astype(jnp.float32), shape)
+
+    ones, zeros = ("chosen_length", "rejected_length", "label", "weight"), ("margin",)
+    filled = {name: full(more.pop(name, 1.0)) for name in ones} | {name: full(more.pop(name, 0.0)) for name in zeros}
+    reference = jax.lax.stop_gradient((full(reference_chosen), full(reference_rejected)))
+    real = more.pop("real", jnp.ones(shape, bool))
+    for name in ("shared", "ranking"):
+        if (part := more.get(name)) is not None:
+            data = {key: jax.lax.stop_gradient(value) for key, value in part._asdict().items() if "reference" in key}
+            more[name] = part._replace(**data)
+    return Pairs(full(policy_chosen), full(policy_rejected), *reference, **filled, real=real, **more)
 
 
 @jax.jit
@@ -56,11 +140,9 @@ def dpo_loss(
         policy    = [-1.0, -3.0]  reference = [-2.0, -2.0]  beta = 0.5
         h         = 0.5 * (1.0 - (-1.0)) = 1.0              loss = log(1 + exp(-1)) = 0.3133
     """
-    pairs = _as_pairs(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
-    chosen, rejected = rewards(pairs, beta)
-    return DPOLoss(
-        sigmoid(pairs, beta, label_smoothing), jax.lax.stop_gradient(chosen), jax.lax.stop_gradient(rejected)
-    )
+    pairs = make_pairs(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    losses = sigmoid(pairs, beta=beta, label_smoothing=label_smoothing).losses
+    return DPOLoss(losses, *jax.lax.stop_gradient(rewards(pairs, beta)))
 
 
 @jax.jit
@@ -88,51 +170,275 @@ def dpo_loss_from_indices(
     )
 
 
-def rewards(pairs: Pairs, beta: Scalar) -> tuple[Float[Array, "*P"], Float[Array, "*P"]]:
-    """Implicit rewards of the chosen and of the rejected completions, `beta * log(pi / pi_ref)`, in nats."""
+def rewards(pairs: Pairs, beta: Scalar, *, average: bool = False) -> tuple[Float[Array, "*P"], Float[Array, "*P"]]:
+    """Implicit rewards of the chosen and of the rejected completions, `beta * u`, in nats; `average`: per token."""
+    chosen, rejected = log_ratios(pairs)
+    if average:
+        chosen, rejected = per_token(chosen, pairs.chosen_length), per_token(rejected, pairs.rejected_length)
+    return beta * chosen, beta * rejected
+
+
+# ---------------------------------------------------------------------------------------------- parts of objectives
+
+
+def log_ratios(
+    pairs: Pairs, divergence: str = "reverse_kl", divergence_alpha: Scalar = 0.5
+) -> tuple[Float[Array, "*P"], Float[Array, "*P"]]:
+    """`phi(u)` of chosen and rejected completions; phi is the identity unless another divergence is asked for."""
+    phi = DIVERGENCES[divergence]
     return (
-        beta * (pairs.policy_chosen - pairs.reference_chosen),
-        beta * (pairs.policy_rejected - pairs.reference_rejected),
+        phi(pairs.policy_chosen - pairs.reference_chosen, divergence_alpha),
+        phi(pairs.policy_rejected - pairs.reference_rejected, divergence_alpha),
     )
 
 
-def sigmoid(pairs: Pairs, beta: Scalar, label_smoothing: Scalar) -> Float[Array, "*P"]:
-    """DPO as in `dpo_loss` with the pair's margin m: `h = reward difference - m` (Amini et al., arXiv:2402.10571)."""
-    chosen, rejected = rewards(pairs, beta)
-    h = chosen - rejected - pairs.margin
-    return -(1 - label_smoothing) * jax.nn.log_sigmoid(h) - label_smoothing * jax.nn.log_sigmoid(-h)
+def per_token(sums: Float[Array, "*P"], length: Float[Array, "*P"]) -> Float[Array, "*P"]:
+    """Sums divided by the number of scored tokens (at least 1)."""
+    return sums / jnp.maximum(length, 1.0)
 
 
-def sft(pairs: Pairs, beta: Scalar, label_smoothing: Scalar) -> Float[Array, "*P"]:
-    """Negative log-likelihood of the chosen completion, summed over its tokens; the rejected one is not looked at."""
-    del beta, label_smoothing
-    return -pairs.policy_chosen
+def cross_entropy(h: Float[Array, "*P"], chance: Any = 1.0) -> Float[Array, "*P"]:
+    """`-chance * log S(h) - (1 - chance) * log S(-h)`: cost of the logit h where `chance` is that of being right."""
+    return -chance * jax.nn.log_sigmoid(h) - (1 - chance) * jax.nn.log_sigmoid(-h)
 
 
-class Objective(NamedTuple):
-    """A row of the table of objectives.
-
-    `loss(pairs, beta, label_smoothing)` gives one value per pair. A step's loss is the sum of `weight * loss` over all
-    its pairs, divided by their number (`per="pairs"`) or by all their chosen tokens (`per="chosen_tokens"`).
-    `at_start(label_smoothing)` is the value where policy and reference agree and margins are 0, if it is a constant.
-    """
-
-    loss: Callable[[Pairs, Scalar, Scalar], Float[Array, "*P"]]
-    per: Literal["pairs", "chosen_tokens"]
-    uses_reference: bool
-    at_start: Callable[[float], float] | None
+def _power(u: Any, alpha: Scalar) -> Any:
+    gap = jnp.asarray(alpha, jnp.float32) - 1.0
+    near = jnp.abs(gap) < 1e-6  # the limit at 1 is the reverse KL
+    safe = jnp.where(near, 1.0, gap)
+    most = LARGEST_EXPONENT + jnp.log(jnp.abs(safe))
+    return jnp.where(near, u, jnp.expm1(jnp.minimum(safe * u, most)) / safe)
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "sigmoid": Objective(sigmoid, "pairs", True, lambda label_smoothing: 0.6931471805599453),
-    "sft": Objective(sft, "chosen_tokens", False, None),
+DIVERGENCES: dict[str, Callable[[Any, Scalar], Any]] = {
+    "reverse_kl": lambda u, alpha: u,
+    "forward_kl": lambda u, alpha: -jnp.expm1(jnp.minimum(-u, LARGEST_EXPONENT)),
+    "js_divergence": lambda u, alpha: jnp.log(2.0) + jax.nn.log_sigmoid(u),
+    "alpha_divergence": _power,
 }
-"""Every objective by the name that `objective.name` takes."""
+"""f-DPO (Wang et al. 2023, arXiv:2309.16240): `phi(u) = f'(exp(u))` up to a constant, for each divergence f."""
 
 
-def _as_pairs(policy_chosen: Any, policy_rejected: Any, reference_chosen: Any, reference_rejected: Any) -> Pairs:
-    """Pairs in float32 without margins, the reference cut off from gradients."""
-    policy_chosen, policy_rejected = policy_chosen.astype(jnp.float32), policy_rejected.astype(jnp.float32)
-    reference = (reference_chosen.astype(jnp.float32), reference_rejected.astype(jnp.float32))
-    nothing = jnp.zeros_like(policy_chosen)
-    return Pairs(policy_chosen, policy_rejected, *jax.lax.stop_gradient(reference), nothing, nothing, nothing)
+def desensitized(pairs: Pairs, ld_alpha: Scalar) -> Pairs:
+    """LD-DPO (Liu et al. 2024, arXiv:2409.06411): tokens beyond the length that both completions have weigh ld_alpha.
+
+        s(y) = sum of the first min(n_w, n_l) tokens + ld_alpha * sum of the others        (policy and reference alike)
+
+    ld_alpha = 1 changes nothing, 0 leaves only what both have.
+    """
+    assert pairs.shared is not None
+    parts = {
+        name: shared + ld_alpha * (getattr(pairs, name) - shared) for name, shared in pairs.shared._asdict().items()
+    }
+    return pairs._replace(**parts)
+
+
+def policy_weights(pairs: Pairs, *, clamped: bool) -> Float[Array, "*P"]:
+    """WPO (Zhou et al. 2024, arXiv:2406.11827, equation 4): how likely the policy is to say what it learns from.
+
+        w = exp(mean_t(log p_t - log sum_v p_t(v)^2)) of the chosen completion * that of the rejected one
+
+    No gradient. `clamped` bounds w by 1, as the authors do; TRL 1.16 does not.
+    """
+    assert pairs.alignment is not None
+    exponent = jax.lax.stop_gradient(pairs.alignment[0] + pairs.alignment[1])
+    return jnp.exp(jnp.minimum(exponent, 0.0) if clamped else exponent)
+
+
+# ---------------------------------------------------------------------------------------------- objectives of pairs
+
+
+def sigmoid(
+    pairs: Pairs,
+    *,
+    beta: Scalar = 0.1,
+    label_smoothing: Scalar = 0.0,
+    divergence: str = "reverse_kl",
+    divergence_alpha: Scalar = 0.5,
+) -> Outcome:
+    """DPO as in `dpo_loss`, with margin m (arXiv:2402.10571) and label p: `h = beta * (phi(u_w) - phi(u_l)) - m`.
+
+    loss = -q log S(h) - (1 - q) log S(-h),  q = p (1 - e) + (1 - p) e
+    """
+    chosen, rejected = log_ratios(pairs, divergence, divergence_alpha)
+    h = beta * (chosen - rejected) - pairs.margin
+    return Outcome(cross_entropy(h, _smoothed(pairs.label, label_smoothing)), h)
+
+
+def _smoothed(label: Any, label_smoothing: Scalar) -> Any:
+    return label * (1 - label_smoothing) + (1 - label) * label_smoothing
+
+
+def hinge(pairs: Pairs, *, beta: Scalar, divergence: str, divergence_alpha: Scalar) -> Outcome:
+    """SLiC's hinge on DPO's logit (Zhao et al. 2023, arXiv:2305.10425): `max(0, 1 - h)`, h with the pair's margin."""
+    chosen, rejected = log_ratios(pairs, divergence, divergence_alpha)
+    h = beta * (chosen - rejected) - pairs.margin
+    return Outcome(jax.nn.relu(1.0 - h), h)
+
+
+def ipo(pairs: Pairs, *, beta: Scalar, divergence: str, divergence_alpha: Scalar) -> Outcome:
+    """IPO (Azar et al. 2023, arXiv:2310.12036, equation 17), on log-ratios per token as TRL does.
+
+    d = phi(u_w) / n_w - phi(u_l) / n_l,  loss = (d - 1 / (2 beta))^2
+    """
+    chosen, rejected = log_ratios(pairs, divergence, divergence_alpha)
+    gap = per_token(chosen, pairs.chosen_length) - per_token(rejected, pairs.rejected_length)
+    return Outcome(jnp.square(gap - 1.0 / (2.0 * beta)), gap)
+
+
+def exo_pair(
+    pairs: Pairs, *, beta: Scalar, label_smoothing: Scalar, divergence: str, divergence_alpha: Scalar
+) -> Outcome:
+    """EXO for pairs (Ji et al. 2024, arXiv:2402.00856, equation 16): KL from the model's choice to the smoothed label.
+
+    loss = S(h) (log S(h) - log(1 - e)) + S(-h) (log S(-h) - log e)
+    """
+    chosen, rejected = log_ratios(pairs, divergence, divergence_alpha)
+    h = beta * (chosen - rejected)
+    right = jax.nn.sigmoid(h) * (jax.nn.log_sigmoid(h) - jnp.log1p(-label_smoothing))
+    wrong = jax.nn.sigmoid(-h) * (jax.nn.log_sigmoid(-h) - jnp.log(label_smoothing))
+    return Outcome(right + wrong, h)
+
+
+def nca_pair(pairs: Pairs, *, beta: Scalar) -> Outcome:
+    """NCA for pairs (Chen et al. 2024, arXiv:2402.05369): absolute rewards, so the chosen one is not let fall.
+
+    loss = -log S(beta u_w) - (log S(-beta u_w) + log S(-beta u_l)) / 2
+    """
+    chosen, rejected = rewards(pairs, beta)
+    losses = cross_entropy(chosen) + 0.5 * cross_entropy(-chosen) + 0.5 * cross_entropy(-rejected)
+    return Outcome(losses, chosen - rejected)
+
+
+def robust(
+    pairs: Pairs, *, beta: Scalar, label_smoothing: Scalar, divergence: str, divergence_alpha: Scalar
+) -> Outcome:
+    """Robust DPO (Chowdhury et al. 2024, arXiv:2403.00409): unbiased where labels are flipped with chance e < 1/2.
+
+    loss = (-(1 - e) log S(h) + e log S(-h)) / (1 - 2 e)                                     (it may be negative)
+    """
+    chosen, rejected = log_ratios(pairs, divergence, divergence_alpha)
+    h = beta * (chosen - rejected)
+    losses = (1 - label_smoothing) * cross_entropy(h) - label_smoothing * cross_entropy(-h)
+    return Outcome(losses / (1 - 2 * label_smoothing), h)
+
+
+def bco_pair(pairs: Pairs, *, beta: Scalar) -> Outcome:
+    """BCO (Jung et al. 2024, arXiv:2404.04656) without its reward shift, as in TRL.
+
+    loss = -log S(beta u_w) - log S(-beta u_l)
+    """
+    chosen, rejected = rewards(pairs, beta)
+    return Outcome(cross_entropy(chosen) + cross_entropy(-rejected), chosen - rejected)
+
+
+def sppo_hard(pairs: Pairs, *, beta: Scalar) -> Outcome:
+    """SPPO with hard labels (Wu et al. 2024, arXiv:2405.00675): (u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2."""
+    chosen, rejected = log_ratios(pairs)
+    target = 0.5 / beta
+    return Outcome(jnp.square(chosen - target) + jnp.square(rejected + target), chosen - rejected)
+
+
+def apo_zero(pairs: Pairs, *, beta: Scalar) -> Outcome:
+    """APO-zero (D'Oosterlinck et al. 2024, arXiv:2408.06266): 1 - S(beta u_w) + S(beta u_l)."""
+    chosen, rejected = rewards(pairs, beta)
+    return Outcome(jax.nn.sigmoid(-chosen) + jax.nn.sigmoid(rejected), chosen - rejected)
+
+
+def apo_down(pairs: Pairs, *, beta: Scalar) -> Outcome:
+    """APO-down (arXiv:2408.06266, equation 8, plus 1): S(beta u_w) + 1 - S(beta (u_w - u_l))."""
+    chosen, rejected = rewards(pairs, beta)
+    return Outcome(jax.nn.sigmoid(chosen) + jax.nn.sigmoid(rejected - chosen), chosen - rejected)
+
+
+def discopop(pairs: Pairs, *, beta: Scalar, tau: Scalar, divergence: str, divergence_alpha: Scalar) -> Outcome:
+    """DiscoPOP's modulated loss (Lu et al. 2024, arXiv:2406.08414): logistic and exponential, mixed by a gate.
+
+    g = S(h / tau),  loss = -(1 - g) log S(h) + g exp(-h)                        (g exp(-h) as one exponent: finite)
+    """
+    chosen, rejected = log_ratios(pairs, divergence, divergence_alpha)
+    h = beta * (chosen - rejected)
+    # log g - h without the difference of two large numbers: it is at most 0, as tau is at most 1
+    exponent = jnp.minimum(h * (1.0 / tau - 1.0), 0.0) - jnp.maximum(h, 0.0) - jax.nn.softplus(-jnp.abs(h) / tau)
+    return Outcome(jax.nn.sigmoid(-h / tau) * cross_entropy(h) + jnp.exp(exponent), h)
+
+
+def sigmoid_norm(pairs: Pairs, *, beta: Scalar, divergence: str, divergence_alpha: Scalar) -> Outcome:
+    """Length-normalised DPO (Tulu 3, arXiv:2411.15124): -log S(beta (phi(u_w) / n_w - phi(u_l) / n_l) - m)."""
+    chosen, rejected = log_ratios(pairs, divergence, divergence_alpha)
+    gap = per_token(chosen, pairs.chosen_length) - per_token(rejected, pairs.rejected_length)
+    h = beta * gap - pairs.margin
+    return Outcome(cross_entropy(h, pairs.label), h)
+
+
+def rdpo(pairs: Pairs, *, beta: Scalar, length_penalty: Scalar, label_smoothing: Scalar) -> Outcome:
+    """R-DPO (Park et al. 2024, arXiv:2403.19159, equation 9): DPO for a reward less `length_penalty` per token.
+
+    h = beta (u_w - u_l) + length_penalty (n_w - n_l) - m,  loss as in `sigmoid`
+    """
+    chosen, rejected = rewards(pairs, beta)
+    h = chosen - rejected + length_penalty * (pairs.chosen_length - pairs.rejected_length) - pairs.margin
+    return Outcome(cross_entropy(h, _smoothed(pairs.label, label_smoothing)), h)
+
+
+def cal_dpo(pairs: Pairs, *, beta: Scalar, calibration_weight: Scalar) -> Outcome:
+    """Cal-DPO (Xiao et al. 2024, arXiv:2412.14516): rewards are also held to their scale, +-1/2 in units of beta u.
+
+    loss = -log S(u_w - u_l) + calibration_weight ((u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2)
+
+    The paper has calibration_weight = 1, its authors' code 1/2.
+    """
+    chosen, rejected = log_ratios(pairs)
+    target = 0.5 / beta
+    calibration = jnp.square(chosen - target) + jnp.square(rejected + target)
+    return Outcome(cross_entropy(chosen - rejected) + calibration_weight * calibration, chosen - rejected)
+
+
+def simpo(pairs: Pairs, *, beta: Scalar, gamma: Scalar, label_smoothing: Scalar) -> Outcome:
+    """SimPO (Meng et al. 2024, arXiv:2405.14734, equation 6): mean log-probabilities, a target margin, no reference.
+
+    h = beta (log pi(y_w) / n_w - log pi(y_l) / n_l) - gamma - m,  loss as in `sigmoid`
+    """
+    chosen = per_token(pairs.policy_chosen, pairs.chosen_length)
+    rejected = per_token(pairs.policy_rejected, pairs.rejected_length)
+    h = beta * (chosen - rejected) - gamma - pairs.margin
+    return Outcome(cross_entropy(h, _smoothed(pairs.label, label_smoothing)), h)
+
+
+def odds_ratio(pairs: Pairs) -> Outcome:
+    """The preference term of ORPO (Hong et al. 2024, arXiv:2403.07691, equation 7): -log S(log odds_w - log odds_l).
+
+    log odds(y) = a - log(1 - exp(a)),  a = log pi(y) / n                   (a at most -SMALLEST_SURPRISE: finite odds)
+    """
+    chosen, rejected = (
+        _log_odds(per_token(sums, length))
+        for sums, length in (
+            (pairs.policy_chosen, pairs.chosen_length),
+            (pairs.policy_rejected, pairs.rejected_length),
+        )
+    )
+    return Outcome(cross_entropy(chosen - rejected), chosen - rejected)
+
+
+def _log_odds(mean_logp: Any) -> Any:
+    a = jnp.minimum(mean_logp, -SMALLEST_SURPRISE)
+    # log(1 - exp(a)) by whichever form keeps its digits; the other one is given a harmless argument
+    near, far = jnp.maximum(a, -0.7), jnp.minimum(a, -0.7)
+    return a - jnp.where(a > -0.7, jnp.log(-jnp.expm1(near)), jnp.log1p(-jnp.exp(far)))
+
+
+def sft(pairs: Pairs) -> Outcome:
+    """Negative log-likelihood of the chosen completion, summed over its tokens; the rejected one is not looked at."""
+    return Outcome(-pairs.policy_chosen, per_token(pairs.policy_chosen, pairs.chosen_length))
+
+
+def reward(pairs: Pairs, *, center: Scalar, label_smoothing: Scalar) -> Outcome:
+    """Bradley-Terry loss of a reward model whose scores stand where log-probabilities stand otherwise.
+
+    loss = -log S(r_w - r_l - m) + center (r_w + r_l)^2         (labels and smoothing as in `sigmoid`)
+
+    Ouyang et al. 2022, arXiv:2203.02155, equation 1; margins from arXiv:2307.09288; centring from arXiv:2312.09244.
+    """
+    h = pairs.policy_chosen - pairs.policy_rejected - pairs.margin
+    losses = cross_entropy(h, _smoothed(pairs.label, label_smoothing))
+    return Outcome(losses + center * jnp.square(pairs.policy_chosen + pairs.policy_rejected), h)

@@ -181,6 +181,8 @@ def _kind(annotation: Any, bounds: str = "") -> str:
         return f"a list of {_kind(arguments[0])}"
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return " or ".join(_kind(argument, bounds) for argument in arguments)
+    if typing.get_origin(annotation) is dict:
+        return "blocks of settings"
     words = {str: "text", bool: "true or false", int: "a whole number", float: "a number", types.NoneType: "null"}
     return words[annotation] + (bounds if annotation in (int, float) else "")
 

@@ -16,8 +16,9 @@ import numpy as np
 
 from dpo_jax import config, sharding
 from dpo_jax.config import Run
-from dpo_jax.data.batches import Batches
+from dpo_jax.data.batches import Batches, origin
 from dpo_jax.data.encode import Encoded, encode
+from dpo_jax.data.entries import as_entries
 from dpo_jax.evaluation import preference
 from dpo_jax.hf import checkpoint as hf
 from dpo_jax.hf import tensors
@@ -27,6 +28,7 @@ from dpo_jax.model.preference import Problem
 from dpo_jax.model.scoring import score_batch
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.settings import UserError
+from dpo_jax.terms import data_of
 from dpo_jax.training import reference as references
 from dpo_jax.training.journal import Journal, read_records, summary
 from dpo_jax.training.step import State
@@ -158,14 +160,35 @@ def load_data(run: Run, tokenizer: Any, folder: Path, say: Callable[[str], None]
             say(f"  {line}")
     tables = {name: found.to_dict() for name, found in reports.items()}
     write_json(folder / "data.json", tables)
+    train, held_out = entries(run, train), None if held_out is None else entries(run, held_out)
     return Data(train, held_out, report.bad + report.too_long, tables)
+
+
+def entries(run: Run, encoded: Encoded) -> Encoded:
+    """The data as the objective wants it: pairs, whole rankings, single completions, or chosen answers alone.
+
+    Raises:
+      UserError: the rows cannot be that, or have margins or labels that every objective of the run would ignore.
+    """
+    terms = run.objective.terms
+    name = " + ".join(term.name for term in terms)
+    found = as_entries(encoded, data_of(terms), objective=name, max_length=run.data.max_length)
+    used = {use for term in terms for use in term.row.uses}
+    for column, plain in (("margin", 0.0), ("label", 1.0)):
+        rows = np.flatnonzero(getattr(encoded, column) != plain)
+        if len(rows) and column not in used:
+            raise UserError(
+                f"{origin(encoded, int(rows[0]))}: has a {column} (as have {len(rows)} entries in all), which "
+                f"objective.name={name} would ignore; remove the column or choose an objective that takes it"
+            )
+    return found
 
 
 def number_of_steps(run: Run, data: Data) -> int:
     """Optimizer steps of the run."""
     pairs = data.train.num_pairs
     if pairs < run.batch.pairs:
-        raise UserError(f"batch.pairs: {run.batch.pairs} is more than the {pairs} pairs of data.train; lower it")
+        raise UserError(f"batch.pairs: {run.batch.pairs} is more than the {pairs} entries of data.train; lower it")
     return run.steps if run.steps is not None else max(1, int((run.epochs or 1) * pairs / run.batch.pairs))
 
 
@@ -184,6 +207,7 @@ def training_batches(
         micro_tokens=run.batch.micro_tokens,
         attention_length=attention_length(),
         reference=reference.train,
+        rankings=data_of(run.objective.terms) == "rankings",
     )
 
 
@@ -199,6 +223,7 @@ def sweep(run: Run, encoded: Encoded, shards: int, share: bool, logps: np.ndarra
         micro_tokens=run.batch.micro_tokens,
         attention_length=attention_length(),
         reference=logps,
+        rankings=data_of(run.objective.terms) == "rankings",
     )
     return batches.sweep()
 
@@ -225,9 +250,9 @@ def compute_dtype(run: Run) -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def load_model(path: str, mesh: jax.sharding.Mesh, dtype: str = "float32") -> Model:
-    """A folder's model, straight onto its shardings."""
-    spec = read_spec(tensors.local_folder(path))
+def load_model(path: str, mesh: jax.sharding.Mesh, dtype: str = "float32", *, scalar_head: bool = False) -> Model:
+    """A folder's model, straight onto its shardings; with a scalar head, from a language model or a reward model."""
+    spec = read_spec(tensors.local_folder(path), scalar_head=scalar_head)
     shardings = sharding.param_shardings(abstract_params(spec), mesh)
     return hf.load_hf(path, dtype=jnp.dtype(dtype), shardings=shardings, spec=spec)
 
@@ -244,10 +269,10 @@ def check_models(run: Run) -> None:
     Raises:
       UserError: a folder or its config is not as it must be, or the two models know different tokens.
     """
-    policy = read_spec(tensors.local_folder(run.model.path))
+    policy = read_spec(tensors.local_folder(run.model.path), scalar_head=run.objective.trains_reward_model)
     if run.reference.mode == "none" or is_policy(run):
         return
-    reference = read_spec(tensors.local_folder(run.reference.path or run.model.path))
+    reference = read_spec(tensors.local_folder(run.reference.path or run.model.path), scalar_head=False)
     if reference.vocab_size != policy.vocab_size:
         raise UserError(
             f"reference.path: {run.reference.path} knows {reference.vocab_size} tokens and the policy "
@@ -260,9 +285,7 @@ def make_problem(run: Run, model: Model, mesh: jax.sharding.Mesh) -> Problem:
     execution = Execution(run.model.scan_layers, run.model.remat, sharding.rows(mesh))
     return Problem(
         spec=model.spec,
-        objective=run.objective.name,
-        beta=run.objective.beta,
-        label_smoothing=run.objective.label_smoothing,
+        terms=run.objective.terms,
         compute_dtype=compute_dtype(run),
         execution=execution,
         statistics=run.log.token_statistics,
@@ -274,7 +297,7 @@ def make_problem(run: Run, model: Model, mesh: jax.sharding.Mesh) -> Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Log-probabilities by completion of the training and of the held-out data; or live weights; or neither."""
+    """Log-probabilities by scored token of the training and of the held-out data; or live weights; or neither."""
 
     train: np.ndarray | None = None
     held_out: np.ndarray | None = None
@@ -282,15 +305,26 @@ class Reference:
 
 
 def make_reference(
-    run: Run, policy: Model, problem: Problem, data: Data, mesh: jax.sharding.Mesh, journal: Journal
+    run: Run,
+    policy: Model,
+    problem: Problem,
+    data: Data,
+    mesh: jax.sharding.Mesh,
+    journal: Journal,
+    *,
+    resumes: bool = False,
 ) -> Reference:
-    """The reference as the settings want it. Cached: its weights are gone when this returns."""
-    if run.reference.mode == "none":
+    """The reference as the settings want it. Cached: its weights are gone when this returns.
+
+    There are none where the run resumes with a reference that moves: its weights are in the checkpoint.
+    """
+    if run.reference.mode == "none" or (run.reference.update_every and resumes):
         return Reference()
-    model = policy if is_policy(run) else load_model(run.reference.path or run.model.path, mesh, problem.compute_dtype)
+    dtype = "float32" if run.reference.update_every else problem.compute_dtype
+    model = policy if is_policy(run) else load_model(run.reference.path or run.model.path, mesh, dtype)
     if run.reference.mode == "live":
-        # A copy: the policy's own buffers are given away by the first step.
-        return Reference(weights=jax.tree.map(jnp.copy, cast(model.params, jnp.dtype(problem.compute_dtype))))
+        # A copy: the policy's own buffers are given away by the first step. One that moves is kept in float32.
+        return Reference(weights=jax.tree.map(jnp.copy, cast(model.params, jnp.dtype(dtype))))
     digest = weights_digest(run.reference.path or run.model.path)
     sets = {"train": data.train, "held_out": data.held_out}
     return Reference(
@@ -317,13 +351,13 @@ def _cached(
             problem, model, sweep(run, encoded, sharding.batch_shards(mesh), shares(run, model.spec)), mesh, journal
         )
 
-    return references.cached(cache_folder(run), key, encoded.num_completions, compute)
+    return references.cached(cache_folder(run), key, encoded.num_scored, compute)
 
 
 def score_all(
     problem: Problem, model: Model, batches: Batches, mesh: jax.sharding.Mesh, journal: Journal
 ) -> np.ndarray:
-    """Log-probability of each completion under a model, in nats."""
+    """Log-probability of each scored token under a model, in nats."""
     params = cast(model.params, jnp.dtype(problem.compute_dtype))
     scorer = sharding.Compiled(
         lambda params, batch: score_batch(model.spec, params, batch, execution=problem.execution)
@@ -333,7 +367,7 @@ def score_all(
         journal.phase(f"reference log-probabilities {done}/{total}")
 
     place = functools.partial(sharding.place, mesh=mesh)
-    return preference.completion_logprobs(scorer, params, batches, place, progress)
+    return preference.token_logprobs(scorer, params, batches, place, progress)
 
 
 def shares(run: Run, spec: DecoderSpec) -> bool:
@@ -358,6 +392,7 @@ def export(run: Run, spec: DecoderSpec, state: State, folder: Path, journal: Jou
     _, metrics = before_and_after(folder)
     names = [run.data.train] if isinstance(run.data.train, str) else list(run.data.train)
     card = {"datasets": [Path(name).name for name in names], "metrics": metrics, "config": config.dump(run)}
+    card["objectives"] = {term.name: term.row.paper for term in run.objective.terms}
     record = {"settings": config.dump(run), "settings_sha256": config.digest(run), "metrics": metrics}
     files = {"dpo_jax.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n"}
     model = Model(spec, state["params"])

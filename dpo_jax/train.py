@@ -29,14 +29,15 @@ def train(run: config.Run) -> int:
         steps = stages.number_of_steps(run, data)
         questions = loop.read_questions(run)
         stages.check_models(run)
-        policy = stages.load_model(run.model.path, mesh)
+        policy = stages.load_model(run.model.path, mesh, scalar_head=run.objective.trains_reward_model)
         problem = stages.make_problem(run, policy, mesh)
         with Checkpoints(folder / "checkpoints", run.checkpoint) as checkpoints:
             start = checkpoints.latest()
             with stages.make_journal(run, folder, steps, start) as journal:
-                reference = stages.make_reference(run, policy, problem, data, mesh, journal)
+                resumes = start is not None
+                reference = stages.make_reference(run, policy, problem, data, mesh, journal, resumes=resumes)
                 batches = stages.training_batches(run, data, steps, mesh, policy, reference)
-                trainer = loop.Trainer(run, policy, problem, batches, reference.weights, mesh)
+                trainer = loop.Trainer(run, policy, problem, batches, reference, mesh)
                 evaluator = loop.Evaluator(run, problem, data, reference, tokenizer, mesh, questions)
                 stages.record_run(run, folder, stages.facts(run, data, steps))
                 state = loop.start_or_resume(trainer, policy, checkpoints, start, evaluator, folder, journal)

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dpo_jax import config
-from dpo_jax.config import CHANGES_MATHEMATICS, FIELDS, FOREIGN, KEEPS_MATHEMATICS, Run, changed_mathematics, dump
+from dpo_jax.config import CHANGES_MATHEMATICS, FIELDS, KEEPS_MATHEMATICS, Run, changed_mathematics, dump
+from dpo_jax.foreign import FOREIGN
+from dpo_jax.objectives import KNOWN_AS
 from dpo_jax.settings import UserError
 
 GOOD = textwrap.dedent(
@@ -113,7 +115,10 @@ def plain_run(*overrides: str) -> Run:
         (),
         ("epochs=0.5", "data.eval=[a, b]", "evaluation.every=3"),
         ("optimizer.warmup_steps=3",),
-        ("objective.name=sft", "reference.mode=none"),
+        ("objective.name=sft",),
+        ("objective=[{name: sigmoid, weight: 0.8, beta: 0.2}, {name: sft}]",),
+        ("objective.name=simpo", "objective.beta=2.5"),
+        ("reference.update_every=10",),
         ("evaluation={answers: a.jsonl, max_new_tokens: 3}", "checkpoint.allow_change=[seed, data.train]"),
     ],
 )
@@ -158,9 +163,9 @@ BAD = {
     "list for text": (("path: models/tiny", "path: [a]"), ":3: model.path: ", '["a"]: must be text'),
     "number in a list of text": (("[a.jsonl, ", "[3, "), ":5: data.train: ", "must be text or a list of text"),
     "block in a list of text": (("[a.jsonl, ", "[{a: b}, "), ":5: data.train: ", "must be text or a list of text"),
-    "block for a value": (("beta: 0.2", "beta: {a: 1}"), ":10: objective.beta.a: ", "takes a number > 0, not a block"),
+    "block for a value": (("beta: 0.2", "beta: {a: 1}"), ":10: objective.beta.a: ", "takes a number > 0 or null, not"),
     "value for a block": (("batch: {pairs: 32}", "batch: 32"), ":8: batch: ", "a block of settings, such as batch."),
-    "not one of": (("beta: 0.2", "name: ipo"), ":10: objective.name: ", '"ipo": must be one of sigmoid, sft'),
+    "not one of": (("beta: 0.2", "name: ippo"), ":10: objective.name: ", "no objective 'ippo'; did you mean ipo?"),
     "too small": (("beta: 0.2", "beta: 0"), ":10: objective.beta: ", "0: must be a number > 0"),
     "too large": (("beta: 0.2", "label_smoothing: 0.5"), ":10: objective.label_smoothing: ", ">= 0 and < 0.5"),
     "infinite": (("5e-7", ".inf"), ":12: optimizer.learning_rate: ", "must be a number"),
@@ -190,7 +195,28 @@ BAD = {
     "warm-up too long": (("warmup_fraction: 0.05", "warmup_steps: 101"), ":13: optimizer.warmup_steps: ", "not be"),
     "nothing to evaluate": (("  eval: held_out.jsonl\n", ""), ":14: evaluation.every: ", "nothing to evaluate"),
     "nothing to generate": (("every: 10", "max_new_tokens: 10"), ":15: evaluation.max_new_tokens: ", "leave it"),
-    "sft with a reference": (("beta: 0.2", "name: sft"), ": reference.mode: ", "set reference.mode: none"),
+    "sft with a reference": (
+        ("beta: 0.2", "name: sft\nreference: {mode: live}"),
+        ":11: reference.mode: ",
+        "reference.mode: none",
+    ),
+    "a setting of another objective": (("beta: 0.2", "gamma: 1"), ":10: objective.gamma: ", "sigmoid does not use it"),
+    "out of an objective's own range": (
+        ("beta: 0.2", "{name: exo_pair, label_smoothing: 0}"),
+        ":10: objective.label_smoothing: ",
+        "a number > 0 and < 0.5 for objective exo_pair",
+    ),
+    "a schedule of nothing": (("beta: 0.2", "beta_schedule: cosine"), ":10: objective.beta_schedule: ", "beta_end"),
+    "a moving reference kept on disk": (
+        ("seed: 7", "reference: {mode: cached, update_every: 3}"),
+        ":19: reference.mode: ",
+        "cannot be cached",
+    ),
+    "a reward model that answers": (
+        ("beta: 0.2", "name: reward\nevaluation.answers: a.jsonl"),
+        ":11: evaluation.answers: ",
+        "answers nothing",
+    ),
     "dpo without one": (("seed: 7", "reference: {mode: none}"), ":19: reference.mode: ", "compares with a reference"),
     "two rests": (("seed: 7", "mesh: {data: -1}"), ":19: mesh.data: ", "only one axis"),
     "no devices": (("seed: 7", "mesh: {tensor: 0}"), ":19: mesh.tensor: ", "0: must be > 0, or -1"),
@@ -257,9 +283,50 @@ def test_everything_that_is_wrong_is_said_at_once(good):
         assert any(line.startswith(place) for line in lines), (place, lines)
 
 
+def mixture(text):
+    return problems("model.path=m", "data.train=d", "output=o", f"objective={text}")
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("[{name: sigmoid}, {nmae: sft}]", "block 2, nmae: objective sigmoid does not use it"),
+        ("[{name: sigmoid}, {name: sfft}]", "block 2, name: no objective 'sfft'; did you mean sft?"),
+        ("[{name: sigmoid, beta: -1}, {name: sft}]", "block 1, beta: must be a number > 0 for objective sigmoid"),
+        ("[{name: sft, weight: x}]", "weight: must be a number >= 0"),
+        ("[{name: kto}, {name: sigmoid}]", "name: kto and sigmoid want different data; train them one by one"),
+        ("[{name: reward}, {name: sigmoid}]", "name: reward trains a scalar head"),
+        ("[]", "names no objective"),
+        ("[sigmoid, sft]", "a list of blocks is wanted"),
+    ],
+)
+def test_what_is_wrong_with_a_mixture_is_named_with_its_block(good, text, remedy):
+    (line,) = mixture(text)
+    assert line.startswith("command line: objective") and remedy in line, line
+
+
+def test_a_mixture_beside_settings_of_one_objective_is_refused(good):
+    (line,) = problems(good, "objective=[{name: sigmoid}, {name: sft}]")
+    assert line.startswith("run.yaml:10: objective.beta: 0.2: stands beside a list of objectives")
+
+
+@pytest.mark.parametrize("name", ["dpo", "R-DPO", "Bradley_Terry", "nll"])
+def test_objectives_are_known_by_their_other_names(good, name):
+    (line,) = problems("model.path=m", "data.train=d", "output=o", f"objective.name={name}")
+    assert KNOWN_AS[name.lower().replace("-", "_")] in line
+
+
+def test_the_reference_is_what_the_objective_asks_for():
+    modes = {"sigmoid": "cached", "simpo": "none", "sft": "none", "orpo": "none", "mpo": "cached", "reward": "none"}
+    for name, mode in modes.items():
+        assert plain_run(f"objective.name={name}").reference.mode == mode
+    assert plain_run("objective.reference_free=true").reference.mode == "none"
+    assert plain_run("reference.update_every=5").reference.mode == "live"
+
+
 def test_several_contradictions_are_said_at_once(good):
     lines = problems(good, "objective.name=sft", "epochs=1", "output=models/tiny")
-    assert [line.split(": ")[1] for line in lines] == ["steps", "reference.mode", "output", "objective.beta"]
+    assert [line.split(": ")[1] for line in lines] == ["steps", "output", "objective.beta"]
 
 
 @pytest.mark.parametrize("name", [name for name in FOREIGN if name not in {key.split(".")[-1] for key in FIELDS}])

@@ -11,7 +11,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dpo_jax"
 
 # What a module's name begins with -> its floor and its own folder, inside which imports are free. First match holds.
 FLOORS = (
-    (("settings", "losses", "logprobs", "metrics", "trees"), 0, "core"),
+    (
+        ("settings", "losses", "logprobs", "metrics", "mixture", "objectives", "terms", "group_losses", "trees"),
+        0,
+        "core",
+    ),
     (("model.settings", "data.settings", "training.settings"), 1, "settings"),
     (("sharding",), 1, "sharding"),
     (("model",), 1, "model"),
@@ -20,7 +24,7 @@ FLOORS = (
     (("training",), 3, "training"),
     (("evaluation",), 3, "evaluation"),
     (("reporting",), 4, "reporting"),
-    (("config",), 5, "config"),
+    (("config", "foreign"), 5, "config"),
     (("stages", "loop"), 6, "stages"),
     *(((name,), 7, name) for name in ("train", "evaluate", "sample", "convert", "preview", "doctor")),
 )
@@ -64,11 +68,11 @@ def faults(module: str, source: str) -> list[str]:
     found = [*upward(module, tree), *unsafe(tree)]
     outside = {name.split(".")[0] for name in imports(tree)} - {"dpo_jax", *sys.stdlib_module_names}
     early = {name.split(".")[0] for name in imports(tree, at_import_time(tree))}
-    if module in ("losses", "logprobs", "metrics") and outside - NUMERIC:
+    if module in ("losses", "group_losses", "logprobs", "metrics", "mixture") and outside - NUMERIC:
         found.append(f"imports {sorted(outside - NUMERIC)}; the core knows arrays only")
     if module.startswith("data.") and (outside & {"jax", "flax"} or "transformers" in early):
         found.append("data/ never imports jax or flax, and transformers only when it needs it")
-    if module in ("settings", "config") or module.endswith(".settings"):
+    if module in ("settings", "config", "objectives", "terms") or module.endswith(".settings"):
         found += [f"imports {name}; --help must not" for name in outside & {"jax", "flax", "transformers", "numpy"}]
     return found
 

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_jax import dpo_loss, dpo_loss_from_indices
-from dpo_jax.losses import OBJECTIVES, Pairs
+from dpo_jax.losses import make_pairs
+from dpo_jax.mixture import objective_loss
+from dpo_jax.objectives import OBJECTIVES
 
 nats = st.floats(-50, 50, width=32)
 
@@ -37,7 +39,7 @@ def test_policy_equal_to_reference_costs_ln_2_whatever_the_smoothing():
     for eps in (0.0, 0.3):
         loss = dpo_loss(logps, logps - 1, logps, logps - 1, label_smoothing=eps)
         np.testing.assert_allclose(loss.losses, np.log(2), rtol=1e-6)
-        assert OBJECTIVES["sigmoid"].at_start(eps) == pytest.approx(np.log(2))
+        assert OBJECTIVES["sigmoid"].at_start(label_smoothing=eps) == pytest.approx(np.log(2))
 
 
 @settings(deadline=None, max_examples=40)
@@ -90,13 +92,23 @@ def test_low_precision_goes_in_and_float32_comes_out():
 
 
 def test_a_margin_shifts_the_decision():
-    zero = f32(0)
-    pairs = Pairs(f32(3), zero, zero, zero, f32(1), f32(1), f32(0.3))
-    np.testing.assert_allclose(OBJECTIVES["sigmoid"].loss(pairs, 0.1, 0.0), np.log(2), rtol=1e-6)
+    pairs = make_pairs(f32(3), f32(0), margin=0.3)
+    np.testing.assert_allclose(objective_loss("sigmoid", pairs, beta=0.1).losses, np.log(2), rtol=1e-6)
 
 
 def test_sft_looks_at_the_chosen_completion_alone():
-    grads = jax.grad(lambda p: OBJECTIVES["sft"].loss(p, 0.1, 0.0).sum())(Pairs(*[f32(-2.0)] * 7))
-    assert grads.policy_chosen[0] == -1 and all(
-        g[0] == 0 for name, g in grads._asdict().items() if name != "policy_chosen"
-    )
+    def loss(sums):
+        return objective_loss("sft", make_pairs(*sums)).losses.sum()
+
+    grads = jax.grad(loss)([f32(-2.0)] * 4)
+    assert [float(grad[0]) for grad in grads] == [-1, 0, 0, 0]
+
+
+def test_an_objective_is_had_by_name_and_refuses_what_it_does_not_take():
+    pairs = make_pairs(f32(-10), f32(-30), chosen_length=f32(10), rejected_length=f32(10))
+    found = objective_loss("simpo", pairs, beta=2.0, gamma=1.0)  # 2 (-1 - -3) - 1 = 3
+    np.testing.assert_allclose([found.margins[0], found.losses[0]], [3.0, np.log1p(np.exp(-3.0))], rtol=1e-6)
+    with pytest.raises(ValueError, match="tau: objective simpo does not use it; it takes beta, gamma"):
+        objective_loss("simpo", pairs, tau=0.1)
+    with pytest.raises(ValueError, match="'rpo' is not an objective of the table"):
+        objective_loss("rpo", pairs)

@@ -1,46 +1,132 @@
-"""Metrics are sums and counts: merging parts is measuring the whole."""
+"""Metrics are of all pairs of a step at once; padding counts for nothing; names mean what they say."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dpo_jax.losses import Pairs
-from dpo_jax.metrics import means, merge, preference_metrics
+from dpo_jax.metrics import Mean, means, merge, quantile
+from dpo_jax.mixture import START, Moment, beta_of, labels_of, start_constant
+from dpo_jax.model.preference import measure
+from dpo_jax.terms import make_terms
+
+SIGMOID = make_terms([{"name": "sigmoid", "beta": 0.2}])
 
 
-def some_pairs(count, seed=0):
-    return Pairs(
-        *(jax.random.normal(key, (count,)) * 3 for key in jax.random.split(jax.random.key(seed), 4)),
-        *[jnp.full((count,), 5.0)] * 2,
-        jnp.zeros((count,)),
+def some_pairs(count, seed=0, **changes):
+    sums = (jax.random.normal(key, (count,)) * 3 for key in jax.random.split(jax.random.key(seed), 4))
+    ones = jnp.ones((count,))
+    lengths = jnp.arange(count, dtype=jnp.float32) + 2, 5 * ones
+    pairs = Pairs(*sums, *lengths, margin=0 * ones, label=ones, weight=ones, real=jnp.ones(count, bool))
+    return pairs._replace(**changes)
+
+
+def metrics_of(pairs, terms=SIGMOID, moment=START):
+    return {name: float(value) for name, value in measure(terms, pairs, moment)[1].items()}
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        [{"name": "sigmoid"}],
+        [{"name": "simpo"}],
+        [{"name": "kto"}],
+        [{"name": "reward"}],
+        [{"name": "sft"}],
+        [{"name": "aot"}, {"name": "ipo", "weight": 0.5}],
+    ],
+    ids=lambda blocks: blocks[0]["name"],
+)
+def test_padding_counts_for_nothing_even_when_it_is_nan(blocks):
+    terms = make_terms(blocks)
+    pairs = some_pairs(5, label=jnp.asarray([1.0, 0.0, 1.0, 0.0, 1.0]))
+    real = jnp.asarray([True, True, False, True, True])
+    spoiled = jax.tree.map(lambda x: x.at[2].set(jnp.nan) if x.dtype == jnp.float32 else x, pairs)._replace(real=real)
+    kept = jax.tree.map(lambda x: x[real], pairs)
+    for name, value in metrics_of(spoiled, terms).items():
+        np.testing.assert_allclose(value, metrics_of(kept, terms)[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_quantiles_are_numpys_over_the_real_pairs():
+    values, real = jnp.asarray([3.0, -1.0, 7.0, 99.0, 2.0]), jnp.asarray([True, True, True, False, True])
+    for share in (0.0, 0.1, 0.5, 0.9, 1.0):
+        expected = np.quantile(np.asarray([3.0, -1.0, 7.0, 2.0]), share)
+        np.testing.assert_allclose(quantile(values, real, share), expected, rtol=1e-6)
+    pairs = some_pairs(40)
+    margins = 0.2 * np.asarray(
+        pairs.policy_chosen - pairs.reference_chosen - pairs.policy_rejected + pairs.reference_rejected
     )
-
-
-def test_merged_parts_are_the_whole():
-    pairs, real = some_pairs(7), jnp.ones(7, bool)
-    whole = means(preference_metrics(pairs, real, 0.2))
-    head, tail = (jax.tree.map(lambda x, part=part: x[part], pairs) for part in (slice(0, 2), slice(2, 7)))
-    parts = merge(preference_metrics(head, real[:2], 0.2), preference_metrics(tail, real[2:], 0.2))
-    for name, value in means(parts).items():
-        np.testing.assert_allclose(value, whole[name], rtol=1e-5, err_msg=name)
-
-
-def test_padding_counts_for_nothing_even_when_it_is_nan():
-    pairs, real = some_pairs(4), jnp.asarray([True, True, True, False])
-    spoiled = jax.tree.map(lambda x: x.at[3].set(jnp.nan), pairs)
-    for name, value in means(preference_metrics(spoiled, real, 0.1)).items():
-        kept = jax.tree.map(lambda x: x[:3], pairs)
-        np.testing.assert_allclose(value, means(preference_metrics(kept, real[:3], 0.1))[name], rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(metrics_of(pairs)["rewards/margins_p90"], np.quantile(margins, 0.9), rtol=1e-5)
 
 
 def test_equal_rewards_are_not_accurate():
-    same = Pairs(*[jnp.asarray([-1.0])] * 7)
-    assert means(preference_metrics(same, jnp.ones(1, bool), 0.1))["rewards/accuracies"] == 0
+    same = some_pairs(1)
+    same = same._replace(**{name: jnp.asarray([-1.0]) for name in same._fields[:4]})
+    found = metrics_of(same)
+    assert found["rewards/accuracies"] == 0 and found["gradient_weight"] == 0.5 and found["drift/chosen"] == 0
 
 
 def test_kl_is_zero_at_the_reference_and_positive_elsewhere():
-    values = means(preference_metrics(some_pairs(5), jnp.ones(5, bool), 0.1))
-    at_home = some_pairs(5)._replace(
-        reference_chosen=some_pairs(5).policy_chosen, reference_rejected=some_pairs(5).policy_rejected
+    pairs = some_pairs(5)
+    at_home = pairs._replace(reference_chosen=pairs.policy_chosen, reference_rejected=pairs.policy_rejected)
+    assert metrics_of(pairs)["kl"] > 0 and metrics_of(at_home)["kl"] == 0
+
+
+def test_the_gradient_weight_is_what_the_gradient_of_dpo_is_multiplied_by():
+    pairs = some_pairs(6)
+    slope = jax.grad(lambda chosen: measure(SIGMOID, pairs._replace(policy_chosen=chosen), START)[0])
+    weight = -slope(pairs.policy_chosen).sum() / 0.2  # d loss / d logp = -beta S(-h) / P
+    np.testing.assert_allclose(metrics_of(pairs)["gradient_weight"], weight, rtol=1e-5)
+
+
+def test_a_mixture_tells_each_of_its_losses_and_their_sum():
+    terms = make_terms([{"name": "sigmoid"}, {"name": "sft", "weight": 0.3}, {"name": "sigmoid", "beta": 0.5}])
+    pairs = some_pairs(7)
+    loss, found, _ = measure(terms, pairs, START)
+    assert labels_of(terms) == ["sigmoid", "sft", "sigmoid_2"]
+    parts = found["objective/sigmoid"] + 0.3 * found["objective/sft"] + found["objective/sigmoid_2"]
+    np.testing.assert_allclose(loss, parts, rtol=1e-6)
+    np.testing.assert_allclose(
+        found["objective/sft"], -pairs.policy_chosen.sum() / pairs.chosen_length.sum(), rtol=1e-6
     )
-    assert values["kl"] > 0 and means(preference_metrics(at_home, jnp.ones(5, bool), 0.1))["kl"] == 0
+
+
+def test_what_has_no_reference_says_nothing_of_it():
+    silent = {"kl", "drift/chosen", "drift/rejected", "gradient_weight"}
+    for blocks in ([{"name": "simpo"}], [{"name": "cpo"}], [{"name": "sft"}], [{"name": "reward"}]):
+        assert not silent & set(metrics_of(some_pairs(3), make_terms(blocks)))
+    assert silent <= set(metrics_of(some_pairs(3)))
+
+
+def test_single_completions_are_counted_by_what_they_are():
+    terms = make_terms([{"name": "kto", "beta": 0.5}])
+    pairs = some_pairs(4, label=jnp.asarray([1.0, 1.0, 0.0, 1.0]))
+    found = metrics_of(pairs, terms)
+    u = np.asarray(pairs.policy_chosen - pairs.reference_chosen)
+    np.testing.assert_allclose(found["rewards/chosen"], 0.5 * u[[0, 1, 3]].mean(), rtol=1e-5)
+    np.testing.assert_allclose(found["rewards/rejected"], 0.5 * u[2], rtol=1e-5)
+    baseline = max(float((pairs.policy_rejected - pairs.reference_rejected).mean()), 0.0)
+    np.testing.assert_allclose(found["objective/kto_baseline"], baseline, rtol=1e-5)
+
+
+def test_beta_goes_where_it_is_sent():
+    (linear,) = make_terms([{"name": "sigmoid", "beta": 0.1, "beta_end": 0.5}])
+    (cosine,) = make_terms([{"name": "ipo", "beta": 0.1, "beta_end": 0.5, "beta_schedule": "cosine"}])
+    np.testing.assert_allclose([beta_of(linear, p) for p in (0, 0.25, 1, 2)], [0.1, 0.2, 0.5, 0.5], rtol=1e-6)
+    np.testing.assert_allclose([beta_of(cosine, p) for p in (0, 0.5, 1)], [0.1, 0.3, 0.5], rtol=1e-6)
+    assert metrics_of(some_pairs(3), (linear,), Moment(0.5))["beta"] == pytest.approx(0.3)
+
+
+def test_the_constant_of_a_mixture_is_the_sum_of_its_parts_if_all_have_one():
+    assert start_constant(make_terms([{"name": "mpo"}])) is None
+    both = make_terms([{"name": "sigmoid"}, {"name": "ipo", "weight": 0.5, "beta": 0.5}])
+    assert start_constant(both) == pytest.approx(np.log(2) + 0.5)
+
+
+def test_merged_means_are_the_whole():
+    parts = [
+        {"entropy": Mean(jnp.asarray(2.0), jnp.asarray(3.0))},
+        {"entropy": Mean(jnp.asarray(4.0), jnp.asarray(1.0))},
+    ]
+    assert float(means(merge(*parts))["entropy"]) == 1.5

@@ -1,4 +1,4 @@
-"""A step is its pairs: packing, shared prompts, micro-batches and devices are invisible; and TRL steps the same way."""
+"""A step is its pairs: what a step measures, moves and remembers; and TRL steps the same way."""
 
 import functools
 import json
@@ -11,21 +11,19 @@ from safetensors.numpy import load_file
 
 from dpo_jax import logits, sharding, trees
 from dpo_jax.data.batches import Batches
-from dpo_jax.data.encode import encode
-from dpo_jax.data.settings import DataSettings
-from dpo_jax.hf.checkpoint import load_hf
+from dpo_jax.evaluation import preference
 from dpo_jax.hf.mapping import names
-from dpo_jax.hf.tokenizer import load_tokenizer
-from dpo_jax.losses import OBJECTIVES
-from dpo_jax.metrics import means
-from dpo_jax.model.decoder import Execution, init_params
-from dpo_jax.model.preference import Problem, evaluate_batch
+from dpo_jax.model.decoder import init_params
+from dpo_jax.model.preference import Problem, evaluate_batch, loss_and_gradient, measured_terms
 from dpo_jax.model.scoring import score_batch
 from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.terms import make_terms
 from dpo_jax.training.optimizer import decay_mask, make_optimizer, schedule
 from dpo_jax.training.settings import OptimizerSettings
-from dpo_jax.training.step import fresh_state, loss_and_gradient, make_step
+from dpo_jax.training.step import MovingReference, fresh_state, make_step
+from tests.conftest import ROOT
 from tests.forests import random_encoded
+from tools import parity
 
 SPEC = DecoderSpec(
     vocab_size=50,
@@ -39,13 +37,6 @@ SPEC = DecoderSpec(
     windows=(None, 6),
 )
 ENCODED = random_encoded(units=9, completions=(2, 4), seed=3)
-LAYOUTS = {  # devices, share prompts, slots of a micro-batch
-    "one device, everything in one micro-batch": (1, True, 4096),
-    "one device, many micro-batches": (1, True, 64),
-    "prompts computed anew for each completion": (1, False, None),
-    "two devices": (2, True, 64),
-    "four devices, prompts not shared": (4, False, None),
-}
 
 
 @pytest.fixture(scope="module")
@@ -78,52 +69,86 @@ def small():
 def test_packed_scores_are_those_of_separate_rows(params):
     batches = Batches(small(), small().num_pairs, 2, 1, micro_tokens=64)
     mesh = sharding.make_mesh(devices=jax.devices()[:2])
-    batch = batches.at(0)
-    scored = np.asarray(jax.jit(functools.partial(score_batch, SPEC))(params, sharding.place(batch, mesh)))
-    used = batch.ids >= 0
-    np.testing.assert_allclose(scored[used], text_logprobs(params, small())[batch.ids[used]], rtol=1e-5, atol=1e-4)
+    score = jax.jit(functools.partial(score_batch, SPEC))
+    tokens = preference.token_logprobs(score, params, batches.sweep(), functools.partial(sharding.place, mesh=mesh))
+    sums = np.add.reduceat(tokens.astype(np.float64), small().scored_start)
+    np.testing.assert_allclose(sums, text_logprobs(params, small()), rtol=1e-5, atol=1e-4)
 
 
-@functools.cache
-def measured(layout, objective):
-    """Loss, gradient and metrics of one step in one layout; the first test that asks pays for the compilation."""
-    devices, share, micro_tokens = LAYOUTS[layout]
-    policy = jax.tree.map(lambda leaf: 3 * leaf, init_params(SPEC, jax.random.key(0)))
-    other = init_params(SPEC, jax.random.key(1))
-    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-    placed = [jax.device_put(tree, sharding.param_shardings(tree, mesh)) for tree in (policy, other)]
-    batch = Batches(ENCODED, 12, devices, 2, share_prompts=share, micro_tokens=micro_tokens).at(1)
-    execution = Execution(remat="attention", activations=sharding.rows(mesh))
-    problem = Problem(
-        SPEC, objective, beta=0.3, label_smoothing=0.1 if objective == "sigmoid" else 0.0, execution=execution
-    )
-    found = jax.jit(functools.partial(loss_and_gradient, problem))(placed[0], sharding.place(batch, mesh), placed[1])
-    loss, metrics, gradient = found
-    return float(loss), jax.device_get(means(metrics)), trees.paths(jax.device_get(gradient)), int(batch.micro_batches)
+def one_step(problem, params, reference, **layout):
+    batch = Batches(ENCODED, 12, 1, 2, **layout).at(1)
+    loss, metrics, gradient, _ = jax.jit(functools.partial(loss_and_gradient, problem))(params, batch, reference)
+    return float(loss), jax.device_get(metrics), jax.device_get(gradient)
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
-def test_layout_is_invisible(layout, objective):
-    loss, metrics, gradient, _ = measured(next(iter(LAYOUTS)), objective)
-    ours, measured_here, slope, _ = measured(layout, objective)
-    assert ours == pytest.approx(loss, rel=1e-5)
-    norm = np.sqrt(sum(np.square(leaf.astype(np.float64)).sum() for leaf in gradient.values()))
-    error = np.sqrt(sum(np.square((slope[name] - leaf).astype(np.float64)).sum() for name, leaf in gradient.items()))
-    assert error <= 1e-5 * norm
-    for name, value in metrics.items():
-        np.testing.assert_allclose(measured_here[name], value, rtol=5e-5, atol=1e-6, err_msg=name)
-
-
-def test_the_layouts_differ():
-    assert [measured(layout, "sft")[3] > 1 for layout in list(LAYOUTS)[:2]] == [False, True]
+def test_metrics_do_not_depend_on_the_layout(params, reference):
+    problem = Problem(SPEC, make_terms([{"name": "rpo", "beta": 0.3, "label_smoothing": 0.1}]))
+    _, whole, _ = one_step(problem, params, reference, micro_tokens=4096)
+    _, parts, _ = one_step(problem, params, reference, micro_tokens=64, share_prompts=False)
+    assert {"entropy", "kl", "drift/chosen", "rewards/margins_p50", "objective/sft"} <= set(whole)
+    for name, value in whole.items():
+        np.testing.assert_allclose(parts[name], value, rtol=5e-5, atol=1e-6, err_msg=name)
 
 
 def test_evaluation_measures_the_loss_of_training(params, reference):
-    batch = Batches(ENCODED, 12, 1, 2).at(1)
-    problem = Problem(SPEC, beta=0.3, label_smoothing=0.1)
-    found = means(jax.jit(functools.partial(evaluate_batch, problem))(params, batch, reference))
-    assert float(found["loss"]) == pytest.approx(measured(next(iter(LAYOUTS)), "sigmoid")[0], rel=1e-5)
+    """Also where the loss sorts all pairs, and where the sweep takes them in several batches."""
+    problem = Problem(SPEC, make_terms([{"name": "aot", "beta": 0.3}, {"name": "sft", "weight": 0.1}]))
+    everything = ENCODED.num_pairs
+    step = jax.jit(functools.partial(loss_and_gradient, problem))
+    loss, metrics, _, _ = step(params, Batches(ENCODED, everything, 1, 1).at(0), reference)
+    collect = jax.jit(functools.partial(evaluate_batch, problem))
+    found = preference.evaluate(
+        lambda weights, batch: collect(weights, batch, reference),
+        params,
+        Batches(ENCODED, 5, 1, 1).sweep(),
+        lambda batch: batch,
+        measured_terms(problem),
+    )
+    assert found["loss"] == pytest.approx(float(loss), rel=1e-5)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(found[name], value, rtol=5e-5, atol=1e-6, err_msg=name)
+
+
+def test_a_reference_computed_ahead_is_the_live_one(params, reference):
+    problem = Problem(SPEC, make_terms([{"name": "sigmoid", "ld_alpha": 0.5}]))
+    score = jax.jit(functools.partial(score_batch, SPEC))
+    tokens = preference.token_logprobs(score, reference, Batches(ENCODED, 5, 1, 1).sweep(), lambda batch: batch)
+    assert np.isfinite(tokens).all()
+    live, _, _ = one_step(problem, params, reference)
+    batch = Batches(ENCODED, 12, 1, 2, reference=tokens).at(1)
+    assert float(jax.jit(functools.partial(loss_and_gradient, problem))(params, batch)[0]) == pytest.approx(
+        live, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.6])
+def test_a_moving_reference_moves_when_it_is_due_and_only_then(params, reference, rate):
+    """TR-DPO: reference <- rate * policy + (1 - rate) * reference."""
+    optimizer = make_optimizer(OptimizerSettings())
+    moving = MovingReference(every=2, rate=rate)
+    step = jax.jit(make_step(Problem(SPEC), optimizer, lambda step: 1e-2, steps=4, moving=moving))
+    state, batches = fresh_state(params, optimizer, reference=reference), Batches(ENCODED, 12, 1, 4)
+    for number in range(4):
+        before = state["reference"]
+        state, _ = step(state, None, batches.at(number))
+        wanted = before
+        if number % 2:
+            wanted = jax.tree.map(lambda old, new: (1 - rate) * old + rate * new, before, state["params"])
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), state["reference"], wanted)
+
+
+def test_what_an_objective_remembers_goes_from_step_to_step(params, reference):
+    problem = Problem(SPEC, make_terms([{"name": "beta_dpo", "momentum": 0.75, "keep_fraction": 1.0}]))
+    optimizer = make_optimizer(OptimizerSettings(learning_rate=0.0))
+    step = jax.jit(make_step(problem, optimizer, lambda step: 0.0))
+    state, batch = fresh_state(params, optimizer, remembers=problem.remembers), Batches(ENCODED, 12, 1, 2).at(1)
+    pairs = jax.jit(functools.partial(evaluate_batch, problem))(params, batch, reference)[0]
+    gaps = (pairs.policy_chosen - pairs.reference_chosen - pairs.policy_rejected + pairs.reference_rejected)[pairs.real]
+    for remembered in (0.25, 0.25 * 0.75 + 0.25):
+        state, _ = step(state, reference, batch)
+        np.testing.assert_allclose(
+            state["memory"], [remembered * gaps.mean(), remembered * gaps.std(ddof=1)], rtol=1e-4
+        )
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(params, reference):
@@ -167,52 +192,45 @@ def test_schedules(name, rates):
 
 
 @pytest.fixture(scope="module")
-def parity(shared, tmp_path_factory):
-    folder = shared / "trl_parity"
-    rows = tmp_path_factory.mktemp("parity") / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in json.loads((folder / "batch.json").read_text())["rows"]))
-    data = DataSettings(train=str(rows), truncation="keep_start")
-    encoded, _ = encode(str(rows), load_tokenizer(str(folder / "model")), data)
-    models = load_hf(folder / "model"), load_hf(folder / "ref")
-    return folder, encoded, models
+def trl(shared, tmp_path_factory):
+    return parity.open_folder(shared / "trl_parity", tmp_path_factory.mktemp("parity"))
 
 
-def sigmoid_run(parity, settings, steps):
-    """Metrics of each step over the six pairs, and the last parameters."""
-    _, encoded, (policy, reference) = parity
-    optimizer = make_optimizer(settings)
-    step = jax.jit(make_step(Problem(policy.spec), optimizer, schedule(settings, steps)))
-    state, found = fresh_state(policy.params, optimizer), []
-    for number in range(steps):
-        state, metrics = step(state, reference.params, Batches(encoded, 6, 1, steps, order="file").at(number))
-        found.append({name: float(value) for name, value in metrics.items()})
-    return found, state["params"]
+def cases(name):
+    """Cases of the shared folder's file, to be had when tests are collected; none where there is no such folder."""
+    found = [folder / "trl_parity" / name for folder in (ROOT.parent / "shared", ROOT / "shared")]
+    table = next((json.loads(path.read_text()) for path in found if path.is_file()), {})
+    return [case for case in table.get("traj", table) if not case.startswith("_")] or ["no folder"]
 
 
-@pytest.fixture(scope="module")
-def trajectory(parity):
-    settings = OptimizerSettings(learning_rate=5e-3, schedule="linear", warmup_steps=2, weight_decay=0.01)
-    return sigmoid_run(parity, settings, 8)
+@pytest.mark.parametrize("case", cases("golden.json"))
+def test_loss_gradient_and_every_metric_are_trls(trl, case):
+    """Tolerances and their reasons stand in tools/parity.py."""
+    golden = json.loads((trl.path / "golden.json").read_text())[case]
+    lines = list(parity.compare_case(trl, case, golden))
+    assert lines and [line for line in lines if line.missed] == []
 
 
-def test_loss_and_every_metric_are_trls(parity, trajectory):
-    golden = json.loads((parity[0] / "golden.json").read_text())["sigmoid"]
-    ours = trajectory[0][0]
-    assert ours["loss"] == pytest.approx(golden["loss"], rel=1e-5)
-    assert ours["grad_norm"] == pytest.approx(golden["grad_norm"], rel=1e-4)
-    for name in set(golden["metrics"]) - {"num_tokens"}:
-        # 5e-5: what float64 NumPy and TRL's own float32 differ by is 2.4e-5 (small differences of large sums)
-        assert ours[name] == pytest.approx(golden["metrics"][name], rel=5e-5, abs=1e-7), name
+@pytest.mark.parametrize("loss_type", cases("trajectory.json"))
+def test_eight_steps_of_adamw_are_trls(trl, loss_type):
+    log = json.loads((trl.path / "trajectory.json").read_text())["traj"][loss_type]
+    lines = list(parity.compare_trajectory(trl, loss_type, log))
+    assert len(lines) == 8 and [line for line in lines if line.missed] == []
 
 
-def test_the_whole_gradient_is_trls(parity):
-    folder, encoded, (policy, reference) = parity
+def test_a_wrong_number_is_a_miss():
+    assert parity.Line("", "loss", 1.0, 1.0 + 2e-5, parity.LOSS).missed
+    assert parity.Line("", "loss", 1.0, float("nan"), parity.LOSS).missed
+    assert not parity.Line("", "loss", 1.0, 1.0 + 5e-6, parity.LOSS).missed
+
+
+def test_the_whole_gradient_is_trls(trl):
+    encoded = parity.encoded_rows(trl, {})
     batch = Batches(encoded, 6, 1, 1, order="file").at(0)
-    _, _, gradient = jax.jit(functools.partial(loss_and_gradient, Problem(policy.spec)))(
-        policy.params, batch, reference.params
-    )
-    ours, theirs = trees.paths(gradient), load_file(folder / "grad_sigmoid.safetensors")
-    for entry in names(policy.spec):
+    run = jax.jit(functools.partial(loss_and_gradient, Problem(trl.policy.spec)))
+    ours = trees.paths(run(trl.policy.params, batch, trl.reference.params)[2])
+    theirs = load_file(trl.path / "grad_sigmoid.safetensors")
+    for entry in names(trl.policy.spec):
         leaf = np.asarray(ours[entry.leaf] if entry.layer is None else ours[entry.leaf][entry.layer])
         want = theirs[entry.name]
         np.testing.assert_allclose(
@@ -220,16 +238,15 @@ def test_the_whole_gradient_is_trls(parity):
         )
 
 
-def test_eight_steps_of_adamw_are_trls(parity, trajectory):
-    folder = parity[0]
-    theirs = json.loads((folder / "trajectory.json").read_text())["traj"]["sigmoid"]
-    ours, params = trajectory
-    for one, other in zip(ours, theirs, strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
-        assert one["learning_rate"] == pytest.approx(other["learning_rate"], rel=1e-6)
-        assert one["rewards/margins"] == pytest.approx(other["rewards/margins"], rel=1e-3)
-    final, leaves = load_file(folder / "final_sigmoid_8steps.safetensors"), trees.paths(params)
-    for entry in names(parity[2][0].spec):
+def test_the_weights_after_eight_steps_are_trls(trl):
+    settings = OptimizerSettings.model_validate(parity.TRAJECTORY)
+    optimizer, encoded = make_optimizer(settings), parity.encoded_rows(trl, {})
+    step = jax.jit(make_step(Problem(trl.policy.spec), optimizer, schedule(settings, 8), steps=8))
+    state = fresh_state(trl.policy.params, optimizer)
+    for number in range(8):
+        state, _ = step(state, trl.reference.params, Batches(encoded, 6, 1, 8, order="file").at(number))
+    final, leaves = load_file(trl.path / "final_sigmoid_8steps.safetensors"), trees.paths(state["params"])
+    for entry in names(trl.policy.spec):
         leaf = np.asarray(leaves[entry.leaf] if entry.layer is None else leaves[entry.leaf][entry.layer])
         # Adam divides by the root of tiny second moments, so a rounding of the gradient becomes a visible step:
         # weights move by up to 8 x 5e-3, and 1e-3 of one step is 5e-6

@@ -33,6 +33,14 @@ def world(tmp_path_factory):
     write(root / "train.jsonl", *rows[:14])
     write(root / "eval.jsonl", *rows[14:])
     write(root / "answers.jsonl", {"prompt": [user("Say 3")], "good": "."})
+    ranked = [
+        {"prompt": f"Say {n}", "completions": ["yes", "no " * (n % 4 + 1), "perhaps"], "ranks": [1, 3, 2]}
+        for n in range(1, 13)
+    ]
+    write(root / "ranked.jsonl", *ranked)
+    single = [{"prompt": f"Say {n}", "completion": "yes " * (n % 3 + 1), "label": n % 2 == 0} for n in range(1, 15)]
+    write(root / "single.jsonl", *single)
+    write(root / "told.jsonl", *({"messages": [user(f"Say {n}"), assistant("yes")]} for n in range(1, 13)))
     return root
 
 
@@ -133,9 +141,22 @@ def test_nothing_compiles_after_warm_up(plain):
     assert plain[1] == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopping_and_going_on_is_never_having_stopped(world, plain, tmp_path, monkeypatch, number):
-    original = Journal.step
+@pytest.fixture(scope="module")
+def moving(world):
+    """A run whose reference moves and whose objective remembers earlier steps: both must be in its checkpoints."""
+    output = world / "moving"
+    assert train.main(arguments(world, output, "evaluation.every=null", *MOVING)) == 0
+    return output
+
+
+MOVING = ("reference.update_every=2", "objective.name=beta_dpo", "objective.beta_end=0.3")
+
+
+@pytest.mark.parametrize(
+    ("number", "more", "code"), [(signal.SIGTERM, (), 75), (signal.SIGINT, (), 130), (signal.SIGTERM, MOVING, 75)]
+)
+def test_stopping_and_going_on_is_never_having_stopped(world, plain, moving, tmp_path, monkeypatch, number, more, code):
+    original, whole = Journal.step, moving if more else plain[0]
 
     def step(self, now, metrics):
         original(self, now, metrics)
@@ -144,12 +165,19 @@ def test_stopping_and_going_on_is_never_having_stopped(world, plain, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "step", step)
-        assert train.main(arguments(world, tmp_path / "run", "evaluation.every=null")) == {15: 75, 2: 130}[int(number)]
+        assert train.main(arguments(world, tmp_path / "run", "evaluation.every=null", *more)) == code
     assert not (tmp_path / "run" / "model").exists()
-    assert train.main(arguments(world, tmp_path / "run", "evaluation.every=null")) == 0
-    assert lasting(tmp_path / "run") == lasting(plain[0])
-    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (tmp_path / "run", plain[0])]
+    assert train.main(arguments(world, tmp_path / "run", "evaluation.every=null", *more)) == 0
+    assert lasting(tmp_path / "run") == lasting(whole)
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (tmp_path / "run", whole)]
     assert weights[0] == weights[1]
+
+
+def test_a_reference_that_moves_is_near_again_and_beta_rises(moving):
+    records = steps_of(moving)
+    drift = [abs(record["drift/chosen"]) for record in records]
+    assert drift[2] < drift[1] and drift[4] < drift[3]  # moved after steps 2 and 4
+    np.testing.assert_allclose([record["beta"] for record in records], np.linspace(0.1, 0.3, STEPS), rtol=1e-6)
 
 
 def same_losses(one, other, rel):
@@ -178,6 +206,79 @@ def test_evaluate_measures_what_training_measured(world, finished, capsys):
     last = [record for record in read_records(finished / "metrics.jsonl") if "eval_loss" in record][-1]
     assert found["pairs"] == 6 and found["loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
     assert found["rewards/accuracies"] == last["eval_rewards/accuracies"]
+
+
+def run_on(world, output, file, *more):
+    """A short run on another file of training rows, with its last record."""
+    argv = [a for a in arguments(world, output, "evaluation.every=null") if not a.startswith("data.")]
+    assert train.main([*argv, f"data.train={world / file}", *more]) == 0
+    return steps_of(output)
+
+
+def test_a_ranking_is_learned_as_one(world, tmp_path):
+    records = run_on(world, tmp_path / "run", "ranked.jsonl", "objective.name=plackett_luce")
+    assert records[0]["loss"] == pytest.approx(np.log(3) + np.log(2), abs=1e-4)  # 1/3 for the best, then 1/2
+    assert records[-1]["loss"] < records[0]["loss"] and records[-1]["rewards/margins"] > 0
+
+
+def test_single_completions_are_learned_as_desirable_or_not(world, tmp_path, capsys):
+    records = run_on(world, tmp_path / "run", "single.jsonl", "objective.name=kto", "steps=12")
+    assert records[0]["loss"] == pytest.approx(0.5, abs=1e-4)
+    assert records[-1]["loss"] < 0.5 and {"rewards/chosen", "rewards/rejected", "objective/kto_baseline"} <= set(
+        records[0]
+    )
+    argv = [a for a in arguments(world, tmp_path / "no") if not a.startswith("data.")] + [
+        "evaluation.every=null",
+        f"data.train={world / 'single.jsonl'}",
+    ]
+    assert "objective.name=sigmoid compares two completions" in refused(argv, capsys)
+
+
+def test_fine_tuning_on_the_answers_is_a_stage_before_dpo(world, tmp_path):
+    """The paper's way to a reference: the chosen answers are learned first, then the result is policy and reference."""
+    first = run_on(world, tmp_path / "first", "told.jsonl", "objective.name=sft")
+    assert first[-1]["loss"] < first[0]["loss"] and "rewards/margins" not in first[0]
+    argv = arguments(world, tmp_path / "second", "evaluation.every=null", f"model.path={tmp_path / 'first' / 'model'}")
+    assert train.main(argv) == 0
+    assert steps_of(tmp_path / "second")[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
+
+
+def test_a_reward_model_is_trained_exported_and_measured(world, tmp_path, capsys):
+    assert train.main(arguments(world, tmp_path / "run", "objective.name=reward", "optimizer.learning_rate=1e-2")) == 0
+    records = steps_of(tmp_path / "run")
+    assert records[0]["loss"] == pytest.approx(np.log(2), abs=1e-6) and records[-1]["loss"] < 0.6
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    capsys.readouterr()
+    assert evaluate.main([str(tmp_path / "run" / "model"), str(world / "eval.jsonl"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    last = [record for record in read_records(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in record][-1]
+    assert found["rewards/accuracies"] == last["eval_rewards/accuracies"] > 0.5
+    assert found["loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
+
+
+def test_a_mixture_is_a_list_of_objectives(world, tmp_path):
+    mixture = "objective=[{name: sigmoid, weight: 0.8}, {name: bco_pair, weight: 0.2}, {name: sft}]"
+    assert train.main(arguments(world, tmp_path / "list", "evaluation.every=null", mixture)) == 0
+    assert train.main(arguments(world, tmp_path / "name", "evaluation.every=null", "objective.name=mpo")) == 0
+    assert lasting(tmp_path / "list") == lasting(tmp_path / "name")
+
+
+def test_a_column_that_the_objective_would_ignore_is_refused(world, tmp_path, capsys):
+    rows = [{"prompt": "Say", "chosen": "yes", "rejected": "no" * n, "margin": 0.5 * n} for n in range(1, 7)]
+    write(tmp_path / "rows.jsonl", {**rows[0], "margin": 0}, *rows[1:])
+    argv = [a for a in arguments(world, tmp_path / "run", "evaluation.every=null") if not a.startswith("data.")]
+    line = refused([*argv, f"data.train={tmp_path / 'rows.jsonl'}", "objective.name=ipo"], capsys)
+    assert "rows.jsonl:2: has a margin (as have 5 entries" in line and "objective.name=ipo would ignore" in line
+
+
+def test_an_alarm_is_said_once_and_changes_nothing(world, tmp_path, capsys):
+    still = ("optimizer.learning_rate=0", "steps=40", "checkpoint.every=40", "data.eval=null", "evaluation.every=null")
+    assert train.main(arguments(world, tmp_path / "run", *still)) == 0
+    assert capsys.readouterr().out.count("alarm: ") == 1
+    assert train.main(arguments(world, tmp_path / "quiet", *still, "alarms.enabled=false")) == 0
+    assert "alarm: " not in capsys.readouterr().out
+    assert lasting(tmp_path / "run") == lasting(tmp_path / "quiet")
 
 
 def refused(argv, capsys):
@@ -217,7 +318,7 @@ def test_a_folder_with_other_things_in_it_is_left_alone(world, tmp_path, capsys)
 
 def test_a_reference_that_is_not_the_policy_is_noticed_at_the_first_step(world, tmp_path, capsys, monkeypatch):
     honest = references.cached
-    monkeypatch.setattr(references, "cached", lambda *args: honest(*args) - np.arange(28, dtype=np.float32)[: args[2]])
+    monkeypatch.setattr(references, "cached", lambda *args: honest(*args) - np.arange(args[2], dtype=np.float32))
     line = refused(arguments(world, tmp_path / "run", "evaluation.every=null", "data.eval=null"), capsys)
     assert "0.693147" in line and "step 1" in line
 

@@ -1,54 +1,92 @@
-"""How well a model prefers what people preferred: held-out accuracy and margin, exact over the whole set."""
+"""How well a model prefers what people preferred: loss and metrics, exact over the whole held-out set at once."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.data.batches import Batches
+from dpo_jax.data.encoded import Encoded
+from dpo_jax.losses import Pairs
+from dpo_jax.mixture import Moment
+from dpo_jax.model.preference import measure
+from dpo_jax.terms import Term
 
 
 def evaluate(
-    measure: Callable[[Any, Any], Any], params: Any, batches: Batches, place: Callable[[Any], Any]
+    collect: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Batches,
+    place: Callable[[Any], Any],
+    terms: tuple[Term, ...],
+    progress: float = 1.0,
 ) -> dict[str, float]:
-    """Every metric over all pairs of a sweep: sums and counts are added up in float64 and divided once.
+    """The loss and every metric over all pairs of a sweep, as if they were one step.
+
+    Token statistics are added up in float64 and divided once; everything else is computed from all pairs together, so
+    also what sorts them, and quantiles.
 
     Args:
-      measure: `(params, batch) -> metrics as sums and counts`.
+      collect: `(params, batch) -> (pairs [M, D, P], token statistics as sums and counts)`.
       params: weights of the model.
       batches: a sweep over the pairs.
       place: puts a host batch on the devices.
+      terms: the objectives, as they are taken on held-out data.
+      progress: share of the run that is done, for a beta that is scheduled.
     """
+    parts: list[Pairs] = []
     totals: dict[str, np.ndarray] = {}
     for step in range(batches.steps):
-        measured = jax.device_get(measure(params, place(batches.at(step))))
-        for name, mean in measured.items():
-            totals[name] = totals.get(name, 0.0) + np.asarray([mean.total, mean.count], np.float64)
-    return {name: float(total / count) if count else float("nan") for name, (total, count) in totals.items()}
+        pairs, means = jax.device_get(collect(params, place(batches.at(step))))
+        parts.append(jax.tree.map(lambda leaf, real=pairs.real: leaf[real], pairs))
+        for name, mean in means.items():
+            totals[name] = totals.get(name, np.zeros(2)) + np.asarray([mean.total, mean.count], np.float64)
+    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    loss, metrics, _ = jax.device_get(_measured(terms, whole, progress))
+    found = {"loss": loss, **metrics}
+    statistics = {name: total / count if count else np.nan for name, (total, count) in totals.items()}
+    return {name: float(value) for name, value in (found | statistics).items()}
 
 
-def completion_logprobs(
+def _measured(terms: tuple[Term, ...], pairs: Pairs, progress: float) -> Any:
+    return jax.jit(lambda pairs, progress: measure(terms, pairs, Moment(progress)))(
+        jax.tree.map(jnp.asarray, pairs), jnp.float32(progress)
+    )
+
+
+def token_logprobs(
     score: Callable[[Any, Any], Any],
     params: Any,
     batches: Batches,
     place: Callable[[Any], Any],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
-    """Log-probability of every completion of a data set, float32 [C] in nats; nan for one that no pair uses.
+    """Log-probability of every scored token of a data set, float32 in nats; nan for one that no pair uses.
 
     Args:
-      score: `(params, batch) -> log-probabilities [M, D, C]`.
+      score: `(params, batch) -> log-probabilities [M, D, K]`.
       params: weights of the model.
       batches: a sweep over the pairs.
       place: puts a host batch on the devices.
       progress: told after each batch how many of how many are done.
     """
-    values = np.full(len(batches.encoded.completion_length), np.nan, np.float32)
+    encoded = batches.encoded
+    values = np.full(encoded.num_scored, np.nan, np.float32)
     for step in range(batches.steps):
         batch = batches.at(step)
         scored = np.asarray(jax.device_get(score(params, place(batch))))
-        used = batch.ids >= 0
-        values[batch.ids[used]] = scored[used]
+        for micro, shard in np.argwhere((batch.ids >= 0).any(axis=-1)).tolist():
+            where = scored_places(batch.ids[micro, shard], encoded)
+            values[where] = scored[micro, shard, : len(where)]
         progress(step + 1, batches.steps)
     return values
+
+
+def scored_places(ids: np.ndarray, encoded: Encoded) -> np.ndarray:
+    """Where the scored tokens of these completions (-1 is none), one after the other, stand in the flat list of all."""
+    used = ids[ids >= 0]
+    lengths = encoded.completion_length[used].astype(np.int64)
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(encoded.scored_start[used] - before, lengths) + np.arange(lengths.sum())

@@ -1,4 +1,7 @@
-"""A preference problem: the loss and the metrics of packed pairs under an objective, as a function of the weights."""
+"""A preference problem: the loss and the metrics of packed pairs under objectives, as a function of the weights.
+
+Letters: M micro-batches, D shards, K scored tokens, P pairs.
+"""
 
 import dataclasses
 from typing import Any
@@ -7,11 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dpo_jax.losses import OBJECTIVES, Objective, Pairs
-from dpo_jax.metrics import OF_THE_REFERENCE, Mean, Metrics, merge, preference_metrics
+from dpo_jax.losses import Pairs
+from dpo_jax.metrics import Means, means, merge, preference_metrics
+from dpo_jax.mixture import START, Moment, as_measured, counts_of, outcomes, start_constant, total
 from dpo_jax.model.decoder import DEFAULT_EXECUTION, Execution, cast
-from dpo_jax.model.scoring import CompletionScores, fold, pairs_of, score, token_metrics
+from dpo_jax.model.scoring import Scores, Wanted, fold, pairs_of, score, token_metrics
 from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.objectives import Kind
+from dpo_jax.terms import Term, data_of, make_terms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,74 +25,209 @@ class Problem:
     """What is minimised, and how it is computed: everything static that a step, or an evaluation, needs."""
 
     spec: DecoderSpec
-    objective: str = "sigmoid"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
+    terms: tuple[Term, ...] = dataclasses.field(default_factory=lambda: make_terms([{"name": "sigmoid"}]))
     compute_dtype: str = "float32"
     execution: Execution = DEFAULT_EXECUTION
     statistics: bool = True
 
     @property
-    def row(self) -> Objective:
-        """The objective's row of the table."""
-        return OBJECTIVES[self.objective]
+    def data(self) -> Kind:
+        """What one entry of a step is."""
+        return data_of(self.terms)
+
+    @property
+    def step_wide(self) -> bool:
+        """Whether the loss of one pair depends on the step's others."""
+        return any(term.row.scope == "step" for term in self.terms)
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether any term compares with a reference."""
+        return any(term.uses_reference for term in self.terms)
+
+    @property
+    def remembers(self) -> int:
+        """Numbers that are carried from step to step."""
+        return max(term.row.remembers for term in self.terms)
+
+    @property
+    def wanted(self) -> Wanted:
+        """What the terms and the metrics need of each token."""
+        return Wanted(
+            statistics=self.statistics and not self.spec.scalar_head,
+            alignment=any(term.weighting != "none" for term in self.terms),
+            shared=any(term.desensitizes for term in self.terms),
+        )
+
+    @property
+    def start_constant(self) -> float | None:
+        """The first loss where policy and reference are the same, if it is a constant."""
+        return start_constant(self.terms)
 
 
-def evaluate_batch(problem: Problem, params: Any, batch: Any, reference: Any = None) -> Metrics:
-    """Metrics of a batch, `loss` among them, as sums and counts; no gradient."""
-    compute = cast(params, jnp.dtype(problem.compute_dtype))
+def micro_pairs(problem: Problem, compute: Any, forest: Any, reference: Any, *, quick: bool = False) -> Any:
+    """What the objectives see of one micro-batch, and its token statistics (none with `quick`).
 
-    def visit(metrics, forest, _):
-        loss, measured = micro_loss(problem, compute, forest, reference)
-        return merge(metrics, {**measured, "loss": Mean(loss, denominator(problem.row, forest))})
-
-    nothing = {**no_metrics(problem, batch), "loss": Mean(jnp.zeros(()), jnp.zeros(()))}
-    return fold(visit, nothing, batch)
-
-
-def denominator(objective: Objective, batch: Any) -> jax.Array:
-    """What the summed loss is divided by: real pairs, or the tokens of their chosen completions."""
-    real = batch.real.astype(jnp.float32)
-    if objective.per == "pairs":
-        return jnp.maximum(real.sum(), 1.0)
-    lengths = jnp.take_along_axis(batch.lengths, batch.chosen, axis=-1)
-    return jnp.maximum((real * lengths).sum(), 1.0)
-
-
-def micro_loss(problem: Problem, compute: Any, forest: Any, reference: Any) -> tuple[jax.Array, Metrics]:
-    """Summed weighted loss and metrics of one micro-batch."""
-    scores = score(problem.spec, compute, forest, execution=problem.execution, statistics=problem.statistics)
-    pairs = pairs_of(scores, _reference_logps(problem, reference, forest, scores), forest)
-    values = problem.row.loss(pairs, problem.beta, problem.label_smoothing)
-    loss = jnp.where(forest.real, forest.weight * values, 0.0).sum()
-    return loss, _metrics(problem, pairs, lax.stop_gradient(scores), forest)
-
-
-def _reference_logps(problem: Problem, reference: Any, forest: Any, scores: CompletionScores) -> jax.Array:
-    """The reference's log-probabilities: from its weights where it is live, else from the batch.
-
-    An objective that uses none is given the policy's own.
+    The reference's log-probabilities come from its weights where it is live, else from the batch.
     """
-    if not problem.row.uses_reference:
-        return scores.logps
+    wanted = problem.wanted._replace(statistics=False) if quick else problem.wanted
+    scores = score(problem.spec, compute, forest, execution=problem.execution, wanted=wanted)
+    pairs = pairs_of(scores, _reference_tokens(problem, reference, forest), forest, wanted)
+    return pairs, {} if quick else _token_means(problem, lax.stop_gradient(scores), forest)
+
+
+def _reference_tokens(problem: Problem, reference: Any, forest: Any) -> jax.Array:
     if reference is None:
         return forest.reference
-    return score(problem.spec, lax.stop_gradient(reference), forest, execution=problem.execution).logps
+    return score(problem.spec, lax.stop_gradient(reference), forest, execution=problem.execution).tokens
 
 
-def no_metrics(problem: Problem, batch: Any) -> Metrics:
-    """Zeros in the shape of `micro_loss`'s metrics."""
+def _computing(problem: Problem, params: Any, reference: Any) -> tuple[Any, Any]:
+    """Weights of the policy, and of a live reference that any term looks at, in the dtype of computation."""
+    dtype = jnp.dtype(problem.compute_dtype)
+    live = cast(reference, dtype) if reference is not None and problem.uses_reference else None
+    return cast(params, dtype), live
 
-    def named(batch):
+
+def _token_means(problem: Problem, scores: Scores, forest: Any) -> Means:
+    if not problem.wanted.statistics:
+        return {}
+    return token_metrics(scores, forest, chosen_only=problem.data in ("unpaired", "chosen"))
+
+
+# ---------------------------------------------------------------------------------------------- whole steps
+
+
+def loss_and_gradient(
+    problem: Problem, params: Any, batch: Any, reference: Any = None, moment: Moment = START
+) -> tuple[Any, Any, Any, Any]:
+    """Loss, metrics, float32 gradient and memory over the whole batch, summed micro-batch by micro-batch.
+
+    The denominators are those of the whole batch, so neither micro-batches nor devices change the value. Where a pair's
+    loss depends on the step's other pairs, all of them are scored first, and once more with a gradient.
+    """
+    compute, reference = _computing(problem, params, reference)
+    if problem.step_wide:
+        pairs, statistics, gradient = _step_wide(problem, params, compute, batch, reference, moment)
+    else:
+        pairs, statistics, gradient = _pair_by_pair(problem, params, compute, batch, reference, moment)
+    loss, metrics, memory = measure(problem.terms, pairs, moment)
+    return loss, metrics | means(statistics), gradient, memory
+
+
+def measure(terms: tuple[Term, ...], pairs: Pairs, moment: Moment) -> tuple[Any, Any, Any]:
+    """Loss, metrics and memory of all the pairs of a step, or of a held-out set."""
+    found = outcomes(terms, pairs, moment)
+    loss = total(terms, found, counts_of(pairs))
+    memory = next((outcome.memory for outcome in found if outcome.memory is not None), None)
+    return loss, preference_metrics(terms, pairs, found, moment), memory
+
+
+def _pair_by_pair(problem: Problem, params: Any, compute: Any, batch: Any, reference: Any, moment: Moment) -> Any:
+    counts = batch_counts(batch)
+
+    def micro(weights, forest):
+        pairs, statistics = micro_pairs(problem, weights, forest, reference)
+        return total(problem.terms, outcomes(problem.terms, pairs, moment), counts), (pairs, statistics)
+
+    def visit(state, forest, number):
+        stack, statistics, gradient = state
+        (_, (pairs, measured)), slope = jax.value_and_grad(micro, has_aux=True)(compute, forest)
+        return _stacked(stack, pairs, number), merge(statistics, measured), _added(gradient, slope)
+
+    return fold(visit, (*_nothing(problem, batch), jax.tree.map(jnp.zeros_like, params)), batch)
+
+
+def _step_wide(problem: Problem, params: Any, compute: Any, batch: Any, reference: Any, moment: Moment) -> Any:
+    """Two passes: the step's pairs, then the gradient along the slope of the step's loss at each of them."""
+    pairs, statistics = all_pairs(problem, compute, batch, reference)
+
+    def loss(policy):
+        moved = _with_policy(pairs, policy)
+        return total(problem.terms, outcomes(problem.terms, moved, moment), counts_of(moved))
+
+    slopes = jax.grad(loss)(_policy_of(pairs))
+
+    def micro(weights, forest, slope):
+        seen, _ = micro_pairs(problem, weights, forest, reference, quick=True)
+        products = jax.tree.map(lambda x, y: (x * y).sum(), _policy_of(seen), slope)
+        return sum(jax.tree.leaves(products), jnp.zeros(()))
+
+    def visit(gradient, forest, number):
+        slope = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, number, 0, keepdims=False), slopes)
+        return _added(gradient, jax.grad(micro)(compute, forest, slope))
+
+    return pairs, statistics, fold(visit, jax.tree.map(jnp.zeros_like, params), batch)
+
+
+def all_pairs(problem: Problem, compute: Any, batch: Any, reference: Any) -> tuple[Pairs, Means]:
+    """Every pair of a batch, [M, D, P], and the sums of its token statistics; no gradient."""
+
+    def visit(state, forest, number):
+        pairs, measured = micro_pairs(problem, compute, forest, reference)
+        return _stacked(state[0], pairs, number), merge(state[1], measured)
+
+    return fold(visit, _nothing(problem, batch), batch)
+
+
+def evaluate_batch(problem: Problem, params: Any, batch: Any, reference: Any = None) -> tuple[Pairs, Means]:
+    """`all_pairs` under float32 weights: what `evaluation.preference` adds up over a held-out set."""
+    compute, reference = _computing(problem, params, reference)
+    return all_pairs(problem, compute, batch, reference)
+
+
+def measured_terms(problem: Problem) -> tuple[Term, ...]:
+    """The objectives as they are taken on held-out data."""
+    return as_measured(problem.terms)
+
+
+def batch_counts(batch: Any) -> dict[str, jax.Array]:
+    """What a batch's summed losses are divided by, as `mixture.counts_of` its pairs."""
+    real = batch.real.astype(jnp.float32)
+    lengths = jnp.take_along_axis(batch.lengths, batch.chosen, axis=-1)
+    return {"pairs": jnp.maximum(real.sum(), 1.0), "chosen_tokens": jnp.maximum((real * lengths).sum(), 1.0)}
+
+
+def _policy_of(pairs: Pairs) -> Any:
+    """What of the pairs carries a gradient."""
+    shared, ranking = pairs.shared, pairs.ranking
+    return {
+        "sums": (pairs.policy_chosen, pairs.policy_rejected),
+        "shared": None if shared is None else (shared.policy_chosen, shared.policy_rejected),
+        "ranking": None if ranking is None else ranking.policy,
+    }
+
+
+def _with_policy(pairs: Pairs, policy: Any) -> Pairs:
+    """The pairs with these values in place of what carries a gradient."""
+    chosen, rejected = policy["sums"]
+    shared, ranking = pairs.shared, pairs.ranking
+    if shared is not None:
+        shared = shared._replace(policy_chosen=policy["shared"][0], policy_rejected=policy["shared"][1])
+    if ranking is not None:
+        ranking = ranking._replace(policy=policy["ranking"])
+    return pairs._replace(policy_chosen=chosen, policy_rejected=rejected, shared=shared, ranking=ranking)
+
+
+def _nothing(problem: Problem, batch: Any) -> tuple[Pairs, Means]:
+    """No pairs yet in the shape of all of a batch's, and no token statistics."""
+
+    def first(batch):
         forest = batch._replace(**{name: leaf[0] for name, leaf in batch._asdict().items() if leaf.ndim})
-        scores = CompletionScores(*(jnp.zeros(forest.ids.shape),) * 5)
-        return _metrics(problem, pairs_of(scores, scores.logps, forest), scores, forest)
+        completions, tokens = jnp.zeros(forest.ids.shape), jnp.zeros(forest.source.shape)
+        scores = Scores(tokens, *(completions,) * 5)
+        return pairs_of(scores, forest.reference, forest, problem.wanted), _token_means(problem, scores, forest)
 
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(named, batch))
+    pairs, statistics = jax.eval_shape(first, batch)
+    depth = batch.real.shape[0]
+    stack = jax.tree.map(lambda leaf: jnp.zeros((depth, *leaf.shape), leaf.dtype), pairs)
+    return stack, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), statistics)
 
 
-def _metrics(problem: Problem, pairs: Pairs, scores: CompletionScores, forest: Any) -> Metrics:
-    metrics = preference_metrics(pairs, forest.real, problem.beta)
-    if not problem.row.uses_reference:
-        metrics = {name: mean for name, mean in metrics.items() if name not in OF_THE_REFERENCE}
-    return metrics | token_metrics(scores, forest) if problem.statistics else metrics
+def _stacked(stack: Pairs, pairs: Pairs, number: Any) -> Pairs:
+    """The pairs of one micro-batch put in their place, without their gradient."""
+    return jax.tree.map(lambda all, one: all.at[number].set(lax.stop_gradient(one)), stack, pairs)
+
+
+def _added(gradient: Any, slope: Any) -> Any:
+    return jax.tree.map(lambda total, leaf: total + leaf.astype(total.dtype), gradient, slope)

@@ -1,7 +1,7 @@
 """Log-probabilities of completions from packed forests: the decoder, the head on scored tokens only, and sums.
 
-Letters: D shards, R rows, T slots, K scored tokens, C completions, P pairs. `forest` is one micro-batch: any object
-with the arrays of `data.batches.Batch` less their leading M axis.
+Letters: D shards, R rows, T slots, K scored tokens, C completions, P pairs, W completions of a ranking. `forest` is one
+micro-batch: any object with the arrays of `data.batches.Batch` less their leading M axis.
 """
 
 from typing import Any, NamedTuple
@@ -11,22 +11,34 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dpo_jax.logprobs import TokenScores, linear_scores
-from dpo_jax.losses import Pairs
-from dpo_jax.metrics import Mean, Metrics
+from dpo_jax.logprobs import linear_scores
+from dpo_jax.losses import Pairs, Ranking, Sums
+from dpo_jax.metrics import Mean, Means
 from dpo_jax.model.attention import Layout
-from dpo_jax.model.decoder import DEFAULT_EXECUTION, Execution, Params, head_of, hidden
+from dpo_jax.model.decoder import DEFAULT_EXECUTION, Execution, Params, head_of, hidden, scalar_scores
 from dpo_jax.model.spec import DecoderSpec
 
 
-class CompletionScores(NamedTuple):
-    """Sums over each completion's scored tokens; the last three are 0 unless statistics were asked for."""
+class Wanted(NamedTuple):
+    """What is computed beside log-probabilities: token statistics, WPO's alignment, sums over the shared length."""
 
+    statistics: bool = False
+    alignment: bool = False
+    shared: bool = False
+
+
+class Scores(NamedTuple):
+    """What a model says of a micro-batch; the last four are 0 unless they were asked for.
+
+    A reward model's score of a completion stands in `logps`, and its `tokens` are 0.
+    """
+
+    tokens: Float[Array, "D K"]
     logps: Float[Array, "D C"]
-    lengths: Float[Array, "D C"]
     entropy: Float[Array, "D C"]
     mean_logit: Float[Array, "D C"]
     hits: Float[Array, "D C"]
+    alignment: Float[Array, "D C"]
 
 
 def score(
@@ -35,73 +47,146 @@ def score(
     forest: Any,
     *,
     execution: Execution = DEFAULT_EXECUTION,
-    statistics: bool = False,
-) -> CompletionScores:
-    """Score every completion of one micro-batch. Gradients flow through `logps` alone."""
+    wanted: Wanted = Wanted(),  # noqa: B008 (a constant)
+) -> Scores:
+    """Score every completion of one micro-batch. Gradients flow through `tokens` and `logps` alone."""
+    states = _states(spec, params, forest, execution)
+    if spec.scalar_head:
+        return _scalar(spec, params, states, forest)
+    sources = jnp.take_along_axis(states, forest.source[:, :, None], axis=1).reshape(-1, spec.width)
+    targets = forest.target.reshape(-1)
+    head = head_of(spec, params)
+    found = linear_scores(
+        sources,
+        head.rows,
+        targets,
+        bias=head.bias,
+        softcap=spec.logit_softcap,
+        statistics=wanted.statistics,
+        collision=wanted.alignment,
+    )
+    hits = (found.top1 == targets).astype(jnp.float32)
+    alignment = lax.stop_gradient(found.logps) - found.collision
+    by_token = (found.logps, found.entropy, found.mean_logit, hits, alignment)
+    logps, entropy, logit, hit, aligned = (summed(values.reshape(forest.source.shape), forest) for values in by_token)
+    return Scores(found.logps.reshape(forest.source.shape), logps, entropy, logit, hit, aligned)
+
+
+def _states(spec: DecoderSpec, params: Params, forest: Any, execution: Execution) -> Float[Array, "D N W"]:
+    """Final hidden states of every slot."""
     shards, rows, length = forest.tokens.shape
     flat = (shards * rows, length)
     layout = Layout(forest.group.reshape(flat), forest.branch.reshape(flat), forest.position.reshape(flat))
     states = hidden(spec, params, forest.tokens.reshape(flat), layout, execution)
-    states = states.reshape(shards, rows * length, spec.width)
-    sources = jnp.take_along_axis(states, forest.source[:, :, None], axis=1).reshape(-1, spec.width)
-    targets = forest.target.reshape(-1)
-    head = head_of(spec, params)
-    scores = linear_scores(
-        sources, head.rows, targets, bias=head.bias, softcap=spec.logit_softcap, statistics=statistics
-    )
-    return _summed(scores, targets, forest)
+    return states.reshape(shards, rows * length, spec.width)
 
 
-def _summed(scores: TokenScores, targets, forest: Any) -> CompletionScores:
-    """Token scores added up by completion; padding lands one past the last completion and is cut off."""
+def _scalar(spec: DecoderSpec, params: Params, states: Float[Array, "D N W"], forest: Any) -> Scores:
+    """A reward model's score of each completion, at its last token."""
+    last = jnp.take_along_axis(states, forest.last[:, :, None], axis=1)
+    values = scalar_scores(spec, params, last.reshape(-1, spec.width)).reshape(forest.last.shape)
+    nothing = jnp.zeros(forest.ids.shape, jnp.float32)
+    return Scores(jnp.zeros(forest.source.shape, jnp.float32), values, nothing, nothing, nothing, nothing)
+
+
+def summed(values: Float[Array, "D K"], forest: Any) -> Float[Array, "D C"]:
+    """Values of scored tokens added up by completion; padding lands one past the last completion and is cut off."""
     shards, completions = forest.ids.shape
     owner = (forest.completion + jnp.arange(shards)[:, None] * (completions + 1)).reshape(-1)
-
-    def by_completion(values):
-        sums = jax.ops.segment_sum(values, owner, shards * (completions + 1))
-        return sums.reshape(shards, completions + 1)[:, :-1]
-
-    hits = (scores.top1 == targets).astype(jnp.float32)
-    logps, entropy, logit, hit = map(by_completion, (scores.logps, scores.entropy, scores.mean_logit, hits))
-    return CompletionScores(logps, forest.lengths, entropy, logit, hit)
+    sums = jax.ops.segment_sum(values.reshape(-1), owner, shards * (completions + 1))
+    return sums.reshape(shards, completions + 1)[:, :-1]
 
 
-def pairs_of(scores: CompletionScores, reference: Float[Array, "D C"], forest: Any) -> Pairs:
+def shared_sums(tokens: Float[Array, "D K"], forest: Any) -> tuple[Float[Array, "D P"], Float[Array, "D P"]]:
+    """Sums over the first `min(chosen length, rejected length)` tokens of chosen and of rejected completions.
+
+    A running sum that starts anew at each completion, so that no large number is taken from another. A completion's
+    tokens stand one after the other, and completions in the order of their numbers.
+    """
+    starts = jnp.concatenate(
+        [jnp.ones_like(forest.completion[:, :1], bool), forest.completion[:, 1:] != forest.completion[:, :-1]], axis=1
+    )
+    running, _ = lax.associative_scan(_restarting, (tokens, starts), axis=1)
+    lengths = forest.lengths.astype(jnp.int32)
+    first = jnp.cumsum(lengths, axis=1) - lengths
+    chosen, rejected = (jnp.take_along_axis(lengths, ids, axis=1) for ids in (forest.chosen, forest.rejected))
+    shared = jnp.minimum(chosen, rejected)
+
+    def upto(ids):
+        place = jnp.take_along_axis(first, ids, axis=1) + jnp.maximum(shared, 1) - 1
+        sums = jnp.take_along_axis(running, jnp.clip(place, 0, running.shape[1] - 1), axis=1)
+        return jnp.where(forest.real & (shared > 0), sums, 0.0)
+
+    return upto(forest.chosen), upto(forest.rejected)
+
+
+def _restarting(left, right):
+    (before, started), (value, starts) = left, right
+    return jnp.where(starts, value, before + value), started | starts
+
+
+def pairs_of(scores: Scores, reference: Float[Array, "D K"], forest: Any, wanted: Wanted = Wanted()) -> Pairs:  # noqa: B008
     """What an objective sees of one micro-batch, [D, P]; the reference gets no gradient, padding gets zeros."""
+    reference = lax.stop_gradient(reference)
+    sums = summed(reference, forest)
 
     def pick(values, ids):
         return jnp.where(forest.real, jnp.take_along_axis(values, ids, axis=1), 0.0)
 
-    reference = lax.stop_gradient(reference)
+    def both(values):
+        return pick(values, forest.chosen), pick(values, forest.rejected)
+
+    lengths = both(forest.lengths)
+    averaged = scores.alignment / jnp.maximum(forest.lengths, 1.0)
     return Pairs(
-        policy_chosen=pick(scores.logps, forest.chosen),
-        policy_rejected=pick(scores.logps, forest.rejected),
-        reference_chosen=pick(reference, forest.chosen),
-        reference_rejected=pick(reference, forest.rejected),
-        chosen_length=pick(scores.lengths, forest.chosen),
-        rejected_length=pick(scores.lengths, forest.rejected),
+        *both(scores.logps),
+        *both(sums),
+        *lengths,
         margin=forest.margin,
+        label=forest.label,
+        weight=forest.weight,
+        real=forest.real,
+        noise=forest.noise,
+        shared=Sums(*shared_sums(scores.tokens, forest), *shared_sums(reference, forest)) if wanted.shared else None,
+        alignment=both(averaged) if wanted.alignment else None,
+        ranking=_ranking(scores.logps, sums, forest) if forest.rank.shape[-1] else None,
     )
 
 
-def token_metrics(scores: CompletionScores, forest: Any) -> Metrics:
-    """TRL's token statistics: means over the completion tokens of the pairs, prompts left out.
+def _ranking(policy: Float[Array, "D C"], reference: Float[Array, "D C"], forest: Any) -> Ranking:
+    """All completions of each entry's prompt; what is no completion gets rank -1 and zeros."""
+    shape, there = forest.rank.shape, forest.rank >= 0
+
+    def pick(values):
+        found = jnp.take_along_axis(values, forest.ranked.reshape(shape[0], -1), axis=1).reshape(shape)
+        return jnp.where(there, found, 0.0)
+
+    return Ranking(pick(policy), pick(reference), forest.rank)
+
+
+def token_metrics(scores: Scores, forest: Any, *, chosen_only: bool = False) -> Means:
+    """TRL's token statistics: means over the completion tokens of the entries, prompts left out.
 
     `entropy` in nats over chosen and rejected tokens; `logits/*` the mean over the vocabulary of each token's logits;
-    `mean_token_accuracy` the share of chosen tokens that are the most probable one.
+    `mean_token_accuracy` the share of chosen tokens that are the most probable one. With `chosen_only` nothing is said
+    of rejected completions (there are none, or they are there for another purpose).
     """
 
     def total(values, ids):
         return jnp.where(forest.real, jnp.take_along_axis(values, ids, axis=1), 0.0).sum()
 
-    chosen, rejected = total(scores.lengths, forest.chosen), total(scores.lengths, forest.rejected)
-    entropy = total(scores.entropy, forest.chosen) + total(scores.entropy, forest.rejected)
-    return {
-        "entropy": Mean(entropy, chosen + rejected),
+    chosen = total(forest.lengths, forest.chosen)
+    found = {
+        "entropy": Mean(total(scores.entropy, forest.chosen), chosen),
         "logits/chosen": Mean(total(scores.mean_logit, forest.chosen), chosen),
-        "logits/rejected": Mean(total(scores.mean_logit, forest.rejected), rejected),
         "mean_token_accuracy": Mean(total(scores.hits, forest.chosen), chosen),
     }
+    if chosen_only:
+        return found
+    rejected = total(forest.lengths, forest.rejected)
+    entropy = found["entropy"]
+    both = Mean(entropy.total + total(scores.entropy, forest.rejected), chosen + rejected)
+    return found | {"entropy": both, "logits/rejected": Mean(total(scores.mean_logit, forest.rejected), rejected)}
 
 
 def fold(visit, state: Any, batch: Any) -> Any:
@@ -124,9 +209,9 @@ def fold(visit, state: Any, batch: Any) -> Any:
 
 
 def score_batch(spec: DecoderSpec, params: Params, batch: Any, *, execution: Execution = DEFAULT_EXECUTION) -> Any:
-    """Log-probabilities of all completions of a batch, float32 [M, D, C] in nats, without a gradient."""
+    """Log-probabilities of all scored tokens of a batch, float32 [M, D, K] in nats, without a gradient."""
 
     def visit(logps, forest, number):
-        return logps.at[number].set(score(spec, params, forest, execution=execution).logps)
+        return logps.at[number].set(score(spec, params, forest, execution=execution).tokens)
 
-    return fold(visit, jnp.zeros(batch.ids.shape, jnp.float32), batch)
+    return fold(visit, jnp.zeros(batch.source.shape, jnp.float32), batch)

@@ -1,4 +1,4 @@
-"""The reference as data: its log-probabilities, computed once and kept in a content-addressed file."""
+"""The reference as data: its log-probability of each scored token, computed once, in a content-addressed file."""
 
 import dataclasses
 import hashlib
@@ -10,7 +10,7 @@ import numpy as np
 
 from dpo_jax.data.encode import Encoded
 
-VERSION = "1"
+VERSION = "2"
 """Changed whenever the same weights and tokens would give other numbers."""
 
 
@@ -30,34 +30,34 @@ def data_digest(encoded: Encoded) -> str:
     return digest.hexdigest()
 
 
-def cached(folder: Path, key: str, completions: int, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """Log-probabilities by completion, float32 in nats: read from `folder/reference-KEY.bin`, or computed and kept.
+def cached(folder: Path, key: str, tokens: int, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """Log-probabilities by scored token, float32 in nats: read from `folder/reference-KEY.bin`, or computed and kept.
 
     A file that is damaged (its digest differs) is computed again. Values that are not finite are never written.
 
     Raises:
-      ValueError: `compute` returned a value that is not finite, or not one per completion.
+      ValueError: `compute` returned a value that is not finite, or not one per scored token.
     """
     path = folder / f"reference-{key[:40]}.bin"
-    values = _read(path, completions)
+    values = _read(path, tokens)
     if values is not None:
         return values
     values = np.asarray(compute(), np.float32)
-    if values.shape != (completions,) or not np.isfinite(values).all():
+    if values.shape != (tokens,) or not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())
         raise ValueError(f"the reference gave {bad} non-finite log-probabilities of {values.shape}")
     _write(path, values)
     return values
 
 
-def _read(path: Path, completions: int) -> np.ndarray | None:
+def _read(path: Path, tokens: int) -> np.ndarray | None:
     """The file's values, or None if it is absent or damaged."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return None
     digest, body = data[:32], data[32:]
-    if hashlib.sha256(body).digest() != digest or len(body) != 4 * completions:
+    if hashlib.sha256(body).digest() != digest or len(body) != 4 * tokens:
         return None
     return np.frombuffer(body, np.float32).copy()
 

@@ -1,56 +1,76 @@
-"""One optimizer step: loss, gradient and update over exactly the pairs of a batch, compiled as one program.
-
-Letters: M micro-batches, D shards, P pairs.
-"""
+"""One optimizer step: loss, gradient and update over exactly the pairs of a batch, compiled as one program."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
-from dpo_jax.metrics import Metrics, means, merge
-from dpo_jax.model.decoder import cast
-from dpo_jax.model.preference import Problem, denominator, micro_loss, no_metrics
-from dpo_jax.model.scoring import fold
+from dpo_jax.mixture import Moment
+from dpo_jax.model.preference import Problem, loss_and_gradient
 from dpo_jax.training.optimizer import descend
 
 State = dict[str, Any]
-"""`params` and `optimizer` (float32), `step`, and `skipped` and `streak`: non-finite steps, all and in a row."""
+"""`params` and `optimizer` (float32), `step`, and `skipped` and `streak`: non-finite steps, all and in a row. Where the
+reference moves also its weights, `reference` (float32); where an objective remembers earlier steps also `memory`."""
 
 
-def fresh_state(params: Any, optimizer: optax.GradientTransformation) -> State:
-    """The state before the first step."""
+class MovingReference(NamedTuple):
+    """TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656): every so many steps the reference moves to the policy.
+
+    reference <- rate * policy + (1 - rate) * reference            (equation 5; rate 1 is the hard update, equation 6)
+    """
+
+    every: int
+    rate: float
+
+
+def fresh_state(
+    params: Any, optimizer: optax.GradientTransformation, *, reference: Any = None, remembers: int = 0
+) -> State:
+    """The state before the first step; `reference` are the starting weights of one that will move."""
     zero = jnp.zeros((), jnp.int32)
-    return {
+    state = {
         "params": params,
         "optimizer": optimizer.init(params),
         "step": zero,
         "skipped": zero,
         "streak": zero,
     }
+    state |= {} if reference is None else {"reference": reference}
+    return state | ({"memory": jnp.zeros(remembers, jnp.float32)} if remembers else {})
 
 
 def make_step(
-    problem: Problem, optimizer: optax.GradientTransformation, learning_rate: optax.Schedule
+    problem: Problem,
+    optimizer: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    *,
+    steps: int = 1,
+    moving: MovingReference | None = None,
 ) -> Callable[[State, Any, Any], tuple[State, dict[str, jax.Array]]]:
     """The step function `(state, reference, batch) -> (state, metrics)`, to be jitted with the state donated.
 
-    `reference` holds the frozen weights of a live reference, or is None where the batch brings its log-probabilities.
+    `reference` holds the frozen weights of a live reference, or is None where the batch brings its log-probabilities
+    or where it moves and is part of the state. `steps` is the length of the run, for a beta that is scheduled.
 
     A step whose loss or gradient is not finite changes neither weights nor moments; it is counted, and the step number
     goes on, so that the data do too.
     """
 
     def step(state: State, reference: Any, batch: Any) -> tuple[State, dict[str, jax.Array]]:
-        loss, metrics, gradient = loss_and_gradient(problem, state["params"], batch, reference)
+        moment = moment_of(state, steps)
+        reference = state.get("reference", reference)
+        loss, metrics, gradient, memory = loss_and_gradient(problem, state["params"], batch, reference, moment)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         with jax.numpy_dtype_promotion("standard"):  # optax takes powers of floats by integer counts
             directions, moments = optimizer.update(gradient, state["optimizer"], state["params"])
             rate = jnp.asarray(learning_rate(state["step"]), jnp.float32)
         updated = {"params": descend(state["params"], directions, rate), "optimizer": moments}
+        updated |= {} if "memory" not in state else {"memory": memory}
         kept = {name: state[name] for name in updated}
         missed = 1 - finite.astype(jnp.int32)
         state = {
@@ -60,29 +80,24 @@ def make_step(
             "skipped": state["skipped"] + missed,
             "streak": (state["streak"] + missed) * missed,
         }
+        if moving is not None:
+            state["reference"] = moved(state["reference"], state["params"], state["step"], moving)
         extra = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "skipped_steps": state["skipped"]}
-        return state, {**extra, **means(metrics), "nonfinite_streak": state["streak"]}
+        return state, {**extra, **metrics, "nonfinite_streak": state["streak"]}
 
     return step
 
 
-def loss_and_gradient(problem: Problem, params: Any, batch: Any, reference: Any = None) -> tuple[Any, Metrics, Any]:
-    """Loss, metrics and float32 gradient over the whole batch, summed micro-batch by micro-batch.
+def moment_of(state: State, steps: int) -> Moment:
+    """Where in a run of so many steps the state stands: share 0 at the first step, 1 at the last."""
+    return Moment(state["step"].astype(jnp.float32) / max(steps - 1, 1), state.get("memory"))
 
-    The denominators are those of the whole batch, so neither micro-batches nor devices change the value.
-    """
-    compute = cast(params, jnp.dtype(problem.compute_dtype))
-    total = denominator(problem.row, batch)
 
-    def micro(weights, forest):
-        loss, metrics = micro_loss(problem, weights, forest, reference)
-        return loss / total, metrics
-
-    def visit(sums, forest, _):
-        loss, metrics, gradient = sums
-        (part, measured), slope = jax.value_and_grad(micro, has_aux=True)(compute, forest)
-        gradient = jax.tree.map(lambda total, leaf: total + leaf.astype(total.dtype), gradient, slope)
-        return loss + part, merge(metrics, measured), gradient
-
-    nothing = (jnp.zeros(()), no_metrics(problem, batch), jax.tree.map(jnp.zeros_like, params))
-    return fold(visit, nothing, batch)
+def moved(reference: Any, params: Any, step: jax.Array, moving: MovingReference) -> Any:
+    """The reference after so many steps: nearer to the policy if a move is due."""
+    rate = moving.rate
+    return lax.cond(
+        step % moving.every == 0,
+        lambda: jax.tree.map(lambda old, new: rate * new + (1.0 - rate) * old, reference, params),
+        lambda: reference,
+    )

@@ -1,0 +1,149 @@
+"""A weighted sum of objectives over the pairs of a step, with the modifiers that change an objective from outside.
+
+Letters: P pairs, m numbers remembered.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dpo_jax.losses import Outcome, Pairs, Scalar, desensitized, policy_weights
+from dpo_jax.objectives import OBJECTIVES
+from dpo_jax.terms import Term, make_terms
+
+
+class Moment(NamedTuple):
+    """Where in a run a loss is taken: the share of the run that is done, and what earlier steps left to remember."""
+
+    progress: Any = 0.0
+    memory: Float[Array, " m"] | None = None
+
+
+START = Moment()
+
+
+def objective_loss(name: str, pairs: Pairs, **settings: Any) -> Outcome:
+    """One objective of the table by name, for use on its own: unreduced losses, and the quantity that grows.
+
+        objective_loss("simpo", make_pairs(chosen, rejected, chosen_length=n, rejected_length=m), beta=2.5).losses
+
+    Recipes are sums over a step and no loss of one pair; take their parts.
+
+    Args:
+      name: a key of `objectives.OBJECTIVES`.
+      pairs: from `losses.make_pairs`.
+      **settings: as in the table; what is not given has the table's default.
+
+    Raises:
+      ValueError: a name or a setting is unknown or out of range.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(f"{name!r} is not an objective of the table; it has {', '.join(OBJECTIVES)}")
+    (term,) = make_terms([{"name": name, **settings}])
+    (found,) = outcomes((term,), pairs)
+    return found
+
+
+def outcomes(terms: Sequence[Term], pairs: Pairs, moment: Moment = START) -> list[Outcome]:
+    """What each term says of each pair; losses are multiplied by the pair's weight and are 0 where nothing is real."""
+    return [_outcome(term, pairs, moment) for term in terms]
+
+
+def total(terms: Sequence[Term], found: Sequence[Outcome], counts: Mapping[str, Any]) -> Float[Array, ""]:
+    """The loss: the sum over terms of `weight * sum of losses / count`, `count` being what the term is taken per."""
+    parts = [
+        term.weight * outcome.losses.sum() / counts[term.row.per] for term, outcome in zip(terms, found, strict=True)
+    ]
+    return jnp.asarray(sum(parts[1:], parts[0]), jnp.float32)
+
+
+def counts_of(pairs: Pairs) -> dict[str, Float[Array, ""]]:
+    """What losses are divided by: real pairs, and tokens of their chosen completions (each at least 1)."""
+    real = pairs.real.astype(jnp.float32)
+    return {
+        "pairs": jnp.maximum(real.sum(), 1.0),
+        "chosen_tokens": jnp.maximum(jnp.where(pairs.real, pairs.chosen_length, 0.0).sum(), 1.0),
+    }
+
+
+def leading(terms: Sequence[Term]) -> Term:
+    """The term whose beta and whose modifiers the metrics follow: the first that compares completions."""
+    return next((term for term in terms if term.row.data != "chosen"), terms[0])
+
+
+def beta_of(term: Term, progress: Any) -> Scalar:
+    """Beta of a term where a share `progress` of the run is done; 1 for an objective without beta."""
+    beta, end = term.settings.get("beta", 1.0), term.settings.get("beta_end")
+    if end is None:
+        return beta
+    share = jnp.clip(jnp.asarray(progress, jnp.float32), 0.0, 1.0)
+    if term.settings.get("beta_schedule", "linear") == "cosine":
+        share = 0.5 * (1.0 - jnp.cos(jnp.pi * share))
+    return beta + (end - beta) * share
+
+
+def modified(term: Term, pairs: Pairs) -> Pairs:
+    """The pairs as a term sees them: without the reference, or desensitised to length, where its settings say so."""
+    if not term.uses_reference:
+        nothing = {name: jnp.zeros_like(getattr(pairs, name)) for name in ("reference_chosen", "reference_rejected")}
+        ranking, shared = pairs.ranking, pairs.shared
+        pairs = pairs._replace(
+            **nothing,
+            ranking=ranking and ranking._replace(reference=jnp.zeros_like(ranking.reference)),
+            shared=shared and shared._replace(**nothing),
+        )
+    return desensitized(pairs, term.settings["ld_alpha"]) if term.desensitizes else pairs
+
+
+def as_measured(terms: Sequence[Term]) -> tuple[Term, ...]:
+    """The terms as they are taken on held-out data, where nothing is drawn and nothing remembered."""
+    return tuple(_stand_in(term) for term in terms)
+
+
+def labels_of(terms: Sequence[Term]) -> list[str]:
+    """A name for each term, of its own also where an objective comes twice."""
+    seen: Counter[str] = Counter()
+    found = []
+    for term in terms:
+        seen[term.name] += 1
+        found.append(term.name if seen[term.name] == 1 else f"{term.name}_{seen[term.name]}")
+    return found
+
+
+def start_constant(terms: Sequence[Term]) -> float | None:
+    """The loss where policy and reference agree, or None where that is no constant."""
+    values = [term.at_start() for term in terms]
+    return None if any(value is None for value in values) else sum(value for value in values if value is not None)
+
+
+def _outcome(term: Term, pairs: Pairs, moment: Moment) -> Outcome:
+    seen = modified(term, pairs)
+    settings = {name: term.settings[name] for name in term.row.settings}
+    if "beta" in settings:
+        settings["beta"] = beta_of(term, moment.progress)
+    if term.row.remembers:
+        settings["memory"] = moment.memory
+    found = term.row.function(seen, **settings)
+    weight = seen.weight
+    if term.weighting != "none":
+        weight = weight * policy_weights(seen, clamped=term.weighting == "wpo_clamped")
+    losses = jnp.where(pairs.real, weight * found.losses, 0.0)
+    return found._replace(losses=losses, margins=jax.lax.stop_gradient(found.margins))
+
+
+def _stand_in(term: Term) -> Term:
+    name = term.row.measured_as
+    if name is None:
+        return term
+    kept = {
+        key: value
+        for key, value in term.settings.items()
+        if key in OBJECTIVES[name].takes or key in ("beta_end", "beta_schedule")
+    }
+    (plain,) = make_terms([{"name": name}])
+    return dataclasses.replace(term, name=name, settings={**plain.settings, **kept})

@@ -1,0 +1,435 @@
+"""The table of objectives: what `objective.name` may be, the settings each takes, and the paper behind it.
+
+A row is an objective; a recipe is a sum of rows with a name of its own. To add one, write a function of `Pairs` (see
+losses.py) and a row:
+
+    OBJECTIVES["mine"] = Objective(
+        value=lambda pairs, *, beta: Outcome(-beta * (pairs.policy_chosen - pairs.policy_rejected), ...),
+        equation="-beta (log pi(y_w) - log pi(y_l))",
+        paper="mine, 2026",
+        settings={"beta": Setting(0.1, above=0)},
+    )
+
+Nothing here imports jax, so that settings can be read and checked at once.
+"""
+
+import dataclasses
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+LN2 = math.log(2.0)
+Kind = Literal["pairs", "rankings", "unpaired", "chosen"]
+"""What one entry of a step is."""
+
+
+class Setting(NamedTuple):
+    """A setting of an objective: its default, and what it may be."""
+
+    default: Any
+    above: float | None = None
+    least: float | None = None
+    below: float | None = None
+    most: float | None = None
+    choices: tuple[str, ...] = ()
+
+    def allowed(self) -> str:
+        """What it may be, in words."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        if isinstance(self.default, bool):
+            return "true or false"
+        signs = ((">", self.above), (">=", self.least), ("<", self.below), ("<=", self.most))
+        return "a number" + " and".join(f" {sign} {limit:g}" for sign, limit in signs if limit is not None)
+
+    def accepts(self, value: Any) -> bool:
+        """Whether a value is one of them."""
+        if self.choices:
+            return value in self.choices
+        if isinstance(self.default, bool):
+            return isinstance(value, bool)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        return not (
+            (self.above is not None and value <= self.above)
+            or (self.least is not None and value < self.least)
+            or (self.below is not None and value >= self.below)
+            or (self.most is not None and value > self.most)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A row of the table.
+
+    Attributes:
+      value: `(pairs, **settings) -> Outcome`, or module and name of such a function, "losses.sigmoid".
+      equation: the loss of one pair, in the letters of losses.py.
+      paper: where it comes from.
+      when: what it is for, in a few words.
+      settings: what it takes beside the modifiers.
+      data: what one entry of a step is: a pair of completions, all ranked completions of a prompt, one completion that
+        is desirable or not, or the chosen completion alone.
+      per: what the sum over a step is divided by: its entries, or the tokens of their chosen completions.
+      scope: "step" where the value of one entry depends on the step's others.
+      reference: whether it compares with a reference; "optional" where `reference_free` may leave it out.
+      modifiers: which of MODIFIERS it takes.
+      uses: which of the data's per-pair numbers it takes beside weight: "margin", "label".
+      at_start: its value where policy and reference agree, by its settings, if that is a constant.
+      reward: whether a completion's reward is beta times its whole log-ratio, or times the mean over its tokens.
+      model: what kind of model it trains.
+      measured_as: objective that stands for it on held-out data; None is itself.
+      remembers: how many numbers it carries from step to step.
+    """
+
+    value: Callable[..., Any] | str
+    equation: str
+    paper: str
+    when: str = ""
+    settings: Mapping[str, Setting] = dataclasses.field(default_factory=dict)
+    data: Kind = "pairs"
+    per: Literal["pairs", "chosen_tokens"] = "pairs"
+    scope: Literal["pair", "step"] = "pair"
+    reference: Literal["needed", "optional", "unused"] = "needed"
+    modifiers: tuple[str, ...] = ("ld_alpha", "weighting")
+    uses: tuple[str, ...] = ()
+    at_start: Callable[..., float] | None = None
+    reward: Literal["sum", "average"] = "sum"
+    model: Literal["language", "reward"] = "language"
+    measured_as: str | None = None
+    remembers: int = 0
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """`(pairs, **settings) -> Outcome`."""
+        if callable(self.value):
+            return self.value
+        module, _, name = self.value.partition(".")
+        return getattr(importlib.import_module(f"dpo_jax.{module}"), name)
+
+    @property
+    def takes(self) -> dict[str, Setting]:
+        """Every setting that it takes, modifiers included."""
+        modifiers = self.modifiers + (("reference_free",) if self.reference == "optional" else ())
+        return {**self.settings, **{name: MODIFIERS[name] for name in modifiers}}
+
+
+class Recipe(NamedTuple):
+    """A sum of rows with a name of its own: parts (name, weight, fixed settings) and what it takes."""
+
+    parts: tuple[tuple[str, float | str, Mapping[str, Any]], ...]
+    """A weight that is a text is the setting of that name."""
+    equation: str
+    paper: str
+    when: str
+    settings: Mapping[str, Setting] = {}
+    """Settings that are not those of a part."""
+
+
+BETA = Setting(0.1, above=0)
+SMOOTHING = Setting(0.0, least=0, below=0.5)
+DIVERGENCE = {
+    "divergence": Setting("reverse_kl", choices=("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")),
+    "divergence_alpha": Setting(0.5, least=0, most=1),
+}
+WEIGHT = Setting(1.0, least=0)
+MODIFIERS: dict[str, Setting] = {
+    "ld_alpha": Setting(1.0, least=0, most=1),
+    "weighting": Setting("none", choices=("none", "wpo", "wpo_clamped")),
+    "reference_free": Setting(False),
+}
+"""What changes an objective from outside: LD-DPO's length desensitisation, WPO's weights, and no reference."""
+
+
+def _ln2(**_: Any) -> float:
+    return LN2
+
+
+def _exo(label_smoothing: float, **_: Any) -> float:
+    return -LN2 - 0.5 * (math.log1p(-label_smoothing) + math.log(label_smoothing))
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "sigmoid": Objective(
+        value="losses.sigmoid",
+        equation="-log S(beta (u_w - u_l))",
+        paper="DPO, arXiv:2305.18290; label_smoothing: conservative DPO",
+        when="first, and as the baseline; label_smoothing where labels are noisy",
+        settings={"beta": BETA, "label_smoothing": SMOOTHING, **DIVERGENCE},
+        reference="optional",
+        uses=("margin", "label"),
+        at_start=_ln2,
+    ),
+    "hinge": Objective(
+        value="losses.hinge",
+        equation="max(0, 1 - beta (u_w - u_l))",
+        paper="SLiC, arXiv:2305.10425; RSO, arXiv:2309.06657",
+        when="pairs that are already told apart should stop pushing",
+        settings={"beta": BETA, **DIVERGENCE},
+        reference="optional",
+        uses=("margin",),
+        at_start=lambda **_: 1.0,
+    ),
+    "ipo": Objective(
+        value="losses.ipo",
+        equation="(u_w/n_w - u_l/n_l - 1/(2 beta))^2",
+        paper="IPO, arXiv:2310.12036",
+        when="few or deterministic preferences, where DPO overfits",
+        settings={"beta": BETA, **DIVERGENCE},
+        reference="optional",
+        at_start=lambda beta, **_: 0.25 / beta**2,
+    ),
+    "exo_pair": Objective(
+        value="losses.exo_pair",
+        equation="KL(S(h) || 1-e), h = beta (u_w - u_l)",
+        paper="EXO, arXiv:2402.00856",
+        when="the reverse KL to soft labels is wanted in place of the forward one",
+        settings={"beta": BETA, "label_smoothing": Setting(1e-3, above=0, below=0.5), **DIVERGENCE},
+        at_start=_exo,
+    ),
+    "nca_pair": Objective(
+        value="losses.nca_pair",
+        equation="-log S(beta u_w) - (log S(-beta u_w) + log S(-beta u_l))/2",
+        paper="NCA, arXiv:2402.05369",
+        when="the chosen answers' likelihood falls under DPO",
+        settings={"beta": BETA},
+        at_start=lambda **_: 2 * LN2,
+    ),
+    "robust": Objective(
+        value="losses.robust",
+        equation="(-(1-e) log S(h) + e log S(-h)) / (1-2e)",
+        paper="Robust DPO, arXiv:2403.00409",
+        when="a known share of labels is the wrong way round",
+        settings={"beta": BETA, "label_smoothing": SMOOTHING, **DIVERGENCE},
+        at_start=_ln2,
+    ),
+    "bco_pair": Objective(
+        value="losses.bco_pair",
+        equation="-log S(beta u_w) - log S(-beta u_l)",
+        paper="BCO, arXiv:2404.04656",
+        when="answers should be good or bad by themselves; part of MPO",
+        settings={"beta": BETA},
+        at_start=lambda **_: 2 * LN2,
+    ),
+    "sppo_hard": Objective(
+        value="losses.sppo_hard",
+        equation="(u_w - 1/(2 beta))^2 + (u_l + 1/(2 beta))^2",
+        paper="SPPO, arXiv:2405.00675",
+        when="self-play: each iteration aims at a fixed gain",
+        settings={"beta": BETA},
+        at_start=lambda beta, **_: 0.5 / beta**2,
+    ),
+    "aot": Objective(
+        value="group_losses.aot",
+        equation="-(1-e) log S(beta q) - e log S(-beta q), q of sorted log-odds",
+        paper="AOT, arXiv:2406.05882",
+        when="the whole distribution of margins should rise, not only their mean",
+        settings={"beta": BETA, "label_smoothing": SMOOTHING},
+        scope="step",
+        modifiers=("ld_alpha",),
+        at_start=_ln2,
+    ),
+    "aot_unpaired": Objective(
+        value="group_losses.aot_unpaired",
+        equation="as aot, q = sort(u_w) - sort(u_l)",
+        paper="AOT, arXiv:2406.05882",
+        when="the same for good and bad answers that do not belong together",
+        settings={"beta": BETA, "label_smoothing": SMOOTHING},
+        scope="step",
+        modifiers=("ld_alpha",),
+        at_start=_ln2,
+    ),
+    "apo_zero": Objective(
+        value="losses.apo_zero",
+        equation="1 - S(beta u_w) + S(beta u_l)",
+        paper="APO, arXiv:2408.06266",
+        when="chosen answers are better than what the model says now",
+        settings={"beta": BETA},
+        at_start=lambda **_: 1.0,
+    ),
+    "apo_down": Objective(
+        value="losses.apo_down",
+        equation="S(beta u_w) + 1 - S(beta (u_w - u_l))",
+        paper="APO, arXiv:2408.06266",
+        when="chosen answers are worse than what the model says now",
+        settings={"beta": BETA},
+        at_start=lambda **_: 1.0,
+    ),
+    "discopop": Objective(
+        value="losses.discopop",
+        equation="-(1-g) log S(h) + g exp(-h), g = S(h/tau)",
+        paper="DiscoPOP, arXiv:2406.08414",
+        when="a loss found by search, between logistic and exponential",
+        settings={"beta": BETA, "tau": Setting(0.05, above=0, most=1), **DIVERGENCE},
+        at_start=lambda **_: 0.5 * LN2 + 0.5,
+    ),
+    "sft": Objective(
+        value="losses.sft",
+        equation="-log pi(y_w), per token of the step",
+        paper="maximum likelihood on the chosen answers",
+        when="a first stage before DPO (the paper's way to a reference), or a term that holds the chosen answers",
+        data="chosen",
+        per="chosen_tokens",
+        reference="unused",
+        modifiers=("weighting",),
+    ),
+    "sigmoid_norm": Objective(
+        value="losses.sigmoid_norm",
+        equation="-log S(beta (u_w/n_w - u_l/n_l))",
+        paper="Tulu 3, arXiv:2411.15124",
+        when="lengths differ much; beta is then 1 to 10, not 0.1",
+        settings={"beta": BETA, **DIVERGENCE},
+        reference="optional",
+        uses=("margin", "label"),
+        at_start=_ln2,
+    ),
+    "rdpo": Objective(
+        value="losses.rdpo",
+        equation="-log S(beta (u_w - u_l) + length_penalty (n_w - n_l))",
+        paper="R-DPO, arXiv:2403.19159",
+        when="answers grow longer in training",
+        settings={"beta": BETA, "length_penalty": Setting(0.01, least=0), "label_smoothing": SMOOTHING},
+        uses=("margin", "label"),
+    ),
+    "cal_dpo": Objective(
+        value="losses.cal_dpo",
+        equation="-log S(u_w - u_l) + (u_w - 1/(2 beta))^2 + (u_l + 1/(2 beta))^2",
+        paper="Cal-DPO, arXiv:2412.14516",
+        when="rewards should keep their scale, and chosen answers their likelihood",
+        settings={"beta": BETA, "calibration_weight": WEIGHT},
+        at_start=lambda beta, calibration_weight, **_: LN2 + calibration_weight * 0.5 / beta**2,
+    ),
+    "beta_dpo": Objective(
+        value="group_losses.beta_dpo",
+        equation="-log S(beta_step (u_w - u_l)), beta_step from the step's gaps",
+        paper="beta-DPO, arXiv:2407.08639",
+        when="pairs differ much in how hard they are, and some are outliers",
+        settings={
+            "beta": BETA,
+            "adapt": Setting(0.6, least=0),
+            "keep_fraction": Setting(0.8, above=0, most=1),
+            "momentum": Setting(0.9, least=0, below=1),
+        },
+        scope="step",
+        modifiers=("ld_alpha",),
+        at_start=_ln2,
+        measured_as="sigmoid",
+        remembers=2,
+    ),
+    "simpo": Objective(
+        value="losses.simpo",
+        equation="-log S(beta (log pi(y_w)/n_w - log pi(y_l)/n_l) - gamma)",
+        paper="SimPO, arXiv:2405.14734",
+        when="no reference is wanted and lengths should not matter",
+        settings={"beta": Setting(2.0, above=0), "gamma": Setting(1.0, least=0), "label_smoothing": SMOOTHING},
+        reference="unused",
+        uses=("margin", "label"),
+        reward="average",
+    ),
+    "odds_ratio": Objective(
+        value="losses.odds_ratio",
+        equation="-log S(log odds(y_w) - log odds(y_l))",
+        paper="ORPO's preference term, arXiv:2403.07691",
+        when="as a term beside sft (see orpo)",
+        reference="unused",
+        reward="average",
+    ),
+    "plackett_luce": Objective(
+        value="group_losses.plackett_luce",
+        equation="sum_k log sum_{j not above k} exp(beta u_j) - beta u_k",
+        paper="DPO, arXiv:2305.18290, appendix A.3",
+        when="prompts have three or more ranked answers",
+        settings={"beta": BETA},
+        data="rankings",
+        reference="optional",
+        modifiers=(),
+    ),
+    "kto": Objective(
+        value="group_losses.kto",
+        equation="1 - S(beta (u - z)) if desirable, 1 - S(beta (z - u)) if not",
+        paper="KTO, arXiv:2402.01306",
+        when="single answers are marked good or bad; no pairs needed",
+        settings={"beta": BETA, "desirable_weight": WEIGHT, "undesirable_weight": WEIGHT},
+        data="unpaired",
+        scope="step",
+        modifiers=(),
+        uses=("label",),
+        at_start=lambda desirable_weight, undesirable_weight, **_: (
+            0.5 * desirable_weight if desirable_weight == undesirable_weight else math.nan
+        ),
+    ),
+    "reward": Objective(
+        value="losses.reward",
+        equation="-log S(r_w - r_l) + center (r_w + r_l)^2",
+        paper="Bradley-Terry reward model, arXiv:2203.02155",
+        when="a reward model is wanted, or the classic pipeline to compare with",
+        settings={"center": Setting(0.0, least=0), "label_smoothing": SMOOTHING},
+        reference="unused",
+        modifiers=(),
+        uses=("margin", "label"),
+        model="reward",
+    ),
+}
+"""Every objective by name."""
+
+RECIPES: dict[str, Recipe] = {
+    "rpo": Recipe(
+        parts=(("sigmoid", 1.0, {}), ("sft", "sft_weight", {})),
+        equation="sigmoid + sft_weight * sft",
+        paper="RPO, arXiv:2404.19733",
+        when="chosen log-probabilities fall, reasoning suffers",
+        settings={"sft_weight": WEIGHT},
+    ),
+    "mpo": Recipe(
+        parts=(("sigmoid", 0.8, {}), ("bco_pair", 0.2, {}), ("sft", 1.0, {})),
+        equation="0.8 sigmoid + 0.2 bco_pair + sft",
+        paper="MPO, arXiv:2411.10442",
+        when="preference, quality and likelihood at once",
+    ),
+    "cpo": Recipe(
+        parts=(("sigmoid", 1.0, {"reference_free": True}), ("sft", "sft_weight", {})),
+        equation="-log S(beta (log pi(y_w) - log pi(y_l))) + sft_weight * sft",
+        paper="CPO, arXiv:2401.08417",
+        when="no reference fits into memory; translation",
+        settings={"sft_weight": WEIGHT},
+    ),
+    "orpo": Recipe(
+        parts=(("sft", 1.0, {}), ("odds_ratio", "odds_weight", {})),
+        equation="sft + odds_weight * odds_ratio",
+        paper="ORPO, arXiv:2403.07691",
+        when="from a base model in one stage, without reference",
+        settings={"odds_weight": Setting(0.1, least=0)},
+    ),
+}
+"""Sums of rows that have a name of their own."""
+
+BETA_SCHEDULES = ("linear", "cosine")
+SCHEDULED: dict[str, Setting] = {
+    "beta_end": Setting(0.1, above=0),
+    "beta_schedule": Setting("linear", choices=BETA_SCHEDULES),
+}
+"""What any objective with a beta takes beside it: beta goes from `beta` to `beta_end` over the run."""
+
+KNOWN_AS = {
+    name: answer
+    for names, answer in (
+        ("dpo", "sigmoid is DPO"),
+        ("cdpo conservative", "it is sigmoid with label_smoothing"),
+        ("slic rso", "it is hinge"),
+        ("bradley_terry bt reward_model rm", "it is reward"),
+        ("kto_pair", "it is kto, which takes pairs too"),
+        ("exo nca bco sppo", "it is exo_pair, nca_pair, bco_pair or sppo_hard"),
+        ("apo", "it is apo_zero or apo_down"),
+        ("wpo", "it is sigmoid with weighting: wpo"),
+        ("ld_dpo lddpo", "it is sigmoid with ld_alpha"),
+        ("f_dpo fdpo", "it is sigmoid with divergence"),
+        ("tr_dpo trdpo", "it is sigmoid with reference.update_every"),
+        ("dpo_norm lndpo", "it is sigmoid_norm"),
+        ("r_dpo", "it is rdpo"),
+        ("nll ce cross_entropy", "it is sft"),
+        ("pl listwise", "it is plackett_luce"),
+    )
+    for name in names.split()
+}
+"""What objectives are called elsewhere, and what they are here."""

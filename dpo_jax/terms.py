@@ -1,0 +1,162 @@
+"""The terms of a loss, from blocks of settings: each checked against the table of objectives and filled with defaults.
+
+Nothing here imports jax, so that settings can be read and checked at once.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dpo_jax.objectives import KNOWN_AS, OBJECTIVES, RECIPES, SCHEDULED, WEIGHT, Kind, Objective, Setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One objective of a mixture: its weight in the sum, and every setting that it takes."""
+
+    name: str
+    weight: Any
+    settings: Mapping[str, Any]
+
+    @property
+    def row(self) -> Objective:
+        """Its row of the table."""
+        return OBJECTIVES[self.name]
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether it compares with a reference."""
+        return self.row.reference != "unused" and not self.settings.get("reference_free", False)
+
+    @property
+    def desensitizes(self) -> bool:
+        """Whether tokens beyond the shared length weigh less (LD-DPO)."""
+        return self.settings.get("ld_alpha", 1.0) != 1.0
+
+    @property
+    def weighting(self) -> str:
+        """WPO's weights: none, wpo or wpo_clamped."""
+        return self.settings.get("weighting", "none")
+
+    def at_start(self) -> float | None:
+        """Value where policy and reference agree, or None where that is no constant."""
+        if self.row.at_start is None or not self.uses_reference or self.weighting != "none":
+            return None
+        value = self.weight * self.row.at_start(**self.settings)
+        return value if math.isfinite(value) else None
+
+
+def names() -> list[str]:
+    """What `objective.name` may be."""
+    return [*OBJECTIVES, *RECIPES]
+
+
+def takes(name: str) -> dict[str, Setting]:
+    """The settings of an objective or a recipe, by name."""
+    if name in OBJECTIVES:
+        found = OBJECTIVES[name].takes
+    else:
+        recipe = RECIPES[name]
+        fixed = {key for _, _, settings in recipe.parts for key in settings}
+        parts = [OBJECTIVES[part].takes for part, _, _ in recipe.parts]
+        found = {key: setting for part in parts for key, setting in part.items() if key not in fixed}
+        found |= recipe.settings
+    return found | SCHEDULED if "beta" in found else found
+
+
+def with_defaults(block: Mapping[str, Any]) -> dict[str, Any]:
+    """A block with every setting that its objective takes filled in; an unknown name is left as it is."""
+    given = {key: value for key, value in block.items() if value is not None}
+    if (name := given.get("name", "sigmoid")) not in names():
+        return given
+    defaults = {key: setting.default for key, setting in takes(name).items() if key not in SCHEDULED}
+    if given.get("divergence") != "alpha_divergence":
+        defaults.pop("divergence_alpha", None)
+    return {"name": name, **defaults, **given}
+
+
+def make_terms(blocks: Iterable[Mapping[str, Any]]) -> tuple[Term, ...]:
+    """The terms that blocks of settings describe: `{"name": ..., "weight": ..., setting: value, ...}` each.
+
+    A recipe becomes its parts. Settings that are None count as not given.
+
+    Raises:
+      ValueError: a line for each thing that is wrong, `key: remedy`; in a mixture the key of block i is `i.key`.
+    """
+    blocks = [{key: value for key, value in block.items() if value is not None} for block in blocks]
+    problems, terms = [], []
+    for number, block in enumerate(blocks):
+        found = list(_problems(block))
+        prefix = f"{number}." if len(blocks) > 1 else ""
+        problems += [f"{prefix}{line}" for line in found]
+        if not found:
+            terms += _expanded(block)
+    problems = problems or list(_contradictions(terms))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return tuple(terms)
+
+
+def _problems(block: Mapping[str, Any]) -> Iterable[str]:
+    name = block.get("name", "sigmoid")
+    if name not in names():
+        near = difflib.get_close_matches(str(name), names(), 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(names())}"
+        hint = KNOWN_AS.get(str(name).lower().replace("-", "_"), hint)
+        return [f"name: no objective {name!r}; {hint}"]
+    known = takes(name)
+    if not WEIGHT.accepts(block.get("weight", 1.0)):
+        return [f"weight: must be {WEIGHT.allowed()}"]
+    found = []
+    for key, value in block.items():
+        if key in ("name", "weight"):
+            continue
+        if key not in known:
+            found.append(f"{key}: objective {name} does not use it; it takes {', '.join(known) or 'no settings'}")
+        elif not known[key].accepts(value):
+            found.append(f"{key}: must be {known[key].allowed()} for objective {name}")
+    if "beta_schedule" in block and "beta_end" not in block:
+        found.append("beta_schedule: nothing is scheduled without beta_end; give it, or leave this out")
+    if "divergence_alpha" in block and block.get("divergence") != "alpha_divergence":
+        found.append("divergence_alpha: only divergence alpha_divergence uses it; leave it out")
+    return found
+
+
+def _expanded(block: Mapping[str, Any]) -> list[Term]:
+    """The terms of a block that is right, with defaults filled in."""
+    name, weight = block.get("name", "sigmoid"), block.get("weight", 1.0)
+    parts = ((name, 1.0, {}),) if name in OBJECTIVES else RECIPES[name].parts
+    own = {} if name in OBJECTIVES else RECIPES[name].settings
+    terms = []
+    for part, factor, fixed in parts:
+        if isinstance(factor, str):
+            factor = block.get(factor, own[factor].default)
+        known = takes(part)
+        given = {key: value for key, value in block.items() if key in known}
+        defaults = {key: setting.default for key, setting in known.items() if key not in SCHEDULED}
+        terms.append(Term(part, weight * factor, {**defaults, **given, **fixed}))
+    return terms
+
+
+def _contradictions(terms: list[Term]) -> Iterable[str]:
+    """What cannot be added up in one step."""
+    kinds = {term.row.data for term in terms} - {"chosen"}
+    if len(kinds) > 1:
+        yield f"name: {' and '.join(sorted(term.name for term in terms))} want different data; train them one by one"
+    if "rankings" in kinds or "unpaired" in kinds:
+        if any(term.row.data == "chosen" for term in terms):
+            yield "name: sft looks at chosen answers of pairs, which the others' data does not have; leave it out"
+    if len({term.row.model for term in terms}) > 1:
+        yield "name: reward trains a scalar head, the others a language model; train them one by one"
+    if len([term for term in terms if term.row.remembers]) > 1:
+        yield "name: only one objective of a mixture may remember earlier steps"
+
+
+def data_of(terms: Iterable[Term]) -> Kind:
+    """What one entry of a step is."""
+    for term in terms:
+        if term.row.data != "chosen":
+            return term.row.data
+    return "chosen"
