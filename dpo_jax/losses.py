@@ -358,8 +358,9 @@ def discopop(pairs: Pairs, *, beta: Scalar, tau: Scalar, divergence: str, diverg
     """
     chosen, rejected = log_ratios(pairs, divergence, divergence_alpha)
     h = beta * (chosen - rejected)
-    # log g - h without the difference of two large numbers: it is at most 0, as tau is at most 1
-    exponent = jnp.minimum(h * (1.0 / tau - 1.0), 0.0) - jnp.maximum(h, 0.0) - jax.nn.softplus(-jnp.abs(h) / tau)
+    # log g - h, at most 0 as tau is at most 1; below 0 without the difference of two large numbers
+    below, above = h * (1.0 / tau - 1.0) - jax.nn.softplus(h / tau), -jax.nn.softplus(-h / tau) - h
+    exponent = jnp.where(h < 0, below, above)
     return Outcome(jax.nn.sigmoid(-h / tau) * cross_entropy(h) + jnp.exp(exponent), h)
 
 
