@@ -35,6 +35,7 @@ from dpo_jax.training.settings import (
     ObjectiveSettings,
     OptimizerSettings,
     ReferenceSettings,
+    asks_for_reward_model,
     fitting_mode,
 )
 
@@ -63,14 +64,17 @@ class Run(Section):
     @model_validator(mode="before")
     @classmethod
     def _what_follows_from_the_rest(cls, data: Any) -> Any:
-        """One epoch unless told; the reference that the objective asks for."""
+        """One epoch unless told; the reference, and the end of an answer, that the objective asks for."""
         if not isinstance(data, Mapping):
             return data
         length = {"epochs": 1.0} if data.get("steps") is None and data.get("epochs") is None else {}
         reference = data.get("reference") or {}
         if isinstance(reference, Mapping) and reference.get("mode") is None:
             reference = {**reference, "mode": fitting_mode(data.get("objective") or {}, reference)}
-        return {**data, **length, "reference": reference}
+        rows, found = data.get("data"), {**data, **length, "reference": reference}
+        if isinstance(rows, Mapping) and rows.get("ending") is None and asks_for_reward_model(data.get("objective")):
+            found["data"] = {**rows, "ending": "template"}
+        return found
 
     @model_validator(mode="after")
     def _consistent(self) -> "Run":
@@ -167,8 +171,8 @@ IGNORED: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
 CHANGES_MATHEMATICS = frozenset(
     """
     model.path model.compute_dtype
-    data.train data.layout data.max_length data.truncation data.template data.control_tokens data.max_characters
-    data.shuffle data.first
+    data.train data.layout data.max_length data.truncation data.ending data.template data.control_tokens
+    data.max_characters data.shuffle data.first
     batch.pairs reference.mode reference.path reference.update_every reference.update_rate
     optimizer.learning_rate optimizer.schedule optimizer.warmup_steps optimizer.warmup_fraction optimizer.beta1
     optimizer.beta2 optimizer.epsilon optimizer.weight_decay optimizer.clip_norm

@@ -72,6 +72,14 @@ def test_one_terminator_where_trl_trains_the_newline_after_it(trl, tmp_path):
     assert [*encoded.completion(0).tolist(), tokenizer.encode("\n")[0]] == case["chosen_ids"]
 
 
+def test_the_templates_own_end_can_be_asked_for(tmp_path):
+    """A reward model's score is read where the text ends that `apply_chat_template` writes."""
+    tokenizer = byte_tokenizer()
+    encoded, _ = encoded_rows(tmp_path, tokenizer, CHAT, ending="template")
+    text = [*encoded.prompt(0).tolist(), *encoded.completion(0).tolist()]
+    assert text == tokenizer.apply_chat_template(CHAT["prompt"] + CHAT["chosen"], return_dict=False)
+
+
 @pytest.mark.parametrize(("rule", "length"), [("keep_start", 8), ("keep_end", 8), ("keep_start", 14)])
 def test_trl_truncation_row_by_row(trl, shared, tmp_path, rule, length):
     tokenizer, cases = trl

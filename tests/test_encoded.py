@@ -56,6 +56,7 @@ def test_everything_that_the_result_depends_on_makes_a_new_entry(cached, tmp_pat
         "layout": {"layout": "pair"},
         "max_length": {"max_length": 20},
         "truncation": {"truncation": "keep_end"},
+        "ending": {"ending": "template"},
         "control_tokens": {"control_tokens": "tokens"},
         "max_characters": {"max_characters": 20},
     }

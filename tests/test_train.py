@@ -247,6 +247,7 @@ def test_a_reward_model_is_trained_exported_and_measured(world, tmp_path, capsys
     assert train.main(arguments(world, tmp_path / "run", "objective.name=reward", "optimizer.learning_rate=1e-2")) == 0
     records = steps_of(tmp_path / "run")
     assert records[0]["loss"] == pytest.approx(np.log(2), abs=1e-6) and records[-1]["loss"] < 0.6
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["data"]["ending"] == "template"
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]
     capsys.readouterr()

@@ -323,7 +323,7 @@ def collect(
         tokenizer,
         template=template,
         control_tokens=settings.control_tokens,
-        ending="one_terminator" if settings.truncation == "keep_completion" else "trl",
+        ending=settings.ending or ("terminator" if settings.truncation == "keep_completion" else "template"),
     )
     limit = settings.max_characters or 64 * settings.max_length
     records = read_records(opened, layout=settings.layout, max_characters=limit, first=first, report=report)

@@ -232,7 +232,7 @@ class Entry:
         return f"made again, the one kept in {self.arrays} was damaged" if damaged else f"made, kept in {self.arrays}"
 
 
-SETTINGS = ("layout", "max_length", "truncation", "control_tokens", "max_characters")
+SETTINGS = ("layout", "max_length", "truncation", "ending", "control_tokens", "max_characters")
 """Settings that change the result. The template counts by content, sources by name and content; max_bad_fraction only
 decides whether a result is accepted."""
 

@@ -23,6 +23,12 @@ class DataSettings(Section):
         default="keep_completion",
         description="what a too long pair loses: the prompt's head (keep_completion), or TRL's keep_start and keep_end",
     )
+    ending: Literal["terminator", "template"] | None = Field(
+        default=None,
+        description="what of a chat answer's end is kept: the token that ends the turn (the default), or all that the "
+        "template writes there (the default with TRL's truncations, and for reward models, whose score is read at the "
+        "last token)",
+    )
     template: str | None = Field(
         default=None, description="chat template file (Jinja) to use instead of the tokenizer's own"
     )

@@ -18,7 +18,7 @@ from dpo_jax.data.messages import BadRow, Messages, is_chat, shared_length, text
 from dpo_jax.data.report import clean
 from dpo_jax.settings import UserError
 
-Ending = Literal["one_terminator", "trl"]
+Ending = Literal["terminator", "template"]
 PROBE = "dpojaxprobe"
 
 
@@ -46,7 +46,7 @@ class Codec:
       tokenizer: of transformers.
       template: chat template that is used instead of the tokenizer's own.
       control_tokens: "text" keeps control tokens in row text as text; "tokens" lets them be control tokens.
-      ending: "one_terminator", or "trl": a chat's completion keeps all that the template writes after the answer.
+      ending: "terminator", or "template": a chat's completion keeps all that the template writes after the answer.
       control: finds control tokens in a text.
       before: ids that the tokenizer puts before a text (BOS, or nothing).
       turn: how the template ends a turn.
@@ -304,7 +304,7 @@ def _ended(ids: list[int], kind: str, codec: Codec) -> tuple[list[int], tuple[tu
     For a text the terminator is EOS. For a chat it is the special token with which the template ends a turn; what the
     template writes after it (the newline of ChatML) is not the assistant's and is taken off. TRL trains those tokens,
     and adds nothing where a template ends without a special token: that is kept for parity where `codec.ending` is
-    "trl". Ids that came tokenised are left alone.
+    "template". Ids that came tokenised are left alone.
 
         answer <|im_end|> \\n   ->   answer <|im_end|>           answer \\n   ->   answer \\n <eos>
     """
@@ -315,7 +315,7 @@ def _ended(ids: list[int], kind: str, codec: Codec) -> tuple[list[int], tuple[tu
         return [*ids, eos], ()
     if kind == "ids":
         return ids, () if ids[-1] in codec.special else ((_NO_END, "the ids do not end with a special token"),)
-    if codec.ending == "trl":
+    if codec.ending == "template":
         return ids, ()
     if turn.terminator is not None and tuple(ids[-1 - len(turn.rest) :]) == (turn.terminator, *turn.rest):
         ids = ids[: len(ids) - len(turn.rest)]

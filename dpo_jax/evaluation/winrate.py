@@ -112,7 +112,7 @@ def _pattern(row: Mapping[str, Any]) -> re.Pattern[str]:
 
 def prompt_codec(tokenizer: Any, control_tokens: Literal["text", "tokens"] = "text") -> Codec:
     """How a tokenizer, with the chat template that it holds, makes tokens of prompts."""
-    return codec(tokenizer, template=None, control_tokens=control_tokens, ending="one_terminator")
+    return codec(tokenizer, template=None, control_tokens=control_tokens, ending="terminator")
 
 
 def prompt_tokens(prompt: Prompt, coder: Codec, where: str = "") -> list[int]:

@@ -110,6 +110,14 @@ class ObjectiveSettings(Section):
         return f"objective.mixture: {f'block {int(number) + 1}, {inner}' if dot else inner}: {remedy}"
 
 
+def asks_for_reward_model(objective: Any) -> bool:
+    """Whether an objective's settings, as they were written, ask for a reward model."""
+    try:
+        return ObjectiveSettings.model_validate(objective or {}).trains_reward_model
+    except ValueError:
+        return False  # reported where it is validated for good
+
+
 def fitting_mode(objective: Any, reference: Mapping[str, Any]) -> str:
     """The reference mode that an objective's settings ask for, where none is given."""
     try:
