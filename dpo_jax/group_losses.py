@@ -13,6 +13,8 @@ from dpo_jax.losses import Outcome, Pairs, Ranking, Scalar, cross_entropy, log_r
 
 SMALLEST_BETA = 1e-3
 """Least beta that beta-DPO adapts to (as in its authors' code)."""
+SMALLEST_SPREAD = 1e-2
+"""Least spread of gaps, in nats, that beta-DPO draws by: a smaller one is rounding, as at the start."""
 
 
 def plackett_luce(pairs: Pairs, *, beta: Scalar) -> Outcome:
@@ -121,7 +123,8 @@ def beta_dpo(
 def _drawn(gaps: Any, real: Any, noise: Any, memory: Any, number: Any) -> tuple[Any, Any]:
     """Which pairs are drawn (weights with Gumbel noise, the `number` largest, is drawing without replacement)."""
     uniform = jnp.full_like(gaps, 0.5) if noise is None else jnp.clip(noise, 1e-6, 1 - 1e-6)
-    scores = -0.5 * jnp.square((gaps - memory[0]) / jnp.maximum(memory[1], 1e-6)) - jnp.log(-jnp.log(uniform))
+    distance = (gaps - memory[0]) / jnp.maximum(memory[1], SMALLEST_SPREAD)
+    scores = -0.5 * jnp.square(distance) - jnp.log(-jnp.log(uniform))
     order = _order(-scores, real)
     ranks = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
     return real & (ranks.reshape(gaps.shape).astype(jnp.float32) < number), number

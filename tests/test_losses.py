@@ -112,3 +112,15 @@ def test_an_objective_is_had_by_name_and_refuses_what_it_does_not_take():
         objective_loss("simpo", pairs, tau=0.1)
     with pytest.raises(ValueError, match="'rpo' is not an objective of the table"):
         objective_loss("rpo", pairs)
+
+
+def test_what_beta_dpo_draws_is_not_decided_by_rounding():
+    """Where policy and reference agree, gaps are what float32 makes of 0: other devices must draw the same pairs."""
+    noise = jax.random.uniform(jax.random.key(0), (64,))
+    kept = []
+    for seed in range(2):
+        rounding = 1e-6 * jax.random.normal(jax.random.key(seed), (64,))
+        pairs = make_pairs(rounding - 50.0, jnp.full(64, -60.0), -50.0, -60.0, noise=noise)
+        kept.append(objective_loss("beta_dpo", pairs, keep_fraction=0.5).losses > 0)
+    np.testing.assert_array_equal(*kept)
+    assert kept[0].sum() == 32
