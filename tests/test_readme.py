@@ -1,0 +1,27 @@
+"""What the README shows is what the code says."""
+
+import re
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT
+from tools.objectives_table import updated
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_table_of_objectives_is_the_codes():
+    assert "| `sigmoid` |" in README
+    assert updated(README) == README, "run python tools/objectives_table.py"
+
+
+def test_the_worked_example_of_a_tutorial(capsys):
+    """Policy 0.7 and 0.3, reference 0.3 and 0.7: log(7/3) - log(3/7) = 1.6946 nats; a tutorial's 1.20 mixes bases."""
+    (block,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "1.6946" in code)
+    exec(compile(block, "README.md", "exec"), {})
+    first, _ = capsys.readouterr().out.splitlines()
+    losses, margins = (float(number) for number in re.findall(r"\[([\d.]+)\]", first))
+    assert margins == pytest.approx(np.log(7 / 3) - np.log(3 / 7), abs=1e-6) == pytest.approx(1.6946, abs=5e-5)
+    assert losses == pytest.approx(np.log1p(np.exp(-margins)), abs=1e-6)
+    assert f"losses {losses:.4f}, margins {margins:.4f}" in block
