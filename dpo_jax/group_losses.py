@@ -104,7 +104,8 @@ def beta_dpo(
         beta_step  = beta (1 + adapt (mean of g over the kept - mean)), at least SMALLEST_BETA
         loss       = -log S(beta_step (u_w - u_l)) of the kept pairs, their mean being the step's
 
-    `memory` is (mean, std), 0 at first. Which pairs are kept follows from `pairs.noise`, none from a hidden state.
+    `memory` is (mean, std), 0 at first. Which pairs are kept follows from `pairs.noise` and from no hidden state;
+    without noise those nearest to the mean are.
     """
     chosen, rejected = log_ratios(pairs)
     gaps, real = jax.lax.stop_gradient(chosen - rejected), pairs.real
@@ -113,7 +114,7 @@ def beta_dpo(
     spread = jnp.sqrt(jnp.where(real, jnp.square(gaps - mean), 0.0).sum() / jnp.maximum(count - 1.0, 1.0))
     memory = jnp.zeros(2) if memory is None else memory
     memory = momentum * memory + (1.0 - momentum) * jnp.stack([mean, spread])
-    kept, number = _drawn(gaps, real, pairs.noise, memory, jnp.maximum(jnp.floor(keep_fraction * count), 1.0))
+    kept, number = _drawn(gaps, real, pairs.noise, memory, jnp.maximum(jnp.floor(keep_fraction * count + 1e-3), 1.0))
     found = jnp.where(kept, gaps, 0.0).sum() / number
     used = jnp.maximum(beta * (1.0 + adapt * (found - memory[0])), SMALLEST_BETA)
     h = used * (chosen - rejected)

@@ -122,7 +122,7 @@ class Evaluator:
         """Set up; compiles at its first use."""
         self.run, self.problem, self.reference, self.tokenizer, self.mesh = run, problem, reference, tokenizer, mesh
         self._collect = sharding.Compiled(lambda params, live, batch: evaluate_batch(problem, params, batch, live))
-        self._terms = measured_terms(problem)
+        self._measure = preference.measurement(measured_terms(problem))
         shards = sharding.batch_shards(mesh)
         held_out = data.held_out
         self._pairs = (
@@ -148,7 +148,7 @@ class Evaluator:
             live = self.reference.weights if moved is None else moved
             collect = functools.partial(_three, self._collect, live)
             place = functools.partial(sharding.place, mesh=self.mesh)
-            found |= preference.evaluate(collect, params, self._pairs, place, self._terms, progress)
+            found |= preference.evaluate(collect, params, self._pairs, place, self._measure, progress)
         if self._questions is not None:
             found["good_answers"] = self._answer(params, folder / "answers" / f"{step}.jsonl")
         return found

@@ -216,7 +216,9 @@ DIVERGENCES: dict[str, Callable[[Any, Scalar], Any]] = {
     "js_divergence": lambda u, alpha: jnp.log(2.0) + jax.nn.log_sigmoid(u),
     "alpha_divergence": _power,
 }
-"""f-DPO (Wang et al. 2023, arXiv:2309.16240): `phi(u) = f'(exp(u))` up to a constant, for each divergence f."""
+"""f-DPO (Wang et al. 2023, arXiv:2309.16240): `phi(u) = f'(exp(u))` up to a constant, for each divergence f.
+
+Alpha is TRL's, 1 less the paper's: 0 is the forward KL and 1 the reverse KL."""
 
 
 def desensitized(pairs: Pairs, ld_alpha: Scalar) -> Pairs:
@@ -358,9 +360,7 @@ def discopop(pairs: Pairs, *, beta: Scalar, tau: Scalar, divergence: str, diverg
     """
     chosen, rejected = log_ratios(pairs, divergence, divergence_alpha)
     h = beta * (chosen - rejected)
-    # log g - h, at most 0 as tau is at most 1; below 0 without the difference of two large numbers
-    below, above = h * (1.0 / tau - 1.0) - jax.nn.softplus(h / tau), -jax.nn.softplus(-h / tau) - h
-    exponent = jnp.where(h < 0, below, above)
+    exponent = -jnp.logaddexp(h, h - h / tau)  # log g - h, without the difference of two large numbers
     return Outcome(jax.nn.sigmoid(-h / tau) * cross_entropy(h) + jnp.exp(exponent), h)
 
 

@@ -294,7 +294,7 @@ OBJECTIVES: dict[str, Objective] = {
     ),
     "cal_dpo": Objective(
         value="losses.cal_dpo",
-        equation="-log S(u_w - u_l) + (u_w - 1/(2 beta))^2 + (u_l + 1/(2 beta))^2",
+        equation="-log S(u_w - u_l) + calibration_weight ((u_w - 1/(2 beta))^2 + (u_l + 1/(2 beta))^2)",
         paper="Cal-DPO, arXiv:2412.14516",
         when="rewards should keep their scale, and chosen answers their likelihood",
         settings={"beta": BETA, "calibration_weight": WEIGHT},
@@ -337,7 +337,7 @@ OBJECTIVES: dict[str, Objective] = {
     ),
     "plackett_luce": Objective(
         value="group_losses.plackett_luce",
-        equation="sum_k log sum_{j not above k} exp(beta u_j) - beta u_k",
+        equation="sum_k log sum_{j = k or ranked below} exp(beta u_j) - beta u_k",
         paper="DPO, arXiv:2305.18290, appendix A.3",
         when="prompts have three or more ranked answers",
         settings={"beta": BETA},

@@ -7,7 +7,7 @@ import pytest
 
 from dpo_jax.losses import Pairs
 from dpo_jax.metrics import Mean, means, merge, quantile
-from dpo_jax.mixture import START, Moment, beta_of, labels_of, start_constant
+from dpo_jax.mixture import START, Moment, beta_of, labels_of, outcomes, start_constant
 from dpo_jax.model.preference import measure
 from dpo_jax.terms import make_terms
 
@@ -130,3 +130,21 @@ def test_merged_means_are_the_whole():
         {"entropy": Mean(jnp.asarray(4.0), jnp.asarray(1.0))},
     ]
     assert float(means(merge(*parts))["entropy"]) == 1.5
+
+
+def test_a_pair_counts_by_its_weight_in_the_sum_and_not_in_the_number():
+    pairs = some_pairs(4)
+    each = outcomes(SIGMOID, pairs)[0].losses
+    weight = jnp.asarray([2.0, 0.0, 1.0, 0.5])
+    loss, _, _ = measure(SIGMOID, pairs._replace(weight=weight), START)
+    np.testing.assert_allclose(loss, (weight * each).sum() / 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("weighting", ["wpo", "wpo_clamped"])
+def test_wpo_weighs_a_pair_by_how_likely_the_policy_is_to_say_it(weighting):
+    pairs = some_pairs(3, alignment=(jnp.asarray([-0.5, 0.2, 0.4]), jnp.asarray([-0.3, 0.1, -0.6])))
+    weights = np.exp([-0.8, 0.3, -0.2])
+    if weighting == "wpo_clamped":
+        weights = np.minimum(weights, 1)
+    (plain,), (weighed,) = (outcomes(make_terms([block]), pairs) for block in ({}, {"weighting": weighting}))
+    np.testing.assert_allclose(weighed.losses, weights * plain.losses, rtol=1e-6)

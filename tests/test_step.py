@@ -102,7 +102,7 @@ def test_evaluation_measures_the_loss_of_training(params, reference):
         params,
         Batches(ENCODED, 5, 1, 1).sweep(),
         lambda batch: batch,
-        measured_terms(problem),
+        preference.measurement(measured_terms(problem)),
     )
     assert found["loss"] == pytest.approx(float(loss), rel=1e-5)
     for name, value in metrics.items():

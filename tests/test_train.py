@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from dpo_jax import evaluate, train
 from dpo_jax.training import reference as references
+from dpo_jax.training.checkpoints import Checkpoints
 from dpo_jax.training.journal import TIME_FIELDS, Journal, read_records
 from tests.tiny_folders import write_folder
 from tests.tiny_rows import assistant, byte_tokenizer, user, write
@@ -116,37 +117,52 @@ def test_running_it_again_changes_nothing(world, finished, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != ".lock"}
 
 
-@pytest.fixture(scope="module")
-def plain(world):
-    """A run without answers; counts what XLA compiles after the second step."""
-    output, events, late = world / "plain", [], []
-    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
-    original = Journal.step
+def counted(world, output, *more):
+    """A run that evaluates at the start and at the end, and what XLA compiles between its second step and its end.
 
-    def step(self, number, metrics):
+    Saving is left out: the first save compiles the slices that it writes.
+    """
+    events, late = [], []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
+    step, evaluation, save = Journal.step, Journal.evaluation, Checkpoints.save
+
+    def warm(self, number, metrics):
         if number == 2:
             events.clear()
-        if number == STEPS:
-            late.extend(name for name in events if "backend_compile" in name)
-        original(self, number, metrics)
+        step(self, number, metrics)
+
+    def done(self, number, metrics):
+        late.extend(name for name in events if number == STEPS and "backend_compile" in name)
+        evaluation(self, number, metrics)
+
+    def saved(self, *args):
+        before = len(events)
+        save(self, *args)
+        del events[before:]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "step", step)
-        assert train.main(arguments(world, output, "evaluation.every=null")) == 0
+        patch.setattr(Checkpoints, "save", saved)
+        patch.setattr(Journal, "step", warm)
+        patch.setattr(Journal, "evaluation", done)
+        assert train.main(arguments(world, output, "evaluation.every=null", *more)) == 0
     jax.monitoring.clear_event_listeners()
     return output, late
 
 
-def test_nothing_compiles_after_warm_up(plain):
-    assert plain[1] == []
+@pytest.fixture(scope="module")
+def plain(world):
+    """A run without answers."""
+    return counted(world, world / "plain")
+
+
+def test_nothing_compiles_after_warm_up(plain, moving):
+    assert plain[1] == moving[1] == []
 
 
 @pytest.fixture(scope="module")
 def moving(world):
     """A run whose reference moves and whose objective remembers earlier steps: both must be in its checkpoints."""
-    output = world / "moving"
-    assert train.main(arguments(world, output, "evaluation.every=null", *MOVING)) == 0
-    return output
+    return counted(world, world / "moving", *MOVING)
 
 
 MOVING = ("reference.update_every=2", "objective.name=beta_dpo", "objective.beta_end=0.3")
@@ -156,7 +172,7 @@ MOVING = ("reference.update_every=2", "objective.name=beta_dpo", "objective.beta
     ("number", "more", "code"), [(signal.SIGTERM, (), 75), (signal.SIGINT, (), 130), (signal.SIGTERM, MOVING, 75)]
 )
 def test_stopping_and_going_on_is_never_having_stopped(world, plain, moving, tmp_path, monkeypatch, number, more, code):
-    original, whole = Journal.step, moving if more else plain[0]
+    original, whole = Journal.step, (moving if more else plain)[0]
 
     def step(self, now, metrics):
         original(self, now, metrics)
@@ -174,7 +190,7 @@ def test_stopping_and_going_on_is_never_having_stopped(world, plain, moving, tmp
 
 
 def test_a_reference_that_moves_is_near_again_and_beta_rises(moving):
-    records = steps_of(moving)
+    records = steps_of(moving[0])
     drift = [abs(record["drift/chosen"]) for record in records]
     assert drift[2] < drift[1] and drift[4] < drift[3]  # moved after steps 2 and 4
     np.testing.assert_allclose([record["beta"] for record in records], np.linspace(0.1, 0.3, STEPS), rtol=1e-6)

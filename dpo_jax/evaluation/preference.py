@@ -20,7 +20,7 @@ def evaluate(
     params: Any,
     batches: Batches,
     place: Callable[[Any], Any],
-    terms: tuple[Term, ...],
+    measure: Callable[[Pairs, Any], Any],
     progress: float = 1.0,
 ) -> dict[str, float]:
     """The loss and every metric over all pairs of a sweep, as if they were one step.
@@ -33,7 +33,7 @@ def evaluate(
       params: weights of the model.
       batches: a sweep over the pairs.
       place: puts a host batch on the devices.
-      terms: the objectives, as they are taken on held-out data.
+      measure: `(all pairs [P], progress) -> (loss, metrics)`, as `measurement` makes it.
       progress: share of the run that is done, for a beta that is scheduled.
     """
     parts: list[Pairs] = []
@@ -44,16 +44,15 @@ def evaluate(
         for name, mean in means.items():
             totals[name] = totals.get(name, np.zeros(2)) + np.asarray([mean.total, mean.count], np.float64)
     whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-    loss, metrics, _ = jax.device_get(_measured(terms, whole, progress))
+    loss, metrics = jax.device_get(measure(whole, jnp.float32(progress)))
     found = {"loss": loss, **metrics}
     statistics = {name: total / count if count else np.nan for name, (total, count) in totals.items()}
     return {name: float(value) for name, value in (found | statistics).items()}
 
 
-def _measured(terms: tuple[Term, ...], pairs: Pairs, progress: float) -> Any:
-    return jax.jit(lambda pairs, progress: measure(terms, pairs, Moment(progress)))(
-        jax.tree.map(jnp.asarray, pairs), jnp.float32(progress)
-    )
+def measurement(terms: tuple[Term, ...]) -> Callable[[Pairs, Any], Any]:
+    """What `evaluate` takes as `measure` for these objectives; compiled once for each number of pairs."""
+    return jax.jit(lambda pairs, progress: measure(terms, pairs, Moment(progress))[:2])
 
 
 def token_logprobs(

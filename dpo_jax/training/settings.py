@@ -26,7 +26,12 @@ class ObjectiveSettings(Section):
     divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] | None = Field(
         default=None, description="f-divergence that holds the policy to the reference (f-DPO)"
     )
-    divergence_alpha: float | None = Field(default=None, ge=0, le=1, description="alpha of alpha_divergence")
+    divergence_alpha: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="alpha of alpha_divergence, as in TRL: 0 is the forward KL, 1 the reverse KL",
+    )
     ld_alpha: float | None = Field(
         default=None, ge=0, le=1, description="weight of tokens beyond the length that both completions have (LD-DPO)"
     )
