@@ -148,3 +148,13 @@ def test_wpo_weighs_a_pair_by_how_likely_the_policy_is_to_say_it(weighting):
         weights = np.minimum(weights, 1)
     (plain,), (weighed,) = (outcomes(make_terms([block]), pairs) for block in ({}, {"weighting": weighting}))
     np.testing.assert_allclose(weighed.losses, weights * plain.losses, rtol=1e-6)
+
+
+def test_a_term_without_reference_sees_none_beside_one_that_has():
+    terms = make_terms([{"name": "sigmoid"}, {"name": "sigmoid", "reference_free": True}, {"name": "simpo"}])
+    pairs = some_pairs(4)
+    moved = pairs._replace(reference_chosen=pairs.reference_chosen + 3.0)
+    changed = [
+        bool((a.losses != b.losses).any()) for a, b in zip(outcomes(terms, pairs), outcomes(terms, moved), strict=True)
+    ]
+    assert changed == [True, False, False]

@@ -1,5 +1,6 @@
 """A step is its pairs: what a step measures, moves and remembers; and TRL steps the same way."""
 
+import dataclasses
 import functools
 import json
 
@@ -11,12 +12,14 @@ from safetensors.numpy import load_file
 
 from dpo_jax import logits, sharding, trees
 from dpo_jax.data.batches import Batches
+from dpo_jax.data.entries import as_entries
 from dpo_jax.evaluation import preference
 from dpo_jax.hf.mapping import names
 from dpo_jax.model.decoder import init_params
 from dpo_jax.model.preference import Problem, evaluate_batch, loss_and_gradient, measured_terms
 from dpo_jax.model.scoring import score_batch
 from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.objectives import OBJECTIVES
 from dpo_jax.terms import make_terms
 from dpo_jax.training.optimizer import decay_mask, make_optimizer, schedule
 from dpo_jax.training.settings import OptimizerSettings
@@ -37,6 +40,7 @@ SPEC = DecoderSpec(
     windows=(None, 6),
 )
 ENCODED = random_encoded(units=9, completions=(2, 4), seed=3)
+MANY = random_encoded(units=40, completions=(2, 3), seed=4)
 
 
 @pytest.fixture(scope="module")
@@ -75,19 +79,37 @@ def test_packed_scores_are_those_of_separate_rows(params):
     np.testing.assert_allclose(sums, text_logprobs(params, small()), rtol=1e-5, atol=1e-4)
 
 
-def one_step(problem, params, reference, **layout):
-    batch = Batches(ENCODED, 12, 1, 2, **layout).at(1)
+def one_step(problem, params, reference, encoded=None, pairs=12, **layout):
+    batch = Batches(encoded or ENCODED, pairs, 1, 2, **layout).at(1)
     loss, metrics, gradient, _ = jax.jit(functools.partial(loss_and_gradient, problem))(params, batch, reference)
     return float(loss), jax.device_get(metrics), jax.device_get(gradient)
 
 
 def test_metrics_do_not_depend_on_the_layout(params, reference):
     problem = Problem(SPEC, make_terms([{"name": "rpo", "beta": 0.3, "label_smoothing": 0.1}]))
-    _, whole, _ = one_step(problem, params, reference, micro_tokens=4096)
-    _, parts, _ = one_step(problem, params, reference, micro_tokens=64, share_prompts=False)
+    layouts = {"micro_tokens": 4096}, {"micro_tokens": 64, "share_prompts": False}
+    assert [int(Batches(MANY, 40, 1, 2, **layout).at(1).micro_batches) > 1 for layout in layouts] == [False, True]
+    (_, whole, _), (_, parts, _) = (one_step(problem, params, reference, MANY, 40, **layout) for layout in layouts)
     assert {"entropy", "kl", "drift/chosen", "rewards/margins_p50", "objective/sft"} <= set(whole)
     for name, value in whole.items():
         np.testing.assert_allclose(parts[name], value, rtol=5e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("block", "kind"), [({"name": "sigmoid", "ld_alpha": 0.3}, "pairs"), ({"name": "plackett_luce"}, "rankings")]
+)
+def test_two_passes_are_one_pass(params, reference, monkeypatch, block, kind):
+    """What looks at the whole step is scored first and then again with a gradient; a loss of pairs may go either way."""
+    encoded = as_entries(MANY, kind, objective=block["name"], max_length=64)
+    problem = Problem(SPEC, make_terms([block]))
+    layout = {"micro_tokens": 64, "rankings": kind == "rankings"}
+    loss, _, gradient = one_step(problem, params, reference, encoded, 20, **layout)
+    wide = dataclasses.replace(OBJECTIVES[block["name"]], scope="step")
+    monkeypatch.setitem(OBJECTIVES, block["name"], wide)
+    assert problem.step_wide
+    again, _, slope = one_step(problem, params, reference, encoded, 20, **layout)
+    assert again == pytest.approx(loss, rel=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), slope, gradient)
 
 
 def test_evaluation_measures_the_loss_of_training(params, reference):
