@@ -147,6 +147,8 @@ def test_noise_belongs_to_the_pair_and_not_to_its_place():
         keys = zip(chosen, rejected, strict=True)
         tables.append(dict(zip(keys, batch.noise[batch.real].tolist(), strict=True)))
     assert tables[0] == tables[1] == tables[2] and len(set(tables[0].values())) == 8
+    other = Batches(encoded, 8, 1, 3).at(1)
+    assert not set(other.noise[other.real].tolist()) & set(tables[0].values())
 
 
 def test_shards_carry_equal_loads():

@@ -89,12 +89,13 @@ def test_it_composes_with_vmap():
 
 def test_statistics_are_those_of_the_whole_distribution():
     hidden, head, targets, _ = problem()
-    scores = linear_scores(hidden, head.T, targets, chunk=32, statistics=True)
+    scores = linear_scores(hidden, head.T, targets, chunk=32, statistics=True, collision=True)
     logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64)
     shares = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
     np.testing.assert_allclose(scores.entropy, -(shares * np.log(shares)).sum(1), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(scores.mean_logit, logits.mean(1), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(scores.top1, logits.argmax(1))
+    np.testing.assert_allclose(scores.collision, np.log(np.square(shares).sum(1)), rtol=1e-5, atol=1e-5)
 
 
 def test_the_first_of_equals_is_the_most_probable():

@@ -99,7 +99,7 @@ def test_metrics_do_not_depend_on_the_layout(params, reference):
     ("block", "kind"), [({"name": "sigmoid", "ld_alpha": 0.3}, "pairs"), ({"name": "plackett_luce"}, "rankings")]
 )
 def test_two_passes_are_one_pass(params, reference, monkeypatch, block, kind):
-    """What looks at the whole step is scored first and then again with a gradient; a loss of pairs may go either way."""
+    """What looks at the whole step is scored first, then again with a gradient; a loss of pairs may go either way."""
     encoded = as_entries(MANY, kind, objective=block["name"], max_length=64)
     problem = Problem(SPEC, make_terms([block]))
     layout = {"micro_tokens": 64, "rankings": kind == "rankings"}
