@@ -1,14 +1,21 @@
 """The table of objectives: what `objective.name` may be, the settings each takes, and the paper behind it.
 
 A row is an objective; a recipe is a sum of rows with a name of its own. To add one, write a function of `Pairs` (see
-losses.py) and a row:
+losses.py) and a row, here or in a script of your own that then calls `dpo_jax.train.main`:
+
+    def mine(pairs, *, beta, slack):
+        gap = beta * (pairs.policy_chosen - pairs.policy_rejected)
+        return Outcome(losses=jax.nn.relu(slack - gap), margins=gap)
 
     OBJECTIVES["mine"] = Objective(
-        value=lambda pairs, *, beta: Outcome(-beta * (pairs.policy_chosen - pairs.policy_rejected), ...),
-        equation="-beta (log pi(y_w) - log pi(y_l))",
+        value=mine,
+        equation="max(0, slack - beta (log pi(y_w) - log pi(y_l)))",
         paper="mine, 2026",
-        settings={"beta": Setting(0.1, above=0)},
+        settings={"beta": Setting(0.1, above=0), "slack": Setting(1.0, least=0)},
+        reference="unused",
     )
+
+A setting whose name no other objective has is given in the form of a list: `objective: [{name: mine, slack: 2}]`.
 
 Nothing here imports jax, so that settings can be read and checked at once.
 """

@@ -11,6 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from dpo_jax import evaluate, train
+from dpo_jax.losses import Outcome
+from dpo_jax.objectives import OBJECTIVES, Objective, Setting
 from dpo_jax.training import reference as references
 from dpo_jax.training.checkpoints import Checkpoints
 from dpo_jax.training.journal import TIME_FIELDS, Journal, read_records
@@ -272,6 +274,20 @@ def test_a_reward_model_is_trained_exported_and_measured(world, tmp_path, capsys
     last = [record for record in read_records(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in record][-1]
     assert found["rewards/accuracies"] == last["eval_rewards/accuracies"] > 0.5
     assert found["loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
+
+
+def test_an_objective_of_ones_own_is_a_function_and_a_row(world, tmp_path, monkeypatch):
+    def mine(pairs, *, beta, slack):
+        gap = beta * (pairs.policy_chosen - pairs.policy_rejected)
+        return Outcome(losses=jax.nn.relu(slack - gap), margins=gap)
+
+    settings = {"beta": Setting(0.1, above=0), "slack": Setting(1.0, least=0)}
+    row = Objective(value=mine, equation="", paper="", settings=settings, reference="unused")
+    monkeypatch.setitem(OBJECTIVES, "mine", row)
+    own = "objective=[{name: mine, slack: 2}]"
+    assert train.main(arguments(world, tmp_path / "run", "evaluation.every=null", "data.eval=null", own)) == 0
+    records = steps_of(tmp_path / "run")
+    assert records[-1]["loss"] < records[0]["loss"] and records[0]["objective/mine"] == records[0]["loss"]
 
 
 def test_a_mixture_is_a_list_of_objectives(world, tmp_path):
