@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import resource
 import signal
 import time
@@ -148,7 +149,8 @@ class Evaluator:
             live = self.reference.weights if moved is None else moved
             collect = functools.partial(_three, self._collect, live)
             place = functools.partial(sharding.place, mesh=self.mesh)
-            found |= preference.evaluate(collect, params, self._pairs, place, self._measure, progress)
+            measured = preference.evaluate(collect, params, self._pairs, place, self._measure, progress)
+            found |= counted(self.problem, measured)
         if self._questions is not None:
             found["good_answers"] = self._answer(params, folder / "answers" / f"{step}.jsonl")
         return found
@@ -174,6 +176,13 @@ def _three(collect: Callable, live: Any, params: Any, batch: Any) -> Any:
     return collect(params, live, batch)
 
 
+def counted(problem: Problem, metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics, less those that are nan because a step of single completions has none that is (un)desirable."""
+    if problem.data != "unpaired" or not math.isfinite(metrics["loss"]):
+        return metrics
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
 def read_questions(run: Run) -> list[winrate.Question] | None:
     """The questions of `evaluation.answers`, if there are any to ask."""
     return None if run.evaluation.answers is None else winrate.read_questions(run.evaluation.answers)
@@ -185,6 +194,7 @@ class Recorder:
     def __init__(self, run: Run, trainer: Trainer, data: Data, journal: Journal, start: int, alarms: Alarms | None):
         """Go on after step `start`."""
         self.run, self.batches, self.data, self.journal, self.alarms = run, trainer.batches, data, journal, alarms
+        self.problem = trainer.problem
         train = data.train
         self._lengths = pair_tokens(train)
         # A single completion's `rejected` is itself, or for KTO one of another prompt, cut to fit.
@@ -211,6 +221,7 @@ class Recorder:
         self._pending = None
         seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
         streak = metrics.pop("nonfinite_streak")
+        metrics = counted(self.problem, metrics)
         tokens = self._tokens(step - 1)
         self._seen += int(tokens.sum())
         pairs = self.batches.pairs_of(step - 1)

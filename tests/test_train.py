@@ -245,6 +245,10 @@ def test_single_completions_are_learned_as_desirable_or_not(world, tmp_path, cap
     assert records[-1]["loss"] < 0.5 and {"rewards/chosen", "rewards/rejected", "objective/kto_baseline"} <= set(
         records[0]
     )
+    good = [{"prompt": f"Say {n}", "completion": "yes " * n, "label": True} for n in range(1, 7)]
+    write(world / "good.jsonl", *good)
+    for record in run_on(world, tmp_path / "good", "good.jsonl", "objective.name=kto"):
+        assert "rewards/rejected" not in record and "nonfinite" not in record and None not in record.values()
     argv = [a for a in arguments(world, tmp_path / "no") if not a.startswith("data.")] + [
         "evaluation.every=null",
         f"data.train={world / 'single.jsonl'}",
