@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from dpo_jax.losses import Outcome, Pairs, Scalar, desensitized, policy_weights
 from dpo_jax.objectives import OBJECTIVES
-from dpo_jax.terms import Term, make_terms
+from dpo_jax.terms import Term, make_terms, takes
 
 
 class Moment(NamedTuple):
@@ -32,7 +32,8 @@ def objective_loss(name: str, pairs: Pairs, **settings: Any) -> Outcome:
 
         objective_loss("simpo", make_pairs(chosen, rejected, chosen_length=n, rejected_length=m), beta=2.5).losses
 
-    Recipes are sums over a step and no loss of one pair; take their parts.
+    Recipes are sums over a step and no loss of one pair; take their parts. It composes with `jax.jit` (name and words
+    static) and `jax.grad`; a setting that is an array is traced, and its range is not checked.
 
     Args:
       name: a key of `objectives.OBJECTIVES`.
@@ -44,8 +45,9 @@ def objective_loss(name: str, pairs: Pairs, **settings: Any) -> Outcome:
     """
     if name not in OBJECTIVES:
         raise ValueError(f"{name!r} is not an objective of the table; it has {', '.join(OBJECTIVES)}")
-    (term,) = make_terms([{"name": name, **settings}])
-    (found,) = outcomes((term,), pairs)
+    traced = {key: value for key, value in settings.items() if isinstance(value, jax.Array) and key in takes(name)}
+    (term,) = make_terms([{"name": name, **{key: value for key, value in settings.items() if key not in traced}}])
+    (found,) = outcomes((dataclasses.replace(term, settings={**term.settings, **traced}),), pairs)
     return found
 
 

@@ -114,6 +114,14 @@ def test_an_objective_is_had_by_name_and_refuses_what_it_does_not_take():
         objective_loss("rpo", pairs)
 
 
+def test_settings_may_be_traced():
+    pairs = make_pairs(f32(-10), f32(-12))
+    slope = jax.jit(jax.grad(lambda beta: objective_loss("sigmoid", pairs, beta=beta).losses.sum()))(jnp.float32(0.1))
+    np.testing.assert_allclose(slope, -2 / (1 + np.exp(0.2)), rtol=1e-6)  # -gap S(-beta gap)
+    with pytest.raises(ValueError, match="tau"):
+        objective_loss("sigmoid", pairs, tau=jnp.float32(0.1))
+
+
 def test_what_beta_dpo_draws_is_not_decided_by_rounding():
     """Where policy and reference agree, gaps are what float32 makes of 0: other devices must draw the same pairs."""
     noise = jax.random.uniform(jax.random.key(0), (64,))
