@@ -13,8 +13,10 @@ LAYOUTS = ("pair", "implicit", "sharegpt", "openai", "tokenized", "ranked", "unp
 class DataSettings(Section):
     """Which preference pairs are read, and how they become tokens."""
 
-    train: str | tuple[str, ...] = Field(description="file, folder or hub data set (name or name:split) of pairs")
-    eval: str | tuple[str, ...] | None = Field(default=None, description="held-out pairs, in any of the same forms")
+    train: str | tuple[str, ...] = Field(description="file, folder or hub data set (name or name:split) of preferences")
+    eval: str | tuple[str, ...] | None = Field(
+        default=None, description="held-out preferences, in any of the same forms"
+    )
     layout: Literal[
         "auto", "pair", "implicit", "sharegpt", "openai", "tokenized", "ranked", "unpaired", "completion", "messages"
     ] = Field(default="auto", description="layout of the rows; auto detects it for each file and reports it")
