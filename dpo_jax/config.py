@@ -35,7 +35,7 @@ from dpo_jax.training.settings import (
     ObjectiveSettings,
     OptimizerSettings,
     ReferenceSettings,
-    asks_for_reward_model,
+    as_written,
     fitting_mode,
 )
 
@@ -68,11 +68,12 @@ class Run(Section):
         if not isinstance(data, Mapping):
             return data
         length = {"epochs": 1.0} if data.get("steps") is None and data.get("epochs") is None else {}
-        reference = data.get("reference") or {}
+        objective, reference = as_written(data.get("objective")), data.get("reference") or {}
         if isinstance(reference, Mapping) and reference.get("mode") is None:
-            reference = {**reference, "mode": fitting_mode(data.get("objective") or {}, reference)}
+            reference = {**reference, "mode": fitting_mode(objective, reference)}
         rows, found = data.get("data"), {**data, **length, "reference": reference}
-        if isinstance(rows, Mapping) and rows.get("ending") is None and asks_for_reward_model(data.get("objective")):
+        scores = objective is not None and objective.trains_reward_model
+        if scores and isinstance(rows, Mapping) and rows.get("ending") is None:
             found["data"] = {**rows, "ending": "template"}
         return found
 

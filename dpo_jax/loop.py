@@ -17,10 +17,11 @@ import optax
 
 from dpo_jax import config, sharding
 from dpo_jax.config import Run
-from dpo_jax.data.batches import Batches, origin, pair_tokens, prefetch
+from dpo_jax.data.batches import Batches, pair_tokens, prefetch
 from dpo_jax.evaluation import preference, winrate
+from dpo_jax.mixture import as_measured
 from dpo_jax.model.decoder import Model, cast
-from dpo_jax.model.preference import Problem, evaluate_batch, measured_terms
+from dpo_jax.model.preference import Problem, evaluate_batch
 from dpo_jax.settings import UserError
 from dpo_jax.stages import Data, Reference, cache_folder, is_policy, shares, sweep
 from dpo_jax.training.alarms import Alarms
@@ -123,7 +124,7 @@ class Evaluator:
         """Set up; compiles at its first use."""
         self.run, self.problem, self.reference, self.tokenizer, self.mesh = run, problem, reference, tokenizer, mesh
         self._collect = sharding.Compiled(lambda params, live, batch: evaluate_batch(problem, params, batch, live))
-        self._measure = preference.measurement(measured_terms(problem))
+        self._measure = preference.measurement(as_measured(problem.terms))
         shards = sharding.batch_shards(mesh)
         held_out = data.held_out
         self._pairs = (
@@ -254,7 +255,7 @@ class Recorder:
         return self._lengths[self.batches.pairs_of(step)]
 
     def _diverged(self, step: int, streak: int, pairs: np.ndarray) -> str:
-        rows = [origin(self.data.train, int(pair)) for pair in pairs[:8]]
+        rows = [self.data.train.origin(int(pair)) for pair in pairs[:8]]
         return (
             f"step {step}: the loss or gradient was not finite for {streak} steps in a row; the last checkpoint stays;"
             f" lower optimizer.learning_rate or look at the rows of this step: {', '.join(rows)}"

@@ -73,7 +73,7 @@ def preference_metrics(terms: Sequence[Term], pairs: Pairs, found: Sequence[Outc
 
 def of_terms(terms: Sequence[Term], pairs: Pairs, found: Sequence[Outcome]) -> Values:
     """Loss of each term and mean of what it makes grow."""
-    values, counts = {}, counts_of(pairs)
+    values, counts = {}, counts_of(pairs.real, pairs.chosen_length)
     for label, term, outcome in zip(labels_of(terms), terms, found, strict=True):
         values[f"objective/{label}"] = outcome.losses.sum() / counts[term.row.per]
         values[f"objective/{label}_margin"] = mean(outcome.margins, pairs.real)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from dpo_jax.losses import Outcome, Pairs, Scalar, desensitized, policy_weights
 from dpo_jax.objectives import OBJECTIVES
@@ -64,12 +64,11 @@ def total(terms: Sequence[Term], found: Sequence[Outcome], counts: Mapping[str, 
     return jnp.asarray(sum(parts[1:], parts[0]), jnp.float32)
 
 
-def counts_of(pairs: Pairs) -> dict[str, Float[Array, ""]]:
+def counts_of(real: Bool[Array, "*P"], chosen_length: Float[Array, "*P"]) -> dict[str, Float[Array, ""]]:
     """What losses are divided by: real pairs, and tokens of their chosen completions (each at least 1)."""
-    real = pairs.real.astype(jnp.float32)
     return {
-        "pairs": jnp.maximum(real.sum(), 1.0),
-        "chosen_tokens": jnp.maximum(jnp.where(pairs.real, pairs.chosen_length, 0.0).sum(), 1.0),
+        "pairs": jnp.maximum(real.sum().astype(jnp.float32), 1.0),
+        "chosen_tokens": jnp.maximum(jnp.where(real, chosen_length, 0.0).sum(), 1.0),
     }
 
 
@@ -142,10 +141,6 @@ def _stand_in(term: Term) -> Term:
     name = term.row.measured_as
     if name is None:
         return term
-    kept = {
-        key: value
-        for key, value in term.settings.items()
-        if key in OBJECTIVES[name].takes or key in ("beta_end", "beta_schedule")
-    }
+    kept = {key: value for key, value in term.settings.items() if key in takes(name)}
     (plain,) = make_terms([{"name": name}])
     return dataclasses.replace(term, name=name, settings={**plain.settings, **kept})

@@ -16,7 +16,7 @@ import numpy as np
 
 from dpo_jax import config, sharding
 from dpo_jax.config import Run
-from dpo_jax.data.batches import Batches, origin
+from dpo_jax.data.batches import Batches
 from dpo_jax.data.encode import Encoded, encode
 from dpo_jax.data.entries import as_entries
 from dpo_jax.evaluation import preference
@@ -178,7 +178,7 @@ def entries(run: Run, encoded: Encoded) -> Encoded:
         rows = np.flatnonzero(getattr(encoded, column) != plain)
         if len(rows) and column not in used:
             raise UserError(
-                f"{origin(encoded, int(rows[0]))}: has a {column} (as have {len(rows)} entries in all), which "
+                f"{encoded.origin(int(rows[0]))}: has a {column} (as have {len(rows)} entries in all), which "
                 f"objective.name={name} would ignore; remove the column or choose an objective that takes it"
             )
     return found

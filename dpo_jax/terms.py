@@ -71,7 +71,7 @@ def with_defaults(block: Mapping[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in block.items() if value is not None}
     if (name := given.get("name", "sigmoid")) not in names():
         return given
-    defaults = {key: setting.default for key, setting in takes(name).items() if key not in SCHEDULED}
+    defaults = _defaults(name)
     if given.get("divergence") != "alpha_divergence":
         defaults.pop("divergence_alpha", None)
     return {"name": name, **defaults, **given}
@@ -133,11 +133,14 @@ def _expanded(block: Mapping[str, Any]) -> list[Term]:
     for part, factor, fixed in parts:
         if isinstance(factor, str):
             factor = block.get(factor, own[factor].default)
-        known = takes(part)
-        given = {key: value for key, value in block.items() if key in known}
-        defaults = {key: setting.default for key, setting in known.items() if key not in SCHEDULED}
-        terms.append(Term(part, weight * factor, {**defaults, **given, **fixed}))
+        given = {key: value for key, value in block.items() if key in takes(part)}
+        terms.append(Term(part, weight * factor, {**_defaults(part), **given, **fixed}))
     return terms
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """What the settings of an objective are that nobody gave; a beta that nobody scheduled stays as it is."""
+    return {key: setting.default for key, setting in takes(name).items() if key not in SCHEDULED}
 
 
 def _contradictions(terms: list[Term]) -> Iterable[str]:

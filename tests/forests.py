@@ -1,4 +1,4 @@
-"""Small random preference data, already tokenised, for the tests of batches and of the step."""
+"""Small random preference data, already tokenised, and a decoder for it, for the tests of batches and of steps."""
 
 from dataclasses import replace
 
@@ -6,6 +6,19 @@ import numpy as np
 
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.data.entries import ranks
+from dpo_jax.model.spec import DecoderSpec
+
+SPEC = DecoderSpec(
+    vocab_size=50,
+    width=16,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=4,
+    mlp_width=24,
+    norm_epsilon=1e-6,
+    windows=(None, 6),
+)
 
 
 def random_encoded(units=9, completions=(2, 2), vocab=50, seed=0, longest=12, skips=False, soft=False) -> Encoded:

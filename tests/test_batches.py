@@ -131,7 +131,7 @@ def test_rankings_hold_all_completions_of_their_prompt_with_their_ranks():
         there = batch.rank[micro, shard, pair] >= 0
         ids = batch.ids[micro, shard, batch.ranked[micro, shard, pair, there]]
         (unit,) = set(whole.completion_unit[ids].tolist())
-        assert ids.tolist() == batches.completions_of(unit).tolist()
+        assert ids.tolist() == list(batches.completions_of(unit))
         np.testing.assert_array_equal(batch.rank[micro, shard, pair, there], whole.rank[ids])
         found.append(unit)
     assert sorted(found) == sorted(whole.pair_unit[batches.pairs_of(0)].tolist())

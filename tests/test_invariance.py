@@ -16,22 +16,10 @@ from dpo_jax.mixture import Moment
 from dpo_jax.model.attention import causal
 from dpo_jax.model.decoder import Execution, cast, hidden, init_params, scalar_scores
 from dpo_jax.model.preference import Problem, loss_and_gradient, measure
-from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.objectives import OBJECTIVES
 from dpo_jax.terms import make_terms
-from tests.forests import random_encoded
+from tests.forests import SPEC, random_encoded
 
-SPEC = DecoderSpec(
-    vocab_size=50,
-    width=16,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=4,
-    mlp_width=24,
-    norm_epsilon=1e-6,
-    windows=(None, 6),
-)
 SCALAR = dataclasses.replace(SPEC, scalar_head=True)
 ENCODED = random_encoded(units=70, completions=(2, 3), seed=3, soft=True, longest=18)
 ENTRIES = 60

@@ -15,30 +15,19 @@ from dpo_jax.data.batches import Batches
 from dpo_jax.data.entries import as_entries
 from dpo_jax.evaluation import preference
 from dpo_jax.hf.mapping import names
+from dpo_jax.mixture import as_measured
 from dpo_jax.model.decoder import init_params
-from dpo_jax.model.preference import Problem, evaluate_batch, loss_and_gradient, measured_terms
+from dpo_jax.model.preference import Problem, evaluate_batch, loss_and_gradient
 from dpo_jax.model.scoring import score_batch
-from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.objectives import OBJECTIVES
 from dpo_jax.terms import make_terms
 from dpo_jax.training.optimizer import decay_mask, make_optimizer, schedule
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import MovingReference, fresh_state, make_step
 from tests.conftest import ROOT
-from tests.forests import random_encoded
+from tests.forests import SPEC, random_encoded
 from tools import parity
 
-SPEC = DecoderSpec(
-    vocab_size=50,
-    width=16,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=4,
-    mlp_width=24,
-    norm_epsilon=1e-6,
-    windows=(None, 6),
-)
 ENCODED = random_encoded(units=9, completions=(2, 4), seed=3)
 MANY = random_encoded(units=40, completions=(2, 3), seed=4)
 
@@ -124,7 +113,7 @@ def test_evaluation_measures_the_loss_of_training(params, reference):
         params,
         Batches(ENCODED, 5, 1, 1).sweep(),
         lambda batch: batch,
-        preference.measurement(measured_terms(problem)),
+        preference.measurement(as_measured(problem.terms)),
     )
     assert found["loss"] == pytest.approx(float(loss), rel=1e-5)
     for name, value in metrics.items():

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dpo_jax.data.encode import Encoded
+from dpo_jax.data.entries import first_completions
 from dpo_jax.data.packing import Bundle, Shape, balance, cheapest, choose_shapes, pack
 
 SAMPLED_STEPS = 32
@@ -188,8 +189,7 @@ class Batches:
     @functools.cached_property
     def _trees(self) -> list[Trees]:
         """Trees of each unit."""
-        first = np.searchsorted(self.encoded.completion_unit, np.arange(len(self.encoded.prompt_length) + 1))
-        return [self._unit_trees(range(first[u], first[u + 1])) for u in range(len(first) - 1)]
+        return [self._unit_trees(self.completions_of(unit)) for unit in range(self.encoded.num_units)]
 
     def _unit_trees(self, completions: Sequence[int]) -> Trees:
         prompts = tuple(self.encoded.prompt_span(completion) for completion in completions)
@@ -239,13 +239,15 @@ class Batches:
     @functools.cached_property
     def width(self) -> int:
         """W: completions of the fullest prompt where these are compared as a ranking, else 0."""
-        counts = np.bincount(self.encoded.completion_unit, minlength=1)
-        return int(counts.max()) if self.rankings else 0
+        return int(np.diff(self._first).max()) if self.rankings else 0
 
-    def completions_of(self, unit: int) -> np.ndarray:
+    def completions_of(self, unit: int) -> range:
         """Numbers of a unit's completions."""
-        first, last = np.searchsorted(self.encoded.completion_unit, [unit, unit + 1])
-        return np.arange(first, last)
+        return range(int(self._first[unit]), int(self._first[unit + 1]))
+
+    @functools.cached_property
+    def _first(self) -> np.ndarray:
+        return first_completions(self.encoded)
 
     def _blank(self, depth: int, shape: Shape, used: int) -> Batch:
         completions, pairs = self._room
@@ -355,12 +357,6 @@ def pair_tokens(encoded: Encoded) -> np.ndarray:
     prompts = np.maximum(encoded.prompt_length[encoded.completion_unit] - encoded.completion_skip, 1)
     whole = (prompts + encoded.completion_length).astype(np.int64)
     return whole[encoded.chosen] + np.where(encoded.single, 0, whole[encoded.rejected])
-
-
-def origin(encoded: Encoded, pair: int) -> str:
-    """Where a pair came from: `file:line`."""
-    unit = encoded.pair_unit[pair]
-    return f"{encoded.files[encoded.file[unit]]}:{encoded.line[unit]}"
 
 
 def prefetch(make: Callable[[int], Any], steps: range, depth: int = 2) -> Iterator[tuple[int, Any]]:

@@ -104,6 +104,11 @@ class Encoded:
         ends = np.cumsum(self.completion_length, dtype=np.int64)
         return ends - self.completion_length
 
+    def origin(self, pair: int) -> str:
+        """Where a pair came from: `file:line`."""
+        unit = self.pair_unit[pair]
+        return f"{clean(self.files[self.file[unit]], 400)}:{self.line[unit]}"
+
     def prompt_span(self, completion: int) -> tuple[int, int]:
         """Start and length, in `tokens`, of what a completion is read after: never empty, and never scored."""
         unit = self.completion_unit[completion]

@@ -9,7 +9,6 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from dpo_jax.data.encoded import Encoded
-from dpo_jax.data.report import clean
 from dpo_jax.settings import UserError
 
 _BY_COMPLETION = (
@@ -84,16 +83,11 @@ def first_completions(encoded: Encoded) -> Int64[np.ndarray, " _"]:
 
 def _paired(encoded: Encoded, objective: str) -> Encoded:
     if encoded.single.any():
-        where = _origin(encoded, np.argmax(encoded.single))
+        where = encoded.origin(int(np.argmax(encoded.single)))
         raise UserError(
             f"objective.name={objective} compares two completions and {where} has one; use objective.name=kto or sft"
         )
     return encoded
-
-
-def _origin(encoded: Encoded, entry: np.integer) -> str:
-    unit = encoded.pair_unit[entry]
-    return f"{clean(encoded.files[encoded.file[unit]], 400)}:{encoded.line[unit]}"
 
 
 def _rankings(encoded: Encoded) -> Encoded:
@@ -170,7 +164,7 @@ def _merged(one: np.ndarray, places: np.ndarray, other: np.ndarray, other_places
 def _chosen(encoded: Encoded, objective: str) -> Encoded:
     undesirable = encoded.single & (encoded.label == 0)
     if undesirable.any():
-        where = _origin(encoded, np.argmax(undesirable))
+        where = encoded.origin(int(np.argmax(undesirable)))
         raise UserError(
             f"objective.name={objective} learns every completion and that of {where} is undesirable; use "
             "objective.name=kto, or leave such rows out"

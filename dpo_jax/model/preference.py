@@ -12,7 +12,7 @@ from jax import lax
 
 from dpo_jax.losses import Pairs
 from dpo_jax.metrics import Means, means, merge, preference_metrics
-from dpo_jax.mixture import START, Moment, as_measured, counts_of, outcomes, start_constant, total
+from dpo_jax.mixture import START, Moment, counts_of, outcomes, start_constant, total
 from dpo_jax.model.decoder import DEFAULT_EXECUTION, Execution, cast
 from dpo_jax.model.scoring import Scores, Wanted, fold, pairs_of, score, token_metrics
 from dpo_jax.model.spec import DecoderSpec
@@ -118,13 +118,13 @@ def loss_and_gradient(
 def measure(terms: tuple[Term, ...], pairs: Pairs, moment: Moment) -> tuple[Any, Any, Any]:
     """Loss, metrics and memory of all the pairs of a step, or of a held-out set."""
     found = outcomes(terms, pairs, moment)
-    loss = total(terms, found, counts_of(pairs))
+    loss = total(terms, found, counts_of(pairs.real, pairs.chosen_length))
     memory = next((outcome.memory for outcome in found if outcome.memory is not None), None)
     return loss, preference_metrics(terms, pairs, found, moment), memory
 
 
 def _pair_by_pair(problem: Problem, params: Any, compute: Any, batch: Any, reference: Any, moment: Moment) -> Any:
-    counts = batch_counts(batch)
+    counts = counts_of(batch.real, jnp.take_along_axis(batch.lengths, batch.chosen, axis=-1))
 
     def micro(weights, forest):
         pairs, statistics = micro_pairs(problem, weights, forest, reference)
@@ -142,9 +142,11 @@ def _step_wide(problem: Problem, params: Any, compute: Any, batch: Any, referenc
     """Two passes: the step's pairs, then the gradient along the slope of the step's loss at each of them."""
     pairs, statistics = all_pairs(problem, compute, batch, reference)
 
+    counts = counts_of(pairs.real, pairs.chosen_length)
+
     def loss(policy):
         moved = _with_policy(pairs, policy)
-        return total(problem.terms, outcomes(problem.terms, moved, moment), counts_of(moved))
+        return total(problem.terms, outcomes(problem.terms, moved, moment), counts)
 
     slopes = jax.grad(loss)(_policy_of(pairs))
 
@@ -171,21 +173,9 @@ def all_pairs(problem: Problem, compute: Any, batch: Any, reference: Any) -> tup
 
 
 def evaluate_batch(problem: Problem, params: Any, batch: Any, reference: Any = None) -> tuple[Pairs, Means]:
-    """`all_pairs` under float32 weights: what `evaluation.preference` adds up over a held-out set."""
+    """`all_pairs` from the weights as they are trained: what `evaluation.preference` puts together."""
     compute, reference = _computing(problem, params, reference)
     return all_pairs(problem, compute, batch, reference)
-
-
-def measured_terms(problem: Problem) -> tuple[Term, ...]:
-    """The objectives as they are taken on held-out data."""
-    return as_measured(problem.terms)
-
-
-def batch_counts(batch: Any) -> dict[str, jax.Array]:
-    """What a batch's summed losses are divided by, as `mixture.counts_of` its pairs."""
-    real = batch.real.astype(jnp.float32)
-    lengths = jnp.take_along_axis(batch.lengths, batch.chosen, axis=-1)
-    return {"pairs": jnp.maximum(real.sum(), 1.0), "chosen_tokens": jnp.maximum((real * lengths).sum(), 1.0)}
 
 
 def _policy_of(pairs: Pairs) -> Any:

@@ -115,21 +115,17 @@ class ObjectiveSettings(Section):
         return f"objective.mixture: {f'block {int(number) + 1}, {inner}' if dot else inner}: {remedy}"
 
 
-def asks_for_reward_model(objective: Any) -> bool:
-    """Whether an objective's settings, as they were written, ask for a reward model."""
+def as_written(objective: Any) -> ObjectiveSettings | None:
+    """The settings that the values of `objective` give; None where they are wrong, which is reported elsewhere."""
     try:
-        return ObjectiveSettings.model_validate(objective or {}).trains_reward_model
+        return ObjectiveSettings.model_validate(objective or {})
     except ValueError:
-        return False  # reported where it is validated for good
+        return None
 
 
-def fitting_mode(objective: Any, reference: Mapping[str, Any]) -> str:
-    """The reference mode that an objective's settings ask for, where none is given."""
-    try:
-        compares = ObjectiveSettings.model_validate(objective).compares
-    except ValueError:
-        compares = None  # reported where it is validated for good
-    if compares is False:
+def fitting_mode(objective: ObjectiveSettings | None, reference: Mapping[str, Any]) -> str:
+    """The reference mode that an objective asks for, where none is given."""
+    if objective is not None and objective.compares is False:
         return "none"
     return "live" if reference.get("update_every") is not None else "cached"
 
