@@ -140,3 +140,8 @@ def test_the_list_of_scored_tokens_may_be_longer_than_an_int32_counts():
     encoded = random_encoded(units=3)
     long = dataclasses.replace(encoded, completion_length=np.full_like(encoded.completion_length, 2**30))
     assert long.scored_start.tolist() == [number * 2**30 for number in range(6)] and long.num_scored == 6 * 2**30
+
+
+def test_a_pair_comes_from_the_row_of_its_unit():
+    encoded = random_encoded(units=4, completions=(3, 3))
+    assert [encoded.origin(pair) for pair in (0, 2, 3, 11)] == [f"made up:{line}" for line in (1, 1, 2, 4)]
