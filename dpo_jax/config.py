@@ -25,6 +25,7 @@ from pydantic.fields import FieldInfo
 from dpo_jax import terms
 from dpo_jax.data.settings import BatchSettings, DataSettings
 from dpo_jax.foreign import FOREIGN
+from dpo_jax.hf.settings import ExportSettings
 from dpo_jax.model.settings import MeshSettings, ModelSettings
 from dpo_jax.settings import COMMAND_LINE, Section, Sources, UserError, allowed, printable, short
 from dpo_jax.training.settings import (
@@ -54,6 +55,7 @@ class Run(Section):
     checkpoint: CheckpointSettings = CheckpointSettings()
     log: LogSettings = LogSettings()
     alarms: AlarmSettings = AlarmSettings()
+    export: ExportSettings = ExportSettings()
     steps: int | None = Field(default=None, gt=0, description="length of the run in optimizer steps")
     epochs: float | None = Field(
         default=None, gt=0, description="length of the run in passes over the data (default: 1)"
@@ -171,23 +173,20 @@ IGNORED: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
 # Every setting is in one of the next two: does another value lead to another model (beyond float reassociation)?
 CHANGES_MATHEMATICS = frozenset(
     """
-    model.path model.compute_dtype
-    data.train data.layout data.max_length data.truncation data.ending data.template data.control_tokens
-    data.max_characters data.shuffle data.first
-    batch.pairs reference.mode reference.path reference.update_every reference.update_rate
-    optimizer.learning_rate optimizer.schedule optimizer.warmup_steps optimizer.warmup_fraction optimizer.beta1
-    optimizer.beta2 optimizer.epsilon optimizer.weight_decay optimizer.clip_norm
-    steps epochs seed
+    model.path model.revision model.compute_dtype data.train data.layout data.max_length data.truncation data.ending
+    data.template data.control_tokens data.max_characters data.shuffle data.first batch.pairs reference.mode
+    reference.path reference.revision reference.update_every reference.update_rate optimizer.learning_rate
+    optimizer.schedule optimizer.warmup_steps optimizer.warmup_fraction optimizer.beta1 optimizer.beta2
+    optimizer.epsilon optimizer.weight_decay optimizer.clip_norm steps epochs seed
     """.split()
 ) | {f"objective.{name}" for name in ObjectiveSettings.model_fields}
 KEEPS_MATHEMATICS = frozenset(
     """
     model.scan_layers model.remat data.eval data.max_bad_fraction data.cache batch.micro_tokens batch.share_prompts
-    mesh.data mesh.fsdp mesh.tensor
-    evaluation.every evaluation.answers evaluation.max_new_tokens
-    checkpoint.every checkpoint.keep checkpoint.keep_every checkpoint.allow_change
-    log.every log.tensorboard log.loggers log.token_statistics log.max_nonfinite output
-    alarms.enabled alarms.chosen_drift alarms.kl
+    mesh.data mesh.fsdp mesh.tensor evaluation.every evaluation.answers evaluation.max_new_tokens checkpoint.every
+    checkpoint.keep checkpoint.keep_every checkpoint.allow_change log.every log.tensorboard log.loggers
+    log.token_statistics log.max_nonfinite output alarms.enabled alarms.chosen_drift alarms.kl export.push
+    export.private
     """.split()
 )
 
@@ -444,7 +443,8 @@ class Parser(argparse.ArgumentParser):
 
 def quiet_libraries() -> None:
     """Keep the chatter of libraries out of a command's output; their errors and warnings about the run stay."""
-    for name in ("absl", "orbax", "jax", "datasets", "httpx", "filelock"):
+    for name in ("absl", "orbax", "jax", "datasets", "httpx", "httpx2", "filelock"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")  # a log wants no bars
     # transformers resets its own level when it is imported, but keeps filters; torch is not needed here
     logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())

@@ -1,20 +1,19 @@
-"""Reads a Hugging Face folder and writes it again: `python -m dpo_jax.convert SOURCE TARGET [--dtype bfloat16]`.
+"""Hugging Face folders in and out: `python -m dpo_jax.convert export SOURCE TARGET`, `check FOLDER`, `push FOLDER ID`.
 
-The tensors, files and tokenizer that come out are those that went in, read back and verified before the folder stands.
-Weights are changed only by `--dtype`, which rounds them to nearest even.
+An export has the tensors, files and tokenizer of its source, read back and verified before the folder stands. Weights
+are changed only by `--dtype`, which rounds them to nearest even.
 """
 
+import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dpo_jax.config import Parser, command, quiet_libraries
 from dpo_jax.settings import UserError
 
 
-@command
-def main(argv: Sequence[str]) -> None:
-    """The command."""
-    parser = Parser("convert", "Write a Hugging Face model folder again, every byte verified.")
+def _export(argv: Sequence[str]) -> int:
+    parser = Parser("convert export", "Write a Hugging Face model folder again, every byte verified.")
     parser.add_argument("source", help="model folder, or hub id")
     parser.add_argument("target", help="folder to write; it must not exist yet, or be empty")
     parser.add_argument(
@@ -32,6 +31,60 @@ def main(argv: Sequence[str]) -> None:
     limit = None if options.max_shard_gb is None else max(1, round(options.max_shard_gb * 1e9))
     save_hf(model, options.target, options.source, dtype=options.dtype, max_shard_bytes=limit)
     print(f"wrote and verified {options.target}")
+    return 0
+
+
+def _check(argv: Sequence[str]) -> int:
+    parser = Parser(
+        "convert check",
+        "Load a folder, export it, and compare every tensor, every file and, with PyTorch, the logits. "
+        "Exit code 1 if anything differs.",
+    )
+    parser.add_argument("folder", help="model folder, or hub id")
+    parser.add_argument("--keep", metavar="TARGET", help="folder to leave the export in (default: a temporary folder)")
+    parser.add_argument("--no-torch", dest="torch", action="store_false", help="compare tensors and files only")
+    options = parser.parse_args(argv)
+    quiet_libraries()
+
+    from dpo_jax.hf.verify import check
+
+    report = check(options.folder, keep=options.keep, torch=options.torch, say=print)
+    print("the export is the original" if report.ok else "the export is NOT the original")
+    return 0 if report.ok else 1
+
+
+def _push(argv: Sequence[str]) -> int:
+    parser = Parser("convert push", "Upload a model folder to the hub, as a private repository unless told otherwise.")
+    parser.add_argument("folder", help="model folder, such as an export")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="OWNER/NAME on the hub; it is made if it does not exist")
+    parser.add_argument("--public", action="store_true", help="make a new repository public")
+    parser.add_argument("--revision", help="branch to upload to (default: main)")
+    options = parser.parse_args(argv)
+    quiet_libraries()
+
+    from dpo_jax.hf.push import push
+
+    print(push(options.folder, options.repo_id, private=not options.public, revision=options.revision))
+    return 0
+
+
+ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {"export": _export, "check": _check, "push": _push}
+
+
+@command
+def main(argv: Sequence[str]) -> int:
+    """The command."""
+    parser = Parser("convert", "Read, write, compare and upload Hugging Face model folders; see ACTION --help.")
+    parser.add_argument(
+        "action",
+        choices=ACTIONS,
+        metavar="ACTION",
+        help="export SOURCE TARGET: write a folder again, verified; check FOLDER: compare a folder with its export; "
+        "push FOLDER REPO_ID: upload a folder",
+    )
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of the action")
+    options = parser.parse_args(argv)
+    return ACTIONS[options.action](options.arguments)
 
 
 if __name__ == "__main__":

@@ -40,18 +40,19 @@ def main(argv: Sequence[str]) -> int:
 
 def evaluate(run: config.Run, quiet: bool = False) -> tuple[dict[str, float], int]:
     """Metrics of `run.model` against `run.reference` over the pairs of `run.data.train`, and how many these are."""
-    from dpo_jax import loop, stages
+    from dpo_jax import exchange, loop, stages
     from dpo_jax.hf.tokenizer import load_tokenizer
 
     folder = Path(run.output)
     mesh = stages.make_mesh(run)
-    tokenizer = load_tokenizer(run.model.path, run.data.template)
+    sources = exchange.find_models(run, {})
+    tokenizer = load_tokenizer(sources.policy, run.data.template)
     data = stages.load_data(run, tokenizer, folder, _silent if quiet else print)
-    stages.check_models(run)
-    policy = stages.load_model(run.model.path, mesh, scalar_head=run.objective.trains_reward_model)
+    stages.check_models(run, sources)
+    policy = stages.load_model(sources.policy, mesh, scalar_head=run.objective.trains_reward_model)
     problem = stages.make_problem(run, policy, mesh)
     with stages.make_journal(run, folder, 1, None, process=int(quiet)) as journal:
-        reference = stages.make_reference(run, policy, problem, data, mesh, journal)
+        reference = stages.make_reference(run, sources, policy, problem, data, mesh, journal)
         held_out = stages.Data(data.train, data.train, data.dropped, data.report)
         logps = replace(reference, held_out=reference.train)
         measure = loop.Evaluator(run, problem, held_out, logps, tokenizer, mesh, None)
@@ -100,7 +101,7 @@ def _run(options: Namespace, folder: str) -> config.Run:
 
 
 def _is_reward_model(path: str) -> bool:
-    from dpo_jax.hf.families import read_spec
+    from dpo_jax.hf.configs import read_spec
     from dpo_jax.hf.tensors import local_folder
 
     return read_spec(local_folder(path)).scalar_head

@@ -56,7 +56,15 @@ FOREIGN = {
         ("resume_from_checkpoint overwrite_output_dir", "not needed: a run resumes from its output folder"),
         ("optim", "AdamW is the only optimizer; its settings are in the optimizer section"),
         ("trust_remote_code", "code of a model folder is never run"),
-        ("hub_token hf_token api_key wandb_api_key", "secrets are read from the environment, never from a config"),
+        ("model_revision base_model_revision", "model.revision"),
+        ("ref_model_revision reference_revision", "reference.revision"),
+        ("push_to_hub hub_model_id repo_id", "export.push"),
+        ("hub_private_repo", "export.private"),
+        ("api_key wandb_api_key", "secrets are read from the environment, never from a config"),
+        (
+            "token hub_token hf_token use_auth_token",
+            "the hub's token is read from the environment (HF_TOKEN) or the login of `hf auth login`, not from here",
+        ),
         ("use_peft lora_r lora_alpha lora_dropout lora_rank adapter load_in_4bit", "all weights are trained, in full"),
     )
     for name in names.split()

@@ -62,17 +62,18 @@ def sequence_logprobs(
     return sums / jnp.maximum(scored.sum(axis=-1), 1).astype(jnp.float32) if average else sums
 
 
-@functools.partial(jax.jit, static_argnames=("softcap", "chunk"))
+@functools.partial(jax.jit, static_argnames=("scale", "softcap", "chunk"))
 def linear_logprobs(
     hidden: Float[Array, "N D"],
     head: Float[Array, "D V"],
     targets: Int[Array, " N"],
     *,
     bias: Float[Array, " V"] | None = None,
+    scale: float = 1.0,
     softcap: float | None = None,
     chunk: int = CHUNK,
 ) -> Float[Array, " N"]:
-    """Log-probability of each target under `softmax(cap(hidden @ head + bias))`, without ever holding [N, V].
+    """Log-probability of each target under `softmax(cap(scale (hidden @ head + bias)))`, without ever holding [N, V].
 
     The vocabulary is scanned in chunks with a running maximum and sum, forwards and backwards; sums are float32. The
     largest temporary is [N, chunk]. `cap(z) = softcap * tanh(z / softcap)`, or `z` where softcap is None. For a head
@@ -83,18 +84,20 @@ def linear_logprobs(
       head: output projection, same dtype as hidden.
       targets: token ids in [0, V).
       bias: added to the logits.
+      scale: what they are multiplied by then, as in Granite and Cohere.
       softcap: bound on the logits' magnitude, as in Gemma 2.
       chunk: vocabulary entries per chunk; need not divide V.
     """
-    return linear_scores(hidden, head.T, targets, bias=bias, softcap=softcap, chunk=chunk).logps
+    return linear_scores(hidden, head.T, targets, bias=bias, scale=scale, softcap=softcap, chunk=chunk).logps
 
 
-def linear_scores(
+def linear_scores(  # noqa: PLR0913 (each says how logits are made, or what is wanted of them)
     hidden: Float[Array, "N D"],
     rows: Float[Array, "V D"],
     targets: Int[Array, " N"],
     *,
     bias: Float[Array, " V"] | None = None,
+    scale: float = 1.0,
     softcap: float | None = None,
     chunk: int = CHUNK,
     statistics: bool = False,
@@ -106,8 +109,25 @@ def linear_scores(
     id among equals). With `collision`: the logarithm of the chance that two draws are the same token,
     `log sum_v p(v)^2`. What is not asked for is zeros that cost nothing.
     """
-    scores: Any = _scored(hidden, rows, targets, bias, softcap, chunk, (statistics, collision))
+    scores: Any = _scored(hidden, rows, targets, bias, _Shape(scale, softcap), chunk, (statistics, collision))
     return scores
+
+
+class _Shape(NamedTuple):
+    """What is done to logits before the softmax."""
+
+    scale: float
+    softcap: float | None
+
+    def of(self, logits: Float[Array, "N C"]) -> Float[Array, "N C"]:
+        """Logits scaled and bounded."""
+        logits = logits if self.scale == 1.0 else logits * self.scale
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+
+    def back(self, logits: Float[Array, "N C"], slope: Float[Array, "N C"]) -> Float[Array, "N C"]:
+        """Slope along what `of` was given, from the slope along what it gave, `logits`."""
+        slope = slope if self.softcap is None else slope * (1.0 - jnp.square(logits / self.softcap))
+        return slope if self.scale == 1.0 else slope * self.scale
 
 
 class _Running(NamedTuple):
@@ -123,15 +143,15 @@ class _Running(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _scored(hidden, rows, targets, bias, softcap, chunk, wanted) -> TokenScores:
-    return _scored_forward(hidden, rows, targets, bias, softcap, chunk, wanted)[0]
+def _scored(hidden, rows, targets, bias, shape, chunk, wanted) -> TokenScores:
+    return _scored_forward(hidden, rows, targets, bias, shape, chunk, wanted)[0]
 
 
-def _scored_forward(hidden, rows, targets, bias, softcap, chunk, wanted):
+def _scored_forward(hidden, rows, targets, bias, shape, chunk, wanted):
     statistics, collision = wanted
 
     def visit(state: _Running, start, size):
-        logits = _chunk_logits(hidden, rows, bias, softcap, start, size)
+        logits = _chunk_logits(hidden, rows, bias, shape, start, size)
         return _absorb(state, logits, targets - start, start, wanted)
 
     n = hidden.shape[0]
@@ -176,16 +196,15 @@ def _absorb(state: _Running, logits: Float[Array, "N C"], local: Int[Array, " N"
     return state._replace(top=top)
 
 
-def _scored_backward(softcap, chunk, wanted, residuals, cotangent):
+def _scored_backward(shape, chunk, wanted, residuals, cotangent):
     hidden, rows, targets, bias, normaliser = residuals
     slope = cotangent.logps[:, None]
 
     def visit(dhidden, start, size):
-        logits = _chunk_logits(hidden, rows, bias, softcap, start, size)
+        logits = _chunk_logits(hidden, rows, bias, shape, start, size)
         hit = (targets - start)[:, None] == jnp.arange(size)[None, :]
         dlogits = (hit.astype(jnp.float32) - jnp.exp(logits - normaliser[:, None])) * slope
-        if softcap is not None:
-            dlogits = dlogits * (1.0 - jnp.square(logits / softcap))
+        dlogits = shape.back(logits, dlogits)
         narrow = dlogits.astype(hidden.dtype)
         part = lax.dynamic_slice_in_dim(rows, start, size)
         dhidden = dhidden + _dot(narrow, part, 1, 0)
@@ -198,12 +217,12 @@ def _scored_backward(softcap, chunk, wanted, residuals, cotangent):
 _scored.defvjp(_scored_forward, _scored_backward)
 
 
-def _chunk_logits(hidden, rows, bias, softcap, start, size) -> Float[Array, "N C"]:
+def _chunk_logits(hidden, rows, bias, shape, start, size) -> Float[Array, "N C"]:
     """Logits of `size` vocabulary entries from `start`, in float32."""
     logits = _dot(hidden, lax.dynamic_slice_in_dim(rows, start, size), 1, 1)
     if bias is not None:
         logits = logits + lax.dynamic_slice_in_dim(bias, start, size)[None, :].astype(jnp.float32)
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+    return shape.of(logits)
 
 
 def _dot(a, b, a_axis: int, b_axis: int):

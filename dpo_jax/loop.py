@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,12 @@ from dpo_jax import config, sharding
 from dpo_jax.config import Run
 from dpo_jax.data.batches import Batches, pair_tokens, prefetch
 from dpo_jax.evaluation import preference, winrate
+from dpo_jax.exchange import Sources, is_policy
 from dpo_jax.mixture import as_measured
 from dpo_jax.model.decoder import Model, cast
 from dpo_jax.model.preference import Problem, evaluate_batch
 from dpo_jax.settings import UserError
-from dpo_jax.stages import Data, Reference, cache_folder, is_policy, shares, sweep
+from dpo_jax.stages import Data, Reference, cache_folder, shares, sweep
 from dpo_jax.training.alarms import Alarms
 from dpo_jax.training.checkpoints import Checkpoints
 from dpo_jax.training.journal import Journal, read_records
@@ -119,7 +120,7 @@ class Evaluator:
         reference: Reference,
         tokenizer: Any,
         mesh: jax.sharding.Mesh,
-        questions: list[winrate.Question] | None,
+        exam: "Exam | None",
     ):
         """Set up; compiles at its first use."""
         self.run, self.problem, self.reference, self.tokenizer, self.mesh = run, problem, reference, tokenizer, mesh
@@ -130,12 +131,12 @@ class Evaluator:
         self._pairs = (
             None if held_out is None else sweep(run, held_out, shards, shares(run, problem.spec), reference.held_out)
         )
-        self._questions = questions
+        self._exam = exam
 
     def due(self, step: int, last: int) -> bool:
         """Whether to evaluate after this many steps."""
         every = self.run.evaluation.every
-        wanted = self._pairs is not None or self._questions is not None
+        wanted = self._pairs is not None or self._exam is not None
         return wanted and (step in (0, last) or (every is not None and step % every == 0))
 
     def __call__(
@@ -152,19 +153,18 @@ class Evaluator:
             place = functools.partial(sharding.place, mesh=self.mesh)
             measured = preference.evaluate(collect, params, self._pairs, place, self._measure, progress)
             found |= counted(self.problem, measured)
-        if self._questions is not None:
-            found["good_answers"] = self._answer(params, folder / "answers" / f"{step}.jsonl")
+        if self._exam is not None:
+            found["good_answers"] = self._answer(self._exam, params, folder / "answers" / f"{step}.jsonl")
         return found
 
-    def _answer(self, params: Any, path: Path) -> float:
+    def _answer(self, exam: "Exam", params: Any, path: Path) -> float:
         weights = cast(params, jnp.dtype(self.problem.compute_dtype))
-        questions = self._questions or []
         answers = winrate.answer(
             self.problem.spec,
             weights,
-            questions,
+            exam.questions,
             self.tokenizer,
-            stop=winrate.stop_tokens(self.run.model.path, self.tokenizer),
+            stop=exam.stop,
             max_new_tokens=self.run.evaluation.max_new_tokens,
             mesh=self.mesh,
         )
@@ -184,9 +184,18 @@ def counted(problem: Problem, metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
-def read_questions(run: Run) -> list[winrate.Question] | None:
+class Exam(NamedTuple):
+    """Questions for the model, and the tokens that end its answers."""
+
+    questions: list[winrate.Question]
+    stop: tuple[int, ...]
+
+
+def read_exam(run: Run, sources: Sources, tokenizer: Any) -> Exam | None:
     """The questions of `evaluation.answers`, if there are any to ask."""
-    return None if run.evaluation.answers is None else winrate.read_questions(run.evaluation.answers)
+    if run.evaluation.answers is None:
+        return None
+    return Exam(winrate.read_questions(run.evaluation.answers), winrate.stop_tokens(sources.policy, tokenizer))
 
 
 class Recorder:

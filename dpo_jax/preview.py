@@ -44,11 +44,13 @@ DEFAULTS = {"weight": 1.0, "margin": 0.0, "label": 1.0}
 @config.command
 def main(argv: Sequence[str]) -> int:
     """Print the report, the lengths, and some pairs or completions of the training data and of the held-out data."""
+    from dpo_jax.exchange import find
+    from dpo_jax.hf.tensors import SIDE_FILES
     from dpo_jax.hf.tokenizer import load_tokenizer
 
     pairs, rest = _pairs(argv)
     run = config.load(rest, "preview")
-    tokenizer = load_tokenizer(run.model.path, run.data.template)
+    tokenizer = load_tokenizer(find(run, "model", SIDE_FILES), run.data.template)
     console = console_for(sys.stdout)
     given = {"train": (run.data.train, run.data.first), "eval": (run.data.eval, None)}
     reports = []

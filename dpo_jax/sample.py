@@ -211,7 +211,7 @@ def _load(folder: str, dtype: str) -> "Model":
 
     from dpo_jax import sharding
     from dpo_jax.hf.checkpoint import load_hf
-    from dpo_jax.hf.families import read_spec
+    from dpo_jax.hf.configs import read_spec
     from dpo_jax.hf.tensors import local_folder
     from dpo_jax.model.decoder import abstract_params
 

@@ -42,6 +42,12 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def one_line(error: BaseException) -> str:
+    """An error's type and the first line of its text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 # YAML 1.2 scalars. PyYAML's own (YAML 1.1) read 5e-7 as text, no as false and 010 as 8.
 SCALARS: tuple[tuple[str, Callable[[str], Any]], ...] = (
     (r"~|null|Null|NULL|", lambda text: None),

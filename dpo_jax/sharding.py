@@ -19,19 +19,40 @@ from dpo_jax.settings import UserError
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH = ("data", "fsdp")
 
+_IN, _OUT = P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")
+"""Of a stack's matrices: those whose outputs are shared out, and those whose inputs are."""
+
 RULES: tuple[tuple[str, P], ...] = (
     (r"(embed|head)/embedding", P("tensor", "fsdp")),
+    (r"(positions|inputs)/embedding", P(None, "fsdp")),
     (r"head/bias", P("tensor")),
     (r"score/kernel", P("fsdp", None)),
-    (r"blocks/attention/(query|key|value)/kernel", P(None, "fsdp", "tensor")),
-    (r"blocks/attention/(query|key|value)/bias", P(None, "tensor")),
-    (r"blocks/attention/output/kernel", P(None, "tensor", "fsdp")),
-    (r"blocks/mlp/(gate|up)/kernel", P(None, "fsdp", "tensor")),
-    (r"blocks/mlp/(gate|up)/bias", P(None, "tensor")),
-    (r"blocks/mlp/down/kernel", P(None, "tensor", "fsdp")),
-    (r"blocks/(attention/output|mlp/down)/bias", P()),
-    (r"blocks/.*norm/scale", P()),
-    (r"final_norm/scale", P()),
+    (r"(project_in|inputs_projection)/kernel", P("fsdp", "tensor")),
+    (r"project_out/kernel", P("tensor", "fsdp")),
+    (r"blocks/\d+/attention/(query|key|value|gate|key_value)/kernel", _IN),
+    (r"blocks/\d+/attention/(query|key|value|gate)/bias", P(None, "tensor")),
+    (r"blocks/\d+/attention/(query_down|latent)/kernel", P(None, "fsdp", None)),
+    (r"blocks/\d+/attention/(query_down|latent)/bias", P()),
+    (r"blocks/\d+/attention/sinks", P()),
+    (r"blocks/\d+/delta/(mixed|gate|strength|decay)/kernel", _IN),
+    (r"blocks/\d+/delta/conv/kernel", P(None, "tensor", None)),
+    (r"blocks/\d+/delta/(decay_rate|decay_bias)", P()),
+    (r"blocks/\d+/(attention|delta)/output/kernel", _OUT),
+    (r"blocks/\d+/(mlp|experts/shared)/(gate|up)/kernel", _IN),
+    (r"blocks/\d+/(mlp|experts/shared)/down/kernel", _OUT),
+    (r"blocks/\d+/mlp/(gate|up)/bias", P(None, "tensor")),
+    (r"blocks/\d+/(attention/output|mlp/down)/bias", P()),
+    (r"blocks/\d+/mlp/act/(positive|negative|beta|eps)", P()),
+    (r"blocks/\d+/experts/(gate|up)/kernel", P(None, None, "fsdp", "tensor")),
+    (r"blocks/\d+/experts/down/kernel", P(None, None, "tensor", "fsdp")),
+    (r"blocks/\d+/experts/(gate|up)/bias", P(None, None, "tensor")),
+    (r"blocks/\d+/experts/down/bias", P()),
+    (r"blocks/\d+/experts/(router|shared_gate)/kernel", P(None, "fsdp", None)),
+    (r"blocks/\d+/experts/router/(bias|correction|channel_scale|expert_scale)", P()),
+    (r"blocks/\d+/inputs_gate/kernel", P(None, "fsdp", None)),
+    (r"blocks/\d+/inputs_projection/kernel", P(None, None, "fsdp")),
+    (r"blocks/\d+/scalar", P()),
+    (r"(blocks/\d+/.*|final_|embed_|inputs_)norm/(scale|bias)", P()),
 )
 """How each leaf of the parameters is split. A leaf that no rule claims is an error."""
 

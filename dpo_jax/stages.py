@@ -14,15 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import config, sharding
+from dpo_jax import config, exchange, sharding
 from dpo_jax.config import Run
 from dpo_jax.data.batches import Batches
 from dpo_jax.data.encode import Encoded, encode
 from dpo_jax.data.entries import as_entries
 from dpo_jax.evaluation import preference
+from dpo_jax.exchange import Sources, is_policy
 from dpo_jax.hf import checkpoint as hf
 from dpo_jax.hf import tensors
-from dpo_jax.hf.families import read_spec
+from dpo_jax.hf.configs import read_spec
 from dpo_jax.model.decoder import Execution, Model, abstract_params, cast
 from dpo_jax.model.preference import Problem
 from dpo_jax.model.scoring import score_batch
@@ -91,28 +92,33 @@ def _refuse_changes(run: Run, folder: Path) -> None:
         )
 
 
-def facts(run: Run, data: "Data", steps: int) -> dict[str, Any]:
+def recorded(folder: Path) -> dict[str, Any]:
+    """What the folder's run has written down: `settings`, `facts`, whether it is `finished`; empty before it began."""
+    path = folder / RUN_FILE
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def facts(sources: Sources, data: "Data", steps: int) -> dict[str, Any]:
     """What a run depends on beside its settings: when one of these changes, it is another run."""
     return {
+        **sources.facts(),
         "number of steps": steps,
         "number of pairs": data.train.num_pairs,
         "digest of the training data": references.data_digest(data.train),
-        "digest of the starting weights": weights_digest(run.model.path),
+        "digest of the starting weights": weights_digest(sources.policy),
     }
 
 
 def record_run(run: Run, folder: Path, facts: dict[str, Any]) -> None:
     """Write down what this run is; refuse if the same settings now mean other data or other weights."""
-    path = folder / RUN_FILE
-    if path.exists():
-        known = json.loads(path.read_text())["facts"]
-        for name, value in facts.items():
-            if known.get(name, value) != value:
-                raise UserError(
-                    f"output: {folder} holds a run whose {name} was {known[name]} and is now {value}; restore it, or "
-                    "name another output"
-                )
-    write_json(path, {"settings": config.dump(run), "facts": facts})
+    known = recorded(folder).get("facts", {})
+    for name, value in facts.items():
+        if known.get(name, value) != value:
+            raise UserError(
+                f"output: {folder} holds a run whose {name} was {known[name]} and is now {value}; restore it, or "
+                "name another output"
+            )
+    write_json(folder / RUN_FILE, {"settings": config.dump(run), "facts": facts})
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -250,33 +256,48 @@ def compute_dtype(run: Run) -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def load_model(path: str, mesh: jax.sharding.Mesh, dtype: str = "float32", *, scalar_head: bool = False) -> Model:
+def load_model(folder: Path, mesh: jax.sharding.Mesh, dtype: str = "float32", *, scalar_head: bool = False) -> Model:
     """A folder's model, straight onto its shardings; with a scalar head, from a language model or a reward model."""
-    spec = read_spec(tensors.local_folder(path), scalar_head=scalar_head)
+    spec = read_spec(folder, scalar_head=scalar_head)
     shardings = sharding.param_shardings(abstract_params(spec), mesh)
-    return hf.load_hf(path, dtype=jnp.dtype(dtype), shardings=shardings, spec=spec)
+    return hf.load_hf(folder, dtype=jnp.dtype(dtype), shardings=shardings, spec=spec)
 
 
 @functools.cache
-def weights_digest(path: str) -> str:
-    """Digest of the weights of a folder or hub id; every byte of them is read, so once is enough."""
-    return tensors.weights_digest(tensors.local_folder(path))
+def weights_digest(folder: Path) -> str:
+    """Digest of the weights of a folder; every byte of them is read, so once is enough."""
+    return tensors.weights_digest(folder)
 
 
-def check_models(run: Run) -> None:
+def check_models(run: Run, sources: Sources) -> None:
     """Read the configs of the policy and of another reference, before any weights.
 
     Raises:
       UserError: a folder or its config is not as it must be, or the two models know different tokens.
     """
-    policy = read_spec(tensors.local_folder(run.model.path), scalar_head=run.objective.trains_reward_model)
+    policy = read_spec(sources.policy, scalar_head=run.objective.trains_reward_model)
+    _check_length(run, "model.path", policy)
     if run.reference.mode == "none" or is_policy(run):
         return
-    reference = read_spec(tensors.local_folder(run.reference.path or run.model.path), scalar_head=False)
+    reference = read_spec(sources.reference, scalar_head=False)
     if reference.vocab_size != policy.vocab_size:
         raise UserError(
             f"reference.path: {run.reference.path} knows {reference.vocab_size} tokens and the policy "
             f"{policy.vocab_size}; give a reference with the policy's tokenizer"
+        )
+    _check_length(run, "reference.path", reference)
+    if run.reference.mode == "live" and reference != policy:
+        raise UserError(
+            "reference.mode: live computes the reference as it computes the policy, and "
+            f"reference.path {run.reference.path} is another kind of model; give mode: cached"
+        )
+
+
+def _check_length(run: Run, setting: str, spec: DecoderSpec) -> None:
+    if spec.positions is not None and run.data.max_length > spec.positions:
+        raise UserError(
+            f"data.max_length: {run.data.max_length} is more than the {spec.positions} positions that {setting} "
+            f"knows; set it to {spec.positions} or less"
         )
 
 
@@ -306,6 +327,7 @@ class Reference:
 
 def make_reference(
     run: Run,
+    sources: Sources,
     policy: Model,
     problem: Problem,
     data: Data,
@@ -321,11 +343,11 @@ def make_reference(
     if run.reference.mode == "none" or (run.reference.update_every and resumes):
         return Reference()
     dtype = "float32" if run.reference.update_every else problem.compute_dtype
-    model = policy if is_policy(run) else load_model(run.reference.path or run.model.path, mesh, dtype)
+    model = policy if is_policy(run) else load_model(sources.reference, mesh, dtype)
     if run.reference.mode == "live":
         # A copy: the policy's own buffers are given away by the first step. One that moves is kept in float32.
         return Reference(weights=jax.tree.map(jnp.copy, cast(model.params, jnp.dtype(dtype))))
-    digest = weights_digest(run.reference.path or run.model.path)
+    digest = weights_digest(sources.reference)
     sets = {"train": data.train, "held_out": data.held_out}
     return Reference(
         **{
@@ -333,11 +355,6 @@ def make_reference(
             for name, encoded in sets.items()
         }
     )
-
-
-def is_policy(run: Run) -> bool:
-    """Whether the reference is the policy's own starting weights."""
-    return run.reference.path is None or run.reference.path == run.model.path
 
 
 def _cached(
@@ -372,7 +389,7 @@ def score_all(
 
 def shares(run: Run, spec: DecoderSpec) -> bool:
     """Whether prompts are laid out once for all their completions."""
-    return run.batch.share_prompts and spec.shared_trunk
+    return run.batch.share_prompts and spec.shares_trunk(run.data.max_length)
 
 
 # ---------------------------------------------------------------------------------------------- result
@@ -386,31 +403,41 @@ def before_and_after(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     return (found[0], found[-1]) if found else ({}, {})
 
 
-def export(run: Run, spec: DecoderSpec, state: State, folder: Path, journal: Journal) -> None:
+def export(run: Run, sources: Sources, spec: DecoderSpec, state: State, folder: Path, journal: Journal) -> None:
     """The trained model as a Hugging Face folder like the one it came from, written beside and verified first."""
     journal.phase("exporting")
     _, metrics = before_and_after(folder)
     names = [run.data.train] if isinstance(run.data.train, str) else list(run.data.train)
-    card = {"datasets": [Path(name).name for name in names], "metrics": metrics, "config": config.dump(run)}
+    settings = config.dump(run)
+    pinned = {part: {**settings[part], "revision": commit} for part, commit in sources.commits.items()}
+    card = {"datasets": [Path(name).name for name in names], "metrics": metrics, "config": {**settings, **pinned}}
     card["objectives"] = {term.name: term.row.paper for term in run.objective.terms}
-    record = {"settings": config.dump(run), "settings_sha256": config.digest(run), "metrics": metrics}
+    record = {"settings": settings, "settings_sha256": config.digest(run), "commits": sources.commits}
+    record["metrics"] = metrics
     files = {"dpo_jax.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n"}
     model = Model(spec, state["params"])
-    hf.save_hf(model, folder / "model", like=run.model.path, card=card, extra_files=files, replace=True)
-    known = json.loads((folder / RUN_FILE).read_text())
-    write_json(folder / RUN_FILE, {**known, "finished": True})
+    hf.save_hf(model, folder / "model", like=sources.policy, card=card, extra_files=files, replace=True)
+    write_json(folder / RUN_FILE, {**recorded(folder), "finished": True})
 
 
 def is_finished(folder: Path) -> bool:
     """Whether the run that this folder holds has been trained to its end and exported."""
-    path = folder / RUN_FILE
-    return path.exists() and json.loads(path.read_text()).get("finished", False) and (folder / "model").exists()
+    return recorded(folder).get("finished", False) and (folder / "model").exists()
 
 
-def show_result(folder: Path, word: str) -> int:
-    """Print what was measured before and after, and where the model is."""
+def show_result(run: Run, folder: Path, word: str) -> int:
+    """Print what was measured before and after, and where the model is; push it, if that is wanted and not done yet.
+
+    Raises:
+      UserError: it was not pushed. The run is finished all the same.
+    """
     summary(*before_and_after(folder))
-    print(f"{word}: the model is in {folder / 'model'}, the record in {folder / 'metrics.jsonl'}")
+    print(f"{word}: the model is in {folder / 'model'}, the record in {folder / 'metrics.jsonl'}", flush=True)
+    record = recorded(folder)
+    if run.export.push is not None and run.export.push not in record.get("pushed", {}):
+        url = exchange.send(run, folder / "model")
+        write_json(folder / RUN_FILE, {**record, "pushed": {**record.get("pushed", {}), run.export.push: url}})
+        print(f"pushed: {url}")
     return 0
 
 

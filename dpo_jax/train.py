@@ -16,37 +16,39 @@ def main(argv: Sequence[str]) -> int:
 
 def train(run: config.Run) -> int:
     """The whole job. Running it again goes on where it stopped; exit code 0 when done, 75 or 130 when stopped early."""
-    from dpo_jax import loop, stages
+    from dpo_jax import exchange, loop, stages
     from dpo_jax.hf.tokenizer import load_tokenizer
     from dpo_jax.training.checkpoints import Checkpoints
 
     with stages.opened(run) as folder:
         if stages.is_finished(folder):
-            return stages.show_result(folder, "this run is finished already")
+            return stages.show_result(run, folder, "this run is finished already")
+        exchange.check_export(run)
+        sources = exchange.find_models(run, stages.recorded(folder))
         mesh = stages.make_mesh(run)
-        tokenizer = load_tokenizer(run.model.path, run.data.template)
+        tokenizer = load_tokenizer(sources.policy, run.data.template)
         data = stages.load_data(run, tokenizer, folder, print)
         steps = stages.number_of_steps(run, data)
-        questions = loop.read_questions(run)
-        stages.check_models(run)
-        policy = stages.load_model(run.model.path, mesh, scalar_head=run.objective.trains_reward_model)
+        exam = loop.read_exam(run, sources, tokenizer)
+        stages.check_models(run, sources)
+        policy = stages.load_model(sources.policy, mesh, scalar_head=run.objective.trains_reward_model)
         problem = stages.make_problem(run, policy, mesh)
         with Checkpoints(folder / "checkpoints", run.checkpoint) as checkpoints:
             start = checkpoints.latest()
             with stages.make_journal(run, folder, steps, start) as journal:
                 resumes = start is not None
-                reference = stages.make_reference(run, policy, problem, data, mesh, journal, resumes=resumes)
+                reference = stages.make_reference(run, sources, policy, problem, data, mesh, journal, resumes=resumes)
                 batches = stages.training_batches(run, data, steps, mesh, policy, reference)
                 trainer = loop.Trainer(run, policy, problem, batches, reference, mesh)
-                evaluator = loop.Evaluator(run, problem, data, reference, tokenizer, mesh, questions)
-                stages.record_run(run, folder, stages.facts(run, data, steps))
+                evaluator = loop.Evaluator(run, problem, data, reference, tokenizer, mesh, exam)
+                stages.record_run(run, folder, stages.facts(sources, data, steps))
                 state = loop.start_or_resume(trainer, policy, checkpoints, start, evaluator, folder, journal)
                 del policy
                 state, stopped = loop.loop(run, trainer, state, evaluator, checkpoints, data, folder, journal)
                 if stopped:
                     return stages.say_stopped(stopped, state, journal)
-                stages.export(run, problem.spec, state, folder, journal)
-        return stages.show_result(folder, "done")
+                stages.export(run, sources, problem.spec, state, folder, journal)
+        return stages.show_result(run, folder, "done")
 
 
 if __name__ == "__main__":

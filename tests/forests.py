@@ -6,19 +6,9 @@ import numpy as np
 
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.data.entries import ranks
-from dpo_jax.model.spec import DecoderSpec
+from tests.specs import plain_spec
 
-SPEC = DecoderSpec(
-    vocab_size=50,
-    width=16,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=4,
-    mlp_width=24,
-    norm_epsilon=1e-6,
-    windows=(None, 6),
-)
+SPEC = plain_spec(width=16, layers=2, heads=4, mlp_width=24, windows=(None, 6))
 
 
 def random_encoded(units=9, completions=(2, 2), vocab=50, seed=0, longest=12, skips=False, soft=False) -> Encoded:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.hf.checkpoint import load_hf
-from dpo_jax.hf.families import FAMILIES, read_spec
+from dpo_jax.hf.configs import read_spec
 from dpo_jax.hf.tensors import Tensors
 from dpo_jax.model import decoder
 from dpo_jax.model.attention import causal
@@ -19,6 +19,7 @@ from tests.tiny_folders import ROPE, SIZES, write_folder
 PAD = 0
 TEXTS = [[5, 9, 60, 2], [17], [3, 3, 80, 41, 7, 22, 90, 11, 2], [95, 1, 2]]
 """Texts of several lengths, none of which holds PAD."""
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 CLASSES = {family: f"{family.capitalize()}ForSequenceClassification" for family in FAMILIES}
 ONE_LABEL = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": PAD}
 hidden = jax.jit(decoder.hidden, static_argnums=0)
@@ -73,7 +74,7 @@ def torch_folder(folder: Path, family: str, **changes) -> Path:
 
 def moved(model: Model, seed: int = 0) -> Model:
     """The model with a scalar head that says something."""
-    kernel = 0.3 * jax.random.normal(jax.random.key(seed), (model.spec.width, 1))
+    kernel = 0.3 * jax.random.normal(jax.random.key(seed), (model.spec.head_width, 1))
     return Model(
         model.spec, {**model.params, "score": {"kernel": kernel.astype(model.params["score"]["kernel"].dtype)}}
     )

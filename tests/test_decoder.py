@@ -12,19 +12,17 @@ from dpo_jax.model import decoder
 from dpo_jax.model.attention import Layout, causal
 from dpo_jax.model.decoder import Execution, abstract_params, cast, empty_cache, init_params
 from dpo_jax.model.kernels import dense
-from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.model.spec import HeadNorm, Norm
+from tests.specs import plain_spec
 
-SPEC = DecoderSpec(
-    vocab_size=50,
+SPEC = plain_spec(
     width=16,
     layers=3,
     heads=4,
-    kv_heads=2,
-    head_dim=8,
     mlp_width=24,
-    norm_epsilon=1e-6,
+    head_dim=8,
     qkv_bias=True,
-    qk_norm=True,
+    head_norm=HeadNorm(Norm(1e-6)),
     windows=(None, 4, None),
 )
 hidden = jax.jit(decoder.hidden, static_argnums=(0, 4))

@@ -10,22 +10,19 @@ from dpo_jax.evaluation import generate as module
 from dpo_jax.evaluation.generate import Decoding, answer_logprobs, choose, generate, ranked, rule_of, stream
 from dpo_jax.hf.checkpoint import load_hf
 from dpo_jax.model.decoder import abstract_params, logits
-from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.model.spec import HeadNorm, Norm
 from dpo_jax.settings import UserError
 from dpo_jax.sharding import make_mesh, param_shardings
+from tests.specs import plain_spec
 from tests.tiny_folders import write_folder
 
-SPEC = DecoderSpec(
-    vocab_size=50,
+SPEC = plain_spec(
     width=32,
     layers=2,
     heads=4,
-    kv_heads=2,
-    head_dim=8,
     mlp_width=48,
-    norm_epsilon=1e-5,
     windows=(4, None),
-    qk_norm=True,
+    head_norm=HeadNorm(Norm(1e-6)),
     logit_softcap=20.0,
 )
 RNG = np.random.default_rng(0)

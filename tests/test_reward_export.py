@@ -11,12 +11,14 @@ from safetensors.numpy import load_file, save_file
 
 from dpo_jax import convert
 from dpo_jax.hf.checkpoint import load_hf, save_hf
-from dpo_jax.hf.families import FAMILIES
+from dpo_jax.hf.configs import read_spec
+from dpo_jax.hf.reward import reward_config
 from dpo_jax.hf.tensors import Tensors
 from dpo_jax.model.decoder import Model
 from dpo_jax.settings import UserError
 from tests.reward_folders import (
     CLASSES,
+    FAMILIES,
     ONE_LABEL,
     PAD,
     all_tensors,
@@ -80,7 +82,7 @@ def test_dtype_and_shards_can_be_chosen_for_a_reward_model(tmp_path):
     assert len(list((tmp_path / "export").glob("*.safetensors"))) > 1
     config = config_of(tmp_path / "export")
     assert config["dtype"] == "bfloat16" and config["architectures"] == ["LlamaForSequenceClassification"]
-    capped = convert.main([str(tmp_path / "export"), str(tmp_path / "wide"), "--dtype", "float32"])
+    capped = convert.main(["export", str(tmp_path / "export"), str(tmp_path / "wide"), "--dtype", "float32"])
     assert capped == 0 and load_hf(tmp_path / "wide").spec.scalar_head
 
 
@@ -105,6 +107,22 @@ def test_a_folder_that_names_no_class_gets_the_familys(family, tmp_path):
     assert config_of(tmp_path / "export")["architectures"] == [CLASSES[family]]
     pytest.importorskip("torch")
     assert hasattr(transformers, CLASSES[family])
+
+
+def test_every_family_that_has_a_classifier_gets_its_own(shared):
+    pytest.importorskip("torch")
+    import transformers
+
+    found = {}
+    for folder in sorted((shared / "families").iterdir()):
+        try:
+            spec = read_spec(folder, scalar_head=True)
+        except UserError as error:
+            found[folder.name] = "no ...ForSequenceClassification of this family" in str(error)
+        else:
+            (name,) = reward_config(spec, folder)["architectures"]
+            found[folder.name] = hasattr(transformers, name) and name
+    assert all(found.values()) and found["gpt2"] == "GPT2ForSequenceClassification"
 
 
 BYTES = {"vocab_size": 264}
@@ -173,8 +191,8 @@ def test_a_model_is_written_only_like_a_folder_of_its_own(tmp_path):
     save_hf(model, tmp_path / "export", source)
     with pytest.raises(UserError, match="scalar_head differ; give its own folder"):
         save_hf(load_hf(source), tmp_path / "no", tmp_path / "export")
-    with pytest.raises(UserError, match="kv_heads differ"):
-        save_hf(Model(dataclasses.replace(model.spec, kv_heads=4), model.params), tmp_path / "no", source)
+    with pytest.raises(UserError, match="embed_scale differ"):
+        save_hf(Model(dataclasses.replace(model.spec, embed_scale=4.0), model.params), tmp_path / "no", source)
     with pytest.raises(ValueError, match="leaf 'score/kernel' of params has shape None"):
         save_hf(Model(model.spec, load_hf(source).params | {"head": {}}), tmp_path / "no", source)
     assert not (tmp_path / "no").exists()

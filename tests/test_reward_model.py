@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from dpo_jax import sample, sharding, trees
 from dpo_jax.hf import mapping
 from dpo_jax.hf.checkpoint import load_hf, save_hf
-from dpo_jax.hf.families import read_spec
+from dpo_jax.hf.configs import read_spec
+from dpo_jax.hf.names import LLAMA
 from dpo_jax.hf.tensors import changed_files
 from dpo_jax.model.decoder import Model, abstract_params, head_logits, head_of, init_params, logits, scalar_scores
 from dpo_jax.settings import UserError
@@ -87,9 +88,9 @@ def test_each_head_is_asked_for_what_it_can_say(spec):
 def test_every_leaf_is_claimed_by_every_table(spec, tied):
     spec = dataclasses.replace(spec, tied=tied)
     params = abstract_params(spec)
-    names = {entry.leaf: entry.name for entry in mapping.names(spec)}
+    names = {part.leaf: entry.name for entry in mapping.names(spec, LLAMA) for part in entry.parts}
     assert names.keys() == trees.paths(params).keys() and names["score/kernel"] == "score.weight"
-    assert not mapping.aliases(spec)
+    assert not mapping.aliases(spec, LLAMA)
     assert trees.paths(decay_mask(params))["score/kernel"] is True
     if 32 % len(jax.devices()):
         return

@@ -189,7 +189,7 @@ def test_a_model_against_itself_has_no_log_ratio(folders, ask):
 
 def test_a_model_is_split_over_the_devices_that_there_are(folders):
     whole, split = load_hf(folders[0]), sample._load(str(folders[0]), "auto")
-    query = split.params["blocks"]["mlp"]["up"]["kernel"]
+    query = split.params["blocks"]["0"]["mlp"]["up"]["kernel"]
     assert len(query.devices()) == 4 and query.addressable_shards[0].data.size == query.size // 4
     assert query.dtype == jnp.float32  # a CPU's
     jax.tree.map(np.testing.assert_array_equal, split.params, whole.params)

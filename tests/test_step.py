@@ -14,7 +14,7 @@ from dpo_jax import logits, sharding, trees
 from dpo_jax.data.batches import Batches
 from dpo_jax.data.entries import as_entries
 from dpo_jax.evaluation import preference
-from dpo_jax.hf.mapping import names
+from dpo_jax.hf.checkpoint import entries_of
 from dpo_jax.mixture import as_measured
 from dpo_jax.model.decoder import init_params
 from dpo_jax.model.preference import Problem, evaluate_batch, loss_and_gradient
@@ -241,11 +241,10 @@ def test_the_whole_gradient_is_trls(trl):
     run = jax.jit(functools.partial(loss_and_gradient, Problem(trl.policy.spec)))
     ours = trees.paths(run(trl.policy.params, batch, trl.reference.params)[2])
     theirs = load_file(trl.path / "grad_sigmoid.safetensors")
-    for entry in names(trl.policy.spec):
-        leaf = np.asarray(ours[entry.leaf] if entry.layer is None else ours[entry.leaf][entry.layer])
+    for entry in entries_of(trl.policy.spec, trl.path / "model"):
         want = theirs[entry.name]
         np.testing.assert_allclose(
-            entry.transform.pack(leaf), want, rtol=1e-4, atol=1e-4 * np.abs(want).max(), err_msg=entry.name
+            entry.of(ours), want, rtol=1e-4, atol=1e-4 * np.abs(want).max(), err_msg=entry.name
         )
 
 
@@ -257,8 +256,7 @@ def test_the_weights_after_eight_steps_are_trls(trl):
     for number in range(8):
         state, _ = step(state, trl.reference.params, Batches(encoded, 6, 1, 8, order="file").at(number))
     final, leaves = load_file(trl.path / "final_sigmoid_8steps.safetensors"), trees.paths(state["params"])
-    for entry in names(trl.policy.spec):
-        leaf = np.asarray(leaves[entry.leaf] if entry.layer is None else leaves[entry.leaf][entry.layer])
+    for entry in entries_of(trl.policy.spec, trl.path / "model"):
         # Adam divides by the root of tiny second moments, so a rounding of the gradient becomes a visible step:
         # weights move by up to 8 x 5e-3, and 1e-3 of one step is 5e-6
-        np.testing.assert_allclose(entry.transform.pack(leaf), final[entry.name], atol=5e-5, err_msg=entry.name)
+        np.testing.assert_allclose(entry.of(leaves), final[entry.name], atol=5e-5, err_msg=entry.name)

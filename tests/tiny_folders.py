@@ -7,8 +7,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from dpo_jax.hf import mapping
-from dpo_jax.hf.families import read_spec
+from dpo_jax.hf.checkpoint import entries_of
+from dpo_jax.hf.configs import read_spec
 
 SIZES = {
     "vocab_size": 96,
@@ -38,7 +38,7 @@ def random_tensors(folder: Path, dtype: str = "float32", seed: int = 0) -> dict[
     """Every tensor that the folder's config asks for; subnormals and negative zeros are among the numbers."""
     rng = np.random.default_rng(seed)
     tensors = {}
-    for entry in mapping.names(read_spec(folder)):
+    for entry in entries_of(read_spec(folder), folder):
         values = 0.3 * rng.standard_normal(entry.shape, np.float32) + (1.0 if "norm" in entry.name else 0.0)
         tensors[entry.name] = values.astype(NUMPY_DTYPES[dtype])
     first = tensors["model.embed_tokens.weight"]

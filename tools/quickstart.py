@@ -35,8 +35,8 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dpo_jax import trees
-from dpo_jax.hf import mapping
-from dpo_jax.hf.families import read_spec
+from dpo_jax.hf.checkpoint import entries_of
+from dpo_jax.hf.configs import read_spec
 from dpo_jax.model.decoder import init_params
 
 # ---------------------------------------------------------------------------------------------- the world
@@ -364,9 +364,8 @@ def write_random_weights(folder: Path, seed: int) -> None:
     spec = read_spec(folder)
     leaves = trees.paths(init_params(spec, jax.random.key(seed)))
     tensors = {}
-    for entry in mapping.names(spec):
-        leaf = np.asarray(leaves[entry.leaf] if entry.layer is None else leaves[entry.leaf][entry.layer])
-        tensors[entry.name] = np.ascontiguousarray(entry.transform.pack(leaf).astype(ml_dtypes.bfloat16))
+    for entry in entries_of(spec, folder):
+        tensors[entry.name] = np.ascontiguousarray(entry.of(leaves).astype(ml_dtypes.bfloat16))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

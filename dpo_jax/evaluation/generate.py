@@ -263,7 +263,7 @@ def _read(spec: DecoderSpec, params: Params, rows: _Rows, seed: UInt32[Array, ""
         states, cache = extend(spec, params, some, where, carry[1])
         return states[:, -1], cache
 
-    last, cache = lax.fori_loop(0, slots // piece, read, (jnp.zeros((batch, spec.width), dtype), cache))
+    last, cache = lax.fori_loop(0, slots // piece, read, (jnp.zeros((batch, spec.head_width), dtype), cache))
     return _State(
         cache=cache,
         last=last,
@@ -388,6 +388,11 @@ def _score(
     targets = jnp.take_along_axis(tokens, target, axis=1)
     head = head_of(spec, params)
     scores = linear_scores(
-        sources.reshape(-1, spec.width), head.rows, targets.reshape(-1), bias=head.bias, softcap=spec.logit_softcap
+        sources.reshape(-1, spec.head_width),
+        head.rows,
+        targets.reshape(-1),
+        bias=head.bias,
+        scale=spec.logit_scale,
+        softcap=spec.logit_softcap,
     )
     return jnp.where(offset < jnp.asarray(length)[:, None], scores.logps.reshape(target.shape), 0.0).sum(axis=1)

@@ -43,6 +43,9 @@ def _strings(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
 
 
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+"""The hub rejects a card whose front matter names a model or a data set by anything else."""
+
 CARD = """\
 ---
 {front}---
@@ -117,10 +120,12 @@ def model_card(
         )
     if kind is LANGUAGE_MODEL and (objectives := card.get("objectives")):
         kind = _by_objectives(objectives)
-    front: dict[str, Any] = {"base_model": base, "library_name": "transformers", "pipeline_tag": kind.task}
+    front: dict[str, Any] = {"base_model": base} if HUB_ID.fullmatch(base) else {}
+    front |= {"library_name": "transformers", "pipeline_tag": kind.task}
     front |= {**inherited, "tags": [kind.tag, "dpo_jax", "jax"] if card else ["dpo_jax", "jax"]}
-    if card.get("datasets"):
-        front["datasets"] = list(card["datasets"])
+    datasets = [name for name in card.get("datasets", ()) if HUB_ID.fullmatch(name)]
+    if datasets:
+        front["datasets"] = datasets
     parts = [(kind.trained if card else WRITTEN).format(base=printable(base))]
     parts += [note] if note else []
     if card.get("metrics"):

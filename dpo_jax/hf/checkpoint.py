@@ -22,8 +22,8 @@ from jax.typing import DTypeLike
 from dpo_jax import __version__, trees
 from dpo_jax.hf import reward, tensors
 from dpo_jax.hf.card import LANGUAGE_MODEL, REWARD_MODEL, base_name, front_matter, model_card
-from dpo_jax.hf.families import read_spec
-from dpo_jax.hf.mapping import Claims, Entry, claim
+from dpo_jax.hf.configs import family_of, is_wrapper, read_spec
+from dpo_jax.hf.mapping import Claims, Entry, Part, Scheme, claim, names
 from dpo_jax.hf.tensors import DTYPES, TensorInfo, Tensors, local_folder, member, read_json
 from dpo_jax.model.decoder import Model, abstract_params
 from dpo_jax.model.spec import DecoderSpec
@@ -66,22 +66,46 @@ def load_hf(
     folder = local_folder(folder_or_hub_id)
     spec = read_spec(folder) if spec is None else spec
     source = Tensors(folder)
-    claims = (reward.claim_trunk if reward.head_is_new(spec, folder) else claim)(spec, source.infos, str(folder))
+    find = reward.claim_trunk if reward.head_is_new(spec, folder) else claim
+    claims = find(spec, source.infos, str(folder), scheme_of(spec, folder))
     _check_copies(source, claims)
     leaves = trees.paths(abstract_params(spec))
     places = dict.fromkeys(leaves) if shardings is None else trees.paths(shardings)
-    by_leaf: dict[str, list[tuple[str, Entry]]] = {}
-    for name, entry in claims.entries.items():
-        by_leaf.setdefault(entry.leaf, []).append((name, entry))
+    by_leaf: dict[str, list[_Found]] = {}
+    for entry in claims.entries.values():
+        for number, part in enumerate(entry.parts):
+            by_leaf.setdefault(part.leaf, []).append(_Found(entry, number))
     dtype = jnp.dtype(dtype)
     loaded = {leaf: _leaf(source, by_leaf.get(leaf, []), leaves[leaf].shape, dtype, places[leaf]) for leaf in leaves}
     return Model(spec, trees.from_paths(loaded))
 
 
+def scheme_of(spec: DecoderSpec, folder: Path) -> Scheme:
+    """How the folder's family names the tensors of this decoder."""
+    family = family_of(folder)
+    return Scheme(family.naming(spec), family.ignored, is_wrapper(folder))
+
+
+def entries_of(spec: DecoderSpec, folder: Path) -> list[Entry]:
+    """Every tensor that a folder with this `config.json` holds."""
+    return names(spec, scheme_of(spec, folder).naming)
+
+
+class _Found(NamedTuple):
+    """Where the folder has a part of a leaf: which part of which tensor."""
+
+    entry: Entry
+    number: int
+
+    @property
+    def part(self) -> Part:
+        return self.entry.parts[self.number]
+
+
 def _check_copies(source: Tensors, claims: Claims) -> None:
     """A leaf that the folder holds twice must be the same numbers twice."""
     for copy, entry in claims.copies.items():
-        first = next(name for name, other in claims.entries.items() if other.leaf == entry.leaf)
+        first = next(name for name, other in claims.entries.items() if other.parts == entry.parts)
         if _digest(source, copy) != _digest(source, first):
             raise UserError(
                 f"{source.folder}: {copy!r} differs from {first!r}, but config.json ties them; "
@@ -95,32 +119,32 @@ def _digest(source: Tensors, name: str) -> tuple[str, bytes]:
 
 
 def _leaf(
-    source: Tensors,
-    parts: list[tuple[str, Entry]],
-    shape: tuple[int, ...],
-    dtype: DTypeLike,
-    sharding: Sharding | None,
+    source: Tensors, found: list[_Found], shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding | None
 ) -> jax.Array:
-    """One leaf; a stacked one starts from zeros, and each layer is written into it in place.
+    """One leaf; a stacked one starts from zeros, and each entry is written into it in place.
 
     One that has no parts in the folder (a new scalar head) stays zero.
     """
-    if parts and parts[0][1].layer is None:
-        return _cast(sharding)(_piece(source, *parts[0], shape, sharding), dtype)
-    stack, below = _zeros(sharding)(shape, dtype), _below(sharding)
-    for name, entry in parts:
-        piece = _piece(source, name, entry, shape[1:], below)
+    if found and not found[0].part.index:
+        return _cast(sharding)(_piece(source, found[0], sharding), dtype)
+    stack = _zeros(sharding)(shape, dtype)
+    for one in found:
+        piece = _piece(source, one, _below(sharding, len(one.part.index)))
         # Waiting keeps the host from reading far ahead of the devices, one tensor after another.
-        stack = jax.block_until_ready(_put(sharding)(stack, piece, entry.layer))
+        stack = jax.block_until_ready(_put(sharding)(stack, piece, one.part.index))
     return stack
 
 
-def _piece(source: Tensors, name: str, entry: Entry, shape: tuple[int, ...], sharding: Sharding | None) -> jax.Array:
-    """One tensor of the folder as the tree lays it out, in the folder's dtype."""
-    read = functools.lru_cache(functools.partial(_read, source, name, entry))
+def _piece(source: Tensors, found: _Found, sharding: Sharding | None) -> jax.Array:
+    """One part of a leaf as the tree lays it out, in the folder's dtype."""
+    shape = found.part.shape
     if sharding is None:
-        return jnp.asarray(read(()))
-    return jax.make_array_from_callback(shape, sharding, lambda index: read(_bounds(index, shape)))
+        return jnp.asarray(_read(source, found, ()))
+    if found.entry.plain:
+        read = functools.lru_cache(functools.partial(_read, source, found))
+        return jax.make_array_from_callback(shape, sharding, lambda index: read(_bounds(index, shape)))
+    whole = _read(source, found, ())
+    return jax.make_array_from_callback(shape, sharding, lambda index: whole[index])
 
 
 def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
@@ -128,21 +152,24 @@ def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[tu
     return tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
 
 
-def _read(source: Tensors, name: str, entry: Entry, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
-    index = entry.transform.index(tuple(slice(*bound) for bound in bounds))
+def _read(source: Tensors, found: _Found, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+    name = found.entry.name
+    index = found.entry.index_of(tuple(slice(*bound) for bound in bounds)) if bounds else ()
     array = source.read(name, index)
     bad = tensors.non_finite(array)
     if bad:
         where = source.folder / source.infos[name].file
         raise UserError(f"{where}: tensor {name!r} has {bad} values that are NaN or infinite; the model is damaged")
-    return np.ascontiguousarray(entry.transform.unpack(array))
+    return np.ascontiguousarray(found.entry.unpack(array, found.number)).reshape(
+        found.part.shape if not bounds else tuple(stop - start for start, stop in bounds)
+    )
 
 
-def _below(sharding: Sharding | None) -> Sharding | None:
-    """Where one layer of a stacked leaf goes: the leaf's sharding without its first axis."""
+def _below(sharding: Sharding | None, axes: int) -> Sharding | None:
+    """Where one entry of a stacked leaf goes: the leaf's sharding without its first axes."""
     if not isinstance(sharding, NamedSharding):
         return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]), memory_kind=sharding.memory_kind)
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[axes:]), memory_kind=sharding.memory_kind)
 
 
 @functools.lru_cache
@@ -157,8 +184,9 @@ def _cast(sharding: Sharding | None) -> Callable:
 
 @functools.lru_cache
 def _put(sharding: Sharding | None) -> Callable:
-    def put(stack, piece, layer):
-        return lax.dynamic_update_index_in_dim(stack, piece.astype(stack.dtype), layer, 0)
+    def put(stack, piece, index):
+        piece = piece.astype(stack.dtype).reshape((1,) * len(index) + piece.shape)
+        return lax.dynamic_update_slice(stack, piece, (*index, *(0,) * (stack.ndim - len(index))))
 
     return jax.jit(put, donate_argnums=0, out_shardings=sharding)
 
@@ -217,13 +245,13 @@ def save_hf(
     target, origin = Path(folder), local_folder(like)
     source = Tensors(origin)
     _check_like(model, origin)
-    infos, config = source.infos, None
+    infos, config, scheme = source.infos, None, scheme_of(model.spec, origin)
     if reward.head_is_new(model.spec, origin):
-        trunk = reward.claim_trunk(model.spec, infos, str(origin))
-        claims, infos = reward.with_score(model.spec, trunk, infos)
+        trunk = reward.claim_trunk(model.spec, infos, str(origin), scheme)
+        claims, infos = reward.with_score(model.spec, trunk, infos, scheme)
         config = reward.reward_config(model.spec, origin)
     else:
-        claims = claim(model.spec, infos, str(origin))
+        claims = claim(model.spec, infos, str(origin), scheme)
     infos = _layout(infos, claims, dtype, max_shard_bytes)
     if dtype != "keep":
         config = _with_dtype(config or read_json(origin, "config.json"), dtype)
@@ -289,11 +317,16 @@ def _fetch(export: _Export, name: str, dtype: str) -> np.ndarray:
     entry = export.claims.entries.get(name) or export.claims.copies.get(name)
     if entry is None:
         return export.source.read(name)
-    leaf = export.leaves[entry.leaf]
-    part = leaf if entry.layer is None else _layer(leaf, entry.layer)
-    if isinstance(part, jax.Array) and not part.is_fully_addressable:
-        part = multihost_utils.process_allgather(part, tiled=True)
-    array = np.asarray(part)
+    return entry.pack([_as_held(export, name, part, dtype) for part in entry.parts])
+
+
+def _as_held(export: _Export, name: str, part: Part, dtype: str) -> np.ndarray:
+    """A part of a leaf on the host, in the folder's dtype."""
+    leaf = export.leaves[part.leaf]
+    part_of = _entry_of(leaf, part.index) if part.index else leaf
+    if isinstance(part_of, jax.Array) and not part_of.is_fully_addressable:
+        part_of = multihost_utils.process_allgather(part_of, tiled=True)
+    array = np.asarray(part_of)
     with np.errstate(over="ignore"):
         cast = array.astype(DTYPES[dtype])
     if tensors.non_finite(cast):
@@ -303,12 +336,13 @@ def _fetch(export: _Export, name: str, dtype: str) -> np.ndarray:
             else "NaN or infinite values; nothing is written in"
         )
         raise UserError(f"tensor {name!r} of the model has {why} {DTYPES[dtype].name}; export an earlier checkpoint")
-    return entry.transform.pack(cast)
+    return cast
 
 
 @jax.jit
-def _layer(leaf, layer):
-    return lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+def _entry_of(leaf, index):
+    sizes = (*(1,) * len(index), *leaf.shape[len(index) :])
+    return lax.dynamic_slice(leaf, (*index, *(0,) * (leaf.ndim - len(index))), sizes).reshape(leaf.shape[len(index) :])
 
 
 # ---------------------------------------------------------------------------------------------- the rest of the folder

@@ -1,344 +1,450 @@
-"""What a folder's `config.json` says about the decoder: one row of `FAMILIES` per `model_type`.
+"""What each family's config says about the decoder: one row of `FAMILIES` per `model_type`.
 
-Every key must be used, required to have a harmless value, or known not to change what the model computes; any other
-key is an error, because a key that is passed over in silence is how a model trains wrongly without a word.
+Most families are llama with a difference or two, and their reader is that difference.
 """
 
-import contextlib
 import dataclasses
-import json
-import logging
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from dpo_jax.hf.tensors import read_json
-from dpo_jax.model.spec import DecoderSpec, Rope
-from dpo_jax.settings import UserError
+from dpo_jax.hf import names
+from dpo_jax.hf import readers as read
+from dpo_jax.hf.keys import Keys
+from dpo_jax.hf.names import Naming
+from dpo_jax.hf.readers import FULL, LINEAR, attention, by_type, decoder, everywhere, experts, mlp, rms
+from dpo_jax.model.spec import MLP, Attention, DecoderSpec, Delta, Experts, HeadNorm, Latent, Layer, Norm, Rope
 
-HARMLESS = frozenset(
-    # bookkeeping of transformers
-    "_name_or_path architectures dtype model_type transformers_version transformers.js_config return_dict id2label "
-    "label2id num_labels problem_type output_attentions output_hidden_states torchscript use_cache use_bfloat16 "
-    "tf_legacy_loss pruned_heads finetuning_task task_specific_params tokenizer_class prefix is_decoder "
-    "is_llama_config cache_implementation attn_implementation _attn_implementation unsloth_fixed unsloth_version "
-    # how it was trained, or how long a text it has seen; DPO itself runs without dropout
-    "attention_dropout hidden_dropout initializer_range max_position_embeddings original_max_position_embeddings "
-    "max_sequence_length pretraining_tp "
-    # tokens and sampling (hf/tokenizer.py reads those that matter)
-    "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id max_length min_length max_new_tokens "
-    "do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p "
-    "repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
-    "num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id "
-    "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens".split()
-)
-"""Keys that may have any value."""
-
-REQUIRED: dict[str, Any] = {
-    "is_encoder_decoder": False,
-    "add_cross_attention": False,
-    "cross_attention_hidden_size": None,
-    "tie_encoder_decoder": False,
-    "chunk_size_feed_forward": 0,
-    "is_causal": True,
-    "quantization_config": None,
-    "rope_interleaved": False,
-    "use_mrope": False,
-    "partial_rotary_factor": 1.0,
-    "sliding_window": None,
-    "use_sliding_window": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "qkv_bias": False,
-    "bias": False,
-    "activation": "swiglu",
-}
-"""Keys that any family may have, as long as the value is this one or the family itself reads the key."""
-
-MOVED = frozenset({"rope_theta", "rope_scaling", "torch_dtype", "attn_implementation", "_attn_implementation"})
-"""Keys that `AutoConfig` reads and gives back under another name; any other key it swallows is refused."""
-
-LANGUAGE_MODEL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
-"""What the names of transformers' classes end with: a head over the vocabulary, and one over labels."""
+# ---------------------------------------------------------------------------------------------- llama and its kin
 
 
-class Keys:
-    """A config that is read key by key, and knows which keys nobody has read yet."""
-
-    def __init__(self, table: Mapping[str, Any], file: Path, prefix: str = ""):
-        """Reads from `table`, a part (named by `prefix`) of what `file` says."""
-        self._left = dict(table)
-        self._file, self._prefix = file, prefix
-
-    def refuse(self, name: str, value: Any, why: str) -> UserError:
-        """The error for a key, its value, and why that will not do."""
-        shown = json.dumps(value, default=str)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        return UserError(f"{self._file}: {self._prefix}{name} = {shown}: {why}")
-
-    def take(self, name: str, default: Any = None) -> Any:
-        """Value of a key that may be missing or null."""
-        value = self._left.pop(name, None)
-        return default if value is None else value
-
-    def size(self, name: str, default: int | None = None) -> int:
-        """A whole number above zero."""
-        value = self.take(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise self.refuse(name, value, "a whole number above zero is wanted")
-        return value
-
-    def positive(self, name: str, default: float | None = None) -> float:
-        """A finite number above zero."""
-        value = self.take(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self.refuse(name, value, "a finite number above zero is wanted")
-        return float(value)
-
-    def flag(self, name: str, default: bool = False) -> bool:
-        """True or false."""
-        value = self.take(name, default)
-        if not isinstance(value, bool):
-            raise self.refuse(name, value, "true or false is wanted")
-        return value
-
-    def require(self, table: Mapping[str, Any]) -> None:
-        """Refuses keys of `table` that are there, are not null, and have another value than the table's."""
-        for name, wanted in table.items():
-            value = self.take(name, wanted)
-            if value != wanted:
-                raise self.refuse(name, value, f"not supported, only {json.dumps(wanted)} is")
-
-    def part(self, name: str) -> "Keys":
-        """A nested table; finish it too."""
-        value = self.take(name, {})
-        if not isinstance(value, dict):
-            raise self.refuse(name, value, "a table is wanted")
-        return Keys(value, self._file, f"{self._prefix}{name}.")
-
-    def finish(self, harmless: frozenset[str] = frozenset()) -> None:
-        """Refuses what nobody has read and `harmless` does not list."""
-        for name, value in self._left.items():
-            if name not in harmless:
-                raise self.refuse(
-                    name,
-                    value,
-                    "unknown key, and it may change what the model computes; "
-                    "if it does not, remove it from a copy of the folder",
-                )
+def _llama(k: Keys, **fields: Any) -> DecoderSpec:
+    """The baseline, with other fields of its attention."""
+    return decoder(k, attention(k, **fields), mlp(k), rms(k))
 
 
-def _rope(k: Keys) -> Rope:
-    table = k.part("rope_parameters")
-    kind = table.take("rope_type", "default")
-    table.require({"type": kind, "partial_rotary_factor": 1.0})
-    theta = table.positive("rope_theta")
-    match kind:
-        case "default":
-            rope = Rope(theta=theta)
-            table.require({"factor": 1.0})
-            table.take("original_max_position_embeddings")
-        case "linear":
-            rope = Rope(theta=theta, kind="linear", factor=table.positive("factor"))
-            table.take("original_max_position_embeddings")
-        case "llama3":
-            rope = Rope(
-                theta=theta,
-                kind="llama3",
-                factor=table.positive("factor"),
-                low_frequency=table.positive("low_freq_factor"),
-                high_frequency=table.positive("high_freq_factor"),
-                original_positions=table.size("original_max_position_embeddings"),
-            )
-            if rope.high_frequency <= rope.low_frequency:
-                raise table.refuse("high_freq_factor", rope.high_frequency, "must be above low_freq_factor")
-        case other:
-            raise table.refuse("rope_type", other, "not supported; supported: default, linear, llama3")
-    table.finish()
-    return rope
+def _ministral3(k: Keys) -> DecoderSpec:
+    table = k.peek("rope_parameters") or {}
+    strength = table.pop("llama_4_scaling_beta", None)
+    hotter = None if strength is None else (float(strength), int(table["original_max_position_embeddings"]))
+    return _llama(k, window=everywhere(k), temperature=hotter)
 
 
-def _llama_like(k: Keys, **differences: Any) -> DecoderSpec:
-    """The baseline: RMS norm before each branch, grouped-query attention with RoPE, and a SwiGLU MLP."""
-    k.require({"hidden_act": "silu"})
-    width, heads = k.size("hidden_size"), k.size("num_attention_heads")
-    kv_heads = k.size("num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise k.refuse("num_key_value_heads", kv_heads, f"must divide num_attention_heads = {heads}")
-    head_dim = k.size("head_dim", width // heads)
-    if head_dim % 2:
-        raise k.refuse("head_dim", head_dim, "must be even for rotary position embedding")
-    return DecoderSpec(
-        vocab_size=k.size("vocab_size"),
-        width=width,
-        layers=k.size("num_hidden_layers"),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        mlp_width=k.size("intermediate_size"),
-        norm_epsilon=k.positive("rms_norm_eps"),
-        rope=_rope(k),
-        tied=k.flag("tie_word_embeddings"),
-        **differences,
-    )
-
-
-def _typed_windows(k: Keys) -> tuple[int | None, ...]:
-    """Windows where `use_sliding_window` is on and the layer's type is `sliding_attention`."""
-    types, used = k.take("layer_types", []), k.flag("use_sliding_window")
-    if not isinstance(types, list):
-        raise k.refuse("layer_types", types, "a list with one entry for each layer is wanted")
-    window = k.size("sliding_window") if used and "sliding_attention" in types else k.take("sliding_window")
-    k.take("max_window_layers")  # transformers has turned it into layer_types
-    unknown = next((kind for kind in types if kind not in ("full_attention", "sliding_attention")), None)
-    if unknown is not None:
-        raise k.refuse("layer_types", unknown, "not supported; supported: full_attention, sliding_attention")
-    windows = tuple(window if used and kind == "sliding_attention" else None for kind in types)
-    return windows if any(windows) else ()
-
-
-def _llama(k: Keys) -> DecoderSpec:
-    bias = k.flag("attention_bias")
-    return _llama_like(k, qkv_bias=bias, output_bias=bias, mlp_bias=k.flag("mlp_bias"))
-
-
-def _mistral(k: Keys) -> DecoderSpec:
-    spec = _llama_like(k)
-    window = k.take("sliding_window")
-    if window is None:
-        return spec
-    if isinstance(window, bool) or not isinstance(window, int) or window <= 0:
-        raise k.refuse("sliding_window", window, "null or a whole number above zero is wanted")
-    return DecoderSpec(**{**vars(spec), "windows": (window,) * spec.layers})
+def _mixtral(k: Keys) -> DecoderSpec:
+    fed = experts(k, "num_local_experts", "intermediate_size")
+    return decoder(k, attention(k, window=everywhere(k)), fed, rms(k))
 
 
 def _qwen2(k: Keys) -> DecoderSpec:
-    return _llama_like(k, windows=_typed_windows(k), qkv_bias=True)
+    each = by_type(k, used=k.flag("use_sliding_window"))
+    return decoder(k, attention(k, qkv_bias=True), mlp(k), rms(k), each=each)
+
+
+def _qwen2_moe(k: Keys) -> DecoderSpec:
+    shared = MLP(k.size("shared_expert_intermediate_size"), read.activation(k))
+    chosen = experts(k, normalised=k.flag("norm_topk_prob"), shared=shared, shared_gate=True)
+    each = read.sparse(k, chosen, by_type(k, used=k.flag("use_sliding_window")))
+    return decoder(k, attention(k, qkv_bias=k.flag("qkv_bias")), mlp(k), rms(k), each=each)
 
 
 def _qwen3(k: Keys) -> DecoderSpec:
-    bias = k.flag("attention_bias")
-    return _llama_like(k, windows=_typed_windows(k), qkv_bias=bias, output_bias=bias, qk_norm=True)
+    norm, each = rms(k), by_type(k, used=k.flag("use_sliding_window"))
+    return decoder(k, attention(k, head_norm=HeadNorm(norm)), mlp(k), norm, each=each)
 
 
-FAMILIES: dict[str, Callable[[Keys], DecoderSpec]] = {
-    "llama": _llama,
-    "mistral": _mistral,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
+def _qwen3_moe(k: Keys) -> DecoderSpec:
+    k.rename({"num_local_experts": "num_experts"})
+    norm, window = rms(k), everywhere(k)
+    window = window if k.flag("use_sliding_window") else None
+    chosen = experts(k, normalised=k.flag("norm_topk_prob"))
+    each = read.sparse(k, chosen, lambda _, layer: layer)
+    return decoder(k, attention(k, window=window, head_norm=HeadNorm(norm)), mlp(k), norm, each=each)
+
+
+def _qwen3_5(k: Keys) -> DecoderSpec:
+    norm, types, table = rms(k, offset=1.0), read.types_of(k, FULL, LINEAR), k.peek("rope_parameters") or {}
+    for name in ("mrope_section", "mrope_interleaved"):  # of the three positions of a token, which are one for text
+        table.pop(name, None)
+    sizes = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
+    plain = dataclasses.replace(norm, offset=0.0)
+    delta = Delta(*(k.size(f"linear_{name}") for name in sizes), norm=plain)
+    if delta.value_heads % delta.key_heads:
+        raise k.refuse("linear_num_value_heads", delta.value_heads, f"must be a multiple of {delta.key_heads}")
+    k.require({"attn_output_gate": True, "mamba_ssm_dtype": "float32", "mlp_only_layers": []})
+
+    def each(i: int, layer: Layer) -> Layer:
+        return dataclasses.replace(layer, mixer=delta) if types[i] == LINEAR else layer
+
+    full = attention(k, turns="partial", head_norm=HeadNorm(norm), gated=True)
+    return decoder(k, full, mlp(k), norm, each=each)
+
+
+def _smollm3(k: Keys) -> DecoderSpec:
+    turns = k.entries("no_rope_layers", k.peek("num_hidden_layers"), {0: 0, 1: 1})
+    windowed = by_type(k, used=k.flag("use_sliding_window"))
+
+    def each(i: int, layer: Layer) -> Layer:
+        return read.mixed(windowed(i, layer), rope=None) if turns and not turns[i] else windowed(i, layer)
+
+    return decoder(k, attention(k), mlp(k), rms(k), each=each)
+
+
+def _granite(k: Keys) -> DecoderSpec:
+    layer, embed = {"residual_scale": k.positive("residual_multiplier")}, k.positive("embedding_multiplier")
+    scale, logits = k.positive("attention_multiplier"), 1.0 / k.positive("logits_scaling")
+    mixer = attention(k, scale=scale)
+    return decoder(k, mixer, mlp(k), rms(k), layer=layer, embed_scale=embed, logit_scale=logits)
+
+
+def _ernie(k: Keys) -> DecoderSpec:
+    bias = k.flag("use_bias")
+    mixer = attention(k, turns="interleaved", qkv_bias=bias, output_bias=bias)
+    return decoder(k, mixer, mlp(k, bias=bias), rms(k))
+
+
+def _apertus(k: Keys) -> DecoderSpec:
+    norm = rms(k)
+    return decoder(k, attention(k, head_norm=HeadNorm(norm)), mlp(k, gated=False), norm)
+
+
+def _hunyuan(k: Keys) -> DecoderSpec:
+    norm, table = rms(k), k.peek("rope_parameters") or {}
+    alpha = table.pop("alpha", None)
+    if table.get("rope_type") == "dynamic" and alpha:  # a longer base, whatever the text's length
+        size = k.peek("head_dim") or k.peek("hidden_size") // k.peek("num_attention_heads")
+        unused = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "factor")
+        table |= {"rope_type": "default", "rope_theta": table["rope_theta"] * alpha ** (size / (size - 2))}
+        table |= dict.fromkeys(unused)
+    return decoder(k, attention(k, head_norm=HeadNorm(norm, after_rope=True)), mlp(k), norm)
+
+
+def _glm(k: Keys, place: Any = "pre") -> DecoderSpec:
+    mixer = attention(k, turns="interleaved partial", output_bias=False)
+    return decoder(k, mixer, mlp(k), rms(k), layer={"place": place})
+
+
+def _olmo2(k: Keys) -> DecoderSpec:
+    norm = rms(k)
+    mixer = attention(k, head_norm=HeadNorm(norm, "all_heads"))
+    return decoder(k, mixer, mlp(k), norm, layer={"place": "post"})
+
+
+def _olmo3(k: Keys) -> DecoderSpec:
+    norm, types, windowed = rms(k), k.peek("layer_types"), by_type(k)
+    mixer = attention(k, head_norm=HeadNorm(norm, "all_heads"), rope=None)
+    each = read.turning(read.ropes(k, dict.fromkeys(sorted(set(types)), mixer.head_dim)), types, windowed)
+    return decoder(k, mixer, mlp(k), norm, layer={"place": "post"}, each=each)
+
+
+def _olmoe(k: Keys) -> DecoderSpec:
+    fed = experts(k, width="intermediate_size", normalised=k.flag("norm_topk_prob"))
+    norm, clip = rms(k), k.perhaps("clip_qkv")
+    return decoder(k, attention(k, head_norm=HeadNorm(norm, "all_heads"), clip=clip), fed, norm)
+
+
+def _exaone4(k: Keys) -> DecoderSpec:
+    norm, each = rms(k), by_type(k, nope=True)
+    return decoder(k, attention(k, head_norm=HeadNorm(norm)), mlp(k), norm, layer={"place": "post"}, each=each)
+
+
+def _gpt_oss(k: Keys) -> DecoderSpec:
+    unit = {"limit": k.positive("swiglu_limit", 7.0), "slope": k.positive("swiglu_alpha", 1.702)}
+    chosen = experts(k, "num_local_experts", "intermediate_size", router_bias=True, bias=True, **unit)
+    return decoder(k, attention(k, sinks=True), chosen, rms(k), each=by_type(k))
+
+
+def _deepseek_v3(k: Keys) -> DecoderSpec:
+    norm, dense, latent = rms(k), k.count("first_k_dense_replace"), _latent(k)
+    wide, shared = mlp(k), k.count("n_shared_experts")
+    chosen = experts(
+        k,
+        "n_routed_experts",
+        scores="sigmoid",
+        normalised=k.flag("norm_topk_prob"),
+        scaling=k.positive("routed_scaling_factor"),
+        groups=k.size("n_group"),
+        chosen_groups=k.size("topk_group"),
+        correction=True,
+        shared=MLP(k.peek("moe_intermediate_size") * shared, wide.activation) if shared else None,
+    )
+    if chosen.count % chosen.groups or chosen.chosen_groups > chosen.groups:
+        raise k.refuse("n_group", chosen.groups, f"must divide the {chosen.count} experts, and topk_group be no more")
+
+    def each(i: int, layer: Layer) -> Layer:
+        one = dataclasses.replace(layer, mixer=latent)
+        return one if i < dense else dataclasses.replace(one, mlp=None, experts=chosen)
+
+    placeholder = Attention(latent.heads, latent.heads, latent.value_dim)
+    return decoder(k, placeholder, wide, norm, each=each)
+
+
+def _latent(k: Keys) -> Latent:
+    heads, plain, turning_dim = (k.size(n) for n in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim"))
+    for name in ("hidden_size", "num_key_value_heads", "head_dim", "num_nextn_predict_layers"):
+        k.take(name)  # what other keys say too, or what is not computed
+    table = k.peek("rope_parameters") or {}
+    stretched = table.get("factor") or 1.0 if table.get("rope_type") == "yarn" else 1.0
+    return Latent(
+        heads,
+        k.size("q_lora_rank") if k.peek("q_lora_rank") else k.take("q_lora_rank"),
+        k.size("kv_lora_rank"),
+        plain,
+        turning_dim,
+        k.size("v_head_dim"),
+        scale=(plain + turning_dim) ** -0.5 * read.grown(stretched, table.get("mscale_all_dim") or 0.0) ** 2,
+        rope=read.rope(k, turning_dim, interleaved=k.flag("rope_interleave", True)),
+        norm=Norm(1e-6),
+        bias=k.flag("attention_bias"),
+    )
+
+
+# ---------------------------------------------------------------------------------------------- gemma
+
+
+def _gemma_fields(k: Keys, **layer: Any) -> dict[str, Any]:
+    k.rename({"hidden_activation": "hidden_act"})
+    scale, cap = math.sqrt(k.peek("hidden_size")), k.perhaps("final_logit_softcapping")
+    return {"layer": {"place": "sandwich", **layer}, "embed_scale": scale, "logit_softcap": cap}
+
+
+def _gemma2(k: Keys) -> DecoderSpec:
+    norm, fields = rms(k, offset=1.0), _gemma_fields(k)
+    scale, cap = k.positive("query_pre_attn_scalar") ** -0.5, k.perhaps("attn_logit_softcapping")
+    return decoder(k, attention(k, scale=scale, softcap=cap), mlp(k), norm, each=by_type(k), **fields)
+
+
+def _gemma3(k: Keys) -> DecoderSpec:
+    norm, fields, types = rms(k, offset=1.0), _gemma_fields(k), k.peek("layer_types")
+    scale, windowed = k.positive("query_pre_attn_scalar") ** -0.5, by_type(k)
+    k.take("attn_logit_softcapping")  # transformers' Gemma 3 has it, and does nothing with it
+    mixer = attention(k, scale=scale, head_norm=HeadNorm(norm), rope=None)
+    each = read.turning(read.ropes(k, dict.fromkeys(sorted(set(types)), mixer.head_dim)), types, windowed)
+    return decoder(k, mixer, mlp(k), norm, each=each, **fields)
+
+
+def _gemma4(k: Keys) -> DecoderSpec:
+    norm, types, own, windowed = rms(k), k.peek("layer_types"), k.take("per_layer_config", {}), by_type(k)
+    inputs, vocab = k.count("hidden_size_per_layer_input"), k.count("vocab_size_per_layer_input")
+    same, wider = k.flag("attention_k_eq_v"), k.flag("use_double_wide_mlp")
+    fields = _gemma_fields(k, inputs=inputs, scalar=True)
+    fields["layer"] |= {"experts": _gemma4_experts(k, norm)}
+    plain = dataclasses.replace(norm, scale=False)
+    mixer = attention(k, scale=1.0, head_norm=HeadNorm(norm), value_norm=plain, rope=None)
+    fed, borrowing = mlp(k), len(types) - k.count("num_kv_shared_layers")
+    heads = [_own_heads(k, own, i, mixer) for i in range(len(types))]
+    turns = read.ropes(k, {kind: heads[types.index(kind)]["head_dim"] for kind in sorted(set(types))})
+    if len(types) > borrowing and set(types) - set(types[:borrowing]):
+        raise k.refuse("num_kv_shared_layers", len(types) - borrowing, "no layer before has keys of each type to lend")
+
+    def each(i: int, layer: Layer) -> Layer:
+        kind, borrows = types[i], i >= borrowing
+        lends = borrowing < len(types) and not borrows and kind not in types[i + 1 : borrowing]
+        sharing = {"borrows": kind if borrows else None, "keeps": kind if lends else None}
+        layer = read.mixed(
+            windowed(i, layer), rope=turns[kind], value_is_key=same and kind == FULL, **heads[i], **sharing
+        )
+        wide = dataclasses.replace(fed, width=2 * fed.width)
+        return dataclasses.replace(layer, mlp=wide) if borrows and wider else layer
+
+    return decoder(k, mixer, fed, norm, each=each, inputs_vocab=vocab if inputs else 0, **fields)
+
+
+def _own_heads(k: Keys, own: Any, i: int, mixer: Attention) -> dict[str, int]:
+    """Size and number of heads of a layer that has its own."""
+    table = dict(own.get(str(i), own.get(i, {})))
+    heads = {"head_dim": table.pop("head_dim", mixer.head_dim)}
+    heads["kv_heads"] = table.pop("num_key_value_heads", mixer.kv_heads)
+    if table:
+        raise k.refuse("per_layer_config", table, "only head_dim and num_key_value_heads may differ by layer")
+    return heads
+
+
+def _gemma4_experts(k: Keys, norm: Norm) -> Experts | None:
+    k.rename({"top_k_experts": "num_experts_per_tok"})
+    if k.flag("enable_moe_block"):
+        return experts(k, router_norm=dataclasses.replace(norm, scale=False))
+    k.require(dict.fromkeys(("num_experts", "num_experts_per_tok", "moe_intermediate_size")))
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- the others
+
+
+def _phi(k: Keys) -> DecoderSpec:
+    norm = read.layer_norm(k)
+    head_norm = HeadNorm(norm) if k.flag("qk_layernorm") else None
+    mixer = attention(k, turns="partial", qkv_bias=True, output_bias=True, head_norm=head_norm)
+    fed = mlp(k, gated=False, bias=True)
+    return decoder(k, mixer, fed, norm, layer={"place": "parallel"}, head_bias=True)
+
+
+def _gpt_neox(k: Keys) -> DecoderSpec:
+    k.take("num_key_value_heads")  # transformers' GPT-NeoX does nothing with it
+    mixer = attention(k, turns="partial", kv_heads=k.peek("num_attention_heads"))
+    place = "parallel2" if k.flag("use_parallel_residual", True) else "pre"
+    return decoder(k, mixer, mlp(k, gated=False, bias=True), read.layer_norm(k), layer={"place": place})
+
+
+GPT = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+GPT |= {"n_inner": "intermediate_size", "activation_function": "hidden_act"}
+
+
+def _gpt2(k: Keys, *, multi_query: bool = False) -> DecoderSpec:
+    k.rename(GPT)
+    heads = 1 if multi_query else k.peek("num_attention_heads")
+    mixer = attention(k, turns="none", kv_heads=heads, qkv_bias=True, output_bias=True)
+    fed = mlp(k, width=4 * k.peek("hidden_size"), gated=False, bias=True)
+    return decoder(k, mixer, fed, read.layer_norm(k, "layer_norm_epsilon"), positions=k.size("n_positions"))
+
+
+def _gpt_bigcode(k: Keys) -> DecoderSpec:
+    k.take("num_key_value_heads")  # of which multi_query says the same
+    return _gpt2(k, multi_query=k.flag("multi_query", True))
+
+
+def _gptj(k: Keys) -> DecoderSpec:
+    k.rename(GPT)
+    turns = Rope(
+        channels=k.size("rotary_dim", k.peek("hidden_size") // k.peek("num_attention_heads")), interleaved=True
+    )
+    fed = mlp(k, width=4 * k.peek("hidden_size"), gated=False, bias=True)
+    norm, layer = read.layer_norm(k, "layer_norm_epsilon"), {"place": "parallel"}
+    return decoder(k, attention(k, rope=turns), fed, norm, layer=layer, head_bias=True)
+
+
+def _opt(k: Keys) -> DecoderSpec:
+    k.rename({"ffn_dim": "intermediate_size", "activation_function": "hidden_act"})
+    k.require({"layer_norm_elementwise_affine": True})
+    before, bias = k.flag("do_layer_norm_before", True), k.flag("enable_bias", True)
+    final = not k.flag("_remove_final_layer_norm") and before
+    narrow = k.size("word_embed_proj_dim", k.peek("hidden_size"))
+    mixer = attention(k, turns="none", qkv_bias=bias, output_bias=bias)
+    fields = {"embed_width": None if narrow == k.peek("hidden_size") else narrow, "final_norm": final}
+    fields |= {"positions": k.size("max_position_embeddings"), "position_offset": 2}
+    layer, norm = {"place": "pre" if before else "residual"}, Norm(1e-5, "layer", bias=True)
+    return decoder(k, mixer, mlp(k, gated=False, bias=bias), norm, layer=layer, **fields)
+
+
+def _falcon(k: Keys) -> DecoderSpec:
+    k.require({"alibi": False})  # transformers rounds Falcon's biases to bfloat16 by absolute position
+    k.rename({"ffn_hidden_size": "intermediate_size", "activation": "hidden_act"})
+    new, one, bias = k.flag("new_decoder_architecture"), k.flag("multi_query"), k.flag("bias")
+    parallel, norms = k.flag("parallel_attn"), k.size("num_ln_in_parallel_attn", 2)
+    every = k.peek("num_attention_heads")
+    grouped = k.size("num_kv_heads", every)
+    place = "parallel2" if new and norms == 2 else "parallel" if new or parallel else "pre"
+    mixer = attention(k, kv_heads=grouped if new else 1 if one else every, qkv_bias=bias, output_bias=bias)
+    norm = read.layer_norm(k, "layer_norm_epsilon")
+    return decoder(k, mixer, mlp(k, gated=False, bias=bias), norm, layer={"place": place})
+
+
+def _bloom(k: Keys) -> DecoderSpec:
+    k.rename({"n_layer": "num_hidden_layers", "n_head": "num_attention_heads"})
+    k.require({"apply_residual_connection_post_layernorm": False})
+    mixer = attention(k, turns="none", alibi=1.0, qkv_bias=True, output_bias=True)
+    fed = MLP(4 * k.peek("hidden_size"), "gelu_tanh", gated=False, bias=True)
+    return decoder(k, mixer, fed, read.layer_norm(k, "layer_norm_epsilon"), embed_norm=True)
+
+
+def _cohere(k: Keys, each: Any = None) -> DecoderSpec:
+    norm = read.layer_norm(k, bias=False)
+    mixer = attention(k, turns="interleaved", head_norm=HeadNorm(norm, "each_head") if k.flag("use_qk_norm") else None)
+    scale, layer = k.positive("logit_scale"), {"place": "parallel"}
+    return decoder(k, mixer, mlp(k), norm, layer=layer, each=each, logit_scale=scale)
+
+
+def _starcoder2(k: Keys) -> DecoderSpec:
+    bias = k.flag("use_bias", True)
+    mixer = attention(k, window=everywhere(k), qkv_bias=bias, output_bias=bias)
+    return decoder(k, mixer, mlp(k, gated=False, bias=bias), read.layer_norm(k, "norm_epsilon"))
+
+
+def _stablelm(k: Keys) -> DecoderSpec:
+    norm, place = read.layer_norm(k), "parallel" if k.flag("use_parallel_residual") else "pre"
+    head_norm = HeadNorm(dataclasses.replace(norm, bias=False), "each_head") if k.flag("qk_layernorm") else None
+    mixer = attention(k, turns="partial", qkv_bias=k.flag("use_qkv_bias"), head_norm=head_norm)
+    return decoder(k, mixer, mlp(k), norm, layer={"place": place})
+
+
+# ---------------------------------------------------------------------------------------------- the table
+
+
+class Family(NamedTuple):
+    """How a family's config is read, and how it names its tensors."""
+
+    read: Callable[[Keys], DecoderSpec]
+    names: Naming | Callable[[DecoderSpec], Naming] = names.LLAMA
+    ignored: str = ""
+    """Pattern of tensors that transformers' model of the family has no use for."""
+
+    def naming(self, spec: DecoderSpec) -> Naming:
+        """The names of this decoder's tensors."""
+        return self.names if isinstance(self.names, Naming) else self.names(spec)
+
+
+def _falcon_names(spec: DecoderSpec) -> Naming:
+    return names.FALCON_TWO_NORMS if spec.layers[0].place == "parallel2" else names.FALCON
+
+
+def _deepseek_names(spec: DecoderSpec) -> Naming:
+    mixer = spec.layers[0].mixer
+    return names.DEEPSEEK if isinstance(mixer, Latent) and mixer.query_rank else names.DEEPSEEK_FULL_RANK
+
+
+MASKS = r"(.*\.)?attn\.(bias|masked_bias)"
+FAMILIES: dict[str, Family] = {
+    "apertus": Family(_apertus, names.APERTUS),
+    "arcee": Family(lambda k: decoder(k, attention(k), mlp(k, gated=False), rms(k))),
+    "bloom": Family(_bloom, names.BLOOM),
+    "cohere": Family(_cohere),
+    "cohere2": Family(lambda k: _cohere(k, by_type(k, nope=True))),
+    "deepseek_v3": Family(_deepseek_v3, _deepseek_names, r"model\.layers\.61\..*"),
+    "ernie4_5": Family(_ernie),
+    "exaone4": Family(_exaone4, names.OLMO2),
+    "falcon": Family(_falcon, _falcon_names),
+    "gemma": Family(
+        lambda k: decoder(k, attention(k), mlp(k), rms(k, offset=1.0), embed_scale=math.sqrt(k.peek("hidden_size")))
+    ),
+    "gemma2": Family(_gemma2, names.GEMMA2),
+    "gemma3_text": Family(_gemma3, names.GEMMA2),
+    "gemma4_text": Family(_gemma4, names.GEMMA4),
+    "glm": Family(_glm, names.GLM),
+    "glm4": Family(lambda k: _glm(k, "sandwich"), names.GLM4),
+    "gpt2": Family(_gpt2, names.GPT2, MASKS),
+    "gpt_bigcode": Family(_gpt_bigcode, names.GPT_BIGCODE, MASKS),
+    "gpt_neox": Family(_gpt_neox, names.GPT_NEOX, r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"),
+    "gpt_oss": Family(_gpt_oss, names.GPT_OSS),
+    "gptj": Family(_gptj, names.GPTJ, MASKS),
+    "granite": Family(_granite),
+    "helium": Family(lambda k: _llama(k, turns="interleaved", output_bias=False)),
+    "hunyuan_v1_dense": Family(_hunyuan, names.HUNYUAN),
+    "llama": Family(_llama),
+    "ministral": Family(lambda k: decoder(k, attention(k), mlp(k), rms(k), each=by_type(k))),
+    "ministral3": Family(_ministral3),
+    "mistral": Family(lambda k: _llama(k, window=everywhere(k))),
+    "mixtral": Family(_mixtral, names.MIXTRAL),
+    "nemotron": Family(
+        lambda k: decoder(
+            k, attention(k, turns="partial"), mlp(k, gated=False), read.layer_norm(k, "norm_eps", offset=1.0)
+        )
+    ),
+    "olmo": Family(
+        lambda k: decoder(k, attention(k, clip=k.perhaps("clip_qkv")), mlp(k), Norm(1e-5, "layer", scale=False))
+    ),
+    "olmo2": Family(_olmo2, names.OLMO2),
+    "olmo3": Family(_olmo3, names.OLMO2),
+    "olmoe": Family(_olmoe),
+    "opt": Family(_opt, names.OPT),
+    "phi": Family(_phi, names.PHI),
+    "phi3": Family(lambda k: _llama(k, turns="partial", window=everywhere(k)), names.PHI3),
+    "qwen2": Family(_qwen2),
+    "qwen2_moe": Family(_qwen2_moe, names.QWEN2_MOE),
+    "qwen3": Family(_qwen3),
+    "qwen3_5_text": Family(_qwen3_5, names.QWEN3_5, r"mtp\..*"),
+    "qwen3_moe": Family(_qwen3_moe),
+    "seed_oss": Family(lambda k: _llama(k, output_bias=k.flag("attention_out_bias"))),
+    "smollm3": Family(_smollm3),
+    "stablelm": Family(_stablelm, names.STABLELM),
+    "starcoder2": Family(_starcoder2, names.STARCODER2),
 }
-
-
-def read_spec(folder: str | Path, *, scalar_head: bool | None = None) -> DecoderSpec:
-    """The decoder that a folder's `config.json` describes, in either style (`rope_theta` or `rope_parameters`).
-
-    Args:
-      folder: of a language model, or of a reward model: a ...ForSequenceClassification with one label.
-      scalar_head: None takes the head that the folder has. True gives the spec of a reward model, also for a language
-        model's folder, which `load_hf` then starts with a new head. False refuses a reward model.
-
-    Raises:
-      UserError: the family is not supported, or a key is unknown or has a value that is not supported.
-    """
-    folder = Path(folder)
-    file, raw = folder / "config.json", read_json(folder, "config.json")
-    _check_raw(raw, Keys(raw, file))
-    config = _auto_config(folder)
-    swallowed = {name: value for name, value in raw.items() if name not in config and name not in MOVED}
-    Keys(swallowed, file).finish(HARMLESS | frozenset(REQUIRED))
-    keys = Keys(config, file)
-    spec = FAMILIES[raw["model_type"]](keys)
-    keys.require(REQUIRED)
-    keys.finish(HARMLESS)
-    if spec.windows and len(spec.windows) != spec.layers:
-        raise keys.refuse("layer_types", len(spec.windows), f"one entry for each of {spec.layers} layers is wanted")
-    own = _is_classifier(raw)
-    if own and scalar_head is False:
-        why = f"a reward model, which scores texts and writes none; give a ...{LANGUAGE_MODEL}"
-        raise keys.refuse("architectures", raw["architectures"], why)
-    return dataclasses.replace(spec, scalar_head=own if scalar_head is None else scalar_head)
-
-
-def _is_classifier(raw: dict[str, Any]) -> bool:
-    return any(str(kind).lower().endswith(CLASSIFIER.lower()) for kind in raw.get("architectures") or [])
-
-
-def _check_labels(raw: dict[str, Any], k: Keys) -> None:
-    """One label is wanted, counted as transformers does it: `num_labels` or `id2label`, and two if neither is there."""
-    labels = raw.get("id2label")
-    if labels is not None and not isinstance(labels, dict):
-        raise k.refuse("id2label", labels, "a table of labels by number is wanted")
-    count = raw.get("num_labels", 2 if labels is None else len(labels))
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise k.refuse("num_labels", count, "a whole number is wanted")
-    if labels is not None and len(labels) != count:
-        raise k.refuse("num_labels", count, f"differs from the {len(labels)} entries of id2label; keep one of them")
-    if count != 1:
-        name = "num_labels" if "num_labels" in raw else "id2label"
-        why = f"makes {count} labels, and a reward model has one; give such a model, or a ...{LANGUAGE_MODEL}"
-        raise k.refuse(name, raw.get(name), why)
-
-
-def _check_raw(raw: dict[str, Any], k: Keys) -> None:
-    """What must be known before transformers sees the folder, and what it would settle in silence."""
-    family = raw.get("model_type")
-    if "auto_map" in raw:
-        raise k.refuse("auto_map", raw["auto_map"], "the model brings its own code, which is never run")
-    if "configuration_files" in raw:
-        raise k.refuse("configuration_files", raw["configuration_files"], "the whole config must stand in config.json")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise k.refuse("model_type", family, f"not supported; supported: {', '.join(sorted(FAMILIES))}")
-    kinds = raw.get("architectures") or []
-    ends = (LANGUAGE_MODEL.lower(), CLASSIFIER.lower())
-    if not isinstance(kinds, list) or not any(all(str(kind).lower().endswith(end) for kind in kinds) for end in ends):
-        why = f"only a ...{LANGUAGE_MODEL}, or a ...{CLASSIFIER} with one label, can be trained here"
-        raise k.refuse("architectures", kinds, why)
-    if _is_classifier(raw):
-        _check_labels(raw, k)
-    old, new = raw.get("rope_scaling"), raw.get("rope_parameters")
-    if old and new and old != new:
-        raise k.refuse("rope_scaling", old, "differs from rope_parameters; keep one of them")
-    theta = raw.get("rope_theta")
-    inner = (new if isinstance(new, dict) else {}).get("rope_theta")
-    if theta is not None and inner is not None and theta != inner:
-        raise k.refuse("rope_theta", theta, f"differs from rope_parameters.rope_theta = {inner}; keep one of them")
-
-
-def _auto_config(folder: Path) -> dict[str, Any]:
-    with quiet():
-        from transformers import AutoConfig
-
-        try:
-            # A dict, never attributes: for some families plain attributes raise or are ambiguous.
-            return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True).to_dict()
-        # transformers raises anything from KeyError to its own validation errors for a config it does not like.
-        except Exception as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"{folder / 'config.json'}: {lines[-1].strip()}") from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps transformers from writing to the terminal; what goes wrong is raised as an error."""
-    logger = logging.getLogger("transformers")
-    # Importing transformers sets its logger's level and then logs "PyTorch was not found"; only a filter survives that.
-    logger.addFilter(_nothing)
-    try:
-        from transformers.utils import logging as transformers_logging
-
-        level = transformers_logging.get_verbosity()
-    finally:
-        logger.removeFilter(_nothing)
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-
-
-def _nothing(record: logging.LogRecord) -> bool:
-    return False
+"""Families by `model_type`."""

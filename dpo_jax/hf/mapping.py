@@ -1,126 +1,190 @@
-"""Hugging Face tensors <-> leaves of the parameter tree: one table, read both ways.
+"""Hugging Face tensors <-> leaves of the parameter tree: the naming table of the family, read both ways.
 
-A rule ties a Hugging Face name (`{i}` is the layer) to a leaf, and a transform to how the numbers are laid out:
-`pack(unpack(x)) == x`. Every leaf must be claimed by a rule, and every tensor of a folder by a leaf, by an alias of
-one, or by the table of tensors that are carried along; anything else is an error that names it.
+A tensor of a folder holds one leaf, an entry of a stacked one (a layer's, or one expert's of a layer), or those of
+several leaves side by side: `unpack` and `pack` are inverse. Every leaf must be claimed by a name, and every tensor of
+a folder by a leaf, by a second name of one, or by the patterns of tensors that are carried along; anything else is an
+error that names it.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dpo_jax import trees
-from dpo_jax.hf.tensors import TensorInfo
-from dpo_jax.model.decoder import abstract_params
-from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.hf.names import At, Naming
+from dpo_jax.hf.tensors import DTYPES, TensorInfo
+from dpo_jax.model.decoder import abstract_params, stacks
+from dpo_jax.model.spec import Attention, DecoderSpec, Layer
 from dpo_jax.settings import UserError
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
 STACKED = "blocks/"
 SCORE = "score.weight"
-
-
-class Transform(NamedTuple):
-    """How a tensor of a folder (`x`) and one layer's leaf hold the same numbers."""
-
-    unpack: Callable[[np.ndarray], np.ndarray]
-    pack: Callable[[np.ndarray], np.ndarray]
-    shape: Callable[[Shape], Shape]
-    """Shape in the folder of a leaf of this shape."""
-    index: Callable[[Index], Index]
-    """The part of the folder's tensor that unpacks to this part of the leaf."""
-
-
-IDENTITY = Transform(unpack=lambda x: x, pack=lambda x: x, shape=lambda shape: shape, index=lambda index: index)
-TRANSPOSE = Transform(
-    unpack=lambda x: x.T, pack=lambda x: x.T, shape=lambda shape: shape[::-1], index=lambda index: index[::-1]
-)
-
-
-class Rule(NamedTuple):
-    """One row of the table."""
-
-    name: str
-    leaf: str
-    transform: Transform = IDENTITY
-
-
-def _dense(name: str, leaf: str) -> tuple[Rule, Rule]:
-    """PyTorch keeps a linear layer's weight as [outputs, inputs], the tree as [inputs, outputs]."""
-    return Rule(f"{name}.weight", f"{leaf}/kernel", TRANSPOSE), Rule(f"{name}.bias", f"{leaf}/bias")
-
-
-_BLOCK = "model.layers.{i}"
-LLAMA: tuple[Rule, ...] = (
-    Rule("model.embed_tokens.weight", "embed/embedding"),
-    Rule(f"{_BLOCK}.input_layernorm.weight", "blocks/attention_norm/scale"),
-    *_dense(f"{_BLOCK}.self_attn.q_proj", "blocks/attention/query"),
-    *_dense(f"{_BLOCK}.self_attn.k_proj", "blocks/attention/key"),
-    *_dense(f"{_BLOCK}.self_attn.v_proj", "blocks/attention/value"),
-    *_dense(f"{_BLOCK}.self_attn.o_proj", "blocks/attention/output"),
-    Rule(f"{_BLOCK}.self_attn.q_norm.weight", "blocks/attention/query_norm/scale"),
-    Rule(f"{_BLOCK}.self_attn.k_norm.weight", "blocks/attention/key_norm/scale"),
-    Rule(f"{_BLOCK}.post_attention_layernorm.weight", "blocks/mlp_norm/scale"),
-    *_dense(f"{_BLOCK}.mlp.gate_proj", "blocks/mlp/gate"),
-    *_dense(f"{_BLOCK}.mlp.up_proj", "blocks/mlp/up"),
-    *_dense(f"{_BLOCK}.mlp.down_proj", "blocks/mlp/down"),
-    Rule("model.norm.weight", "final_norm/scale"),
-    Rule("lm_head.weight", "head/embedding"),
-    Rule("lm_head.bias", "head/bias"),
-    Rule(SCORE, "score/kernel", TRANSPOSE),
-)
-"""Names of llama and of every family that follows it; rules of leaves that a spec does not have are not used."""
-
-TIED_ALIASES: tuple[Rule, ...] = (Rule("lm_head.weight", "embed/embedding"),)
-"""Second names of a leaf, allowed where a head is tied to the embedding; the numbers must be the same."""
-
+SUFFIXES = {"kernel": ".weight", "scale": ".weight", "embedding": ".weight", "bias": ".bias"}
+"""What a module's name is followed by, for each of its leaves."""
 CARRIED: tuple[str, ...] = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 """Tensors that hold no weights: not read, and exported as they came."""
 
 
-class Entry(NamedTuple):
-    """A tensor name and its place in the tree: a leaf, or layer `layer` of a stacked one; `shape` is the folder's."""
+class Part(NamedTuple):
+    """A leaf, or the entry `index` of its leading axes; `shape` is that of the part."""
 
-    name: str
     leaf: str
-    layer: int | None
-    transform: Transform
+    index: tuple[int, ...]
     shape: Shape
 
 
-def names(spec: DecoderSpec, rules: Sequence[Rule] = LLAMA) -> list[Entry]:
+class Entry(NamedTuple):
+    """A tensor of the folder, and the parts of the tree that it holds.
+
+    The folder has matrices as [outputs, inputs] where it is `turned`, the tree as [inputs, outputs]. The outputs of
+    several parts stand side by side, `groups` times in a row, each time with a part of each. Where `column`, the folder
+    has an axis of size one more.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    turned: bool = False
+    groups: int = 1
+    column: bool = False
+
+    @property
+    def shape(self) -> Shape:
+        """Shape in the folder."""
+        first = self.parts[0].shape
+        whole = (*first[:-1], sum(part.shape[-1] for part in self.parts)) if len(self.parts) > 1 else first
+        whole = (*whole[:-2], whole[-1], whole[-2]) if self.turned else whole
+        return (whole[0], 1, *whole[1:]) if self.column else whole
+
+    @property
+    def plain(self) -> bool:
+        """Whether a part of the leaf is a part of the tensor, so that less than all of it can be read."""
+        return len(self.parts) == 1 and not self.column
+
+    def index_of(self, index: Index) -> Index:
+        """The part of the tensor that unpacks to this part of the leaf, where the entry is plain."""
+        return (*index[:-2], index[-1], index[-2]) if self.turned else index
+
+    def unpack(self, x: np.ndarray, number: int = 0) -> np.ndarray:
+        """The part of that number, from the folder's tensor (or, where plain, from a part of it)."""
+        x = x.squeeze(1) if self.column else x
+        x = x.swapaxes(-1, -2) if self.turned else x
+        if len(self.parts) == 1:
+            return x
+        sizes = [part.shape[-1] // self.groups for part in self.parts]
+        start = sum(sizes[:number])
+        grouped = x.reshape(*x.shape[:-1], self.groups, -1)[..., start : start + sizes[number]]
+        return grouped.reshape(self.parts[number].shape)
+
+    def pack(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """The folder's tensor, from its parts."""
+        x = parts[0]
+        if len(parts) > 1:
+            grouped = [part.reshape(*part.shape[:-1], self.groups, -1) for part in parts]
+            x = np.concatenate(grouped, axis=-1).reshape(*x.shape[:-1], -1)
+        x = x.swapaxes(-1, -2) if self.turned else x
+        return x[:, None] if self.column else x
+
+    def of(self, leaves: Mapping[str, Any]) -> np.ndarray:
+        """The folder's tensor, from the leaves of a whole tree by path."""
+        return self.pack([np.asarray(leaves[part.leaf])[part.index] for part in self.parts])
+
+
+# ---------------------------------------------------------------------------------------------- the table, written out
+
+
+def names(spec: DecoderSpec, naming: Naming) -> list[Entry]:
     """Every tensor that a folder of this decoder holds, in the order of the tree's leaves.
 
     Raises:
-      ValueError: no rule claims a leaf, or two rules do.
+      ValueError: no name claims a leaf.
     """
-    leaves = trees.paths(abstract_params(spec))
-    return [entry for leaf, value in leaves.items() for entry in _entries(_only(rules, leaf), value.shape)]
+    shapes = {leaf: value.shape for leaf, value in trees.paths(abstract_params(spec)).items()}
+    layers = {name: (layer, numbers) for name, layer, numbers in stacks(spec)}
+    done: dict[str, None] = {}
+    found: list[Entry] = []
+    for leaf in shapes:
+        if leaf in done:
+            continue
+        _, stack, inner = leaf.split("/", 2) if leaf.startswith(STACKED) else ("", "", leaf)
+        prefix = f"{STACKED}{stack}/" if stack else ""
+        leaves, at = _claim(naming, prefix, inner, shapes)
+        done |= dict.fromkeys(leaves)
+        parts = [(name, shapes[name]) for name in leaves]
+        if stack:
+            found += _stacked(naming.layer, at, parts, *layers[stack])
+        else:
+            found.append(_entry(at.name, at, [Part(name, (), shape) for name, shape in parts], 1))
+    return found
 
 
-def aliases(spec: DecoderSpec, rules: Sequence[Rule] = TIED_ALIASES) -> list[Entry]:
-    """Further names under which a folder may hold a leaf once more."""
-    leaves = trees.paths(abstract_params(spec))
-    tied = spec.tied and not spec.scalar_head
-    return [entry for rule in rules if tied for entry in _entries(rule, leaves[rule.leaf].shape)]
+def _claim(naming: Naming, prefix: str, inner: str, shapes: Mapping[str, Shape]) -> tuple[list[str], At]:
+    """All leaves that share a tensor with this one, and how."""
+    module, _, kind = inner.rpartition("/")
+    for key, value in naming.names.items():  # leaves that are held together, before each by itself
+        if "+" not in key:
+            continue
+        members = [member.removeprefix("*/") for member in key.split("+")]
+        exact = inner in members
+        if not exact and module not in members:
+            continue
+        leaves = [prefix + (member if exact else f"{member}/{kind}") for member in members]
+        if all(leaf in shapes for leaf in leaves):
+            return leaves, _named(value, "" if exact else SUFFIXES[kind])
+    star = "*/" if prefix else ""
+    if f"{star}{inner}" in naming.names:
+        value = naming.names[f"{star}{inner}"]
+        return [prefix + inner], value if isinstance(value, At) else At(value, turned=False)
+    if f"{star}{module}" in naming.names and kind in SUFFIXES:
+        return [prefix + inner], _named(naming.names[f"{star}{module}"], SUFFIXES[kind])
+    raise ValueError(f"no name of the family's table claims leaf {prefix + inner!r}; add one")
 
 
-def _only(rules: Sequence[Rule], leaf: str) -> Rule:
-    found = [rule for rule in rules if rule.leaf == leaf]
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} rules of the names table claim leaf {leaf!r}; exactly one must")
-    return found[0]
+def _named(value: str | At, suffix: str) -> At:
+    at = value if isinstance(value, At) else At(value)
+    return at._replace(name=at.name + suffix)
 
 
-def _entries(rule: Rule, shape: Shape) -> Iterable[Entry]:
-    if not rule.leaf.startswith(STACKED):
-        return [Entry(rule.name, rule.leaf, None, rule.transform, rule.transform.shape(shape))]
-    layers, *rest = shape
-    inner = rule.transform.shape(tuple(rest))
-    return [Entry(rule.name.format(i=i), rule.leaf, i, rule.transform, inner) for i in range(layers)]
+def _stacked(layer: str, at: At, parts: list[tuple[str, Shape]], kind: Layer, numbers: list[int]) -> Iterable[Entry]:
+    """An entry for each layer of a stack, or for each expert (or head) of each."""
+    name, each = at.name.replace("~", layer), "{e}" in at.name
+    groups = _groups(at, parts[0][1][-1], kind)
+    for place, number in enumerate(numbers):
+        for e in range(parts[0][1][1]) if each else [None]:
+            index = (place,) if e is None else (place, e)
+            own = [Part(leaf, index, shape[len(index) :]) for leaf, shape in parts]
+            yield _entry(name.format(i=number, e=e), at, own, groups)
+
+
+def _groups(at: At, channels: int, kind: Layer) -> int:
+    """How many times the parts of a tensor alternate."""
+    match at.parts, kind.mixer:
+        case "heads", Attention(heads=heads):
+            return heads
+        case "kv_heads", Attention(kv_heads=heads):
+            return heads
+        case "channels", _:
+            return channels
+    return 1
+
+
+def _entry(name: str, at: At, parts: list[Part], groups: int) -> Entry:
+    matrix = parts[0].leaf.endswith("/kernel") and len(parts[0].shape) > 1
+    return Entry(name, tuple(parts), at.turned and matrix, groups, at.column)
+
+
+def aliases(spec: DecoderSpec, naming: Naming) -> list[Entry]:
+    """Further names under which a folder may hold a leaf once more: the head's, where it is tied to the embedding."""
+    if not spec.tied or spec.scalar_head:
+        return []
+    shape = (spec.vocab_size, spec.head_width)
+    return [Entry(f"{naming.names['head']}.weight", (Part("embed/embedding", (), shape),))]
+
+
+# ---------------------------------------------------------------------------------------------- held against a folder
 
 
 class Claims(NamedTuple):
@@ -131,39 +195,97 @@ class Claims(NamedTuple):
     carried: tuple[str, ...]
 
 
-def claim(spec: DecoderSpec, infos: dict[str, TensorInfo], where: str) -> Claims:
+class Scheme(NamedTuple):
+    """How a folder's tensors are named: the family's names, patterns of tensors to carry along, and whether the decoder
+    is a part of a larger model, whose other tensors are carried along too."""
+
+    naming: Naming
+    ignored: str = ""
+    wrapped: bool = False
+
+
+def claim(spec: DecoderSpec, infos: Mapping[str, TensorInfo], where: str, scheme: Scheme) -> Claims:
     """Holds a folder's tensors against the table, both ways.
 
     Raises:
-      UserError: a tensor is missing, is claimed by nobody, or has another shape than the config says.
+      UserError: a tensor is missing, is claimed by nobody, or has another shape or dtype than it must have.
     """
     if SCORE in infos and not spec.scalar_head:
         raise UserError(
             f"{where}: tensor {SCORE!r} is the head of a reward model, which has none over the vocabulary; give a "
             "language model, or name a ...ForSequenceClassification in architectures of config.json"
         )
-    table = {entry.name: entry for entry in names(spec)}
-    for alias in aliases(spec):
-        first = next(name for name, entry in table.items() if entry.leaf == alias.leaf)
+    naming, tower = _placed(scheme, infos)
+    table = {entry.name: entry for entry in names(spec, naming)}
+    second = {entry.name: entry for entry in aliases(spec, naming)}
+    for alias in second.values():
+        first = next(name for name, entry in table.items() if entry.parts == alias.parts)
         if alias.name in infos and first not in infos:  # some tools keep only the second name of a shared tensor
             table = {alias.name if name == first else name: entry for name, entry in table.items()}
-    second = {entry.name: entry for entry in aliases(spec) if entry.name not in table}
     missing = [name for name in table if name not in infos]
     if missing:
         raise UserError(f"{where}: tensor {missing[0]!r} is missing ({len(missing)} are); config.json asks for it")
     entries = {name: table[name] for name in infos if name in table}
-    copies = {name: second[name] for name in infos if name in second}
-    carried = [name for name in infos if name not in table and name not in second]
-    unknown = [name for name in carried if not any(re.fullmatch(pattern, name) for pattern in CARRIED)]
+    copies = {name: second[name] for name in infos if name in second and name not in table}
+    carried = [name for name in infos if name not in entries and name not in copies]
+    _check_carried(carried, scheme, tower, where)
+    _check_infos(infos, {**entries, **copies}, where)
+    return Claims(entries, copies, tuple(carried))
+
+
+def _placed(scheme: Scheme, infos: Mapping[str, TensorInfo]) -> tuple[Naming, str]:
+    """The names as this folder has them, and what those of the decoder begin with.
+
+    They may lack their first part (as a base model saves them), or stand within a larger model.
+    """
+    root = str(scheme.naming.names["embed"]).split(".")[0] + "."
+    options = [(root, "", root), ("", "", "")]
+    if scheme.wrapped:
+        inner = "language_model."
+        options = [(root + inner, "", root + inner), (inner + root, inner, inner)]
+    for new_root, before_head, tower in options:
+        naming = _moved(scheme.naming, root, new_root, before_head)
+        if f"{naming.names['embed']}.weight" in infos:
+            return naming, tower
+    return _moved(scheme.naming, root, *options[0][:2]), options[0][2]
+
+
+def _moved(naming: Naming, root: str, new_root: str, before_head: str) -> Naming:
+    """The names with another first part, and with `before_head` before those that never had it."""
+
+    def moved(name: str) -> str:
+        if name.startswith("~"):
+            return name
+        return new_root + name.removeprefix(root) if name.startswith(root) else before_head + name
+
+    values = {
+        key: value._replace(name=moved(value.name)) if isinstance(value, At) else moved(value)
+        for key, value in naming.names.items()
+    }
+    return Naming(moved(naming.layer), values)
+
+
+def _check_carried(carried: Sequence[str], scheme: Scheme, tower: str, where: str) -> None:
+    patterns = [*CARRIED, scheme.ignored]
+    unknown = [name for name in carried if not any(re.fullmatch(pattern, name) for pattern in patterns)]
+    if scheme.wrapped:
+        unknown = [name for name in unknown if name.startswith(tower)]
     if unknown:
         raise UserError(
             f"{where}: tensor {unknown[0]!r} ({len(unknown)} such) belongs to nothing that config.json describes; "
             "it would be lost, so the folder is refused"
         )
-    for name, entry in {**entries, **copies}.items():
-        if infos[name].shape != entry.shape:
+
+
+def _check_infos(infos: Mapping[str, TensorInfo], entries: Mapping[str, Entry], where: str) -> None:
+    for name, entry in entries.items():
+        info = infos[name]
+        if info.shape != entry.shape:
             raise UserError(
-                f"{where}: tensor {name!r} has shape {list(infos[name].shape)}, "
-                f"config.json asks for {list(entry.shape)}"
+                f"{where}: tensor {name!r} has shape {list(info.shape)}, config.json asks for {list(entry.shape)}"
             )
-    return Claims(entries, copies, tuple(carried))
+        if info.dtype not in DTYPES:
+            raise UserError(
+                f"tensor {name!r} of {where} has dtype {info.dtype}; only {', '.join(DTYPES)} are read: "
+                "dequantise or convert the model first"
+            )

@@ -6,13 +6,13 @@ of `lm_head.weight`, and no bias.
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dpo_jax import trees
-from dpo_jax.hf.families import CLASSIFIER, LANGUAGE_MODEL, read_spec
-from dpo_jax.hf.mapping import SCORE, Claims, claim, names
+from dpo_jax.hf.configs import classifier_of, read_spec
+from dpo_jax.hf.mapping import SCORE, Claims, Entry, Scheme, claim, names
 from dpo_jax.hf.tensors import TensorInfo, read_json
 from dpo_jax.hf.tokenizer import TOKENIZER_FILES, load_tokenizer
 from dpo_jax.model.decoder import abstract_params
@@ -26,35 +26,39 @@ def head_is_new(spec: DecoderSpec, folder: Path) -> bool:
     return spec.scalar_head and not read_spec(folder).scalar_head
 
 
-def claim_trunk(spec: DecoderSpec, infos: dict[str, TensorInfo], where: str) -> Claims:
+def claim_trunk(spec: DecoderSpec, infos: dict[str, TensorInfo], where: str, scheme: Scheme) -> Claims:
     """What a reward model takes over of a language model's folder: every weight but the head, under any name.
 
     Raises:
       UserError: as `claim`, for the whole language model.
     """
-    whole = claim(dataclasses.replace(spec, scalar_head=False), infos, where)
+    whole = claim(dataclasses.replace(spec, scalar_head=False), infos, where, scheme)
     leaves = trees.paths(abstract_params(spec))
-    entries = {name: entry for name, entry in whole.entries.items() if entry.leaf in leaves}
+    entries = {name: entry for name, entry in whole.entries.items() if entry.parts[0].leaf in leaves}
     return Claims(entries, {}, whole.carried)
 
 
 def with_score(
-    spec: DecoderSpec, claims: Claims, infos: Mapping[str, TensorInfo]
+    spec: DecoderSpec, claims: Claims, infos: Mapping[str, TensorInfo], scheme: Scheme
 ) -> tuple[Claims, dict[str, TensorInfo]]:
     """The tensors of the reward model's own folder, from `claim_trunk` of the language model's and its tensors.
 
     Each has the name that transformers looks for (an embedding may have stood under the head's). The score comes last,
     in the embedding's dtype, in the last file or the one that held nothing but the head.
     """
-    table = {(entry.leaf, entry.layer): entry for entry in names(spec)}
-    renamed = {name: table[entry.leaf, entry.layer].name for name, entry in claims.entries.items()}
+    table = {entry.parts: entry for entry in names(spec, scheme.naming)}
+    renamed = {name: table[entry.parts].name for name, entry in claims.entries.items()}
     renamed |= {name: name for name in claims.carried}
     kept = {renamed[name]: info for name, info in infos.items() if name in renamed}
     used = {info.file for info in kept.values()}
     emptied = [info.file for info in infos.values() if info.file not in used]
     file = emptied[0] if emptied else list(infos.values())[-1].file
-    kept[SCORE] = TensorInfo(file, kept[table["embed/embedding", None].name].dtype, (1, spec.width))
+    kept[SCORE] = TensorInfo(file, _embedding(table.values(), kept).dtype, (1, spec.head_width))
     return Claims({entry.name: entry for entry in table.values()}, {}, claims.carried), kept
+
+
+def _embedding(entries: Iterable[Entry], infos: Mapping[str, TensorInfo]) -> TensorInfo:
+    return next(infos[entry.name] for entry in entries if entry.parts[0].leaf == "embed/embedding")
 
 
 def reward_config(spec: DecoderSpec, folder: Path) -> dict[str, Any]:
@@ -64,10 +68,13 @@ def reward_config(spec: DecoderSpec, folder: Path) -> dict[str, Any]:
       UserError: the padding token must be asked of the folder's tokenizer, which cannot be loaded.
     """
     config = read_json(folder, "config.json")
-    kinds = config.get("architectures") or [config["model_type"].capitalize() + LANGUAGE_MODEL]
     kept = {name: value for name, value in config.items() if name not in ("num_labels", "problem_type")}
-    named = [kind[: -len(LANGUAGE_MODEL)] + CLASSIFIER for kind in kinds]
-    return {**kept, "architectures": named, **LABELS, "pad_token_id": _padding(spec, folder, config)}
+    return {
+        **kept,
+        "architectures": [classifier_of(config["model_type"])],
+        **LABELS,
+        "pad_token_id": _padding(spec, folder, config),
+    }
 
 
 def _padding(spec: DecoderSpec, folder: Path, config: Mapping[str, Any]) -> int | None:

@@ -21,7 +21,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dpo_jax.settings import UserError
+from dpo_jax.hf import hub
+from dpo_jax.settings import UserError, one_line
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -43,39 +44,30 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
 
 
-def local_folder(folder_or_hub_id: str | Path, patterns: Sequence[str] = ("*.safetensors", *SIDE_FILES)) -> Path:
+def local_folder(
+    folder_or_hub_id: str | Path,
+    patterns: Sequence[str] = ("*.safetensors", *SIDE_FILES),
+    revision: str | None = None,
+) -> Path:
     """The folder itself if it exists here, otherwise the hub repository of that name, downloaded (or from its cache).
 
     Raises:
-      UserError: there is no such folder, and no such repository can be had (`HF_HUB_OFFLINE` is honoured).
+      UserError: there is no such folder, and no such repository or revision can be had (`HF_HUB_OFFLINE` is honoured);
+        or a folder is to have a revision.
     """
     folder = Path(folder_or_hub_id).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise UserError(f"{folder} is a folder, which has no revision {revision!r}; leave the revision out")
         return folder
     if folder.exists():
         raise UserError(f"{folder} is a file, not a model folder; give the folder that holds config.json")
     if isinstance(folder_or_hub_id, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(folder_or_hub_id)):
         raise UserError(f"there is no folder {str(folder_or_hub_id)!r}; give an existing model folder or a hub id")
-    return _download(str(folder_or_hub_id), list(patterns))
-
-
-def _download(hub_id: str, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    # The hub client raises its own errors, httpx's, OSError and ValueError; all of them mean "it cannot be had".
-    except Exception as error:
-        raise UserError(
-            f"there is no folder {hub_id!r}, and the hub did not give a model of that name ({one_line(error)}); "
-            "check the name, the network and HF_HUB_OFFLINE"
-        ) from error
-
-
-def one_line(error: BaseException) -> str:
-    """An error's type and the first line of its text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    folder = hub.snapshot(str(folder_or_hub_id), patterns, revision)
+    if "*.safetensors" in patterns and not any(folder.glob("*.safetensors")):
+        raise UserError(_no_tensors(str(folder_or_hub_id), hub.listing(str(folder_or_hub_id), folder)))
+    return folder
 
 
 def member(folder: Path, name: str) -> Path:
@@ -173,8 +165,11 @@ class Tensors:
 def _open(folder: Path, file: str) -> Any:
     path = member(folder, file)
     try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
+        handle = safe_open(path, framework="numpy")
+        with path.open("rb") as opened:  # safetensors lets the last of two equal names pass
+            json.loads(opened.read(*struct.unpack("<Q", opened.read(8))), object_pairs_hook=_unique)
+        return handle
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not a whole safetensors file ({one_line(error)}); fetch or write it again"
         ) from error
@@ -190,13 +185,18 @@ def _tensor_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
         return files, weight_map
     if os.path.lexists(folder / SINGLE):
         return [SINGLE], None
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    raise UserError(_no_tensors(str(folder), [path.name for path in folder.iterdir()]))
+
+
+def _no_tensors(where: str, names: Sequence[str]) -> str:
+    """Why a folder or repository with these files gives no tensors."""
+    pickles = sorted(name for name in names if name.endswith(PICKLES))
     if pickles:
-        raise UserError(
-            f"{folder} has no {SINGLE}, only {pickles[0]}, a format that can run code when it is opened and is never "
+        return (
+            f"{where} has no {SINGLE}, only {pickles[0]}, a format that can run code when it is opened and is never "
             "read; save the model with save_pretrained(..., safe_serialization=True) where it is trusted"
         )
-    raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}; give a folder with safetensors weights")
+    return f"{where} has neither {SINGLE} nor {INDEX}; give a folder with safetensors weights"
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -248,6 +248,7 @@ def write_tensors(
             part = _bytes_of(name, info, fetch(name))
             file.write(part)
             digest.update(part)
+            del part  # before the next tensor is fetched
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
@@ -333,10 +334,15 @@ def check_target(target: Path, replace: bool) -> None:
         raise UserError(f"{target} was changed since it was exported ({changed[0]}); move it away first")
 
 
+def listed_files(folder: Path) -> dict[str, str]:
+    """What an export's `SHA256SUMS` says: digest by name. Empty where there is none."""
+    lines = (folder / SUMS).read_text("utf-8").splitlines() if (folder / SUMS).is_file() else []
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
 def changed_files(folder: Path) -> list[str]:
     """Files of an export that are new, missing, or other than its `SHA256SUMS` says."""
-    lines = (folder / SUMS).read_text("utf-8").splitlines() if (folder / SUMS).is_file() else []
-    listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    listed = listed_files(folder)
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {SUMS}
     same = {name for name in found & listed.keys() if file_digest(folder / name) == listed[name]}
     return sorted((found | listed.keys()) - same)

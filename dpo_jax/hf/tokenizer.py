@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo_jax.hf.families import quiet
+from dpo_jax.hf.configs import quiet
 from dpo_jax.hf.tensors import SIDE_FILES, local_folder, one_line, read_json
 from dpo_jax.settings import UserError
 

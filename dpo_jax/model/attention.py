@@ -1,12 +1,15 @@
 """Who sees whom in a packed forest, and attention under that rule.
 
-Letters: B rows, T queries, S keys, K key-value heads, G queries per key-value head, H = K G heads, C channels.
+Letters: B rows, T queries, S keys, K key-value heads, G queries per key-value head, H = K G heads, C channels of a key,
+E channels of a value.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -48,42 +51,83 @@ def visible(layout: Layout, window: Int[Array, ""] | int | None) -> Bool[Array, 
     return seen if window is None else seen & (position[:, :, None] - position[:, None, :] < window)
 
 
+class Rules(NamedTuple):
+    """How scores are made of queries and keys; what is None is not done."""
+
+    scale: float
+    softcap: float | None = None
+    sinks: Float[Array, " H"] | None = None
+    """One further logit of each head, which takes its share of the softmax and has no value."""
+    slopes: Float[Array, " H"] | None = None
+    """Of the linear biases: a key `d` tokens back scores `slope d` less."""
+
+
+def alibi_slopes(heads: int, factor: float) -> np.ndarray:
+    """Slopes of the linear position biases (arXiv:2108.12409), float32 [heads], times `factor`.
+
+    A geometric sequence that starts at its own ratio, `2 ** (-8 / n)`, where n is the power of two at or below the
+    number of heads; heads beyond n take every second one of the sequence for 2 n.
+    """
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]
+    return np.asarray(slopes, np.float32) * np.float32(factor)
+
+
 def attend(
     query: Float[Array, "B T H C"],
     key: Float[Array, "B S K C"],
-    value: Float[Array, "B S K C"],
+    value: Float[Array, "B S K E"],
     seen: Bool[Array, "B T S"],
-) -> Float[Array, "B T H C"]:
-    """`softmax(query . key / sqrt(C))` over the keys that each query sees, times the values; softmax in float32.
+    rules: Rules,
+    distance: Int[Array, "B T S"] | None = None,
+) -> Float[Array, "B T H E"]:
+    """`softmax(scale query . key)` over the keys that each query sees, times the values; softmax in float32.
 
-    Every query must see at least one key.
+    `distance`, in tokens from each key to each query, is wanted where the rules have slopes. Every query must see at
+    least one key.
     """
-    batch, queries, heads, channels = query.shape
+    batch, queries, heads, _ = query.shape
     keys, kv_heads = key.shape[1], key.shape[2]
 
     def by_head(x: Array) -> Array:
-        return x.transpose(0, 2, 1, 3).reshape(batch * kv_heads, -1, channels)
+        return x.transpose(0, 2, 1, 3).reshape(batch * kv_heads, -1, x.shape[-1])
 
-    scores = _batched(by_head(query), by_head(key), 2, jnp.float32) * channels**-0.5
-    scores = scores.reshape(batch, heads, queries, keys)
-    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
-    weights = weights.astype(value.dtype).reshape(batch * kv_heads, -1, keys)
+    scores = _batched(by_head(query), by_head(key), 2, jnp.float32).reshape(batch, heads, queries, keys) * rules.scale
+    if rules.softcap is not None:
+        scores = rules.softcap * jnp.tanh(scores / rules.softcap)
+    if rules.slopes is not None and distance is not None:
+        scores = scores - rules.slopes[None, :, None, None] * distance[:, None].astype(jnp.float32)
+    scores = jnp.where(seen[:, None], scores, jnp.finfo(jnp.float32).min)
+    weights = _softmax(scores, rules.sinks).astype(value.dtype).reshape(batch * kv_heads, -1, keys)
     mixed = _batched(weights, by_head(value), 1, value.dtype)
-    return mixed.reshape(batch, heads, queries, channels).transpose(0, 2, 1, 3)
+    return mixed.reshape(batch, heads, queries, -1).transpose(0, 2, 1, 3)
+
+
+def _softmax(scores: Float[Array, "B H T S"], sinks: Float[Array, " H"] | None) -> Float[Array, "B H T S"]:
+    """Over the last axis; with sinks the weights add up to less than one."""
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    sink = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, None, None], (*scores.shape[:3], 1))
+    return jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
 
 
 def attend_causally(
     query: Float[Array, "B T H C"],
     key: Float[Array, "B T K C"],
-    value: Float[Array, "B T K C"],
+    value: Float[Array, "B T K E"],
     seen: Bool[Array, "B T T"],
-) -> Float[Array, "B T H C"]:
+    rules: Rules,
+    distance: Int[Array, "B T T"] | None = None,
+) -> Float[Array, "B T H E"]:
     """`attend` where no query sees a later slot: queries go in blocks, and keys after a block are not computed."""
     length = query.shape[1]
     parts = []
     for start in range(0, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
-        parts.append(attend(query[:, start:stop], key[:, :stop], value[:, :stop], seen[:, start:stop, :stop]))
+        block = (slice(None), slice(start, stop), slice(stop))
+        far = None if distance is None else distance[block]
+        parts.append(attend(query[:, start:stop], key[:, :stop], value[:, :stop], seen[block], rules, far))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 

@@ -1,11 +1,11 @@
 """The decoder: layers declared with Flax NNX, run as a pure function of a spec and a plain tree of arrays.
 
-Letters: B rows, T positions, S cache slots, D width, V vocabulary, L layers, H heads, K key-value heads, C channels.
+Letters: B rows, T positions, S cache slots, D width, V vocabulary, R layers of a stack, K key-value heads, C channels.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import re
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,14 +15,17 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dpo_jax import trees
-from dpo_jax.model.attention import Layout, attend, attend_causally, causal, visible
-from dpo_jax.model.kernels import dense
-from dpo_jax.model.rope import rotate, rotation
+from dpo_jax.model import spec as specs
+from dpo_jax.model.attention import Layout, causal
+from dpo_jax.model.blocks import Block, Carry, Context, Ends
+from dpo_jax.model.delta import empty_memory
+from dpo_jax.model.experts import Routing
+from dpo_jax.model.mixers import Cached, KeyValue, Packed
 from dpo_jax.model.spec import DecoderSpec
 
 Params = dict[str, Any]
-Rotation = tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]
-INITIAL_SCALE = 0.02
+FLOAT32 = re.compile(r".*/(scale|decay_rate|decay_bias|scalar|router/(correction|channel_scale|expert_scale))")
+"""Leaves that stay in float32 whatever the dtype of computation: what uses them computes in float32."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["spec"])
@@ -40,139 +43,27 @@ class Execution:
 
     scan_layers: bool = True
     remat: Literal["none", "attention", "block"] = "none"
-    activations: jax.sharding.Sharding | None = None
+    activations: jax.sharding.NamedSharding | None = None
 
 
 DEFAULT_EXECUTION = Execution()
 
 
-class Dense(nnx.Module):
-    """A linear layer; the kernel is stored (inputs, outputs)."""
-
-    def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs):
-        """Normal kernel, zero bias."""
-        self.kernel = nnx.Param(INITIAL_SCALE * jax.random.normal(rngs.params(), (inputs, outputs)))
-        self.bias = nnx.Param(jnp.zeros((outputs,))) if bias else None
-
-    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
-        """`x @ kernel + bias`."""
-        y = dense(x, self.kernel[...])
-        return y if self.bias is None else y + self.bias[...][None, None, :]
-
-
-class RMSNorm(nnx.Module):
-    """`x / sqrt(mean(x^2) + epsilon) * scale` over the last axis, in float32."""
-
-    def __init__(self, width: int, epsilon: float):
-        """Unit scale."""
-        self.scale = nnx.Param(jnp.ones((width,)))
-        self.epsilon = epsilon
-
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Normalised x, in x's dtype."""
-        wide = x.astype(jnp.float32)
-        wide = wide * lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.epsilon)
-        return (wide * self.scale[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
-
-
-class Attention(nnx.Module):
-    """Projections of grouped-query attention; who sees whom is the caller's business."""
-
-    def __init__(self, spec: DecoderSpec, *, rngs: nnx.Rngs):
-        """Fresh projections."""
-        inner, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        self.query = Dense(spec.width, inner, bias=spec.qkv_bias, rngs=rngs)
-        self.key = Dense(spec.width, kv, bias=spec.qkv_bias, rngs=rngs)
-        self.value = Dense(spec.width, kv, bias=spec.qkv_bias, rngs=rngs)
-        self.output = Dense(inner, spec.width, bias=spec.output_bias, rngs=rngs)
-        self.query_norm = RMSNorm(spec.head_dim, spec.norm_epsilon) if spec.qk_norm else None
-        self.key_norm = RMSNorm(spec.head_dim, spec.norm_epsilon) if spec.qk_norm else None
-        self.head_dim = spec.head_dim
-
-    def __call__(self, x: Float[Array, "B T D"], turn: Rotation, mix: Callable) -> tuple[Float[Array, "B T D"], Any]:
-        """Project, rotate, let `mix(query, key, value)` attend, project back; `mix`'s memory is passed on."""
-        query, key, value = (self._heads(layer(x)) for layer in (self.query, self.key, self.value))
-        query = query if self.query_norm is None else self.query_norm(query)
-        key = key if self.key_norm is None else self.key_norm(key)
-        mixed, memory = mix(rotate(query, *turn), rotate(key, *turn), value)
-        return self.output(mixed.reshape(*x.shape[:2], -1)), memory
-
-    def _heads(self, x: Float[Array, "B T I"]) -> Float[Array, "B T H C"]:
-        return x.reshape(*x.shape[:2], -1, self.head_dim)
-
-
-class MLP(nnx.Module):
-    """`down(silu(gate(x)) * up(x))`."""
-
-    def __init__(self, spec: DecoderSpec, *, rngs: nnx.Rngs):
-        """Fresh projections."""
-        self.gate = Dense(spec.width, spec.mlp_width, bias=spec.mlp_bias, rngs=rngs)
-        self.up = Dense(spec.width, spec.mlp_width, bias=spec.mlp_bias, rngs=rngs)
-        self.down = Dense(spec.mlp_width, spec.width, bias=spec.mlp_bias, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """The gated product."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
-
-
-class Block(nnx.Module):
-    """One pre-norm layer: attention, then the MLP, each added to what came in."""
-
-    def __init__(self, spec: DecoderSpec, *, rngs: nnx.Rngs):
-        """Fresh layer."""
-        self.attention_norm = RMSNorm(spec.width, spec.norm_epsilon)
-        self.attention = Attention(spec, rngs=rngs)
-        self.mlp_norm = RMSNorm(spec.width, spec.norm_epsilon)
-        self.mlp = MLP(spec, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B T D"], turn: Rotation, mix: Callable) -> tuple[Float[Array, "B T D"], Any]:
-        """The layer's output, and the memory that `mix` returned."""
-        attended, memory = self.attention(self.attention_norm(x), turn, mix)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), memory
-
-
-class Table(nnx.Module):
-    """A matrix with a row for each token of the vocabulary: the embedding, or a head that is not tied to it."""
-
-    def __init__(self, spec: DecoderSpec, *, bias: bool, rngs: nnx.Rngs):
-        """Normal rows."""
-        shape = (spec.vocab_size, spec.width)
-        self.embedding = nnx.Param(INITIAL_SCALE * jax.random.normal(rngs.params(), shape))
-        self.bias = nnx.Param(jnp.zeros((spec.vocab_size,))) if bias else None
-
-
-class Score(nnx.Module):
-    """A scalar head: the score of a text is the hidden state of its last token times this."""
-
-    def __init__(self, spec: DecoderSpec):
-        """Zeros, so that a new reward model prefers no text to another and its loss starts at ln 2."""
-        self.kernel = nnx.Param(jnp.zeros((spec.width, 1)))
-
-
-class Ends(nnx.Module):
-    """What stands before the first and after the last block."""
-
-    def __init__(self, spec: DecoderSpec, *, rngs: nnx.Rngs):
-        """Fresh embedding, norm and head: a scalar one, or one by vocabulary row unless it is tied."""
-        self.embed = Table(spec, bias=False, rngs=rngs)
-        self.final_norm = RMSNorm(spec.width, spec.norm_epsilon)
-        self.head = None if spec.tied or spec.scalar_head else Table(spec, bias=spec.head_bias, rngs=rngs)
-        self.score = Score(spec) if spec.scalar_head else None
-
-
 class Head(NamedTuple):
     """The output projection by vocabulary row, with its bias if it has one."""
 
-    rows: Float[Array, "V D"]
+    rows: Float[Array, "V N"]
     bias: Float[Array, " V"] | None
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens read so far; an empty slot has position -1, so nobody sees it."""
+    """What the layers remember of the tokens read so far; an empty slot has position -1, so nobody sees it.
 
-    keys: Float[Array, "L B S K C"]
-    values: Float[Array, "L B S K C"]
+    `memory` has an entry for each stack of blocks that remembers anything: (keys [R, B, S, K, C], values), or the
+    convolution's inputs and the state of a delta rule.
+    """
+
+    memory: dict[str, Any]
     positions: Int[Array, "B S"]
     filled: Int[Array, ""]
 
@@ -181,14 +72,26 @@ class Cache(NamedTuple):
 
 
 def init_params(spec: DecoderSpec, key: PRNGKeyArray) -> Params:
-    """Random float32 parameters; the leaves of all blocks are stacked on a leading layer axis.
+    """Random float32 parameters; `blocks/N/...` are those of the layers of stack N, on a leading axis.
 
     A scalar head starts at zero, not at random.
     """
     ends_key, blocks_key = jax.random.split(key)
     ends = _plain(Ends(spec, rngs=nnx.Rngs(ends_key)))
-    blocks = jax.vmap(lambda k: _plain(Block(spec, rngs=nnx.Rngs(k))))(jax.random.split(blocks_key, spec.layers))
+    keys = jax.random.split(blocks_key, len(spec.layers))
+    blocks = {}
+    for name, layer, numbers in stacks(spec):
+        fresh = jax.vmap(lambda k, layer=layer: _plain(Block(layer, spec, rngs=nnx.Rngs(k))))
+        blocks[name] = fresh(keys[jnp.asarray(numbers)])
     return {**ends, "blocks": blocks}
+
+
+def stacks(spec: DecoderSpec) -> list[tuple[str, specs.Layer, list[int]]]:
+    """Name of each stack of blocks, what its layers are, and their numbers."""
+    found: dict[int, list[int]] = {}
+    for number, (stack, _) in enumerate(specs.places(spec.layers)):
+        found.setdefault(stack, []).append(number)
+    return [(str(stack), spec.layers[numbers[0]], numbers) for stack, numbers in sorted(found.items())]
 
 
 @functools.lru_cache
@@ -198,9 +101,9 @@ def abstract_params(spec: DecoderSpec) -> Params:
 
 
 def cast(params: Params, dtype: Any) -> Params:
-    """Parameters in the dtype of computation; norm scales stay as they are, norms compute in float32."""
+    """Parameters in the dtype of computation; those that are used in float32 stay as they are."""
     table = trees.paths(params)
-    return trees.from_paths({p: x if p.endswith("/scale") else x.astype(dtype) for p, x in table.items()})
+    return trees.from_paths({p: x if FLOAT32.fullmatch(p) else x.astype(dtype) for p, x in table.items()})
 
 
 def head_of(spec: DecoderSpec, params: Params) -> Head:
@@ -226,22 +129,23 @@ def hidden(
     tokens: Int[Array, "B T"],
     layout: Layout,
     execution: Execution = DEFAULT_EXECUTION,
-) -> Float[Array, "B T D"]:
-    """Final hidden states (after the last norm) of packed rows, in the dtype of the parameters."""
-    windows = spec.windows or (None,) * spec.layers
-    uniform = len(set(windows)) == 1
-    shared = visible(layout, windows[0]) if uniform else None
+) -> Float[Array, "B T N"]:
+    """States that the head reads (after the last norm) of packed rows, in the dtype of the parameters."""
+    return hidden_and_routing(spec, params, tokens, layout, None, execution)[0]
 
-    def mix(query, key, value, window):
-        seen = visible(layout, window) if shared is None else shared
-        return attend_causally(query, key, value, seen), None
 
-    if execution.remat == "attention":
-        mix = jax.checkpoint(mix)
-    far = max(layout.position.shape[1], 1) + max((w for w in windows if w is not None), default=0) + 2**30
-    memory = None if uniform else jnp.asarray([far if w is None else w for w in windows], jnp.int32)
-    x, _ = _run(spec, params, tokens, layout.position, mix, memory, execution)
-    return x
+def hidden_and_routing(
+    spec: DecoderSpec,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    layout: Layout,
+    weights: Float[Array, "B T"] | None,
+    execution: Execution = DEFAULT_EXECUTION,
+) -> tuple[Float[Array, "B T N"], Routing | None]:
+    """As `hidden`, and how often experts were chosen, each token counted by its weight and all layers added up."""
+    view = Packed.of(spec, layout, remat=execution.remat == "attention")
+    x, _, routing = _run(spec, params, tokens, Context(view, execution.activations, weights), execution, {}, {})
+    return x, routing
 
 
 def logits(spec: DecoderSpec, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
@@ -252,19 +156,20 @@ def logits(spec: DecoderSpec, params: Params, tokens: Int[Array, "B T"]) -> Floa
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(spec, params, tokens):
     states = hidden(spec, params, tokens, causal(*tokens.shape))
-    return head_logits(spec, params, states.reshape(-1, spec.width)).reshape(*tokens.shape, spec.vocab_size)
+    return head_logits(spec, params, states.reshape(-1, spec.head_width)).reshape(*tokens.shape, spec.vocab_size)
 
 
-def head_logits(spec: DecoderSpec, params: Params, states: Float[Array, "N D"]) -> Float[Array, "N V"]:
+def head_logits(spec: DecoderSpec, params: Params, states: Float[Array, "M N"]) -> Float[Array, "M V"]:
     """All logits of a few hidden states, float32."""
     head = head_of(spec, params)
     scores = lax.dot_general(states, head.rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     if head.bias is not None:
         scores = scores + head.bias[None, :].astype(jnp.float32)
+    scores = scores if spec.logit_scale == 1.0 else scores * spec.logit_scale
     return scores if spec.logit_softcap is None else spec.logit_softcap * jnp.tanh(scores / spec.logit_softcap)
 
 
-def scalar_scores(spec: DecoderSpec, params: Params, states: Float[Array, "N D"]) -> Float[Array, " N"]:
+def scalar_scores(spec: DecoderSpec, params: Params, states: Float[Array, "M N"]) -> Float[Array, " M"]:
     """Scores of a model with a scalar head, float32; a text's score is that of the state of its last token.
 
     Raises:
@@ -278,77 +183,125 @@ def scalar_scores(spec: DecoderSpec, params: Params, states: Float[Array, "N D"]
 
 def empty_cache(spec: DecoderSpec, batch: int, slots: int, dtype: Any) -> Cache:
     """A cache for `slots` tokens of `batch` rows."""
-    shape = (spec.layers, batch, slots, spec.kv_heads, spec.head_dim)
-    positions = jnp.full((batch, slots), -1, jnp.int32)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, jnp.int32(0))
+    memory = {}
+    for name, layer, numbers in stacks(spec):
+        match layer.mixer:
+            case specs.Delta() as delta:
+                blank: Any = empty_memory(delta, batch, dtype)
+            case specs.Attention(borrows=str()):
+                continue
+            case mixer:
+                blank = _empty_pair(mixer, batch, slots, dtype)
+        memory[name] = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(numbers), *leaf.shape)), blank)  # noqa: B023
+    return Cache(memory, jnp.full((batch, slots), -1, jnp.int32), jnp.int32(0))
+
+
+def _empty_pair(mixer: specs.Attention | specs.Latent, batch: int, slots: int, dtype: Any) -> KeyValue:
+    """Keys and values of nothing."""
+    match mixer:
+        case specs.Attention(kv_heads=heads, head_dim=channels):
+            key, value = (heads, channels), (heads, channels)
+        case specs.Latent(heads=heads):
+            key, value = (heads, mixer.plain_dim + mixer.rope_dim), (heads, mixer.value_dim)
+    return jnp.zeros((batch, slots, *key), dtype), jnp.zeros((batch, slots, *value), dtype)
 
 
 def extend(
     spec: DecoderSpec, params: Params, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
-) -> tuple[Float[Array, "B T D"], Cache]:
+) -> tuple[Float[Array, "B T N"], Cache]:
     """Read T more tokens of every row: their hidden states, and the cache with them in it.
 
     A token with position -1 is padding (rows of a batch start with it so that all end together): nobody sees it, and
     its own hidden state means nothing.
     """
     slots = lax.dynamic_update_slice(cache.positions, positions, (0, cache.filled))
-    distance = positions[:, :, None] - slots[:, None, :]
-    seen = (slots[:, None, :] >= 0) & (distance >= 0)
-    seen = seen | (positions[:, :, None] < 0)
-
-    def mix(query, key, value, memory):
-        keys, values, window = memory
-        keys = lax.dynamic_update_slice(keys, key, (0, cache.filled, 0, 0))
-        values = lax.dynamic_update_slice(values, value, (0, cache.filled, 0, 0))
-        near = seen & ((distance < window) | (positions[:, :, None] < 0))
-        return attend(query, keys, values, near), (keys, values, window)
-
-    windows = spec.windows or (None,) * spec.layers
-    limits = jnp.asarray([2**30 if w is None else w for w in windows], jnp.int32)
-    memory = (cache.keys, cache.values, limits)
-    turned = jnp.maximum(positions, 0)
-    x, (keys, values, _) = _run(spec, params, tokens, turned, mix, memory, Execution())
-    return x, Cache(keys, values, slots, cache.filled + tokens.shape[1])
+    view = Cached.of(spec, positions, slots, cache.filled)
+    kept = _borrowed(spec, cache.positions.shape, params["embed"]["embedding"].dtype)
+    x, memory, _ = _run(spec, params, tokens, Context(view, None, None), DEFAULT_EXECUTION, cache.memory, kept)
+    return x, Cache(memory, slots, cache.filled + tokens.shape[1])
 
 
-def _run(spec, params, tokens, positions, mix, memory, execution: Execution):
-    """Embed, run every block with its slice of `memory` (stacked by layer), normalise."""
+def _borrowed(spec: DecoderSpec, shape: tuple[int, ...], dtype: Any) -> dict[str, KeyValue]:
+    """Keys and values that layers will keep for others, before they do: zeros, so that a scan knows their shape."""
+    mixers = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, specs.Attention) and layer.mixer.keeps]
+    return {str(mixer.keeps): _empty_pair(mixer, shape[0], shape[1], dtype) for mixer in mixers}
+
+
+def _run(spec: DecoderSpec, params: Params, tokens, context: Context, execution: Execution, memory, kept):
+    """Embed, run every block with its memory, normalise; also the new memory, and the routing of all layers."""
     ends = _merged(*_ends_graph(spec), {name: leaf for name, leaf in params.items() if name != "blocks"})
-    turn = rotation(spec.rope, spec.head_dim, positions)
+    x = _settled(ends.first(tokens, context.view.position), context.activations)
+    inputs, carry, found, routings = (
+        ends.each(tokens, x),
+        Carry(x, kept or _borrowed(spec, tokens.shape, x.dtype)),
+        {},
+        [],
+    )
+    for segment in specs.segments(spec.layers):
+        names = [str(segment.first + k) for k in range(len(segment.kinds))]
+        weights, remembered = [params["blocks"][name] for name in names], [memory.get(name) for name in names]
+        stacked = (weights, remembered, _inputs_of(segment, inputs))
+        pattern = _pattern(spec, segment.kinds, context, execution)
+        carry, (remembered, routing) = _repeat(pattern, carry, stacked, segment.repeats, execution.scan_layers)
+        found |= {name: value for name, value in zip(names, remembered, strict=True) if name in memory}
+        routings += [jax.tree.map(lambda leaf: leaf.sum(axis=0), one) for one in routing if one is not None]
+    return ends.last(carry.x), found, functools.reduce(_added, routings) if routings else None
 
-    def block(x, layer):
-        weights, remembered = layer
-        module = _merged(*_block_graph(spec), weights)
-        x, remembered = module(x, turn, lambda q, k, v: mix(q, k, v, remembered))
-        return _placed(x, execution), remembered
 
-    if execution.remat == "block":
-        block = jax.checkpoint(block)
-    x = _placed(ends.embed.embedding[...][tokens], execution)
-    x, memory = _over_layers(block, x, (params["blocks"], memory), spec.layers, execution.scan_layers)
-    return ends.final_norm(x), memory
+def _inputs_of(segment: specs.Segment, inputs: Array | None) -> Array | None:
+    """Inputs of a segment's layers, [repeats, kinds, B, T, P]."""
+    if inputs is None:
+        return None
+    shape = (segment.repeats, len(segment.kinds))
+    stop = segment.start + segment.repeats * len(segment.kinds)
+    return inputs[segment.start : stop].reshape(*shape, *inputs.shape[1:])
 
 
-def _over_layers(block, x, stacked, layers: int, scan: bool):
-    """Fold `block` over the leading axis of `stacked`: one compiled body, or every layer by itself.
+def _added(one: Routing, other: Routing) -> Routing:
+    return jax.tree.map(jnp.add, one, other)
+
+
+def _pattern(spec: DecoderSpec, kinds: tuple[specs.Layer, ...], context: Context, execution: Execution):
+    """Runs one layer of each kind, in order."""
+
+    def one(kind, carry, weights, memory, inputs):
+        module = _merged(*_block_graph(kind, spec), weights)
+        carry, memory, routing = module(carry, context, memory, inputs)
+        return carry._replace(x=_settled(carry.x, context.activations)), memory, routing
+
+    def run(carry, stacked):
+        weights, memories, inputs = stacked
+        found = []
+        for k, kind in enumerate(kinds):
+            step = functools.partial(one, kind)
+            step = jax.checkpoint(step) if execution.remat == "block" else step
+            carry, *rest = step(carry, weights[k], memories[k], None if inputs is None else inputs[k])
+            found.append(rest)
+        return carry, ([memory for memory, _ in found], [routing for _, routing in found])
+
+    return run
+
+
+def _repeat(run, carry: Carry, stacked: Any, times: int, scan: bool):
+    """Fold `run` over the leading axis of `stacked`: one compiled body, or every layer by itself.
 
     The unrolled form takes the stack apart with one split per leaf, whose gradient is one concatenation; indexing each
     layer would add up a full-size gradient per layer.
     """
-    if scan:
-        return lax.scan(block, x, stacked)
-    parts = jax.tree.map(lambda leaf: lax.split(leaf, (1,) * layers), stacked)
+    if scan and times > 1:
+        return lax.scan(run, carry, stacked)
+    parts = jax.tree.map(lambda leaf: lax.split(leaf, (1,) * times), stacked)
     results = []
-    for i in range(layers):
+    for i in range(times):
         layer = jax.tree.map(lambda leaf, part: part[i].squeeze(0), stacked, parts)  # noqa: B023
-        x, result = block(x, layer)
+        carry, result = run(carry, layer)
         results.append(result)
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
 
 
-def _placed(x: Float[Array, "B T D"], execution: Execution) -> Float[Array, "B T D"]:
+def _settled(x: Float[Array, "B T D"], where: jax.sharding.NamedSharding | None) -> Float[Array, "B T D"]:
     """Activations held where the execution wants them, so that weights move to them and not the reverse."""
-    return x if execution.activations is None else lax.with_sharding_constraint(x, execution.activations)
+    return x if where is None else lax.with_sharding_constraint(x, where)
 
 
 # ---------------------------------------------------------------------------------------------- NNX boundary
@@ -360,8 +313,8 @@ def _plain(module: nnx.Module) -> Params:
 
 
 @functools.lru_cache
-def _block_graph(spec: DecoderSpec):
-    return nnx.split(nnx.eval_shape(lambda: Block(spec, rngs=nnx.Rngs(0))))
+def _block_graph(layer: specs.Layer, spec: DecoderSpec):
+    return nnx.split(nnx.eval_shape(lambda: Block(layer, spec, rngs=nnx.Rngs(0))))
 
 
 @functools.lru_cache

@@ -53,7 +53,7 @@ def score(
     states = _states(spec, params, forest, execution)
     if spec.scalar_head:
         return _scalar(spec, params, states, forest)
-    sources = jnp.take_along_axis(states, forest.source[:, :, None], axis=1).reshape(-1, spec.width)
+    sources = jnp.take_along_axis(states, forest.source[:, :, None], axis=1).reshape(-1, spec.head_width)
     targets = forest.target.reshape(-1)
     head = head_of(spec, params)
     found = linear_scores(
@@ -61,6 +61,7 @@ def score(
         head.rows,
         targets,
         bias=head.bias,
+        scale=spec.logit_scale,
         softcap=spec.logit_softcap,
         statistics=wanted.statistics,
         collision=wanted.alignment,
@@ -78,13 +79,13 @@ def _states(spec: DecoderSpec, params: Params, forest: Any, execution: Execution
     flat = (shards * rows, length)
     layout = Layout(forest.group.reshape(flat), forest.branch.reshape(flat), forest.position.reshape(flat))
     states = hidden(spec, params, forest.tokens.reshape(flat), layout, execution)
-    return states.reshape(shards, rows * length, spec.width)
+    return states.reshape(shards, rows * length, spec.head_width)
 
 
 def _scalar(spec: DecoderSpec, params: Params, states: Float[Array, "D N W"], forest: Any) -> Scores:
     """A reward model's score of each completion, at its last token."""
     last = jnp.take_along_axis(states, forest.last[:, :, None], axis=1)
-    values = scalar_scores(spec, params, last.reshape(-1, spec.width)).reshape(forest.last.shape)
+    values = scalar_scores(spec, params, last.reshape(-1, spec.head_width)).reshape(forest.last.shape)
     nothing = jnp.zeros(forest.ids.shape, jnp.float32)
     return Scores(jnp.zeros(forest.source.shape, jnp.float32), values, nothing, nothing, nothing, nothing)
 

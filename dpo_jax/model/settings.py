@@ -11,6 +11,10 @@ class ModelSettings(Section):
     """Which model is trained and how it is computed."""
 
     path: str = Field(description="Hugging Face folder (or hub id) of the policy's starting weights")
+    revision: str | None = Field(
+        default=None,
+        description="branch, tag or commit of a hub id (default: main); a run keeps the commit that it began with",
+    )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="dtype of activations and matrix products; auto: bfloat16 on accelerators, float32 on a CPU",

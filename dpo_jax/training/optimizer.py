@@ -11,11 +11,15 @@ from dpo_jax.training.settings import OptimizerSettings
 
 DECAY: tuple[tuple[str, bool], ...] = (
     (r".*/kernel", True),
-    (r"(embed|head)/embedding", True),
+    (r"(embed|head|positions|inputs)/embedding", True),
     (r".*/bias", False),
     (r".*norm/scale", False),
+    (r".*/(sinks|decay_rate|decay_bias|scalar)", False),
+    (r".*/router/(correction|channel_scale|expert_scale)", False),
+    (r".*/mlp/act/(positive|negative|beta|eps)", False),
 )
-"""Which leaves weight decay acts on: matrices and embeddings, as in transformers; not biases, not norm scales."""
+"""Which leaves weight decay acts on: matrices and embeddings, as in transformers; not biases, norm scales or other
+vectors."""
 
 
 def schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:

@@ -139,14 +139,21 @@ class ReferenceSettings(Section):
         "or not used (the default where the objective compares with none)",
     )
     path: str | None = Field(
-        default=None, description="folder of the reference model (default: the policy's starting weights)"
+        default=None, description="folder (or hub id) of the reference model (default: the policy's starting weights)"
     )
+    revision: str | None = Field(default=None, description="as model.revision, for the reference model")
     update_every: int | None = Field(
         default=None, gt=0, description="move the reference towards the policy every this many steps (TR-DPO)"
     )
     update_rate: float = Field(
         default=0.6, gt=0, le=1, description="how far it moves: 1 is all the way, 0.6 is TRL's ref_model_mixup_alpha"
     )
+
+    @model_validator(mode="after")
+    def _revision_of_something(self) -> "ReferenceSettings":
+        if self.revision is not None and self.path is None:
+            raise ValueError("reference.revision: is of reference.path, which is not given; give both, or neither")
+        return self
 
 
 class OptimizerSettings(Section):

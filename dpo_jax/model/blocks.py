@@ -1,0 +1,192 @@
+"""One layer of a decoder, and what stands before the first and after the last.
+
+Letters: B rows, T positions, D width, N channels of embedding and head, L layers, P channels of an input by layer.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from dpo_jax.model import spec as specs
+from dpo_jax.model.delta import DeltaNet
+from dpo_jax.model.experts import Mixture, Routing
+from dpo_jax.model.layers import ACTIVATIONS, MLP, Dense, Norm, normal
+from dpo_jax.model.mixers import Attention, KeyValue, Latent, View
+from dpo_jax.model.spec import DecoderSpec
+
+
+class Context(NamedTuple):
+    """What every block of one pass sees."""
+
+    view: View
+    activations: jax.sharding.NamedSharding | None
+    """Where states live."""
+    weights: Float[Array, "B T"] | None
+    """What each token counts in the routing of experts; None if nobody asks."""
+
+
+class Carry(NamedTuple):
+    """What goes from block to block: the states, and keys and values that later blocks borrow, by name."""
+
+    x: Float[Array, "B T D"]
+    kept: dict[str, KeyValue]
+
+
+class Block(nnx.Module):
+    """One layer: a mixer and an MLP, experts, or both, with norms where the spec places them."""
+
+    def __init__(self, layer: specs.Layer, spec: DecoderSpec, *, rngs: nnx.Rngs):
+        """Fresh layer."""
+        width, place = spec.width, layer.place
+        before, behind = place not in ("post",), place in ("post", "sandwich")
+        self.attention_norm = Norm(spec.norm, width) if before else None
+        self.attention = _attention(layer.mixer, width, rngs)
+        self.delta = DeltaNet(layer.mixer, width, rngs=rngs) if isinstance(layer.mixer, specs.Delta) else None
+        self.attention_post_norm = Norm(spec.norm, width) if behind else None
+        self.mlp_norm = Norm(spec.norm, width) if before and place != "parallel" else None
+        self.mlp = MLP(layer.mlp, width, rngs=rngs) if layer.mlp else None
+        self.experts = Mixture(layer.experts, width, rngs=rngs) if layer.experts else None
+        self.mlp_post_norm = Norm(spec.norm, width) if behind else None
+        beside = layer.mlp is not None and layer.experts is not None
+        self.mlp_inner_norm = Norm(spec.norm, width) if beside else None
+        self.experts_norm = Norm(spec.norm, width) if beside else None
+        self.experts_inner_norm = Norm(spec.norm, width) if beside else None
+        self.inputs_gate = Dense(width, layer.inputs, bias=False, rngs=rngs) if layer.inputs else None
+        self.inputs_projection = Dense(layer.inputs, width, bias=False, rngs=rngs) if layer.inputs else None
+        self.inputs_norm = Norm(spec.norm, width) if layer.inputs else None
+        self.scalar = nnx.Param(jnp.ones((1,))) if layer.scalar else None
+        self.layer = layer
+
+    def __call__(
+        self, carry: Carry, context: Context, memory: Any, inputs: Float[Array, "B T P"] | None
+    ) -> tuple[Carry, Any, Routing | None]:
+        """The layer's output, the memory of its mixer, and how its experts were chosen."""
+        x, place = carry.x, self.layer.place
+        attended, memory, kept = self._attend(_before(self.attention_norm, x, place), context, memory, carry.kept)
+        attended = _behind(self.attention_post_norm, attended) * self.layer.residual_scale
+        if place in ("parallel", "parallel2"):
+            norm = self.attention_norm if place == "parallel" else self.mlp_norm
+            fed, routing = self._feed(_before(norm, x, place), x, context)
+            return Carry(x + attended + fed, kept), memory, routing
+        x = x + attended
+        x = x if place != "residual" else _behind(self.attention_norm, x)
+        fed, routing = self._feed(_before(self.mlp_norm, x, place), x, context)
+        x = x + _behind(self.mlp_post_norm, fed) * self.layer.residual_scale
+        x = x if place != "residual" else _behind(self.mlp_norm, x)
+        x = x if inputs is None else x + self._input(x, inputs)
+        x = x if self.scalar is None else x * lax.stop_gradient(self.scalar[...]).astype(x.dtype)[None, None, :]
+        return Carry(x, kept), memory, routing
+
+    def _attend(self, x, context: Context, memory, kept):
+        if self.delta is not None:
+            mixed, memory = self.delta(x, context.view.text, memory)
+            return mixed, memory, kept
+        assert self.attention is not None
+        return self.attention(x, context.view, memory, kept)
+
+    def _feed(self, x, unnormed, context: Context) -> tuple[Float[Array, "B T D"], Routing | None]:
+        """MLP, experts, or both; beside an MLP, experts have norms of their own and choose by the states themselves."""
+        if self.experts is None:
+            assert self.mlp is not None
+            return self.mlp(x), None
+        if self.mlp is None:
+            return self.experts(x, weights=context.weights, activations=context.activations)
+        mixed, routing = self.experts(
+            _behind(self.experts_norm, unnormed),
+            router_input=unnormed,
+            weights=context.weights,
+            activations=context.activations,
+        )
+        return _behind(self.mlp_inner_norm, self.mlp(x)) + _behind(self.experts_inner_norm, mixed), routing
+
+    def _input(self, x: Float[Array, "B T D"], inputs: Float[Array, "B T P"]) -> Float[Array, "B T D"]:
+        """What this layer takes of its own input of each token."""
+        assert self.inputs_gate is not None and self.inputs_projection is not None and self.layer.mlp is not None
+        act = ACTIVATIONS[self.layer.mlp.activation]
+        return _behind(self.inputs_norm, self.inputs_projection(act(self.inputs_gate(x)) * inputs))
+
+
+def _attention(spec: specs.Attention | specs.Latent | specs.Delta, width: int, rngs: nnx.Rngs):
+    match spec:
+        case specs.Attention():
+            return Attention(spec, width, rngs=rngs)
+        case specs.Latent():
+            return Latent(spec, width, rngs=rngs)
+        case specs.Delta():
+            return None
+
+
+def _before(norm: Norm | None, x: Float[Array, "B T D"], place: specs.Place) -> Float[Array, "B T D"]:
+    """A branch's input; where norms stand on the sum, that is the sum before."""
+    return x if norm is None or place == "residual" else norm(x)
+
+
+def _behind(norm: Norm | None, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    return x if norm is None else norm(x)
+
+
+class Table(nnx.Module):
+    """A matrix with a row for each token or position: an embedding, or a head that is not tied to it."""
+
+    def __init__(self, rows: int, width: int, *, bias: bool = False, rngs: nnx.Rngs):
+        """Normal rows."""
+        self.embedding = normal(rngs, rows, width)
+        self.bias = nnx.Param(jnp.zeros((rows,))) if bias else None
+
+
+class Score(nnx.Module):
+    """A scalar head: the score of a text is the hidden state of its last token times this."""
+
+    def __init__(self, width: int):
+        """Zeros, so that a new reward model prefers no text to another and its loss starts at ln 2."""
+        self.kernel = nnx.Param(jnp.zeros((width, 1)))
+
+
+class Ends(nnx.Module):
+    """What stands before the first and after the last block."""
+
+    def __init__(self, spec: DecoderSpec, *, rngs: nnx.Rngs):
+        """Fresh embedding, norm and head: a scalar one, or one by vocabulary row unless it is tied."""
+        wide, narrow, vocab = spec.width, spec.head_width, spec.vocab_size
+        self.embed = Table(vocab, narrow, rngs=rngs)
+        self.final_norm = Norm(spec.norm, wide) if spec.final_norm else None
+        self.head = None if spec.tied or spec.scalar_head else Table(vocab, narrow, bias=spec.head_bias, rngs=rngs)
+        self.score = Score(narrow) if spec.scalar_head else None
+        self.embed_norm = Norm(spec.norm, wide) if spec.embed_norm else None
+        self.positions = Table(spec.positions + spec.position_offset, wide, rngs=rngs) if spec.positions else None
+        self.project_in = Dense(narrow, wide, bias=False, rngs=rngs) if narrow != wide else None
+        self.project_out = Dense(wide, narrow, bias=False, rngs=rngs) if narrow != wide else None
+        channels = sum(layer.inputs for layer in spec.layers)
+        self.inputs = Table(spec.inputs_vocab, channels, rngs=rngs) if channels else None
+        self.inputs_projection = Dense(wide, channels, bias=False, rngs=rngs) if channels else None
+        self.inputs_norm = Norm(spec.norm, spec.layers[0].inputs) if channels else None
+        self.spec = spec
+
+    def first(self, tokens: Int[Array, "B T"], position: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What the first block sees."""
+        x = self.embed.embedding[...][tokens]
+        x = x * jnp.asarray(self.spec.embed_scale, x.dtype) if self.spec.embed_scale != 1.0 else x
+        x = x if self.project_in is None else self.project_in(x)
+        if self.positions is not None:
+            x = x + self.positions.embedding[...][position + self.spec.position_offset]
+        return _behind(self.embed_norm, x)
+
+    def each(self, tokens: Int[Array, "B T"], x: Float[Array, "B T D"]) -> Float[Array, "L B T P"] | None:
+        """What each block is told of each token beside the states: `(norm(project(x)) + table[token]) / sqrt 2`."""
+        if self.inputs is None or self.inputs_projection is None or self.inputs_norm is None:
+            return None
+        shape = (*tokens.shape, len(self.spec.layers), -1)
+        own = (self.inputs_projection(x) * jnp.asarray(self.spec.width**-0.5, x.dtype)).reshape(shape)
+        known = self.inputs.embedding[...][tokens].reshape(shape)
+        known = known * jnp.asarray(known.shape[-1] ** 0.5, x.dtype)
+        both = (self.inputs_norm(own) + known) * jnp.asarray(2**-0.5, x.dtype)
+        return jnp.moveaxis(both, 2, 0)
+
+    def last(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N"]:
+        """What the head sees."""
+        x = _behind(self.final_norm, x)
+        return x if self.project_out is None else self.project_out(x)

@@ -1,0 +1,296 @@
+"""Gated DeltaNet (arXiv:2412.06464): a mixer whose memory is one matrix for each head, not a list of keys.
+
+For each head, with keys k and queries q of length one, the state S [C, V] goes from token to token as
+
+    S_t = exp(g_t) S_{t-1} + k_t u_t^T,    u_t = b_t (v_t - exp(g_t) S_{t-1}^T k_t),    o_t = S_t^T q_t / sqrt(C)
+
+with decay g_t <= 0 and strength 0 < b_t < 1: what the state says of k_t is corrected towards v_t (eq. 10).
+
+Letters: B rows, T tokens, D width, E channels of the convolution, K key heads, G value heads for each of them, C key
+channels, V value channels, N chunks, L tokens of a chunk. Arithmetic inside is float32, as in transformers.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int
+
+from dpo_jax.model import spec as specs
+from dpo_jax.model.layers import Dense, Norm, normal
+
+CHUNK = 64
+"""Tokens that are computed in parallel, a power of two. Work for each token grows with it, steps of the scan shrink."""
+
+UNIT_EPSILON = 1e-6
+"""Added to the squared length by which queries and keys are divided, as in transformers."""
+
+
+class Memory(NamedTuple):
+    """What a text so far leaves for its next token: the convolution's last inputs, and the state of each head."""
+
+    conv: Float[Array, "B K-1 E"]
+    state: Float32[Array, "B H C V"]
+
+
+def empty_memory(spec: specs.Delta, batch: int, dtype: DTypeLike) -> Memory:
+    """Memory of texts that have not begun; `dtype` is that of the activations."""
+    state = jnp.zeros((batch, spec.value_heads, spec.key_dim, spec.value_dim), jnp.float32)
+    return Memory(jnp.zeros((batch, spec.kernel - 1, _channels(spec)), dtype), state)
+
+
+def _channels(spec: specs.Delta) -> int:
+    """Channels of queries, keys and values together."""
+    return 2 * spec.key_heads * spec.key_dim + spec.value_heads * spec.value_dim
+
+
+class Convolution(nnx.Module):
+    """A causal convolution over tokens, each channel alone."""
+
+    def __init__(self, channels: int, kernel: int, *, rngs: nnx.Rngs):
+        """A fresh kernel; its last column multiplies the current token."""
+        self.kernel = normal(rngs, channels, kernel)
+
+    def __call__(
+        self, x: Float[Array, "B T E"], text: Int[Array, "B T"], before: Float[Array, "B P E"]
+    ) -> Float32[Array, "B T E"]:
+        """`y_t = sum over lags j of kernel[:, -1 - j] * x_{t-j}`, over the tokens of t's own text.
+
+        `before` are the inputs before x: of text 1, or zeros.
+        """
+        kernel, length = self.kernel[...].astype(jnp.float32), x.shape[1]
+        inputs = jnp.concatenate([before.astype(x.dtype), x], axis=1)
+        owner = jnp.pad(text, ((0, 0), (before.shape[1], 0)), constant_values=1)
+        total = jnp.zeros(x.shape, jnp.float32)
+        for tap in range(kernel.shape[1]):
+            own = (owner[:, tap : tap + length] == text)[:, :, None]
+            seen = jnp.where(own, inputs[:, tap : tap + length], 0).astype(jnp.float32)
+            total = total + seen * kernel[None, None, :, tap]
+        return total
+
+
+class DeltaNet(nnx.Module):
+    """The linear-attention layer of Qwen3.5: projections, convolution, gated delta rule, gated norm, projection."""
+
+    def __init__(self, spec: specs.Delta, width: int, *, rngs: nnx.Rngs):
+        """Fresh weights; rates of decay are uniform in (0.01, 16)."""
+        heads, values = spec.value_heads, spec.value_heads * spec.value_dim
+        self.mixed = Dense(width, _channels(spec), bias=False, rngs=rngs)
+        self.gate = Dense(width, values, bias=False, rngs=rngs)
+        self.strength = Dense(width, heads, bias=False, rngs=rngs)
+        self.decay = Dense(width, heads, bias=False, rngs=rngs)
+        self.conv = Convolution(_channels(spec), spec.kernel, rngs=rngs)
+        rates = jax.random.uniform(rngs.params(), (heads,), minval=0.01, maxval=16.0)
+        self.decay_rate = nnx.Param(jnp.log(rates))
+        self.decay_bias = nnx.Param(jnp.ones((heads,)))
+        self.norm = Norm(spec.norm, spec.value_dim)
+        self.output = Dense(values, width, bias=False, rngs=rngs)
+        self.spec = spec
+
+    def __call__(
+        self, x: Float[Array, "B T D"], text: Int[Array, "B T"], memory: Memory | None = None
+    ) -> tuple[Float[Array, "B T D"], Memory | None]:
+        """Each token mixed with the tokens before it of its own text, and what the last one leaves behind.
+
+        `text` is 0 at padding. Without a memory a row packs texts, each of another number and without a gap. With one
+        it continues text 1, which the memory is of; padding may stand before that text's first token only, and leaves
+        the memory empty. Outputs at padding are finite and mean nothing.
+
+            token   0  1    2      3  4    5
+            text    1  1    1      2  2    0
+            sees    0  0,1  0,1,2  3  3,4  -
+        """
+        x = jnp.where((text != 0)[:, :, None], x, 0)  # padding then has a key and a value of zero: it writes nothing
+        past = empty_memory(self.spec, x.shape[0], x.dtype) if memory is None else memory
+        inputs = self.mixed(x)
+        query, key, value = self._heads(jax.nn.silu(self.conv(inputs, text, past.conv)))
+        strength = jax.nn.sigmoid(self.strength(x).astype(jnp.float32))
+        mixed, state = gated_delta(query, key, value, strength, self._decay(x), text, past.state)
+        y = self._gated(mixed, x)
+        if memory is None:
+            return y, None
+        recent = jnp.concatenate([past.conv.astype(x.dtype), inputs], axis=1)[:, x.shape[1] :]
+        return y, Memory(recent.astype(memory.conv.dtype), state)
+
+    def _heads(
+        self, mixed: Float32[Array, "B T E"]
+    ) -> tuple[Float32[Array, "B T K C"], Float32[Array, "B T K C"], Float32[Array, "B T H V"]]:
+        """Queries and keys of length one, and values."""
+        spec, keys = self.spec, self.spec.key_heads * self.spec.key_dim
+        query, key, value = jnp.split(mixed, [keys, 2 * keys], axis=-1)
+        lead = mixed.shape[:2]
+        query, key = (_unit(each.reshape(*lead, spec.key_heads, spec.key_dim)) for each in (query, key))
+        return query, key, value.reshape(*lead, spec.value_heads, spec.value_dim)
+
+    def _decay(self, x: Float[Array, "B T D"]) -> Float32[Array, "B T H"]:
+        """`g = -exp(decay_rate) softplus(decay(x) + decay_bias)`: the logarithm of what is kept of the state."""
+        rate, bias = (leaf[...].astype(jnp.float32)[None, None, :] for leaf in (self.decay_rate, self.decay_bias))
+        return -jnp.exp(rate) * jax.nn.softplus(self.decay(x).astype(jnp.float32) + bias)
+
+    def _gated(self, mixed: Float32[Array, "B T H V"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """`output(norm(mixed) * silu(gate(x)))`."""
+        gate = jax.nn.silu(self.gate(x).astype(jnp.float32)).reshape(mixed.shape)
+        y = self.norm(mixed) * gate
+        return self.output(y.reshape(*x.shape[:2], -1).astype(x.dtype))
+
+
+def _unit(x: Float32[Array, "*B C"]) -> Float32[Array, "*B C"]:
+    """x of length one."""
+    return x * lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) + UNIT_EPSILON)
+
+
+class _Chunks(NamedTuple):
+    """What the scan over chunks reads of each; the last chunk is filled up with tokens that change nothing.
+
+    `reach` is the share of the chunk's first state that is left when a token reads, 0 in a later text than the one
+    that the chunk begins in; `rest` is the share of a token's write that is left at the chunk's end, 0 in an earlier
+    text than the one that it ends in. `inverse` is that of I + A, where A_ij = b_i exp(g_{j+1} + .. + g_i) k_i . k_j
+    for tokens j < i of one text.
+    """
+
+    key: Float32[Array, "N B K 1 L C"]
+    value: Float32[Array, "N B K G L V"]
+    strength: Float32[Array, "N B K G L 1"]
+    reach: Float32[Array, "N B K G L 1"]
+    rest: Float32[Array, "N B K G L 1"]
+    inverse: Float32[Array, "N B K G L L"]
+
+
+def gated_delta(
+    query: Float32[Array, "B T K C"],
+    key: Float32[Array, "B T K C"],
+    value: Float32[Array, "B T H V"],
+    strength: Float32[Array, "B T H"],
+    decay: Float32[Array, "B T H"],
+    text: Int[Array, "B T"],
+    state: Float32[Array, "B H C V"],
+) -> tuple[Float32[Array, "B T H V"], Float32[Array, "B H C V"]]:
+    """The gated delta rule over rows of texts, and the state that each row's last text leaves.
+
+    `state` is where the first text begins; every other begins with an empty one. Value head h reads with the query
+    and key of head h // G. A token of strength 0 and decay 0 changes nothing.
+
+    Chunks are computed in parallel (section 3.3), and a scan carries the state from one to the next. A chunk of one
+    token is the recurrence itself, which is what generation runs.
+    """
+    batch, length, keys, channels = query.shape
+    size = min(CHUNK, 1 << (length - 1).bit_length())
+    query, key, value = (_chunked(each, keys, size) for each in (query * channels**-0.5, key, value))
+    strength, decay = (_chunked(each[..., None], keys, size) for each in (strength, decay))
+    scores, chunks = _prepared(query, key, value, strength, decay, _split(text, size, "edge"))
+    last, (states, writes) = lax.scan(_advance, state.reshape(batch, keys, -1, *state.shape[2:]), chunks)
+    mixed = chunks.reach * _matmul(query, states) + _matmul(scores, writes)
+    return _joined(mixed)[:, :length], last.reshape(state.shape)
+
+
+def _prepared(
+    query: Float32[Array, "N B K 1 L C"],
+    key: Float32[Array, "N B K 1 L C"],
+    value: Float32[Array, "N B K G L V"],
+    strength: Float32[Array, "N B K G L 1"],
+    decay: Float32[Array, "N B K G L 1"],
+    text: Int[Array, "N B L"],
+) -> tuple[Float32[Array, "N B K G L L"], _Chunks]:
+    """All that a chunk can know before the state: what each token reads of each write in its chunk, and the rest."""
+    order = jnp.arange(text.shape[-1])
+    own = (text[..., :, None] == text[..., None, :]) & (order[:, None] >= order[None, :])[None, None]
+    kept = jnp.where(own[:, :, None, None], _kept(decay), 0)
+    before = (order[:, None] > order[None, :])[(None,) * 4]
+    lower = jnp.where(before, strength * kept * _matmul(key, key.mT), 0)
+    first = jnp.concatenate([text[:1, :, :1], text[:-1, :, -1:]])  # the text that the chunk's first state is of
+    reach = jnp.where((text == first)[:, :, None, None, :, None], jnp.exp(jnp.cumsum(decay, axis=-2)), 0)
+    scores = kept * _matmul(query, key.mT)
+    return scores, _Chunks(key, value, strength, reach, kept[..., -1:, :].mT, _inverse_of_unit(lower))
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)  # gradients keep the states alone, and compute the rest anew
+def _advance(
+    state: Float32[Array, "B K G C V"], chunk: _Chunks
+) -> tuple[Float32[Array, "B K G C V"], tuple[Float32[Array, "B K G C V"], Float32[Array, "B K G L V"]]]:
+    """The state after a chunk; and the state before it, with what each of its tokens writes (u_t).
+
+    `(I + A) u = b (v - reach S^T k)`: each token corrects what the first state and the tokens before it say.
+    """
+    writes = chunk.strength * (chunk.value - chunk.reach * _matmul(chunk.key, state))
+    writes = _matmul(chunk.inverse, writes)
+    after = chunk.reach[..., -1:, :] * state + _matmul(chunk.key.mT, chunk.rest * writes)
+    return after, (state, writes)
+
+
+def _kept(decay: Float32[Array, "*B L 1"]) -> Float32[Array, "*B L L"]:
+    """`exp(g_{j+1} + .. + g_i)` at row i and column j <= i; 1 above the diagonal.
+
+    Each sum is taken by itself: as a difference of running sums it would lose what a strong decay before it rounds off.
+    """
+    order = jnp.arange(decay.shape[-2])
+    upto = (order[:, None] <= order[None, :]).astype(jnp.float32)
+    after = jnp.where((order[:, None] < order[None, :])[(None,) * (decay.ndim - 2)], decay.mT, 0)
+    return jnp.exp(_matmul(after, upto)).mT
+
+
+@jax.custom_jvp
+def _inverse_of_unit(lower: Float32[Array, "*B L L"]) -> Float32[Array, "*B L L"]:
+    """`(I + A)^-1` of strictly lower triangular matrices A whose size is a power of two.
+
+    Unlike the product of all I + (-A)^(2^k) this forms no powers of A, whose entries outgrow float32 where keys repeat.
+    """
+    size = lower.shape[-1]
+    if size <= 16:
+        return _inverse_of_small(lower)
+    half = size // 2
+    first, second = _inverse_of_unit(jnp.stack([lower[..., :half, :half], lower[..., half:, half:]]))
+    corner = _matmul(_matmul(second, lower[..., half:, :half]), first)
+    above = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+    return jnp.concatenate([above, jnp.concatenate([-corner, second], axis=-1)], axis=-2)
+
+
+@_inverse_of_unit.defjvp
+def _change_of_inverse(lower, change):
+    """`d (I + A)^-1 = -(I + A)^-1 dA (I + A)^-1`, so that a gradient needs the inverse alone."""
+    inverse = _inverse_of_unit(*lower)
+    return inverse, -_matmul(_matmul(inverse, *change), inverse)
+
+
+def _inverse_of_small(lower: Float32[Array, "*B L L"]) -> Float32[Array, "*B L L"]:
+    """The same by whole matrices: inverted blocks on the diagonal are joined two by two, until there is one.
+
+    [P  0]^-1   [ P^-1             0   ]
+    [R  Q]    = [-Q^-1 R P^-1      Q^-1]
+    """
+    size = lower.shape[-1]
+    order, block = jnp.arange(size), 1
+    inverse = jnp.broadcast_to(jnp.eye(size), lower.shape)
+    while block < size:
+        half = order // block
+        joined = (half[:, None] == half[None, :] + 1) & (half[:, None] % 2 == 1)
+        corner = jnp.where(joined[(None,) * (lower.ndim - 2)], lower, 0)
+        inverse = inverse - _matmul(_matmul(inverse, corner), inverse)
+        block *= 2
+    return inverse
+
+
+def _matmul(a: Float32[Array, "..."], b: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """`a @ b` in full float32, on accelerators too."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def _chunked(x: Float32[Array, "B T H X"], keys: int, size: int) -> Float32[Array, "N B K G L X"]:
+    """Tokens in chunks of `size`, zeros at the end; heads by the key head that they read with."""
+    x = x.reshape(*x.shape[:2], keys, -1, x.shape[-1])
+    return _split(x, size, "constant").transpose(0, 1, 3, 4, 2, 5)
+
+
+def _joined(x: Float32[Array, "N B K G L X"]) -> Float32[Array, "B T H X"]:
+    """What `_chunked` took apart, with the zeros at the end."""
+    x = x.transpose(1, 0, 4, 2, 3, 5)
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], -1, x.shape[-1])
+
+
+def _split(x: Array, size: int, mode: str) -> Array:
+    """[B, T, ...] as [N, B, L, ...]; the last chunk is filled up by `jnp.pad` in that mode."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)) + ((0, 0),) * (x.ndim - 2), mode=mode)
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)

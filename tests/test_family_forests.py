@@ -1,0 +1,107 @@
+"""A packed row is its texts, for every family: completions score as they do in rows of their own.
+
+The plain route is `logits` of one text a row, which other tests hold against PyTorch.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.data.batches import Batches
+from dpo_jax.data.encoded import Encoded
+from dpo_jax.hf.configs import read_spec
+from dpo_jax.model import scoring
+from dpo_jax.model.decoder import Execution, Model
+from tests.family_configs import CONFIGS
+from tests.family_models import BLOCKED, LENGTH, ROWS, our_logits, ours, own
+from tests.forests import random_encoded
+
+pytest.importorskip("torch")
+ENCODED = random_encoded(units=5, completions=(2, 3), vocab=88, seed=11, longest=13)
+"""Texts of up to 24 tokens, so that they fit the rows of `family_models` and pass every window and original length."""
+TOKEN = 5e-5
+"""Largest difference allowed for a token: float32 sums in another order. 2e-5 is the largest seen, where log-probabilities
+reach -30; models whose logits stay below 5 differ by less than 1e-5."""
+LINEAR, LONGROPE = ("qwen3_5_text", "qwen3_5_one_head"), ("phi3_long", "llama_longrope")
+score = jax.jit(scoring.score_batch, static_argnums=0, static_argnames="execution")
+
+
+def by_token(model: Model, encoded: Encoded, *, share: bool, **layout) -> np.ndarray:
+    """Log-probability of every scored token, from packed forests."""
+    batch = Batches(encoded, encoded.num_pairs, 1, 1, share_prompts=share, **layout).at(0)
+    found = np.asarray(score(model.spec, model.params, batch))
+    logps = np.full(int(encoded.completion_length.sum()), np.nan, np.float32)
+    for micro in range(int(batch.micro_batches)):
+        first = np.cumsum(batch.lengths[micro, 0]) - batch.lengths[micro, 0]
+        for place, completion in enumerate(batch.ids[micro, 0]):
+            if completion >= 0:
+                size, start = encoded.completion_length[completion], encoded.scored_start[completion]
+                logps[start : start + size] = found[micro, 0, int(first[place]) :][:size]
+    return logps
+
+
+def alone(model: Model, encoded: Encoded) -> np.ndarray:
+    """The same, from one text a row."""
+    count, found = encoded.num_completions, []
+    ids = np.zeros((count + count % ROWS, LENGTH), np.int32)
+    for c in range(count):
+        text = [*encoded.prompt(c), *encoded.completion(c)]
+        ids[c, : len(text)] = text  # padded behind, which a causal model does not see
+    for start in range(0, count, ROWS):
+        logs = jax.nn.log_softmax(jnp.asarray(our_logits(model, ids[start : start + ROWS])))
+        for row, c in enumerate(range(start, min(start + ROWS, count))):
+            prompt, answer = len(encoded.prompt(c)), encoded.completion(c)
+            found.append(np.asarray(logs[row, np.arange(len(answer)) + prompt - 1, answer]))
+    return np.concatenate(found)
+
+
+@functools.cache
+def plainly(name: str) -> np.ndarray:
+    return alone(ours(own(name).path), ENCODED)
+
+
+def longest() -> int:
+    return int((ENCODED.prompt_length[ENCODED.completion_unit] + ENCODED.completion_length).max())
+
+
+def test_the_texts_are_long_enough():
+    assert 20 < longest() <= LENGTH
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=BLOCKED.get(name, ())) for name in CONFIGS])
+def test_a_forest_is_its_texts(name):
+    """Prompts are shared where the spec says that they may be."""
+    model = ours(own(name).path)
+    share = model.spec.shares_trunk(longest())
+    assert share != (name in LINEAR + LONGROPE)
+    found = by_token(model, ENCODED, share=share, micro_tokens=256)
+    np.testing.assert_allclose(found, plainly(name), rtol=0, atol=TOKEN)
+
+
+@pytest.mark.parametrize("name", LINEAR + LONGROPE)
+def test_a_shared_prompt_would_be_wrong_there(name):
+    found = by_token(ours(own(name).path), ENCODED, share=True, micro_tokens=256)
+    assert np.abs(found - plainly(name)).max() > 100 * TOKEN
+
+
+@pytest.mark.parametrize("name", LONGROPE)
+def test_short_texts_may_share_a_prompt_under_longrope(name):
+    """Up to the original length all take the short factors; one text beyond it must not change those beside it."""
+    spec = read_spec(own(name).path)
+    assert spec.shares_trunk(16) and not spec.shares_trunk(17)
+    encoded = random_encoded(units=5, completions=(2, 3), vocab=88, seed=12, longest=9)
+    model = ours(own(name).path)
+    found = by_token(model, encoded, share=True, micro_tokens=256)
+    np.testing.assert_allclose(found, alone(model, encoded), rtol=0, atol=TOKEN)
+
+
+@pytest.mark.parametrize("name", ["gemma4_everything", "qwen3_5_text", "gpt_oss", "bloom", "deepseek_v3", "opt_narrow"])
+@pytest.mark.parametrize("execution", [Execution(scan_layers=False), Execution(remat="block")], ids=["unrolled", "remat"])
+def test_execution_changes_nothing(name, execution):
+    model = ours(own(name).path)
+    batch = Batches(ENCODED, ENCODED.num_pairs, 1, 1, share_prompts=False, micro_tokens=256).at(0)
+    whole, found = (score(model.spec, model.params, batch, execution=how) for how in (Execution(), execution))
+    np.testing.assert_allclose(found, whole, rtol=0, atol=TOKEN)
