@@ -6,7 +6,7 @@ import math
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -250,7 +250,8 @@ class Recorder:
                     "memory_bytes": memory_in_use(),
                 },
             )
-            for line in self.alarms.take(step, metrics) if self.alarms else ():
+            plain = metrics | {"loss": preference_loss(self.problem, metrics)}
+            for line in self.alarms.take(step, plain) if self.alarms else ():
                 self.journal.note(line)
         if streak > self.run.log.max_nonfinite:
             raise UserError(self._diverged(step, int(streak), pairs))
@@ -287,6 +288,11 @@ def known_start(run: Run, problem: Problem, data: Data) -> float | None:
         return None
     plain = not (data.train.margin != 0).any() and (data.train.weight == 1).all()
     return problem.start_constant if plain else None
+
+
+def preference_loss(problem: Problem, metrics: Mapping[str, Any]) -> float:
+    """The loss of a step without the part that balances experts."""
+    return float(metrics["loss"]) - problem.router_aux * float(metrics.get("aux_loss", 0.0))
 
 
 def check_start(run: Run, problem: Problem, data: Data, loss: float) -> None:
@@ -391,7 +397,7 @@ def loop(
             step = number + 1
             recorder.take(step, metrics)
             if step == 1:
-                check_start(run, trainer.problem, data, float(metrics["loss"]))
+                check_start(run, trainer.problem, data, preference_loss(trainer.problem, metrics))
             if evaluator.due(step, last):
                 recorder.flush()
                 progress = (step - 1) / max(last - 1, 1)

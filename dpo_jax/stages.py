@@ -277,6 +277,10 @@ def check_models(run: Run, sources: Sources) -> None:
     """
     policy = read_spec(sources.policy, scalar_head=run.objective.trains_reward_model)
     _check_length(run, "model.path", policy)
+    if run.model.router_aux and policy.experts is None:
+        raise UserError(
+            f"model.router_aux: {run.model.router_aux} balances experts, and the model has none; leave it out"
+        )
     if run.reference.mode == "none" or is_policy(run):
         return
     reference = read_spec(sources.reference, scalar_head=False)
@@ -310,6 +314,7 @@ def make_problem(run: Run, model: Model, mesh: jax.sharding.Mesh) -> Problem:
         compute_dtype=compute_dtype(run),
         execution=execution,
         statistics=run.log.token_statistics,
+        router_aux=model.spec.router_aux if run.model.router_aux is None else run.model.router_aux,
     )
 
 

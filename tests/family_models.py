@@ -117,6 +117,7 @@ def random_model(kind: str, fields: dict[str, Any], seed: int) -> Any:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
+        torch.manual_seed(seed)  # some families draw their vectors at random, and those are kept beside the noise
         config = AutoConfig.for_model(kind, **copy.deepcopy(fields))
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     generator, seen = torch.Generator().manual_seed(seed), set()

@@ -18,7 +18,7 @@ HARMLESS = frozenset(
     "attention_dropout hidden_dropout initializer_range max_position_embeddings original_max_position_embeddings "
     "max_sequence_length pretraining_tp resid_pdrop embd_pdrop attn_pdrop dropout layerdrop init_std "
     "classifier_dropout summary_type summary_use_proj summary_activation summary_proj_to_labels "
-    "summary_first_dropout residual_dropout embedding_dropout output_router_logits router_aux_loss_coef "
+    "summary_first_dropout residual_dropout embedding_dropout output_router_logits "
     "router_jitter_noise n_positions "
     # how kernels of other programs compute the same
     "slow_but_exact reorder_and_upcast_attn attention_softmax_in_fp32 scale_attention_softmax_in_fp32 "

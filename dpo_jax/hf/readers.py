@@ -218,4 +218,5 @@ def decoder(
     layers = (Layer(mixer, dense, **{"experts": chosen, **(layer or {})}),) * k.size("num_hidden_layers")
     layers = layers if each is None else tuple(each(i, one) for i, one in enumerate(layers))
     width, tied = k.peek("hidden_size"), k.flag("tie_word_embeddings")
+    fields["router_aux"] = k.perhaps("router_aux_loss_coef") or 0.0
     return DecoderSpec(k.size("vocab_size"), width, layers, norm, tied=tied, **fields)

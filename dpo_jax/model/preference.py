@@ -4,7 +4,7 @@ Letters: M micro-batches, D shards, K scored tokens, P pairs.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from dpo_jax.losses import Pairs
 from dpo_jax.metrics import Means, means, merge, preference_metrics
 from dpo_jax.mixture import START, Moment, counts_of, outcomes, start_constant, total
 from dpo_jax.model.decoder import DEFAULT_EXECUTION, Execution, cast
+from dpo_jax.model.experts import Routing, load_balance
 from dpo_jax.model.scoring import Scores, Wanted, fold, pairs_of, score, token_metrics
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.objectives import Kind
@@ -29,6 +30,8 @@ class Problem:
     compute_dtype: str = "float32"
     execution: Execution = DEFAULT_EXECUTION
     statistics: bool = True
+    router_aux: float = 0.0
+    """Weight of the load-balancing loss of the policy's experts; 0 leaves it out."""
 
     @property
     def data(self) -> Kind:
@@ -57,7 +60,13 @@ class Problem:
             statistics=self.statistics and not self.spec.scalar_head,
             alignment=any(term.weighting != "none" for term in self.terms),
             shared=any(term.desensitizes for term in self.terms),
+            routing=self.balances,
         )
+
+    @property
+    def balances(self) -> bool:
+        """Whether the loss has a part that spreads tokens over experts."""
+        return self.router_aux > 0 and self.spec.experts is not None
 
     @property
     def start_constant(self) -> float | None:
@@ -65,15 +74,23 @@ class Problem:
         return start_constant(self.terms)
 
 
-def micro_pairs(problem: Problem, compute: Any, forest: Any, reference: Any, *, quick: bool = False) -> Any:
-    """What the objectives see of one micro-batch, and its token statistics (none with `quick`).
+class Seen(NamedTuple):
+    """What one micro-batch, or all of a step, gives: what the objectives see, token statistics, and routing."""
+
+    pairs: Pairs
+    statistics: Means
+    routing: Routing | None
+
+
+def micro_pairs(problem: Problem, compute: Any, forest: Any, reference: Any, *, quick: bool = False) -> Seen:
+    """What the objectives see of one micro-batch; no statistics with `quick`.
 
     The reference's log-probabilities come from its weights where it is live, else from the batch.
     """
     wanted = problem.wanted._replace(statistics=False) if quick else problem.wanted
     scores = score(problem.spec, compute, forest, execution=problem.execution, wanted=wanted)
     pairs = pairs_of(scores, _reference_tokens(problem, reference, forest), forest, wanted)
-    return pairs, {} if quick else _token_means(problem, lax.stop_gradient(scores), forest)
+    return Seen(pairs, {} if quick else _token_means(problem, lax.stop_gradient(scores), forest), scores.routing)
 
 
 def _reference_tokens(problem: Problem, reference: Any, forest: Any) -> jax.Array:
@@ -104,15 +121,18 @@ def loss_and_gradient(
     """Loss, metrics, float32 gradient and memory over the whole batch, summed micro-batch by micro-batch.
 
     The denominators are those of the whole batch, so neither micro-batches nor devices change the value. Where a pair's
-    loss depends on the step's other pairs, all of them are scored first, and once more with a gradient.
+    loss depends on the step's other pairs, all of them are scored first, and once more with a gradient; so too where
+    experts are balanced over a step of several micro-batches.
     """
     compute, reference = _computing(problem, params, reference)
-    if problem.step_wide:
-        pairs, statistics, gradient = _step_wide(problem, params, compute, batch, reference, moment)
-    else:
-        pairs, statistics, gradient = _pair_by_pair(problem, params, compute, batch, reference, moment)
-    loss, metrics, memory = measure(problem.terms, pairs, moment)
-    return loss, metrics | means(statistics), gradient, memory
+    solve = _two_passes if problem.step_wide or (problem.balances and batch.real.shape[0] > 1) else _one_pass
+    seen, gradient = solve(problem, params, compute, batch, reference, moment)
+    loss, metrics, memory = measure(problem.terms, seen.pairs, moment)
+    metrics = metrics | means(seen.statistics)
+    if seen.routing is not None:
+        balance = load_balance(*seen.routing)
+        loss, metrics = loss + problem.router_aux * balance, metrics | {"aux_loss": balance}
+    return loss, metrics, gradient, memory
 
 
 def measure(terms: tuple[Term, ...], pairs: Pairs, moment: Moment) -> tuple[Any, Any, Any]:
@@ -123,25 +143,27 @@ def measure(terms: tuple[Term, ...], pairs: Pairs, moment: Moment) -> tuple[Any,
     return loss, preference_metrics(terms, pairs, found, moment), memory
 
 
-def _pair_by_pair(problem: Problem, params: Any, compute: Any, batch: Any, reference: Any, moment: Moment) -> Any:
+def _one_pass(problem: Problem, params: Any, compute: Any, batch: Any, reference: Any, moment: Moment) -> Any:
+    """Every micro-batch with its gradient."""
     counts = counts_of(batch.real, jnp.take_along_axis(batch.lengths, batch.chosen, axis=-1))
 
     def micro(weights, forest):
-        pairs, statistics = micro_pairs(problem, weights, forest, reference)
-        return total(problem.terms, outcomes(problem.terms, pairs, moment), counts), (pairs, statistics)
+        seen = micro_pairs(problem, weights, forest, reference)
+        loss = total(problem.terms, outcomes(problem.terms, seen.pairs, moment), counts)
+        return loss + _balance(problem, seen.routing, seen.routing), seen
 
     def visit(state, forest, number):
-        stack, statistics, gradient = state
-        (_, (pairs, measured)), slope = jax.value_and_grad(micro, has_aux=True)(compute, forest)
-        return _stacked(stack, pairs, number), merge(statistics, measured), _added(gradient, slope)
+        sofar, gradient = state
+        (_, seen), slope = jax.value_and_grad(micro, has_aux=True)(compute, forest)
+        return _absorbed(sofar, seen, number), _added(gradient, slope)
 
-    return fold(visit, (*_nothing(problem, batch), jax.tree.map(jnp.zeros_like, params)), batch)
+    return fold(visit, (_nothing(problem, batch), jax.tree.map(jnp.zeros_like, params)), batch)
 
 
-def _step_wide(problem: Problem, params: Any, compute: Any, batch: Any, reference: Any, moment: Moment) -> Any:
-    """Two passes: the step's pairs, then the gradient along the slope of the step's loss at each of them."""
-    pairs, statistics = all_pairs(problem, compute, batch, reference)
-
+def _two_passes(problem: Problem, params: Any, compute: Any, batch: Any, reference: Any, moment: Moment) -> Any:
+    """The step's pairs, then the gradient along the slope of the step's loss at each of them."""
+    seen = all_pairs(problem, compute, batch, reference)
+    pairs = seen.pairs
     counts = counts_of(pairs.real, pairs.chosen_length)
 
     def loss(policy):
@@ -151,31 +173,39 @@ def _step_wide(problem: Problem, params: Any, compute: Any, batch: Any, referenc
     slopes = jax.grad(loss)(_policy_of(pairs))
 
     def micro(weights, forest, slope):
-        seen, _ = micro_pairs(problem, weights, forest, reference, quick=True)
-        products = jax.tree.map(lambda x, y: (x * y).sum(), _policy_of(seen), slope)
-        return sum(jax.tree.leaves(products), jnp.zeros(()))
+        part = micro_pairs(problem, weights, forest, reference, quick=True)
+        products = jax.tree.map(lambda x, y: (x * y).sum(), _policy_of(part.pairs), slope)
+        return sum(jax.tree.leaves(products), _balance(problem, part.routing, seen.routing))
 
     def visit(gradient, forest, number):
         slope = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, number, 0, keepdims=False), slopes)
         return _added(gradient, jax.grad(micro)(compute, forest, slope))
 
-    return pairs, statistics, fold(visit, jax.tree.map(jnp.zeros_like, params), batch)
+    return seen, fold(visit, jax.tree.map(jnp.zeros_like, params), batch)
 
 
-def all_pairs(problem: Problem, compute: Any, batch: Any, reference: Any) -> tuple[Pairs, Means]:
-    """Every pair of a batch, [M, D, P], and the sums of its token statistics; no gradient."""
+def _balance(problem: Problem, part: Routing | None, whole: Routing | None) -> jax.Array:
+    """A micro-batch's part of the load-balancing loss of a whole step, weighted: linear in its routers' scores."""
+    if part is None or whole is None:
+        return jnp.zeros(())
+    counts, total_weight = lax.stop_gradient((whole.counts, whole.total))
+    return problem.router_aux * load_balance(counts, part.scores, total_weight)
 
-    def visit(state, forest, number):
-        pairs, measured = micro_pairs(problem, compute, forest, reference)
-        return _stacked(state[0], pairs, number), merge(state[1], measured)
+
+def all_pairs(problem: Problem, compute: Any, batch: Any, reference: Any) -> Seen:
+    """Every pair of a batch, [M, D, P], the sums of its token statistics, and of its routing; no gradient."""
+
+    def visit(sofar, forest, number):
+        return _absorbed(sofar, micro_pairs(problem, compute, forest, reference), number)
 
     return fold(visit, _nothing(problem, batch), batch)
 
 
 def evaluate_batch(problem: Problem, params: Any, batch: Any, reference: Any = None) -> tuple[Pairs, Means]:
-    """`all_pairs` from the weights as they are trained: what `evaluation.preference` puts together."""
+    """Pairs and statistics from the weights as they are trained: what `evaluation.preference` puts together."""
     compute, reference = _computing(problem, params, reference)
-    return all_pairs(problem, compute, batch, reference)
+    seen = all_pairs(problem, compute, batch, reference)
+    return seen.pairs, seen.statistics
 
 
 def _policy_of(pairs: Pairs) -> Any:
@@ -199,8 +229,8 @@ def _with_policy(pairs: Pairs, policy: Any) -> Pairs:
     return pairs._replace(policy_chosen=chosen, policy_rejected=rejected, shared=shared, ranking=ranking)
 
 
-def _nothing(problem: Problem, batch: Any) -> tuple[Pairs, Means]:
-    """No pairs yet in the shape of all of a batch's, and no token statistics."""
+def _nothing(problem: Problem, batch: Any) -> Seen:
+    """No pairs yet in the shape of all of a batch's, and no token statistics or routing."""
 
     def first(batch):
         forest = batch._replace(**{name: leaf[0] for name, leaf in batch._asdict().items() if leaf.ndim})
@@ -211,12 +241,17 @@ def _nothing(problem: Problem, batch: Any) -> tuple[Pairs, Means]:
     pairs, statistics = jax.eval_shape(first, batch)
     depth = batch.real.shape[0]
     stack = jax.tree.map(lambda leaf: jnp.zeros((depth, *leaf.shape), leaf.dtype), pairs)
-    return stack, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), statistics)
+    experts, none = problem.spec.experts, jnp.zeros(())
+    empty = jnp.zeros((experts.count,)) if experts is not None and problem.balances else None
+    routing = None if empty is None else Routing(empty, empty, none)
+    return Seen(stack, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), statistics), routing)
 
 
-def _stacked(stack: Pairs, pairs: Pairs, number: Any) -> Pairs:
-    """The pairs of one micro-batch put in their place, without their gradient."""
-    return jax.tree.map(lambda all, one: all.at[number].set(lax.stop_gradient(one)), stack, pairs)
+def _absorbed(sofar: Seen, seen: Seen, number: Any) -> Seen:
+    """With one micro-batch more in its place, without its gradient."""
+    pairs, statistics, routing = lax.stop_gradient((seen.pairs, seen.statistics, seen.routing))
+    stack = jax.tree.map(lambda all, one: all.at[number].set(one), sofar.pairs, pairs)
+    return Seen(stack, merge(sofar.statistics, statistics), jax.tree.map(jnp.add, sofar.routing, routing))
 
 
 def _added(gradient: Any, slope: Any) -> Any:

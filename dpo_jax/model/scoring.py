@@ -15,20 +15,30 @@ from dpo_jax.logprobs import linear_scores
 from dpo_jax.losses import Pairs, Ranking, Sums
 from dpo_jax.metrics import Mean, Means
 from dpo_jax.model.attention import Layout
-from dpo_jax.model.decoder import DEFAULT_EXECUTION, Execution, Params, head_of, hidden, scalar_scores
+from dpo_jax.model.decoder import (
+    DEFAULT_EXECUTION,
+    Execution,
+    Params,
+    head_of,
+    hidden_and_routing,
+    scalar_scores,
+)
+from dpo_jax.model.experts import Routing
 from dpo_jax.model.spec import DecoderSpec
 
 
 class Wanted(NamedTuple):
-    """What is computed beside log-probabilities: token statistics, WPO's alignment, sums over the shared length."""
+    """What is computed beside log-probabilities: token statistics, WPO's alignment, sums over the shared length, and
+    how experts were chosen."""
 
     statistics: bool = False
     alignment: bool = False
     shared: bool = False
+    routing: bool = False
 
 
 class Scores(NamedTuple):
-    """What a model says of a micro-batch; the last four are 0 unless they were asked for.
+    """What a model says of a micro-batch; what was not asked for is 0, or None.
 
     A reward model's score of a completion stands in `logps`, and its `tokens` are 0.
     """
@@ -39,6 +49,8 @@ class Scores(NamedTuple):
     mean_logit: Float[Array, "D C"]
     hits: Float[Array, "D C"]
     alignment: Float[Array, "D C"]
+    routing: Routing | None = None
+    """Over all layers; each text counts, so a prompt that several completions share counts once for each."""
 
 
 def score(
@@ -49,10 +61,10 @@ def score(
     execution: Execution = DEFAULT_EXECUTION,
     wanted: Wanted = Wanted(),  # noqa: B008 (a constant)
 ) -> Scores:
-    """Score every completion of one micro-batch. Gradients flow through `tokens` and `logps` alone."""
-    states = _states(spec, params, forest, execution)
+    """Score every completion of one micro-batch. Gradients flow through `tokens`, `logps` and routing scores."""
+    states, routing = _states(spec, params, forest, execution, routed=wanted.routing)
     if spec.scalar_head:
-        return _scalar(spec, params, states, forest)
+        return _scalar(spec, params, states, forest)._replace(routing=routing)
     sources = jnp.take_along_axis(states, forest.source[:, :, None], axis=1).reshape(-1, spec.head_width)
     targets = forest.target.reshape(-1)
     head = head_of(spec, params)
@@ -70,16 +82,29 @@ def score(
     alignment = lax.stop_gradient(found.logps) - found.collision
     by_token = (found.logps, found.entropy, found.mean_logit, hits, alignment)
     logps, entropy, logit, hit, aligned = (summed(values.reshape(forest.source.shape), forest) for values in by_token)
-    return Scores(found.logps.reshape(forest.source.shape), logps, entropy, logit, hit, aligned)
+    return Scores(found.logps.reshape(forest.source.shape), logps, entropy, logit, hit, aligned, routing)
 
 
-def _states(spec: DecoderSpec, params: Params, forest: Any, execution: Execution) -> Float[Array, "D N W"]:
-    """Final hidden states of every slot."""
+def _states(
+    spec: DecoderSpec, params: Params, forest: Any, execution: Execution, *, routed: bool
+) -> tuple[Float[Array, "D N W"], Routing | None]:
+    """Final hidden states of every slot, and how experts were chosen if that is wanted."""
     shards, rows, length = forest.tokens.shape
     flat = (shards * rows, length)
     layout = Layout(forest.group.reshape(flat), forest.branch.reshape(flat), forest.position.reshape(flat))
-    states = hidden(spec, params, forest.tokens.reshape(flat), layout, execution)
-    return states.reshape(shards, rows * length, spec.head_width)
+    weights = _texts(layout) if routed else None
+    states, routing = hidden_and_routing(spec, params, forest.tokens.reshape(flat), layout, weights, execution)
+    return states.reshape(shards, rows * length, spec.head_width), routing
+
+
+def _texts(layout: Layout) -> Float[Array, "B T"]:
+    """How many texts each slot is of: one for a completion's, one for each branch for a prompt's, none for padding."""
+
+    def by_row(group, branch):
+        return jax.ops.segment_max(branch, group, group.shape[0] + 1)[group]
+
+    branches = jax.vmap(by_row)(layout.group, layout.branch)
+    return jnp.where(layout.group == 0, 0, jnp.where(layout.branch > 0, 1, branches)).astype(jnp.float32)
 
 
 def _scalar(spec: DecoderSpec, params: Params, states: Float[Array, "D N W"], forest: Any) -> Scores:

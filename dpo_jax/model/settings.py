@@ -22,6 +22,12 @@ class ModelSettings(Section):
     scan_layers: bool = Field(
         default=True, description="compile one layer and scan over it; false unrolls (longer to compile)"
     )
+    router_aux: float | None = Field(
+        default=None,
+        ge=0,
+        description="weight of the load-balancing loss of a mixture of experts; null: as the model's config says "
+        "(router_aux_loss_coef, 0 if it does not say); 0 leaves it out",
+    )
     remat: Literal["none", "attention", "block"] = Field(
         default="attention", description="what the backward pass computes again instead of keeping it"
     )

@@ -209,6 +209,8 @@ class DecoderSpec:
     """Rows of the table that gives each token its input for each layer; 0 has none."""
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    router_aux: float = 0.0
+    """The family's own weight of the load-balancing loss of its experts; says nothing of what the model computes."""
     scalar_head: bool = False
     """Whether the model scores texts (a reward model) and has no language-model head, whatever `tied` says."""
 
