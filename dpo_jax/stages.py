@@ -278,9 +278,7 @@ def check_models(run: Run, sources: Sources) -> None:
     policy = read_spec(sources.policy, scalar_head=run.objective.trains_reward_model)
     _check_length(run, "model.path", policy)
     if run.model.router_aux and policy.experts is None:
-        raise UserError(
-            f"model.router_aux: {run.model.router_aux} balances experts, and the model has none; leave it out"
-        )
+        raise UserError(f"model.router_aux: {run.model.router_aux} balances experts, and there are none; leave it out")
     if run.reference.mode == "none" or is_policy(run):
         return
     reference = read_spec(sources.reference, scalar_head=False)

@@ -228,8 +228,8 @@ CONFIGS: dict[str, Config] = {
     "qwen3_5_text": ("qwen3_5_text", DELTA),
     "qwen3_5_one_head": (
         "qwen3_5_text",
-        {**DELTA, "linear_num_key_heads": 3, "linear_num_value_heads": 3, "linear_conv_kernel_dim": 3,
-         "layer_types": [FULL, LINEAR, LINEAR], "tie_word_embeddings": True},
+        {**DELTA, "linear_key_head_dim": 16, "linear_num_key_heads": 3, "linear_num_value_heads": 3,
+         "linear_conv_kernel_dim": 3, "layer_types": [FULL, LINEAR, LINEAR], "tie_word_embeddings": True},
     ),
     "seed_oss": ("seed_oss", {**SIZED, "attention_bias": False, "attention_out_bias": True, "mlp_bias": True}),
     "smollm3": (

@@ -13,11 +13,11 @@ from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 
 from dpo_jax import config, preview, train
-from dpo_jax.exchange import find_models
+from dpo_jax.exchange import check_export, find_models
 from dpo_jax.hf import tensors
 from dpo_jax.training.journal import Journal, read_records
 from tests.conftest import ROOT
-from tests.hub_stand_in import READ_ONLY, TOKEN, Hub, serving
+from tests.hub_stand_in import READ_ONLY, TOKEN, Hub, Repository, serving
 from tests.test_hub import at_hub, contents, use
 from tests.tiny_folders import write_folder
 from tests.tiny_rows import assistant, byte_tokenizer, user, write
@@ -178,10 +178,10 @@ def test_another_revision_is_another_run(world, far, tmp_path, monkeypatch, caps
 def test_the_reference_may_be_another_commit_of_the_same_model(world, far, tmp_path):
     first = far.repositories[MODEL].refs["main"]
     second = move_main(far, tmp_path)
-    more = (f"reference.path={MODEL}", f"reference.revision={first}")
+    more = (f"model.revision={first}", f"reference.path={MODEL}")
     assert train.main(arguments(world, tmp_path / "run", *more)) == 0
     facts = record(tmp_path / "run")["facts"]
-    assert (facts["commit of model.path"], facts["commit of reference.path"]) == (second, first)
+    assert (facts["commit of model.path"], facts["commit of reference.path"]) == (first, second)
     losses = [row["loss"] for row in read_records(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
     assert losses[0] != pytest.approx(np.log(2), abs=1e-6)  # policy and reference are not the same
 
@@ -229,6 +229,10 @@ def test_a_push_that_cannot_be_is_refused_before_anything_is_read(world, far, tm
     assert "export.push: nothing could be pushed to 'bob/tuned'" in run("bob/tuned")
     far.add("ada/thesis", world / "model", private=True)
     assert "no export of dpo_jax and is left alone" in run("ada/thesis")
+    far.repositories["ada/open"] = Repository(private=False)
+    far.repositories["ada/open"].commit({})
+    assert "the repository is public" in run("ada/open")
+    check_export(config.load(arguments(world, tmp_path / "run", "export.push=ada/open", "export.private=false")))
     monkeypatch.setenv("HF_TOKEN", READ_ONLY)
     assert "may only read" in run()
     monkeypatch.delenv("HF_TOKEN")
@@ -249,6 +253,6 @@ def test_a_push_that_fails_loses_nothing_and_the_same_command_pushes_again(world
     far.faults.clear()
     assert train.main(argv) == 0
     assert "pushed: " in capsys.readouterr().out
-    assert at_hub(far, RESULT) == before == contents(model)
+    assert at_hub(far, RESULT) == before == contents(model) and not far.repositories[RESULT].private
     far.asked.clear()
     assert train.main(argv) == 0 and far.asked == []  # once is enough

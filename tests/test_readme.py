@@ -5,6 +5,8 @@ import re
 import numpy as np
 import pytest
 
+from dpo_jax.hf.configs import WRAPPERS
+from dpo_jax.hf.families import FAMILIES
 from tests.conftest import ROOT
 from tools.objectives_table import updated
 
@@ -14,6 +16,12 @@ README = (ROOT / "README.md").read_text()
 def test_the_table_of_objectives_is_the_codes():
     assert "| `sigmoid` |" in README
     assert updated(README) == README, "run python tools/objectives_table.py"
+
+
+def test_every_family_is_named_and_no_other():
+    models = README.partition("## Point it at a model")[2].partition("\n## ")[0]
+    table = "\n".join(line for line in models.splitlines() if line.startswith("| "))
+    assert set(re.findall(r"`(\w+)`", table)) - {"model_type"} == {*FAMILIES, *WRAPPERS}
 
 
 def test_the_worked_example_of_a_tutorial(capsys):

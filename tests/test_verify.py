@@ -70,6 +70,7 @@ def test_a_sound_folder_passes_every_comparison(family, dtype, shards, tmp_path)
 def test_a_reward_model_is_compared_by_its_scores(tmp_path):
     torch_or_skip()
     folder = torch_folder(tmp_path / "m", "qwen3")
+    (folder / "generation_config.json").write_text("{}")  # a reward model generates nothing, and loses it
     lines: list[str] = []
     report = check(folder, say=lines.append)
     assert report.ok and report.checks[-1].what == "PyTorch and JAX, scores", report

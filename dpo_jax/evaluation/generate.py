@@ -135,7 +135,7 @@ def generate(
       UserError: a prompt is empty or has a token that the model does not know, or the decoding makes no sense.
     """
     check(decoding)
-    _check_prompts(spec, prompts)
+    _check_prompts(spec, prompts, decoding.max_new_tokens)
     answers: dict[int, Answer] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), batch_size):
@@ -153,7 +153,7 @@ def stream(
 ) -> Iterator[Answer]:
     """The answer that `generate` gives to this one prompt, so far, each time that it is `every` tokens longer."""
     check(decoding)
-    _check_prompts(spec, [prompt])
+    _check_prompts(spec, [prompt], decoding.max_new_tokens)
     rule, capacity = rule_of(decoding), _rounded(decoding.max_new_tokens)
     state = _read(spec, params, _rows([prompt], [0], 1, 1), np.uint32(seed), capacity=capacity)
     for until in range(every, decoding.max_new_tokens + every, every):
@@ -181,7 +181,7 @@ def check(decoding: Decoding) -> None:
             raise UserError(f"{name} = {value}: must be {wanted}")
 
 
-def _check_prompts(spec: DecoderSpec, prompts: Sequence[Sequence[int]]) -> None:
+def _check_prompts(spec: DecoderSpec, prompts: Sequence[Sequence[int]], new: int) -> None:
     for number, prompt in enumerate(prompts, 1):
         if not len(prompt):
             raise UserError(f"prompt {number} has no tokens, and an answer needs something to follow; write something")
@@ -189,6 +189,11 @@ def _check_prompts(spec: DecoderSpec, prompts: Sequence[Sequence[int]]) -> None:
             raise UserError(
                 f"prompt {number} has token {strange[0]}, and the model knows 0..{spec.vocab_size - 1}; "
                 "use the tokenizer of the model's own folder"
+            )
+        if spec.positions is not None and len(prompt) + new > spec.positions:
+            raise UserError(
+                f"prompt {number} has {len(prompt)} tokens, and {new} more pass the {spec.positions} positions "
+                "that the model knows; ask for fewer"
             )
 
 
@@ -353,7 +358,7 @@ def answer_logprobs(
 
     An empty answer has log-probability 0.
     """
-    _check_prompts(spec, prompts)
+    _check_prompts(spec, prompts, max(map(len, answers), default=0))
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]) + len(answers[index]))
     scores: dict[int, float] = {}
     for start in range(0, len(order), batch_size):

@@ -251,7 +251,8 @@ def _absorbed(sofar: Seen, seen: Seen, number: Any) -> Seen:
     """With one micro-batch more in its place, without its gradient."""
     pairs, statistics, routing = lax.stop_gradient((seen.pairs, seen.statistics, seen.routing))
     stack = jax.tree.map(lambda all, one: all.at[number].set(one), sofar.pairs, pairs)
-    return Seen(stack, merge(sofar.statistics, statistics), jax.tree.map(jnp.add, sofar.routing, routing))
+    sums = None if routing is None else Routing(*jax.tree.map(jnp.add, tuple(sofar.routing or ()), tuple(routing)))
+    return Seen(stack, merge(sofar.statistics, statistics), sums)
 
 
 def _added(gradient: Any, slope: Any) -> Any:
