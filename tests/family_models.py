@@ -47,7 +47,6 @@ KINDS = {
 """One model of each kind of structure, for what would take too long with all."""
 
 BLOCKED = {
-    "deepseek_v3_plain": pytest.mark.xfail(strict=True, reason="families._deepseek_v3: q_lora_rank = null is not taken"),
     "hunyuan_v1_dense": pytest.mark.xfail(strict=True, reason="families._hunyuan: the nulls it writes are refused"),
 }
 """Configs that a known fault keeps from being read."""

@@ -411,8 +411,8 @@ def test_weights_that_cannot_be_stored_are_refused(small, tmp_path):
 
 def test_a_folder_of_another_model_is_refused(small, tmp_path):
     source, model = small
-    other = Model(dataclasses.replace(model.spec, kv_heads=4), model.params)
-    refused("kv_heads differ", other, tmp_path / "export", source)
+    other = Model(dataclasses.replace(model.spec, logit_scale=4.0), model.params)
+    refused("logit_scale differ", other, tmp_path / "export", source)
     with pytest.raises(ValueError, match="leaf 'final_norm/scale' of params"):
         short = {**model.params, "final_norm": {"scale": jnp.ones(3)}}
         save_hf(Model(model.spec, short), tmp_path / "export", source)

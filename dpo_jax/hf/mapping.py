@@ -222,6 +222,7 @@ def claim(spec: DecoderSpec, infos: Mapping[str, TensorInfo], where: str, scheme
         first = next(name for name, entry in table.items() if entry.parts == alias.parts)
         if alias.name in infos and first not in infos:  # some tools keep only the second name of a shared tensor
             table = {alias.name if name == first else name: entry for name, entry in table.items()}
+            table[alias.name] = alias
     missing = [name for name in table if name not in infos]
     if missing:
         raise UserError(f"{where}: tensor {missing[0]!r} is missing ({len(missing)} are); config.json asks for it")

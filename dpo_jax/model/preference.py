@@ -235,7 +235,7 @@ def _nothing(problem: Problem, batch: Any) -> Seen:
     def first(batch):
         forest = batch._replace(**{name: leaf[0] for name, leaf in batch._asdict().items() if leaf.ndim})
         completions, tokens = jnp.zeros(forest.ids.shape), jnp.zeros(forest.source.shape)
-        scores = Scores(tokens, *(completions,) * 5)
+        scores = Scores(tokens, completions, completions, completions, completions, completions)
         return pairs_of(scores, forest.reference, forest, problem.wanted), _token_means(problem, scores, forest)
 
     pairs, statistics = jax.eval_shape(first, batch)
