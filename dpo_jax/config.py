@@ -177,7 +177,7 @@ CHANGES_MATHEMATICS = frozenset(
     data.template data.control_tokens data.max_characters data.shuffle data.first batch.pairs reference.mode
     reference.path reference.revision reference.update_every reference.update_rate optimizer.learning_rate
     optimizer.schedule optimizer.warmup_steps optimizer.warmup_fraction optimizer.beta1 optimizer.beta2
-    optimizer.epsilon optimizer.weight_decay optimizer.clip_norm steps epochs seed
+    optimizer.epsilon optimizer.weight_decay optimizer.clip_norm steps epochs seed model.router_aux
     """.split()
 ) | {f"objective.{name}" for name in ObjectiveSettings.model_fields}
 KEEPS_MATHEMATICS = frozenset(
