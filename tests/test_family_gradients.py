@@ -34,15 +34,15 @@ def our_gradients(name: str) -> dict[str, np.ndarray]:
 
     @jax.jit
     @jax.grad
-    def gradient(params):
-        forest = batch._replace(**{key: leaf[0] for key, leaf in batch._asdict().items() if np.ndim(leaf)})
+    def gradient(params, batch):
+        forest = batch._replace(**{key: leaf[0] for key, leaf in batch._asdict().items() if leaf.ndim})
         return scoring.score(model.spec, params, forest).logps.sum()
 
     assert batch.micro_batches == 1
-    leaves = trees.paths(jax.device_get(gradient(model.params)))
+    leaves = trees.paths(jax.device_get(gradient(model.params, batch)))
     claims = claim(model.spec, Tensors(folder).infos, name, scheme_of(model.spec, folder))
     return {
-        tensor: entry.pack([leaves[part.leaf][part.index] for part in entry.parts])
+        tensor: entry.pack([np.asarray(leaves[part.leaf][part.index]) for part in entry.parts])
         for tensor, entry in claims.entries.items()
     }
 

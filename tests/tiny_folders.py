@@ -41,7 +41,7 @@ def random_tensors(folder: Path, dtype: str = "float32", seed: int = 0) -> dict[
     for entry in entries_of(read_spec(folder), folder):
         values = 0.3 * rng.standard_normal(entry.shape, np.float32) + (1.0 if "norm" in entry.name else 0.0)
         tensors[entry.name] = values.astype(NUMPY_DTYPES[dtype])
-    first = tensors["model.embed_tokens.weight"]
+    first = next(tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight"))
     smallest = ml_dtypes.finfo(first.dtype).smallest_subnormal
     first[0, :3] = [-0.0, smallest, -smallest]
     return tensors

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.hf.families import FAMILIES, Family
-from dpo_jax.hf.keys import HARMLESS, MOVED, REQUIRED, Keys
+from dpo_jax.hf.keys import AGAIN, FIXED, HARMLESS, MOVED, REQUIRED, Keys
 from dpo_jax.hf.tensors import read_json
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.settings import UserError
@@ -75,14 +75,20 @@ def _decoder(folder: Path, raw: dict[str, Any]) -> DecoderSpec:
     Keys(swallowed, file).finish(HARMLESS | frozenset(REQUIRED))
     keys = Keys(config, file, "text_config." if raw["model_type"] in WRAPPERS else "")
     spec = FAMILIES[config["model_type"]].read(keys)
-    keys.require(REQUIRED)
+    keys.require(REQUIRED | FIXED.get(config["model_type"], {}))
+    keys.agree(AGAIN)
     keys.finish(HARMLESS)
     return spec
 
 
 def _swallowed(raw: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Keys that `AutoConfig` did not give back."""
-    return {name: value for name, value in raw.items() if name not in config and name not in MOVED}
+    """Keys that `AutoConfig` did not give back, not even with the same value under the family's own name."""
+    with quiet():
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    own = CONFIG_MAPPING[config["model_type"]].attribute_map
+    left = {name: value for name, value in raw.items() if name not in config and name not in MOVED}
+    return {name: value for name, value in left.items() if config.get(own.get(name, ""), ...) != value}
 
 
 def _text_type(raw: dict[str, Any], k: Keys) -> str:

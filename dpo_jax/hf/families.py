@@ -112,9 +112,9 @@ def _hunyuan(k: Keys) -> DecoderSpec:
     alpha = table.pop("alpha", None)
     if table.get("rope_type") == "dynamic" and alpha:  # a longer base, whatever the text's length
         size = k.peek("head_dim") or k.peek("hidden_size") // k.peek("num_attention_heads")
-        unused = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "factor")
         table |= {"rope_type": "default", "rope_theta": table["rope_theta"] * alpha ** (size / (size - 2))}
-        table |= dict.fromkeys(unused)
+        for unused in ("type", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "factor"):
+            table.pop(unused, None)
     return decoder(k, attention(k, head_norm=HeadNorm(norm, after_rope=True)), mlp(k), norm)
 
 

@@ -31,6 +31,10 @@ SUMS = "SHA256SUMS"
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".npz")
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+"""What weights may be, by safetensors' names."""
+STORED = DTYPES | {"BOOL": np.dtype(bool), "F64": np.dtype(np.float64)}
+STORED |= {f"{kind.upper()}{8 * size}": np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)}
+"""What any tensor of a folder may be, such as a mask that is carried along."""
 MAX_JSON_BYTES = 64 << 20
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md")
 """What a hub repository may hand us beside its tensors."""
@@ -136,10 +140,10 @@ class Tensors:
                 raise UserError(f"tensor {name!r} is in both {self.infos[name].file} and {file} of {self.folder}")
             part = handle.get_slice(name)
             info = TensorInfo(file, part.get_dtype(), tuple(part.get_shape()))
-            if info.dtype not in DTYPES:
+            if info.dtype not in STORED:
                 raise UserError(
                     f"tensor {name!r} of {self.folder / file} has dtype {info.dtype}; "
-                    f"only {', '.join(DTYPES)} are read: dequantise or convert the model first"
+                    f"only {', '.join(STORED)} are read: dequantise or convert the model first"
                 )
             self.infos[name] = info
 
@@ -267,11 +271,11 @@ def _header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> byt
 
 def num_bytes(dtype: str, shape: Sequence[int]) -> int:
     """Bytes that a tensor takes in a file."""
-    return int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
+    return int(np.prod(shape, dtype=np.int64)) * STORED[dtype].itemsize
 
 
 def _bytes_of(name: str, info: TensorInfo, array: np.ndarray) -> memoryview:
-    assert array.shape == info.shape and array.dtype == DTYPES[info.dtype], (name, info, array.shape, array.dtype)
+    assert array.shape == info.shape and array.dtype == STORED[info.dtype], (name, info, array.shape, array.dtype)
     # Every kernel arrives as a transposed view; the file holds rows in C order.
     array = np.ascontiguousarray(array)
     assert array.flags.c_contiguous, name
