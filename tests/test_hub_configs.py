@@ -111,6 +111,11 @@ def spec_of(name: str, folder: Path) -> DecoderSpec:
     return read_spec(write(folder, plain(name)))
 
 
+def attentions_of(name: str, folder: Path) -> list[Attention]:
+    mixers = [layer.mixer for layer in spec_of(name, folder).layers]
+    return [mixer for mixer in mixers if isinstance(mixer, Attention)]
+
+
 def refusal(config: dict[str, Any], folder: Path) -> str:
     with pytest.raises(UserError) as caught:
         read_spec(write(folder, config))
@@ -160,8 +165,7 @@ DETAILS: dict[str, tuple[dict[int | None, int], set[str | None], int | None]] = 
 
 @pytest.mark.parametrize("name", DETAILS)
 def test_windows_and_rotations_are_those_of_the_file(name, tmp_path):
-    mixers = [layer.mixer for layer in spec_of(name, tmp_path).layers]
-    assert all(isinstance(mixer, Attention) for mixer in mixers)
+    mixers = attentions_of(name, tmp_path)
     windows = [mixer.window for mixer in mixers]
     turns = [mixer.rope for mixer in mixers]
     found = {window: windows.count(window) for window in windows}
@@ -170,16 +174,34 @@ def test_windows_and_rotations_are_those_of_the_file(name, tmp_path):
 
 def test_other_details_are_those_of_the_file(tmp_path):
     gpt2, opt, bloom = (spec_of(name, tmp_path) for name in ("gpt2", "opt-350m", "bloom-560m"))
-    assert (gpt2.positions, gpt2.position_offset, gpt2.tied, bloom.positions) == (1024, 0, True, 0)
+    assert (gpt2.positions, gpt2.position_offset, gpt2.tied, bloom.positions) == (1024, 0, True, None)
     assert (opt.positions, opt.position_offset, opt.embed_width, opt.final_norm) == (2048, 2, 512, False)
-    hunyuan = spec_of("HunyuanImage-2.1-reprompt", tmp_path).layers[0].mixer.rope
-    assert (hunyuan.kind, hunyuan.theta) == ("default", pytest.approx(10000.0 * 1000.0 ** (128 / 126)))
-    ministral = spec_of("Ministral-3-3B-Instruct-2512", tmp_path)
-    assert (ministral.layers[0].mixer.temperature, ministral.layers[0].mixer.rope.magnitude) == ((0.1, 16384), 1.0)
-    oss = spec_of("gpt-oss-20b", tmp_path).layers[0]
-    assert (oss.mixer.sinks, oss.experts.limit, oss.mixer.rope.truncate) == (True, 7.0, False)
-    deepseek = spec_of("DeepSeek-V3", tmp_path).layers
-    assert [layer.experts is None for layer in deepseek].count(True) == 3 and deepseek[3].experts.scaling == 2.5
+    hunyuan, ministral, oss = (
+        attentions_of(name, tmp_path)[0]
+        for name in ("HunyuanImage-2.1-reprompt", "Ministral-3-3B-Instruct-2512", "gpt-oss-20b")
+    )
+    assert hunyuan.rope and hunyuan.rope.kind == "default"
+    assert hunyuan.rope.theta == pytest.approx(10000.0 * 1000.0 ** (128 / 126))
+    assert ministral.rope and (ministral.temperature, ministral.rope.magnitude) == ((0.1, 16384), 1.0)
+    assert oss.rope and (oss.sinks, oss.rope.truncate) == (True, False)
+
+
+def test_experts_are_those_of_the_file(tmp_path):
+    """Each row: how many layers have none, and of the last their number, how many are chosen, and what scales them."""
+    wanted = {
+        "DeepSeek-V3": (3, 256, 8, "sigmoid", True, 2.5),
+        "gemma-4-26B-A4B": (0, 128, 8, "softmax", True, 1.0),
+        "Mixtral-8x7B-v0.1": (0, 8, 2, "softmax", True, 1.0),
+        "OLMoE-1B-7B-0924": (0, 64, 8, "softmax", False, 1.0),
+        "Qwen3-30B-A3B": (0, 128, 8, "softmax", True, 1.0),
+    }
+    for name, row in wanted.items():
+        found = [layer.experts for layer in spec_of(name, tmp_path).layers]
+        last = found[-1]
+        assert last and row == (
+            *(found.count(None), last.count, last.chosen),
+            *(last.scores, last.normalised, last.scaling),
+        )
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
@@ -206,7 +228,8 @@ def of_family(kind: str, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind, keys in FIXED.items() for key in keys])
 def test_a_key_that_is_passed_over_must_say_what_is_computed(kind, key, tmp_path):
     read_spec(write(tmp_path, of_family(kind, **{key: FIXED[kind][key]})))
-    assert f"{key} = 7: not supported" in refusal(of_family(kind, **{key: 7}), tmp_path)
+    other = "all" if key == "use_bidirectional_attention" else 7
+    assert re.search(rf"{key} = \S+: not supported, only", refusal(of_family(kind, **{key: other}), tmp_path))
 
 
 @pytest.mark.parametrize("kind", FIXED)
@@ -216,7 +239,7 @@ def test_transformers_passes_over_these_keys(kind):
     folder = Path(package.origin).parent / "models" / kind.removesuffix("_text")
     code = "".join(path.read_text() for path in folder.glob("[cm]o*_*.py"))
     read = {key for key in FIXED[kind] if re.search(rf"config\.{key}\b|^    {key}:", code, re.MULTILINE)}
-    assert "config.num_hidden_layers" in code and read <= {"use_bidirectional_attention"}
+    assert "config.hidden_size" in code and read <= {"use_bidirectional_attention"}
 
 
 @pytest.mark.parametrize(
@@ -243,7 +266,6 @@ def test_a_family_may_have_two_names_for_one_key_but_not_two_values(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        ("gemma4_text", {"use_bidirectional_attention": "all"}),
         ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 262144}}),
         ("llama", {"num_experts": 8}),
         ("bloom", {"n_embed": "wide"}),

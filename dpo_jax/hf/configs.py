@@ -14,7 +14,7 @@ from typing import Any
 
 from dpo_jax.hf.families import FAMILIES, Family
 from dpo_jax.hf.keys import AGAIN, FIXED, HARMLESS, MOVED, REQUIRED, Keys
-from dpo_jax.hf.tensors import read_json
+from dpo_jax.hf.tensors import read_json, tensor_names
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.settings import UserError
 
@@ -70,15 +70,29 @@ def _decoder(folder: Path, raw: dict[str, Any]) -> DecoderSpec:
     if raw["model_type"] in WRAPPERS:
         inner, outer = config["text_config"], config
         swallowed |= _swallowed(raw.get("text_config") or {}, inner)
-        tied = raw.get("tie_word_embeddings", outer.get("tie_word_embeddings"))
-        config = inner if tied is None else {**inner, "tie_word_embeddings": tied}
+        config = {**inner, "tie_word_embeddings": _is_tied(folder, raw, outer)}
     Keys(swallowed, file).finish(HARMLESS | frozenset(REQUIRED))
     keys = Keys(config, file, "text_config." if raw["model_type"] in WRAPPERS else "")
+    keys.require(FIXED.get(config["model_type"], {}))
     spec = FAMILIES[config["model_type"]].read(keys)
-    keys.require(REQUIRED | FIXED.get(config["model_type"], {}))
+    keys.require(REQUIRED)
     keys.agree(AGAIN)
     keys.finish(HARMLESS)
     return spec
+
+
+def _is_tied(folder: Path, raw: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Whether the head of a wrapped decoder is its embedding.
+
+    Where neither the config nor its `text_config` says so, transformers takes them for tied, and then lets a head that
+    is in the folder be a head of its own.
+    """
+    for table in (raw, raw.get("text_config") or {}):
+        if isinstance(table.get("tie_word_embeddings"), bool):
+            return table["tie_word_embeddings"]
+    return bool(config.get("tie_word_embeddings")) and not any(
+        name.endswith("lm_head.weight") for name in tensor_names(folder)
+    )
 
 
 def _swallowed(raw: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:

@@ -182,8 +182,8 @@ def _latent(k: Keys) -> Latent:
     heads, plain, turning_dim = (k.size(n) for n in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim"))
     for name in ("hidden_size", "num_key_value_heads", "head_dim", "num_nextn_predict_layers"):
         k.take(name)  # what other keys say too, or what is not computed
-    table = k.peek("rope_parameters") or {}
-    stretched = table.get("factor") or 1.0 if table.get("rope_type") == "yarn" else 1.0
+    turns = read.rope(k, turning_dim, interleaved=k.flag("rope_interleave", True))
+    stretched, table = turns.factor if turns.kind == "yarn" else 1.0, k.peek("rope_parameters")
     return Latent(
         heads,
         k.size("q_lora_rank") if k.peek("q_lora_rank") else k.take("q_lora_rank"),
@@ -191,8 +191,8 @@ def _latent(k: Keys) -> Latent:
         plain,
         turning_dim,
         k.size("v_head_dim"),
-        scale=(plain + turning_dim) ** -0.5 * read.grown(stretched, table.get("mscale_all_dim") or 0.0) ** 2,
-        rope=read.rope(k, turning_dim, interleaved=k.flag("rope_interleave", True)),
+        scale=(plain + turning_dim) ** -0.5 * read.grown(stretched, float(table.get("mscale_all_dim") or 0.0)) ** 2,
+        rope=turns,
         norm=Norm(1e-6),
         bias=k.flag("attention_bias"),
     )

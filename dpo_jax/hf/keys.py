@@ -103,8 +103,8 @@ FIXED: dict[str, dict[str, Any]] = {
     "stablelm": {"rotary_scaling_factor": 1.0},
     "starcoder2": {"mlp_type": "default", "norm_type": "layer_norm"},
 }
-"""Keys of a family's own code that transformers' code of it passes over, and the value with which both compute the
-same; they go before those of `REQUIRED`."""
+"""Keys of a family's first code that transformers passes over, and the value with which both compute the same; they are
+read before all others."""
 
 AGAIN = {
     "attention_head_dim": "head_dim",

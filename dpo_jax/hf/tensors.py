@@ -166,6 +166,12 @@ class Tensors:
             raise UserError(f"{self.folder / self.infos[name].file}: tensor {name!r}: {one_line(error)}") from error
 
 
+def tensor_names(folder: Path) -> list[str]:
+    """Names of the folder's tensors; none where it has no tensor files (yet)."""
+    there = any(os.path.lexists(folder / name) for name in (SINGLE, INDEX))
+    return list(Tensors(folder).infos) if there else []
+
+
 def _open(folder: Path, file: str) -> Any:
     path = member(folder, file)
     try:
