@@ -245,7 +245,10 @@ def _run(spec: DecoderSpec, params: Params, tokens, context: Context, execution:
         carry, (remembered, routing) = _repeat(pattern, carry, stacked, segment.repeats, execution.scan_layers)
         found |= {name: value for name, value in zip(names, remembered, strict=True) if name in memory}
         routings += [jax.tree.map(lambda leaf: leaf.sum(axis=0), one) for one in routing if one is not None]
-    return ends.last(carry.x), found, functools.reduce(_added, routings) if routings else None
+    # Said again after the last block: without it XLA has computed wrong numbers where a projection follows a scan and
+    # rows are split over two axes of the mesh (OPT-350m's layout on 2 x 2 x 2 devices, jax 0.10.2 and 0.12).
+    x = _settled(carry.x, context.activations)
+    return ends.last(x), found, functools.reduce(_added, routings) if routings else None
 
 
 def _inputs_of(segment: specs.Segment, inputs: Array | None) -> Array | None:
