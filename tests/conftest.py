@@ -1,5 +1,6 @@
 """What every test stands on: four fake CPU devices, no compile cache, and arrays that never promote on their own."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -16,6 +17,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_what_was_compiled():
+    """Each program that is compiled for a CPU keeps memory mapped, and a process that compiles thousands runs out."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

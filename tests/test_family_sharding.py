@@ -69,21 +69,32 @@ def mesh_of(sizes: dict[str, int]):
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("name", KINDS)
 def test_a_mesh_changes_nothing(name, mesh):
-    folder = own(name)
-    wanted = np.tile(our_logits(ours(folder.path), folder.ids), (2, 1, 1))
-    found = sharded_logits(folder.path, np.tile(folder.ids, (2, 1)), mesh_of(MESHES[mesh]))
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=LOGIT)
+    found = sharded_logits(own(name).path, four_rows(name), mesh_of(MESHES[mesh]))
+    np.testing.assert_allclose(found, wanted_of(name), rtol=0, atol=LOGIT)
+
+
+def four_rows(name: str) -> np.ndarray:
+    """The folder's rows, and the same backwards."""
+    return np.concatenate([own(name).ids, own(name).ids[:, ::-1]])
+
+
+@functools.cache
+def wanted_of(name: str) -> np.ndarray:
+    """Their logits on one device."""
+    model, ids = ours(own(name).path), four_rows(name)
+    return np.concatenate([our_logits(model, ids[:2]), our_logits(model, ids[2:])])
 
 
 @functools.cache
 def on_eight() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Logits found on eight devices and wanted, by name.
 
-    In a process of its own, as the number of devices is settled when JAX starts; one row for each part of the batch.
+    In a process of its own, as the number of devices is settled when JAX starts; one row for each part of the batch,
+    and no two alike, so that it shows if they are mixed up.
     """
     folders = {name: own(name).path for name in ON_EIGHT}
     for name, folder in folders.items():
-        np.save(folder / "ids.npy", np.concatenate([own(name).ids, own(name).ids[::-1]]))
+        np.save(folder / "ids.npy", four_rows(name))
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
         [sys.executable, "-c", EIGHT, *map(str, folders.values())],
@@ -93,11 +104,7 @@ def on_eight() -> dict[str, tuple[np.ndarray, np.ndarray]]:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    wanted = {name: our_logits(ours(folder), own(name).ids) for name, folder in folders.items()}
-    return {
-        name: (np.load(folder / "eight.npy"), np.concatenate([wanted[name], wanted[name][::-1]]))
-        for name, folder in folders.items()
-    }
+    return {name: (np.load(folder / "eight.npy"), wanted_of(name)) for name, folder in folders.items()}
 
 
 @pytest.mark.parametrize("name", ON_EIGHT)

@@ -161,7 +161,8 @@ def _check_labels(raw: dict[str, Any], k: Keys) -> None:
 def _check_raw(raw: dict[str, Any], k: Keys) -> None:
     """What must be known before transformers sees the folder, and what it would settle in silence."""
     if "auto_map" in raw:
-        raise k.refuse("auto_map", raw["auto_map"], "the model brings its own code, which is never run")
+        why = "the model brings its own code, never run; if transformers knows the family, remove the key from a copy"
+        raise k.refuse("auto_map", raw["auto_map"], why)
     if "configuration_files" in raw:
         raise k.refuse("configuration_files", raw["configuration_files"], "the whole config must stand in config.json")
     _text_type(raw, k)
