@@ -98,10 +98,12 @@ CONFIGS: dict[str, Config] = {
     "cohere": ("cohere", {**WIDE, "logit_scale": 0.5, "attention_bias": True, "tie_word_embeddings": False}),
     "cohere_normed": ("cohere", {**WIDE, "logit_scale": 0.25, "use_qk_norm": True}),
     "cohere2": ("cohere2", {**SIZED, "logit_scale": 0.5, "sliding_window": 4, "layer_types": [SLIDING, SLIDING, FULL]}),
+    "cohere2_unwindowed": ("cohere2", {**SIZED, "logit_scale": 0.5, "sliding_window": 4, "layer_types": [FULL] * 3}),
     "deepseek_v3": ("deepseek_v3", {**DEEPSEEK, "n_shared_experts": 2, "routed_scaling_factor": 1.5}),
     "deepseek_v3_plain": (
         "deepseek_v3",
-        {**DEEPSEEK, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "n_shared_experts": 1},
+        {**DEEPSEEK, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": False,
+         "n_shared_experts": 1},
     ),
     "deepseek_v3_yarn": (
         "deepseek_v3",
@@ -115,7 +117,11 @@ CONFIGS: dict[str, Config] = {
     ),
     "ernie4_5": ("ernie4_5", {**SIZED, "use_bias": True, "tie_word_embeddings": False}),
     "exaone4": ("exaone4", {**SIZED, "sliding_window": 4, "layer_types": [SLIDING, FULL, SLIDING]}),
-    "exaone4_full": ("exaone4", {**SIZED, "sliding_window": None, "layer_types": [FULL] * 3, "rope_parameters": LLAMA3}),
+    "exaone4_full": (
+        "exaone4",
+        {**SIZED, "sliding_window": None, "layer_types": [FULL] * 3, "rope_parameters": LLAMA3},
+    ),
+    "exaone4_unwindowed": ("exaone4", {**SIZED, "sliding_window": 4, "layer_types": [FULL] * 3}),
     "falcon_serial": ("falcon", {**FALCON, "multi_query": False, "parallel_attn": False, "bias": True}),
     "falcon_heads": ("falcon", {**FALCON, "multi_query": False, "parallel_attn": True, "ffn_hidden_size": 56}),
     "falcon_query": ("falcon", {**FALCON, "multi_query": True, "parallel_attn": True, "tie_word_embeddings": False}),

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from safetensors.numpy import load_file
 
 from dpo_jax.hf.checkpoint import load_hf
@@ -46,11 +45,6 @@ KINDS = {
 }
 """One model of each kind of structure, for what would take too long with all."""
 
-BLOCKED = {
-    "hunyuan_v1_dense": pytest.mark.xfail(strict=True, reason="families._hunyuan: the nulls it writes are refused"),
-}
-"""Configs that a known fault keeps from being read."""
-
 _SCRATCH = tempfile.TemporaryDirectory(prefix="families-")
 atexit.register(_SCRATCH.cleanup)
 
@@ -71,8 +65,7 @@ def scratch(name: str) -> Path:
 @functools.cache
 def own(name: str) -> Folder:
     """The folder of a config of our own."""
-    import torch
-
+    torch = one_thread()
     model = random_model(*CONFIGS[name], seed=zlib.crc32(name.encode()))
     ids = np.random.default_rng(1).integers(3, 88, (ROWS, LENGTH)).astype(np.int32)
     wanted = torch_logits(model, ids)
@@ -107,10 +100,17 @@ def read(path: Path) -> dict[str, np.ndarray]:
 # ------------------------------------------------------------------------------------------------ PyTorch
 
 
-def random_model(kind: str, fields: dict[str, Any], seed: int) -> Any:
-    """PyTorch's model of a config."""
+def one_thread() -> Any:
+    """PyTorch without threads: to wait for each other takes them longer than these tiny products."""
     import torch
 
+    torch.set_num_threads(1)
+    return torch
+
+
+def random_model(kind: str, fields: dict[str, Any], seed: int) -> Any:
+    """PyTorch's model of a config."""
+    torch = one_thread()
     with quiet():
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
@@ -141,8 +141,7 @@ def weights_of(model: Any) -> list[tuple[str, Any]]:
 
 def reloaded(path: Path) -> tuple[Any, dict[str, Any]]:
     """PyTorch's model of a folder, and what it has to say about keys that did not fit."""
-    import torch
-
+    torch = one_thread()
     with quiet():
         from transformers import AutoModelForCausalLM
 
@@ -153,8 +152,7 @@ def reloaded(path: Path) -> tuple[Any, dict[str, Any]]:
 
 def torch_logits(model: Any, ids: np.ndarray) -> np.ndarray:
     """Logits of ordinary rows."""
-    import torch
-
+    torch = one_thread()
     tokens = torch.tensor(ids.astype(np.int64))
     with quiet(), torch.no_grad():
         return model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits.numpy()

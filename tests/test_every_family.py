@@ -15,7 +15,6 @@ from dpo_jax.model.decoder import abstract_params
 from dpo_jax.training.optimizer import decay_mask
 from tests.family_configs import CONFIGS
 from tests.family_models import (
-    BLOCKED,
     KINDS,
     LOGITS,
     Folder,
@@ -44,7 +43,7 @@ def kept(request, shared) -> Folder:
     return golden(shared / "families" / request.param)
 
 
-@pytest.fixture(params=[pytest.param(name, marks=BLOCKED.get(name, ())) for name in CONFIGS])
+@pytest.fixture(params=list(CONFIGS))
 def fresh(request) -> Folder:
     """A folder that PyTorch has just written."""
     return own(request.param)

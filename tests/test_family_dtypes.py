@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import optax
 import pytest
 from safetensors.numpy import save_file
 
@@ -49,7 +48,7 @@ def halved(name: str) -> Path:
 
 
 @functools.cache
-def trained(name: str) -> tuple[Model, Model, Model]:
+def trained(name: str) -> list[Model]:
     """The model as it came, after a step of the project's own at rate 0, and after one more at `RATE`."""
     model = load_hf(halved(name))
     optimizer = make_optimizer(OptimizerSettings(weight_decay=1.0))
@@ -61,7 +60,7 @@ def trained(name: str) -> tuple[Model, Model, Model]:
         state, metrics = step(states[-1], model.params, batches.at(number))
         assert np.isfinite(metrics["loss"]) and metrics["skipped_steps"] == 0
         states.append(state)
-    return tuple(Model(model.spec, state["params"]) for state in states)
+    return [Model(model.spec, state["params"]) for state in states]
 
 
 def bits(folder: Path) -> dict[str, tuple]:

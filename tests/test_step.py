@@ -243,9 +243,7 @@ def test_the_whole_gradient_is_trls(trl):
     theirs = load_file(trl.path / "grad_sigmoid.safetensors")
     for entry in entries_of(trl.policy.spec, trl.path / "model"):
         want = theirs[entry.name]
-        np.testing.assert_allclose(
-            entry.of(ours), want, rtol=1e-4, atol=1e-4 * np.abs(want).max(), err_msg=entry.name
-        )
+        np.testing.assert_allclose(entry.of(ours), want, rtol=1e-4, atol=1e-4 * np.abs(want).max(), err_msg=entry.name)
 
 
 def test_the_weights_after_eight_steps_are_trls(trl):

@@ -174,15 +174,15 @@ def types_of(k: Keys, *allowed: str) -> tuple[str, ...]:
 
 
 def by_type(k: Keys, *, used: bool = True, nope: bool = False) -> Each:
-    """A window for layers of type sliding; with `nope` the others have no rotation then."""
-    types = types_of(k)
+    """A window for layers of type sliding; with `nope` the others have no rotation where the config has a window."""
+    types, still = types_of(k), nope and k.peek("sliding_window") is not None
     sliding = used and SLIDING in types
     window = k.size("sliding_window") if sliding else k.take("sliding_window")
 
     def each(i: int, layer: Layer) -> Layer:
         if sliding and types[i] == SLIDING:
             return mixed(layer, window=window)
-        return mixed(layer, rope=None) if sliding and nope else layer
+        return mixed(layer, rope=None) if still else layer
 
     return each
 
