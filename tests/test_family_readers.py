@@ -15,7 +15,7 @@ from dpo_jax.hf.configs import quiet, read_spec
 from dpo_jax.hf.keys import REQUIRED
 from dpo_jax.settings import UserError
 from tests.family_configs import CONFIGS, FULL, SLIDING
-from tests.family_models import LOGITS, UNTURNED, our_logits, own, raw_config, theirs, torch_logits
+from tests.family_models import LOGITS, our_logits, own, raw_config, theirs, torch_logits
 
 pytest.importorskip("torch")
 SAME = 2e-5
@@ -48,7 +48,6 @@ PARTIAL = pytest.mark.xfail(
     strict=True, reason="readers: a default rotation of a type of layers takes a share that transformers does not"
 )
 UNREAD = {
-    "exaone4_full": UNTURNED,
     "qwen2_moe": pytest.mark.xfail(
         strict=True, reason="readers.by_type: sliding layers are passed over where use_sliding_window is false"
     ),
