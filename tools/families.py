@@ -16,10 +16,8 @@ from safetensors.numpy import load_file
 
 from dpo_jax.config import quiet_libraries
 from dpo_jax.hf.checkpoint import load_hf
-from dpo_jax.hf.verify import check
+from dpo_jax.hf.verify import ALLOWED, check
 from dpo_jax.model.decoder import logits
-
-ALLOWED = 2e-4
 
 
 def golden_difference(folder: Path) -> float | None:

@@ -160,9 +160,7 @@ def _read(source: Tensors, found: _Found, bounds: tuple[tuple[int, int], ...]) -
     if bad:
         where = source.folder / source.infos[name].file
         raise UserError(f"{where}: tensor {name!r} has {bad} values that are NaN or infinite; the model is damaged")
-    return np.ascontiguousarray(found.entry.unpack(array, found.number)).reshape(
-        found.part.shape if not bounds else tuple(stop - start for start, stop in bounds)
-    )
+    return np.asarray(found.entry.unpack(array, found.number), order="C")
 
 
 def _below(sharding: Sharding | None, axes: int) -> Sharding | None:

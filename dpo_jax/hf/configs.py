@@ -110,10 +110,7 @@ def _text_type(raw: dict[str, Any], k: Keys) -> str:
     kind = raw.get("model_type")
     if isinstance(kind, str) and kind in WRAPPERS:
         inner = raw.get("text_config")
-        text = (inner if isinstance(inner, dict) else {}).get("model_type")
-        kind = text or {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "qwen3_5": "qwen3_5_text"}.get(
-            kind, "mistral"
-        )
+        kind = (inner if isinstance(inner, dict) else {}).get("model_type") or WRAPPERS[kind]
     if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(sorted([*FAMILIES, *WRAPPERS]))
         raise k.refuse("model_type", kind, f"not supported; supported: {known}")

@@ -221,7 +221,7 @@ def claim(spec: DecoderSpec, infos: Mapping[str, TensorInfo], where: str, scheme
     for alias in second.values():
         first = next(name for name, entry in table.items() if entry.parts == alias.parts)
         if alias.name in infos and first not in infos:  # some tools keep only the second name of a shared tensor
-            table = {alias.name if name == first else name: entry for name, entry in table.items()}
+            del table[first]
             table[alias.name] = alias
     missing = [name for name in table if name not in infos]
     if missing:

@@ -42,7 +42,7 @@ class Block(nnx.Module):
     def __init__(self, layer: specs.Layer, spec: DecoderSpec, *, rngs: nnx.Rngs):
         """Fresh layer."""
         width, place = spec.width, layer.place
-        before, behind = place not in ("post",), place in ("post", "sandwich")
+        before, behind = place != "post", place in ("post", "sandwich")
         self.attention_norm = Norm(spec.norm, width) if before else None
         self.attention = _attention(layer.mixer, width, rngs)
         self.delta = DeltaNet(layer.mixer, width, rngs=rngs) if isinstance(layer.mixer, specs.Delta) else None

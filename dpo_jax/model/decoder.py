@@ -19,7 +19,7 @@ from dpo_jax.model import spec as specs
 from dpo_jax.model.attention import Layout, causal
 from dpo_jax.model.blocks import Block, Carry, Context, Ends
 from dpo_jax.model.delta import empty_memory
-from dpo_jax.model.experts import Routing
+from dpo_jax.model.experts import Routing, added
 from dpo_jax.model.mixers import Cached, KeyValue, Packed
 from dpo_jax.model.spec import DecoderSpec
 
@@ -88,10 +88,12 @@ def init_params(spec: DecoderSpec, key: PRNGKeyArray) -> Params:
 
 def stacks(spec: DecoderSpec) -> list[tuple[str, specs.Layer, list[int]]]:
     """Name of each stack of blocks, what its layers are, and their numbers."""
-    found: dict[int, list[int]] = {}
-    for number, (stack, _) in enumerate(specs.places(spec.layers)):
-        found.setdefault(stack, []).append(number)
-    return [(str(stack), spec.layers[numbers[0]], numbers) for stack, numbers in sorted(found.items())]
+    found = []
+    for segment in specs.segments(spec.layers):
+        for k, kind in enumerate(segment.kinds):
+            numbers = [segment.start + repeat * len(segment.kinds) + k for repeat in range(segment.repeats)]
+            found.append((str(segment.first + k), kind, numbers))
+    return found
 
 
 @functools.lru_cache
@@ -231,12 +233,8 @@ def _run(spec: DecoderSpec, params: Params, tokens, context: Context, execution:
     """Embed, run every block with its memory, normalise; also the new memory, and the routing of all layers."""
     ends = _merged(*_ends_graph(spec), {name: leaf for name, leaf in params.items() if name != "blocks"})
     x = _settled(ends.first(tokens, context.view.position), context.activations)
-    inputs, carry, found, routings = (
-        ends.each(tokens, x),
-        Carry(x, kept or _borrowed(spec, tokens.shape, x.dtype)),
-        {},
-        [],
-    )
+    inputs, carry = ends.each(tokens, x), Carry(x, kept or _borrowed(spec, tokens.shape, x.dtype))
+    found, routings = {}, []
     for segment in specs.segments(spec.layers):
         names = [str(segment.first + k) for k in range(len(segment.kinds))]
         weights, remembered = [params["blocks"][name] for name in names], [memory.get(name) for name in names]
@@ -248,7 +246,7 @@ def _run(spec: DecoderSpec, params: Params, tokens, context: Context, execution:
     # Said again after the last block: without it XLA has computed wrong numbers where a projection follows a scan and
     # rows are split over two axes of the mesh (OPT-350m's layout on 2 x 2 x 2 devices, jax 0.10.2 and 0.12).
     x = _settled(carry.x, context.activations)
-    return ends.last(x), found, functools.reduce(_added, routings) if routings else None
+    return ends.last(x), found, functools.reduce(added, routings) if routings else None
 
 
 def _inputs_of(segment: specs.Segment, inputs: Array | None) -> Array | None:
@@ -258,10 +256,6 @@ def _inputs_of(segment: specs.Segment, inputs: Array | None) -> Array | None:
     shape = (segment.repeats, len(segment.kinds))
     stop = segment.start + segment.repeats * len(segment.kinds)
     return inputs[segment.start : stop].reshape(*shape, *inputs.shape[1:])
-
-
-def _added(one: Routing, other: Routing) -> Routing:
-    return jax.tree.map(jnp.add, one, other)
 
 
 def _pattern(spec: DecoderSpec, kinds: tuple[specs.Layer, ...], context: Context, execution: Execution):

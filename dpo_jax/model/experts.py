@@ -39,6 +39,11 @@ class Routing(NamedTuple):
     """The weights."""
 
 
+def added(one: Routing, other: Routing) -> Routing:
+    """The sums over the tokens of both."""
+    return Routing(one.counts + other.counts, one.scores + other.scores, one.total + other.total)
+
+
 def load_balance(counts: Float[Array, " E"], scores: Float[Array, " E"], total: Float[Array, ""]) -> Float[Array, ""]:
     """`E sum_e (counts_e / total) (scores_e / total)`, the auxiliary loss of arXiv:2101.03961, equations 4 to 6.
 

@@ -80,7 +80,7 @@ class Packed:
 
 def _lengths(spec: specs.DecoderSpec, layout: Layout) -> Int[Array, "B T"]:
     """Tokens of the longest text of each slot's group; zeros where no rotation depends on it."""
-    if spec.shares_trunk(2**62):
+    if spec.short_texts is None:
         return jnp.zeros_like(layout.position)
     same = layout.group[:, :, None] == layout.group[:, None, :]
     return jnp.where(same, layout.position[:, None, :], 0).max(axis=-1) + 1

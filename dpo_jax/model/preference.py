@@ -14,7 +14,7 @@ from dpo_jax.losses import Pairs
 from dpo_jax.metrics import Means, means, merge, preference_metrics
 from dpo_jax.mixture import START, Moment, counts_of, outcomes, start_constant, total
 from dpo_jax.model.decoder import DEFAULT_EXECUTION, Execution, cast
-from dpo_jax.model.experts import Routing, load_balance
+from dpo_jax.model.experts import Routing, added, load_balance
 from dpo_jax.model.scoring import Scores, Wanted, fold, pairs_of, score, token_metrics
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.objectives import Kind
@@ -241,9 +241,9 @@ def _nothing(problem: Problem, batch: Any) -> Seen:
     pairs, statistics = jax.eval_shape(first, batch)
     depth = batch.real.shape[0]
     stack = jax.tree.map(lambda leaf: jnp.zeros((depth, *leaf.shape), leaf.dtype), pairs)
-    experts, none = problem.spec.experts, jnp.zeros(())
-    empty = jnp.zeros((experts.count,)) if experts is not None and problem.balances else None
-    routing = None if empty is None else Routing(empty, empty, none)
+    experts, routing = problem.spec.experts, None
+    if experts is not None and problem.balances:
+        routing = Routing(jnp.zeros((experts.count,)), jnp.zeros((experts.count,)), jnp.zeros(()))
     return Seen(stack, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), statistics), routing)
 
 
@@ -251,7 +251,7 @@ def _absorbed(sofar: Seen, seen: Seen, number: Any) -> Seen:
     """With one micro-batch more in its place, without its gradient."""
     pairs, statistics, routing = lax.stop_gradient((seen.pairs, seen.statistics, seen.routing))
     stack = jax.tree.map(lambda all, one: all.at[number].set(one), sofar.pairs, pairs)
-    sums = None if routing is None else Routing(*jax.tree.map(jnp.add, tuple(sofar.routing or ()), tuple(routing)))
+    sums = None if routing is None or sofar.routing is None else added(sofar.routing, routing)
     return Seen(stack, merge(sofar.statistics, statistics), sums)
 
 

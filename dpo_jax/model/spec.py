@@ -224,15 +224,20 @@ class DecoderSpec:
         """The experts of the first layer that has any."""
         return next((layer.experts for layer in self.layers if layer.experts is not None), None)
 
+    @property
+    def short_texts(self) -> int | None:
+        """Tokens up to which every text turns alike (longrope's original length); None where any text does."""
+        mixers = {layer.mixer for layer in self.layers}
+        ropes = [mixer.rope for mixer in mixers if not isinstance(mixer, Delta) and mixer.rope is not None]
+        return min((rope.original_positions for rope in ropes if rope.kind == "longrope"), default=None)
+
     def shares_trunk(self, longest: int) -> bool:
         """Whether completions of texts of at most `longest` tokens may share one computed prompt.
 
         Not where a layer carries a running state, nor where rotations depend on how long the whole text is.
         """
-        mixers = {layer.mixer for layer in self.layers}
-        ropes = [mixer.rope for mixer in mixers if not isinstance(mixer, Delta) and mixer.rope is not None]
-        lengths = [rope.original_positions for rope in ropes if rope.kind == "longrope"]
-        return not any(isinstance(mixer, Delta) for mixer in mixers) and all(longest <= length for length in lengths)
+        running = any(isinstance(layer.mixer, Delta) for layer in self.layers)
+        return not running and (self.short_texts is None or longest <= self.short_texts)
 
 
 class Segment(NamedTuple):
@@ -272,13 +277,3 @@ def _period(layers: tuple[Layer, ...]) -> int:
     """The shortest pattern that these layers repeat a whole number of times."""
     size = len(layers)
     return next(p for p in range(1, size + 1) if size % p == 0 and layers[p:] == layers[: size - p])
-
-
-@functools.lru_cache
-def places(layers: tuple[Layer, ...]) -> tuple[tuple[int, int], ...]:
-    """Where the weights of each layer lie: (stack, entry of it)."""
-    found = []
-    for segment in segments(layers):
-        for repeat in range(segment.repeats):
-            found += [(segment.first + kind, repeat) for kind in range(len(segment.kinds))]
-    return tuple(found)
