@@ -10,6 +10,7 @@ import pytest
 from dpo_jax.evaluation.generate import Decoding, generate
 from dpo_jax.model import decoder
 from dpo_jax.model.decoder import Model, empty_cache
+from dpo_jax.settings import UserError
 from tests.family_models import KINDS, LENGTH, our_logits, ours, own
 
 pytest.importorskip("torch")
@@ -91,6 +92,15 @@ def greedy(name: str, *, padded: bool) -> list[bool]:
 @pytest.mark.parametrize("name", ["qwen3_5_text", "gemma4_text", "bloom", "opt_narrow", "deepseek_v3"])
 def test_greedy_answers_are_the_likeliest_tokens(name):
     assert all(greedy(name, padded=True))
+
+
+@pytest.mark.parametrize("name", ["llama_longrope", "phi3_long"])
+def test_longrope_is_sampled_up_to_its_original_length_and_no_further(name):
+    model, limit = ours(own(name).path), ours(own(name).path).spec.short_texts
+    prompt = own(name).ids[0, : limit - 2].tolist()
+    assert len(generate(model.spec, model.params, [prompt], Decoding(max_new_tokens=2))[0].tokens) == 2
+    with pytest.raises(UserError, match=f"{limit - 2} tokens, and 3 more pass the {limit} up to which longrope"):
+        generate(model.spec, model.params, [prompt], Decoding(max_new_tokens=3))
 
 
 @pytest.mark.xfail(strict=True, reason="the cache keeps keys as the short factors turned them")

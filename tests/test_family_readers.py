@@ -44,9 +44,6 @@ ROPES = {
     "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.5},
     "none such": {"rope_type": "helix"},
 }
-PARTIAL = pytest.mark.xfail(
-    strict=True, reason="readers: a default rotation of a type of layers takes a share that transformers does not"
-)
 UNREAD = {
     "qwen2_moe": pytest.mark.xfail(
         strict=True, reason="readers.by_type: sliding layers are passed over where use_sliding_window is false"
@@ -163,9 +160,7 @@ def test_an_unknown_key_is_refused_by_name(name, tmp_path):
 
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("name", TURNED)
-def test_a_rotation_is_that_of_pytorch_or_refused(name, rope, tmp_path, request):
-    if rope == "partial" and name in ("gemma3_text", "gemma4_text", "olmo3"):
-        request.applymarker(PARTIAL)
+def test_a_rotation_is_that_of_pytorch_or_refused(name, rope, tmp_path):
     folder = tmp_path / "turned"
     shutil.copytree(own(name).path, folder)
     write(folder, with_rope(raw_config(folder), ROPES[rope]))

@@ -27,6 +27,7 @@ from dpo_jax.model.decoder import Cache, Params, empty_cache, extend, head_logit
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.settings import UserError
 
+KNOWN = "positions that the model knows"
 READ_AT_ONCE = 256
 """Prompt tokens of a row that are read in one piece; bounds the memory that attention takes."""
 NOTHING = -1
@@ -134,8 +135,7 @@ def generate(
     Raises:
       UserError: a prompt is empty or has a token that the model does not know, or the decoding makes no sense.
     """
-    check(decoding)
-    _check_prompts(spec, prompts, decoding.max_new_tokens)
+    _check_sampled(spec, prompts, decoding)
     answers: dict[int, Answer] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), batch_size):
@@ -152,8 +152,7 @@ def stream(
     spec: DecoderSpec, params: Params, prompt: Sequence[int], decoding: Decoding, *, seed: int = 0, every: int = 8
 ) -> Iterator[Answer]:
     """The answer that `generate` gives to this one prompt, so far, each time that it is `every` tokens longer."""
-    check(decoding)
-    _check_prompts(spec, [prompt], decoding.max_new_tokens)
+    _check_sampled(spec, [prompt], decoding)
     rule, capacity = rule_of(decoding), _rounded(decoding.max_new_tokens)
     state = _read(spec, params, _rows([prompt], [0], 1, 1), np.uint32(seed), capacity=capacity)
     for until in range(every, decoding.max_new_tokens + every, every):
@@ -181,7 +180,15 @@ def check(decoding: Decoding) -> None:
             raise UserError(f"{name} = {value}: must be {wanted}")
 
 
-def _check_prompts(spec: DecoderSpec, prompts: Sequence[Sequence[int]], new: int) -> None:
+def _check_sampled(spec: DecoderSpec, prompts: Sequence[Sequence[int]], decoding: Decoding) -> None:
+    check(decoding)
+    _check_prompts(spec, prompts)
+    _check_room(prompts, decoding.max_new_tokens, spec.positions, KNOWN)
+    # beyond it longrope turns a whole text anew, and a cache keeps keys as they were turned
+    _check_room(prompts, decoding.max_new_tokens, spec.short_texts, "up to which longrope can be sampled here")
+
+
+def _check_prompts(spec: DecoderSpec, prompts: Sequence[Sequence[int]]) -> None:
     for number, prompt in enumerate(prompts, 1):
         if not len(prompt):
             raise UserError(f"prompt {number} has no tokens, and an answer needs something to follow; write something")
@@ -190,10 +197,13 @@ def _check_prompts(spec: DecoderSpec, prompts: Sequence[Sequence[int]], new: int
                 f"prompt {number} has token {strange[0]}, and the model knows 0..{spec.vocab_size - 1}; "
                 "use the tokenizer of the model's own folder"
             )
-        if spec.positions is not None and len(prompt) + new > spec.positions:
+
+
+def _check_room(prompts: Sequence[Sequence[int]], new: int, limit: int | None, why: str) -> None:
+    for number, prompt in enumerate(prompts, 1):
+        if limit is not None and len(prompt) + new > limit:
             raise UserError(
-                f"prompt {number} has {len(prompt)} tokens, and {new} more pass the {spec.positions} positions "
-                "that the model knows; ask for fewer"
+                f"prompt {number} has {len(prompt)} tokens, and {new} more pass the {limit} {why}; ask for fewer"
             )
 
 
@@ -358,7 +368,8 @@ def answer_logprobs(
 
     An empty answer has log-probability 0.
     """
-    _check_prompts(spec, prompts, max(map(len, answers), default=0))
+    _check_prompts(spec, prompts)
+    _check_room(prompts, max(map(len, answers), default=0), spec.positions, KNOWN)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]) + len(answers[index]))
     scores: dict[int, float] = {}
     for start in range(0, len(order), batch_size):

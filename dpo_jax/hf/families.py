@@ -304,9 +304,8 @@ def _gpt_bigcode(k: Keys) -> DecoderSpec:
 
 def _gptj(k: Keys) -> DecoderSpec:
     k.rename(GPT)
-    turns = Rope(
-        channels=k.size("rotary_dim", k.peek("hidden_size") // k.peek("num_attention_heads")), interleaved=True
-    )
+    size = k.peek("hidden_size") // k.peek("num_attention_heads")
+    turns = Rope(channels=k.size("rotary_dim", size), interleaved=True)
     fed = mlp(k, width=4 * k.peek("hidden_size"), gated=False, bias=True)
     norm, layer = read.layer_norm(k, "layer_norm_epsilon"), {"place": "parallel"}
     return decoder(k, attention(k, rope=turns), fed, norm, layer=layer, head_bias=True)

@@ -20,9 +20,13 @@ FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention
 def rope(
     k: Keys, head_dim: int, *, interleaved: bool = False, partial: bool = False, table: Keys | None = None
 ) -> Rope:
-    """What `rope_parameters`, or one table of it, says of heads of this size; `partial` where a part may turn."""
-    table = k.part("rope_parameters") if table is None else table
+    """What `rope_parameters`, or one table of it, says of heads of this size; `partial` where a part may turn.
+
+    Of a default table for one type of layers transformers takes no part, whatever it says.
+    """
+    by_type, table = table is not None, k.part("rope_parameters") if table is None else table
     kind = table.take("rope_type", "default")
+    partial = partial and not (by_type and kind == "default")
     table.require({"type": kind} if partial else {"type": kind, "partial_rotary_factor": 1.0})
     share = table.positive("partial_rotary_factor", (k.perhaps("partial_rotary_factor") if partial else None) or 1.0)
     channels = int(head_dim * share)
