@@ -1,5 +1,7 @@
 """Laws of generation: the cache, batches, pieces and devices change how an answer is computed, never the answer."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -225,3 +227,15 @@ def test_what_cannot_be_answered_is_refused(prompts, changes, words, weights):
 
 def test_no_prompts_no_answers(weights):
     assert generate(SPEC, weights, [], GREEDY) == []
+
+
+def test_texts_longer_than_the_learned_positions_are_refused():
+    """Before anything is computed: there are no weights to compute with."""
+    short = dataclasses.replace(SPEC, positions=16)
+    message = "prompt 2 has 9 tokens, and 8 more pass the 16 positions that the model knows; ask for fewer"
+    with pytest.raises(UserError, match=message):
+        generate(short, {}, [[1], [2] * 9], Decoding(8))
+    with pytest.raises(UserError, match=message.replace("prompt 2", "prompt 1")):
+        next(stream(short, {}, [2] * 9, Decoding(8)))
+    with pytest.raises(UserError, match=message):
+        answer_logprobs(short, {}, [[1], [2] * 9], [[3], [4] * 8])
