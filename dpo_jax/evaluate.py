@@ -40,17 +40,17 @@ def main(argv: Sequence[str]) -> int:
 
 def evaluate(run: config.Run, quiet: bool = False) -> tuple[dict[str, float], int]:
     """Metrics of `run.model` against `run.reference` over the pairs of `run.data.train`, and how many these are."""
-    from dpo_jax import exchange, loop, stages
+    from dpo_jax import exchange, loop, models, stages
     from dpo_jax.hf.tokenizer import load_tokenizer
 
     folder = Path(run.output)
-    mesh = stages.make_mesh(run)
+    mesh = models.make_mesh(run)
     sources = exchange.find_models(run, {})
     tokenizer = load_tokenizer(sources.policy, run.data.template)
     data = stages.load_data(run, tokenizer, folder, _silent if quiet else print)
-    stages.check_models(run, sources)
-    policy = stages.load_model(sources.policy, mesh, scalar_head=run.objective.trains_reward_model)
-    problem = stages.make_problem(run, policy, mesh)
+    models.check_models(run, sources)
+    policy = models.load_model(sources.policy, mesh, scalar_head=run.objective.trains_reward_model)
+    problem = models.make_problem(run, policy, mesh)
     with stages.make_journal(run, folder, 1, None, process=int(quiet)) as journal:
         reference = stages.make_reference(run, sources, policy, problem, data, mesh, journal)
         held_out = stages.Data(data.train, data.train, data.dropped, data.report)

@@ -23,8 +23,9 @@ from dpo_jax.exchange import Sources, is_policy
 from dpo_jax.mixture import as_measured
 from dpo_jax.model.decoder import Model, cast
 from dpo_jax.model.preference import Problem, evaluate_batch
+from dpo_jax.models import shares
 from dpo_jax.settings import UserError
-from dpo_jax.stages import Data, Reference, cache_folder, shares, sweep
+from dpo_jax.stages import Data, Reference, cache_folder, sweep
 from dpo_jax.training.alarms import Alarms
 from dpo_jax.training.checkpoints import Checkpoints
 from dpo_jax.training.journal import Journal, read_records

@@ -22,12 +22,11 @@ from dpo_jax.data.entries import as_entries
 from dpo_jax.evaluation import preference
 from dpo_jax.exchange import Sources, is_policy
 from dpo_jax.hf import checkpoint as hf
-from dpo_jax.hf import tensors
-from dpo_jax.hf.configs import read_spec
-from dpo_jax.model.decoder import Execution, Model, abstract_params, cast
+from dpo_jax.model.decoder import Model, cast
 from dpo_jax.model.preference import Problem
 from dpo_jax.model.scoring import score_batch
 from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.models import load_model, shares, weights_digest
 from dpo_jax.settings import UserError
 from dpo_jax.terms import data_of
 from dpo_jax.training import reference as references
@@ -239,83 +238,6 @@ def attention_length() -> int:
     return 768 if jax.default_backend() == "cpu" else 8192
 
 
-# ---------------------------------------------------------------------------------------------- model
-
-
-def make_mesh(run: Run) -> jax.sharding.Mesh:
-    """The mesh of this machine's devices; float32 means float32 also where matrix units round by default."""
-    if compute_dtype(run) == "float32":
-        jax.config.update("jax_default_matmul_precision", "highest")
-    return sharding.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
-
-
-def compute_dtype(run: Run) -> str:
-    """dtype of activations and matrix products."""
-    if run.model.compute_dtype != "auto":
-        return run.model.compute_dtype
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def load_model(folder: Path, mesh: jax.sharding.Mesh, dtype: str = "float32", *, scalar_head: bool = False) -> Model:
-    """A folder's model, straight onto its shardings; with a scalar head, from a language model or a reward model."""
-    spec = read_spec(folder, scalar_head=scalar_head)
-    shardings = sharding.param_shardings(abstract_params(spec), mesh)
-    return hf.load_hf(folder, dtype=jnp.dtype(dtype), shardings=shardings, spec=spec)
-
-
-@functools.cache
-def weights_digest(folder: Path) -> str:
-    """Digest of the weights of a folder; every byte of them is read, so once is enough."""
-    return tensors.weights_digest(folder)
-
-
-def check_models(run: Run, sources: Sources) -> None:
-    """Read the configs of the policy and of another reference, before any weights.
-
-    Raises:
-      UserError: a folder or its config is not as it must be, or the two models know different tokens.
-    """
-    policy = read_spec(sources.policy, scalar_head=run.objective.trains_reward_model)
-    _check_length(run, "model.path", policy)
-    if run.model.router_aux and policy.experts is None:
-        raise UserError(f"model.router_aux: {run.model.router_aux} balances experts, and there are none; leave it out")
-    if run.reference.mode == "none" or is_policy(run):
-        return
-    reference = read_spec(sources.reference, scalar_head=False)
-    if reference.vocab_size != policy.vocab_size:
-        raise UserError(
-            f"reference.path: {run.reference.path} knows {reference.vocab_size} tokens and the policy "
-            f"{policy.vocab_size}; give a reference with the policy's tokenizer"
-        )
-    _check_length(run, "reference.path", reference)
-    if run.reference.mode == "live" and reference != policy:
-        raise UserError(
-            "reference.mode: live computes the reference as it computes the policy, and "
-            f"reference.path {run.reference.path} is another kind of model; give mode: cached"
-        )
-
-
-def _check_length(run: Run, setting: str, spec: DecoderSpec) -> None:
-    if spec.positions is not None and run.data.max_length > spec.positions:
-        raise UserError(
-            f"data.max_length: {run.data.max_length} is more than the {spec.positions} positions that {setting} "
-            f"knows; set it to {spec.positions} or less"
-        )
-
-
-def make_problem(run: Run, model: Model, mesh: jax.sharding.Mesh) -> Problem:
-    """The objective on this model."""
-    execution = Execution(run.model.scan_layers, run.model.remat, sharding.rows(mesh))
-    return Problem(
-        spec=model.spec,
-        terms=run.objective.terms,
-        compute_dtype=compute_dtype(run),
-        execution=execution,
-        statistics=run.log.token_statistics,
-        router_aux=model.spec.router_aux if run.model.router_aux is None else run.model.router_aux,
-    )
-
-
 # ---------------------------------------------------------------------------------------------- reference
 
 
@@ -388,11 +310,6 @@ def score_all(
 
     place = functools.partial(sharding.place, mesh=mesh)
     return preference.token_logprobs(scorer, params, batches, place, progress)
-
-
-def shares(run: Run, spec: DecoderSpec) -> bool:
-    """Whether prompts are laid out once for all their completions."""
-    return run.batch.share_prompts and spec.shares_trunk(run.data.max_length)
 
 
 # ---------------------------------------------------------------------------------------------- result

@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> int:
 
 def train(run: config.Run) -> int:
     """The whole job. Running it again goes on where it stopped; exit code 0 when done, 75 or 130 when stopped early."""
-    from dpo_jax import exchange, loop, stages
+    from dpo_jax import exchange, loop, models, stages
     from dpo_jax.hf.tokenizer import load_tokenizer
     from dpo_jax.training.checkpoints import Checkpoints
 
@@ -25,14 +25,14 @@ def train(run: config.Run) -> int:
             return stages.show_result(run, folder, "this run is finished already")
         exchange.check_export(run)
         sources = exchange.find_models(run, stages.recorded(folder))
-        mesh = stages.make_mesh(run)
+        mesh = models.make_mesh(run)
         tokenizer = load_tokenizer(sources.policy, run.data.template)
         data = stages.load_data(run, tokenizer, folder, print)
         steps = stages.number_of_steps(run, data)
         exam = loop.read_exam(run, sources, tokenizer)
-        stages.check_models(run, sources)
-        policy = stages.load_model(sources.policy, mesh, scalar_head=run.objective.trains_reward_model)
-        problem = stages.make_problem(run, policy, mesh)
+        models.check_models(run, sources)
+        policy = models.load_model(sources.policy, mesh, scalar_head=run.objective.trains_reward_model)
+        problem = models.make_problem(run, policy, mesh)
         with Checkpoints(folder / "checkpoints", run.checkpoint) as checkpoints:
             start = checkpoints.latest()
             with stages.make_journal(run, folder, steps, start) as journal:

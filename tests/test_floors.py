@@ -25,7 +25,7 @@ FLOORS = (
     (("evaluation",), 3, "evaluation"),
     (("reporting",), 4, "reporting"),
     (("config", "foreign"), 5, "config"),
-    (("stages", "loop", "exchange"), 6, "stages"),
+    (("stages", "loop", "models", "exchange"), 6, "stages"),
     *(((name,), 7, name) for name in ("train", "evaluate", "sample", "convert", "preview", "doctor")),
 )
 NUMERIC = {"jax", "jaxtyping", "numpy"}

@@ -117,6 +117,6 @@ def test_what_the_model_cannot_do_is_refused_before_weights_are_read(
     plain = world / "plain"
     if not plain.exists():
         write_config(plain, "llama", vocab_size=300)
-    monkeypatch.setattr("dpo_jax.stages.load_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("dpo_jax.models.load_model", lambda *_, **__: pytest.fail("weights were read"))
     assert train.main(arguments(world, family, "refused", setting.replace("PLAIN", str(plain)))) == 2
     assert message in capsys.readouterr().err
