@@ -304,7 +304,7 @@ def _row(session: Session, name: str, prompt: Any, given: "Answer") -> dict[str,
 
 def _scores(session: Session, ids: "Sequence[list[int]]", answers: "Sequence[Answer]") -> list[dict[str, float]]:
     """Of each answer with its end: log-probability under the first model, under the second, and the difference."""
-    from dpo_jax.evaluation.generate import answer_logprobs
+    from dpo_jax.evaluation.likelihood import answer_logprobs
 
     if len(session.speakers) == 1:
         return [{} for _ in answers]

@@ -49,6 +49,15 @@ _SCRATCH = tempfile.TemporaryDirectory(prefix="families-")
 atexit.register(_SCRATCH.cleanup)
 
 
+REASSOCIATION = 1e-5
+"""Largest difference, as a share of the largest logit, between two ways to add up the same float32 products."""
+
+
+def allowed(logits: np.ndarray) -> float:
+    """Largest difference allowed of a logit or a log-probability, where a model's logits are these."""
+    return REASSOCIATION * max(1.0, float(np.abs(logits).max()))
+
+
 class Folder(NamedTuple):
     """A model's folder, and the logits that PyTorch found for two rows of tokens."""
 
@@ -128,6 +137,8 @@ def random_model(kind: str, fields: dict[str, Any], seed: int) -> Any:
             noise = torch.randn(value.shape, generator=generator)
             matrix, table = value.ndim >= 2, any(part in name for part in ("embed", "wte", "wpe"))
             value.copy_(noise * (0.5 if table else 0.2) if matrix else value + 0.3 * noise)
+            if kind.startswith("gemma4") and name.endswith(("q_norm.weight", "k_norm.weight")):
+                value.mul_(0.5)  # scores are not divided by anything: at 1 they reach 50, and rounding with them
         with quiet():
             model.tie_weights()
     return model

@@ -116,11 +116,6 @@ def test_a_spec_says_what_the_config_says(tmp_path):
             },
             (7, None, 7, None),
         ),
-        (
-            "qwen3",
-            {"sliding_window": 7, "layer_types": ["sliding_attention"] * 4, "use_sliding_window": False},
-            (None,) * 4,
-        ),
     ],
 )
 def test_windows_are_where_the_family_puts_them(family, config, windows, tmp_path):
@@ -136,6 +131,15 @@ def test_windows_are_where_the_family_puts_them(family, config, windows, tmp_pat
         ({"model_type": "mamba"}, r'model_type = "mamba": not supported; supported: apertus, .*, llama, .*'),
         ({"model_type": ...}, "model_type = null: not supported"),
         ({"auto_map": {"AutoConfig": "evil.Config"}}, "auto_map = .*never run"),
+        (
+            {
+                "model_type": "qwen3",
+                "sliding_window": 7,
+                "layer_types": ["sliding_attention"] * 4,
+                "use_sliding_window": False,
+            },
+            'layer_types = "sliding_attention": not supported while use_sliding_window is false',
+        ),
         ({"hidden_act": "mish"}, 'hidden_act = "mish": not supported; supported: silu'),
         ({"rope_parameters": {"rope_type": "proportional", "factor": -2.0, "rope_theta": 1e4}}, "factor = -2.0"),
         ({**OLD, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, 'rope_type = "dynamic"'),

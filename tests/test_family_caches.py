@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.evaluation.generate import Decoding, generate
+from dpo_jax.evaluation import generate as generating
+from dpo_jax.evaluation.generate import Decoding, generate, stream
 from dpo_jax.model import decoder
 from dpo_jax.model.decoder import Model, empty_cache
-from dpo_jax.settings import UserError
 from tests.family_models import KINDS, LENGTH, our_logits, ours, own
 
 pytest.importorskip("torch")
@@ -76,9 +76,9 @@ def likeliest(model: Model, text: list[int], first: int, *, padded: bool) -> lis
     return found
 
 
-def greedy(name: str, *, padded: bool) -> list[bool]:
+def greedy(name: str, *, padded: bool, places=((0, 12), (1, 9))) -> list[bool]:
     model, ids = ours(own(name).path), own(name).ids
-    prompts = [ids[0, :12].tolist(), ids[1, :9].tolist()]
+    prompts = [ids[row, :size].tolist() for row, size in places]
     answers = generate(model.spec, model.params, prompts, Decoding(max_new_tokens=8))
     pairs = list(zip(prompts, answers, strict=True))
     assert all(len(answer.tokens) == 8 for answer in answers)
@@ -94,17 +94,36 @@ def test_greedy_answers_are_the_likeliest_tokens(name):
     assert all(greedy(name, padded=True))
 
 
-@pytest.mark.parametrize("name", ["llama_longrope", "phi3_long"])
-def test_longrope_is_sampled_up_to_its_original_length_and_no_further(name):
-    model, limit = ours(own(name).path), ours(own(name).path).spec.short_texts
-    prompt = own(name).ids[0, : limit - 2].tolist()
-    assert len(generate(model.spec, model.params, [prompt], Decoding(max_new_tokens=2))[0].tokens) == 2
-    with pytest.raises(UserError, match=f"{limit - 2} tokens, and 3 more pass the {limit} up to which longrope"):
-        generate(model.spec, model.params, [prompt], Decoding(max_new_tokens=3))
+LONGROPE = ["llama_longrope", "phi3_long"]
+"""Their original length is 16."""
 
 
-@pytest.mark.xfail(strict=True, reason="the cache keeps keys as the short factors turned them")
-@pytest.mark.parametrize("name", ["llama_longrope", "phi3_long"])
+@pytest.mark.parametrize("name", LONGROPE)
 def test_greedy_answers_go_on_beyond_longropes_original_length(name):
     """A text that grows past it is turned anew as a whole, as transformers reads it anew then."""
-    assert all(greedy(name, padded=False))
+    assert all(greedy(name, padded=False, places=[(row, size) for row in (0, 1) for size in range(11, 17)]))
+
+
+@pytest.mark.parametrize("name", LONGROPE)
+def test_longrope_reads_a_long_prompt_in_pieces(name, monkeypatch):
+    """Every piece of a prompt beyond the original length is turned by the long factors, the first ones too."""
+    monkeypatch.setattr(generating, "READ_AT_ONCE", 8)
+    model, prompt = ours(own(name).path), own(name).ids[0, :22].tolist()
+    (answer,) = generate(model.spec, model.params, [prompt], Decoding(max_new_tokens=2))
+    assert all(likeliest(model, [*prompt, *answer.tokens], 22, padded=False))
+
+
+@pytest.mark.parametrize("name", LONGROPE)
+@pytest.mark.parametrize("stop", [(), (50, 51, 52, 53)])
+def test_an_answer_in_two_legs_is_one_answer(name, stop):
+    """Drawn tokens do not depend on the company, and a stream says the same, also where it passes the length."""
+    model, ids = ours(own(name).path), own(name).ids
+    prompts = [ids[row, :size].tolist() for row, size in ((0, 9), (1, 14), (0, 16), (1, 20))]
+    decoding = Decoding(max_new_tokens=10, temperature=1.5, stop=stop)
+    together = generate(model.spec, model.params, prompts, decoding, seed=3, batch_size=3)
+    for number, answer in enumerate(together):
+        others = [prompts[number] if place == number else [5] for place in range(number + 1)]
+        assert generate(model.spec, model.params, others, decoding, seed=3)[number] == answer
+    *_, streamed = stream(model.spec, model.params, prompts[0], decoding, seed=3, every=3)
+    assert streamed == together[0]
+    assert all(len(answer.tokens) == 10 or answer.finished for answer in together)

@@ -44,14 +44,9 @@ ROPES = {
     "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.5},
     "none such": {"rope_type": "helix"},
 }
-UNREAD = {
-    "qwen2_moe": pytest.mark.xfail(
-        strict=True, reason="readers.by_type: sliding layers are passed over where use_sliding_window is false"
-    ),
-}
 TURNED = "llama cohere gpt_neox glm stablelm deepseek_v3 qwen3_5_text gemma3_text gemma4_text olmo3".split()
 """Families whose readers take rotations in ways of their own, and one of the rest."""
-by_config = pytest.mark.parametrize("name", [pytest.param(name, marks=UNREAD.get(name, ())) for name in CONFIGS])
+by_config = pytest.mark.parametrize("name", CONFIGS)
 by_family = pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES)
 
 

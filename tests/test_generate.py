@@ -9,10 +9,11 @@ import pytest
 
 from dpo_jax import sequence_logprobs, trees
 from dpo_jax.evaluation import generate as module
-from dpo_jax.evaluation.generate import Decoding, answer_logprobs, choose, generate, ranked, rule_of, stream
+from dpo_jax.evaluation.generate import Decoding, choose, generate, ranked, rule_of, stream
+from dpo_jax.evaluation.likelihood import answer_logprobs
 from dpo_jax.hf.checkpoint import load_hf
 from dpo_jax.model.decoder import abstract_params, logits
-from dpo_jax.model.spec import HeadNorm, Norm
+from dpo_jax.model.spec import HeadNorm, Norm, Rope
 from dpo_jax.settings import UserError
 from dpo_jax.sharding import make_mesh, param_shardings
 from tests.specs import plain_spec
@@ -94,10 +95,23 @@ def test_a_stop_token_ends_an_answer_and_nothing_else(decoding, weights):
     assert ended[0].finished and ended[3].tokens == []
 
 
+@pytest.mark.parametrize("decoding", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_legs_change_nothing(decoding, weights):
+    """Where the long factors are the short ones nothing is turned anew: two legs write what one writes."""
+    same = tuple([1.0] * (SPEC.layers[0].mixer.head_dim // 2))
+    rope = Rope(kind="longrope", original_positions=18, short=same, long=same)
+    layers = [dataclasses.replace(x, mixer=dataclasses.replace(x.mixer, rope=rope)) for x in SPEC.layers]
+    longrope = dataclasses.replace(SPEC, layers=tuple(layers))
+    assert longrope.short_texts == 18
+    plain = generate(SPEC, weights, PROMPTS, decoding, seed=5)
+    assert generate(longrope, weights, PROMPTS, decoding, seed=5) == plain
+    assert [*stream(longrope, weights, PROMPTS[0], decoding, seed=5)][-1] == plain[0]
+
+
 def test_decoding_stops_working_when_every_row_has_stopped(weights):
     first = generate(SPEC, weights, PROMPTS, GREEDY)[0].tokens[0]
     rule = rule_of(Decoding(NEW, stop=(first,)))
-    rows = module._rows([PROMPTS[0]] * 5, [0, 1, 2, 3, 4], 16, 1)
+    rows = module._rows([module._Leg(PROMPTS[0], 0, NEW)] * 5, [0, 1, 2, 3, 4], 16, 1)
     state = module._read(SPEC, weights, rows, np.uint32(0), capacity=16)
     assert int(module._write(SPEC, weights, state, np.int32(NEW), rule).count) == 1
 
@@ -155,7 +169,7 @@ def test_tokens_are_drawn_as_often_as_their_probability_says():
     rows = jnp.broadcast_to(jnp.log(jnp.asarray(probabilities, jnp.float32)), (draws, 5))
     places = jnp.arange(draws, dtype=jnp.int32)
     drawn = jax.jit(lambda count: choose(rows, rule_of(decoding), jnp.uint32(11), places, count))
-    one, other = (np.asarray(drawn(jnp.int32(count))) for count in (0, 1))
+    one, other = (np.asarray(drawn(jnp.full(draws, count, jnp.int32))) for count in (0, 1))
     assert (one != other).mean() > 0.3  # each position draws anew
     wanted = draws * expected / expected.sum()
     counts = np.bincount(one, minlength=5)

@@ -14,7 +14,8 @@ from dpo_jax import sample
 from dpo_jax.data.layouts import Pair, Record
 from dpo_jax.data.templates import tokenize
 from dpo_jax.evaluation import generate, winrate
-from dpo_jax.evaluation.generate import Answer, answer_logprobs
+from dpo_jax.evaluation.generate import Answer
+from dpo_jax.evaluation.likelihood import answer_logprobs
 from dpo_jax.hf.checkpoint import load_hf
 from dpo_jax.settings import UserError
 from tests.tiny_folders import write_folder

@@ -4,6 +4,9 @@ An answer depends on its prompt, the decoding, the seed and its place in the lis
 share its batch (up to float reassociation, where the batch has another shape). Parameters come in the dtype to compute
 in: see `decoder.cast`.
 
+Longrope turns a whole text anew once it is longer than the original length, so what a cache remembers of it is void
+then. An answer that grows past it is written in two legs: up to there, and on from the whole text, read again.
+
 Letters: B rows, T prompt slots, A answer slots, N new tokens, V vocabulary, D width.
 """
 
@@ -21,13 +24,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dpo_jax import sharding
-from dpo_jax.logprobs import linear_scores
-from dpo_jax.model.attention import causal
-from dpo_jax.model.decoder import Cache, Params, empty_cache, extend, head_logits, head_of, hidden
+from dpo_jax.model.decoder import Cache, Params, empty_cache, extend, head_logits
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.settings import UserError
 
-KNOWN = "positions that the model knows"
 READ_AT_ONCE = 256
 """Prompt tokens of a row that are read in one piece; bounds the memory that attention takes."""
 NOTHING = -1
@@ -82,6 +82,10 @@ class _Rows(NamedTuple):
     positions: Int[Array, "B T"] | Int[np.ndarray, "B T"]
     index: Int[Array, " B"] | Int[np.ndarray, " B"]
     """Each prompt's place in the list, which its random numbers are made from; -1 for a row that fills up the batch."""
+    before: Int[Array, " B"] | Int[np.ndarray, " B"]
+    """How many tokens at the end of each text were written in an earlier leg."""
+    room: Int[Array, " B"] | Int[np.ndarray, " B"]
+    """How many tokens are to be written in this leg."""
 
 
 class Rule(NamedTuple):
@@ -103,6 +107,8 @@ class _State(NamedTuple):
     prompt_length: Int[Array, " B"]
     stopped: Bool[Array, " B"]
     index: Int[Array, " B"]
+    before: Int[Array, " B"]
+    room: Int[Array, " B"]
     seed: UInt32[Array, ""]
 
 
@@ -136,15 +142,20 @@ def generate(
       UserError: a prompt is empty or has a token that the model does not know, or the decoding makes no sense.
     """
     _check_sampled(spec, prompts, decoding)
+    legs = {index: _Leg.first(spec, prompt, decoding) for index, prompt in enumerate(prompts)}
     answers: dict[int, Answer] = {}
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        rows = _rows(prompts, indices, batch_size, 1 if mesh is None else sharding.batch_shards(mesh))
-        rule, capacity = rule_of(decoding), _rounded(decoding.max_new_tokens)
-        state = _read(spec, params, _placed(rows, mesh), np.uint32(seed), capacity=capacity)
-        state = _write(spec, params, state, np.int32(decoding.max_new_tokens), rule)
-        answers |= zip(indices, _answers(state, decoding), strict=False)
+    while legs:
+        order = sorted(legs, key=lambda index: len(legs[index].text))
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            shards = 1 if mesh is None else sharding.batch_shards(mesh)
+            rows = _rows([legs[index] for index in indices], indices, batch_size, shards)
+            capacity = rounded(max(legs[index].room for index in indices))
+            state = _read(spec, params, _placed(rows, mesh), np.uint32(seed), capacity=capacity)
+            state = _write(spec, params, state, np.int32(decoding.max_new_tokens), rule_of(decoding))
+            found = zip(indices, _answers(state, decoding), strict=False)
+            answers |= {index: legs[index].joined(answer) for index, answer in found}
+        legs = {i: leg.after(answers[i], decoding) for i, leg in legs.items() if leg.goes_on(answers[i], decoding)}
     return [answers[index] for index in range(len(prompts))]
 
 
@@ -153,14 +164,18 @@ def stream(
 ) -> Iterator[Answer]:
     """The answer that `generate` gives to this one prompt, so far, each time that it is `every` tokens longer."""
     _check_sampled(spec, [prompt], decoding)
-    rule, capacity = rule_of(decoding), _rounded(decoding.max_new_tokens)
-    state = _read(spec, params, _rows([prompt], [0], 1, 1), np.uint32(seed), capacity=capacity)
-    for until in range(every, decoding.max_new_tokens + every, every):
-        state = _write(spec, params, state, np.int32(min(until, decoding.max_new_tokens)), rule)
-        (answer,) = _answers(state, decoding)
-        yield answer
-        if answer.finished:
+    leg, rule = _Leg.first(spec, prompt, decoding), rule_of(decoding)
+    while True:
+        state = _read(spec, params, _rows([leg], [0], 1, 1), np.uint32(seed), capacity=rounded(leg.room))
+        for until in range(every, leg.room + every, every):
+            state = _write(spec, params, state, np.int32(min(until, leg.room)), rule)
+            answer = leg.joined(_answers(state, decoding)[0])
+            yield answer
+            if answer.finished:
+                return
+        if not leg.goes_on(answer, decoding):
             return
+        leg = leg.after(answer, decoding)
 
 
 def check(decoding: Decoding) -> None:
@@ -182,13 +197,12 @@ def check(decoding: Decoding) -> None:
 
 def _check_sampled(spec: DecoderSpec, prompts: Sequence[Sequence[int]], decoding: Decoding) -> None:
     check(decoding)
-    _check_prompts(spec, prompts)
-    _check_room(prompts, decoding.max_new_tokens, spec.positions, KNOWN)
-    # beyond it longrope turns a whole text anew, and a cache keeps keys as they were turned
-    _check_room(prompts, decoding.max_new_tokens, spec.short_texts, "up to which longrope can be sampled here")
+    check_prompts(spec, prompts)
+    check_room(prompts, decoding.max_new_tokens, spec.positions)
 
 
-def _check_prompts(spec: DecoderSpec, prompts: Sequence[Sequence[int]]) -> None:
+def check_prompts(spec: DecoderSpec, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse an empty prompt, and tokens that the model does not know."""
     for number, prompt in enumerate(prompts, 1):
         if not len(prompt):
             raise UserError(f"prompt {number} has no tokens, and an answer needs something to follow; write something")
@@ -199,12 +213,44 @@ def _check_prompts(spec: DecoderSpec, prompts: Sequence[Sequence[int]]) -> None:
             )
 
 
-def _check_room(prompts: Sequence[Sequence[int]], new: int, limit: int | None, why: str) -> None:
+def check_room(prompts: Sequence[Sequence[int]], new: int, limit: int | None) -> None:
+    """Refuse a prompt behind which so many new tokens pass the limit."""
     for number, prompt in enumerate(prompts, 1):
         if limit is not None and len(prompt) + new > limit:
             raise UserError(
-                f"prompt {number} has {len(prompt)} tokens, and {new} more pass the {limit} {why}; ask for fewer"
+                f"prompt {number} has {len(prompt)} tokens, and {new} more pass the {limit} positions that the model "
+                "knows; ask for fewer"
             )
+
+
+class _Leg(NamedTuple):
+    """A stretch of an answer for which the cache stays true: the text so far, and how many tokens to write behind it.
+
+    The last `before` tokens of the text were written in the leg before.
+    """
+
+    text: Sequence[int]
+    before: int
+    room: int
+
+    @classmethod
+    def first(cls, spec: DecoderSpec, prompt: Sequence[int], decoding: Decoding) -> "_Leg":
+        """All of the answer; or, under longrope, what is chosen while the text is of its original length at most."""
+        new, limit = decoding.max_new_tokens, spec.short_texts
+        return cls(prompt, 0, new if limit is None or len(prompt) > limit else min(new, limit + 1 - len(prompt)))
+
+    def joined(self, answer: Answer) -> Answer:
+        """The whole answer up to the end of this leg."""
+        return Answer([*self.text[len(self.text) - self.before :], *answer.tokens], answer.stop)
+
+    def goes_on(self, answer: Answer, decoding: Decoding) -> bool:
+        """Whether the answer, as it is after this leg, needs another."""
+        return not answer.finished and len(answer.tokens) < decoding.max_new_tokens
+
+    def after(self, answer: Answer, decoding: Decoding) -> "_Leg":
+        """The rest of it."""
+        prompt, written = self.text[: len(self.text) - self.before], len(answer.tokens)
+        return _Leg([*prompt, *answer.tokens], written, decoding.max_new_tokens - written)
 
 
 def rule_of(decoding: Decoding) -> Rule:
@@ -217,26 +263,26 @@ def rule_of(decoding: Decoding) -> Rule:
     )
 
 
-def _rounded(size: int) -> int:
+def rounded(size: int) -> int:
     """The next of 16, 24, 32, 48, 64, 96, 128, 192, ..."""
     size = max(size, 16)
     power = 1 << (size - 1).bit_length()
     return power * 3 // 4 if size <= power * 3 // 4 else power
 
 
-def _rows(prompts: Sequence[Sequence[int]], indices: Sequence[int], batch_size: int, shards: int) -> _Rows:
-    """The prompts with these indices as one batch; rows up to a power of two (at most `batch_size`) fill it up."""
+def _rows(legs: Sequence[_Leg], indices: Sequence[int], batch_size: int, shards: int) -> _Rows:
+    """The legs, of the answers with these indices, as one batch; rows up to a power of two (at most `batch_size`)."""
     rows = min(batch_size, 1 << (len(indices) - 1).bit_length())
     rows = -(-rows // shards) * shards
-    slots = _rounded(max(len(prompts[index]) for index in indices))
+    slots = rounded(max(len(leg.text) for leg in legs))
     tokens, positions = np.zeros((rows, slots), np.int32), np.full((rows, slots), -1, np.int32)
-    for row, index in enumerate(indices):
-        length = len(prompts[index])
-        tokens[row, slots - length :] = prompts[index]
+    index, before, room = np.full(rows, -1, np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+    for row, leg in enumerate(legs):
+        length = len(leg.text)
+        tokens[row, slots - length :] = leg.text
         positions[row, slots - length :] = np.arange(length)
-    filled = np.full(rows, -1, np.int32)
-    filled[: len(indices)] = indices
-    return _Rows(tokens, positions, filled)
+        index[row], before[row], room[row] = indices[row], leg.before, leg.room
+    return _Rows(tokens, positions, index, before, room)
 
 
 def _placed(rows: _Rows, mesh: Mesh | None) -> _Rows:
@@ -267,15 +313,15 @@ def _on_host(array: jax.Array) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames=("spec", "capacity"))
 def _read(spec: DecoderSpec, params: Params, rows: _Rows, seed: UInt32[Array, ""], *, capacity: int) -> _State:
     """Read the prompts, and make room for answers of `capacity` tokens."""
-    tokens, positions, index = (jnp.asarray(part) for part in rows)
+    tokens, positions, index, before, room = (jnp.asarray(part) for part in rows)
     batch, slots = tokens.shape
     piece = slots if slots <= READ_AT_ONCE else math.gcd(slots, READ_AT_ONCE)
     dtype = params["embed"]["embedding"].dtype
-    cache = empty_cache(spec, batch, slots + capacity, dtype)
+    cache, lengths = empty_cache(spec, batch, slots + capacity, dtype), positions[:, -1] + 1
 
     def read(number, carry):
         some, where = (lax.dynamic_slice_in_dim(x, number * piece, piece, axis=1) for x in (tokens, positions))
-        states, cache = extend(spec, params, some, where, carry[1])
+        states, cache = extend(spec, params, some, where, carry[1], lengths)
         return states[:, -1], cache
 
     last, cache = lax.fori_loop(0, slots // piece, read, (jnp.zeros((batch, spec.head_width), dtype), cache))
@@ -284,9 +330,11 @@ def _read(spec: DecoderSpec, params: Params, rows: _Rows, seed: UInt32[Array, ""
         last=last,
         written=jnp.full((batch, capacity), NOTHING, jnp.int32),
         count=jnp.int32(0),
-        prompt_length=positions[:, -1] + 1,
+        prompt_length=lengths,
         stopped=index < 0,
         index=index,
+        before=before,
+        room=room,
         seed=jnp.asarray(seed),
     )
 
@@ -299,7 +347,8 @@ def _write(spec: DecoderSpec, params: Params, state: _State, until: Int[Array, "
         return (state.count < until) & ~state.stopped.all()
 
     def step(state: _State) -> _State:
-        chosen = choose(head_logits(spec, params, state.last), rule, state.seed, state.index, state.count)
+        place = state.before + state.count
+        chosen = choose(head_logits(spec, params, state.last), rule, state.seed, state.index, place)
         token = jnp.where(state.stopped, NOTHING, chosen)[:, None]
         position = state.prompt_length[:, None] + state.count
         states, cache = extend(spec, params, jnp.maximum(token, 0), position, state.cache)
@@ -308,7 +357,7 @@ def _write(spec: DecoderSpec, params: Params, state: _State, until: Int[Array, "
             last=states[:, 0],
             written=lax.dynamic_update_slice_in_dim(state.written, token, state.count, axis=1),
             count=state.count + 1,
-            stopped=state.stopped | (token == rule.stop[None, :]).any(axis=1),
+            stopped=state.stopped | (token == rule.stop[None, :]).any(axis=1) | (state.count + 1 >= state.room),
         )
 
     # The last token of all is read for nothing: one step in many, and the sampler is compiled here only.
@@ -320,17 +369,19 @@ def choose(
     rule: Rule,
     seed: UInt32[Array, ""],
     index: Int[Array, " B"],
-    count: Int[Array, ""],
+    count: Int[Array, " B"],
 ) -> Int[Array, " B"]:
-    """The next token of each row. What row b draws depends on (seed, index[b], count) and on its own logits alone."""
+    """The next token of each row. What row b draws depends on (seed, index[b], count[b]) and on its own logits."""
 
-    def draw(index, scores):
+    def draw(index, count, scores):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), count)
         return jax.random.categorical(key, scores)
 
     def drawn():
         tokens, scores = ranked(logits, rule)
-        return jnp.take_along_axis(tokens, jax.vmap(draw)(index, scores)[:, None], axis=1)[:, 0].astype(jnp.int32)
+        return jnp.take_along_axis(tokens, jax.vmap(draw)(index, count, scores)[:, None], axis=1)[:, 0].astype(
+            jnp.int32
+        )
 
     return lax.cond(rule.temperature == 0, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32), drawn)
 
@@ -351,64 +402,3 @@ def ranked(logits: Float[Array, "B V"], rule: Rule) -> tuple[Int[Array, "B V"], 
     before = jnp.pad(jnp.cumsum(share, axis=-1)[:, :-1], ((0, 0), (1, 0)))
     # with top_p = 1 nothing is dropped, though rounding may bring the sum to 1 before the last token
     return tokens, jnp.where((before < rule.top_p) | (rule.top_p == 1), scores, -jnp.inf)
-
-
-# ---------------------------------------------------------------------------------------------- log-probabilities
-
-
-def answer_logprobs(
-    spec: DecoderSpec,
-    params: Params,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    *,
-    batch_size: int = 4,
-) -> list[float]:
-    """Log-probability of each answer after its prompt, in nats: the sum over its tokens, at temperature 1.
-
-    An empty answer has log-probability 0.
-    """
-    _check_prompts(spec, prompts)
-    _check_room(prompts, max(map(len, answers), default=0), spec.positions, KNOWN)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]) + len(answers[index]))
-    scores: dict[int, float] = {}
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        texts = [[*prompts[index], *answers[index]] for index in indices]
-        tokens = np.zeros((len(indices), _rounded(max(map(len, texts)))), np.int32)
-        for row, text in enumerate(texts):
-            tokens[row, : len(text)] = text
-        first = np.asarray([len(prompts[index]) for index in indices], np.int32)
-        length = np.asarray([len(answers[index]) for index in indices], np.int32)
-        sums = _score(spec, params, tokens, first, length, slots=_rounded(int(length.max())))
-        scores |= zip(indices, map(float, np.asarray(sums)), strict=True)
-    return [scores[index] for index in range(len(prompts))]
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "slots"))
-def _score(
-    spec: DecoderSpec,
-    params: Params,
-    tokens: Int[Array, "B T"],
-    first: Int[Array, " B"],
-    length: Int[Array, " B"],
-    *,
-    slots: int,
-) -> Float[Array, " B"]:
-    """Sums over the tokens `first .. first + length` of each row; the head runs on `slots` positions of it only."""
-    tokens = jnp.asarray(tokens)
-    states = hidden(spec, params, tokens, causal(*tokens.shape))
-    offset = jnp.arange(slots, dtype=jnp.int32)[None, :]
-    target = jnp.minimum(jnp.asarray(first)[:, None] + offset, tokens.shape[1] - 1)
-    sources = jnp.take_along_axis(states, (target - 1)[:, :, None], axis=1)
-    targets = jnp.take_along_axis(tokens, target, axis=1)
-    head = head_of(spec, params)
-    scores = linear_scores(
-        sources.reshape(-1, spec.head_width),
-        head.rows,
-        targets.reshape(-1),
-        bias=head.bias,
-        scale=spec.logit_scale,
-        softcap=spec.logit_softcap,
-    )
-    return jnp.where(offset < jnp.asarray(length)[:, None], scores.logps.reshape(target.shape), 0.0).sum(axis=1)

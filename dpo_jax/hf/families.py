@@ -174,8 +174,7 @@ def _deepseek_v3(k: Keys) -> DecoderSpec:
         one = dataclasses.replace(layer, mixer=latent)
         return one if i < dense else dataclasses.replace(one, mlp=None, experts=chosen)
 
-    placeholder = Attention(latent.heads, latent.heads, latent.value_dim)
-    return decoder(k, placeholder, wide, norm, each=each)
+    return decoder(k, Attention(latent.heads, latent.heads, latent.value_dim), wide, norm, each=each)
 
 
 def _latent(k: Keys) -> Latent:

@@ -180,13 +180,14 @@ def types_of(k: Keys, *allowed: str) -> tuple[str, ...]:
 def by_type(k: Keys, *, used: bool = True, nope: bool = False) -> Each:
     """A window for layers of type sliding; with `nope` the others have no rotation where the config has a window."""
     types, still = types_of(k), nope and k.peek("sliding_window") is not None
-    sliding = used and SLIDING in types
+    sliding = SLIDING in types
+    if sliding and not used:
+        raise k.refuse("layer_types", SLIDING, "not supported while use_sliding_window is false")
     window = k.size("sliding_window") if sliding else k.take("sliding_window")
 
     def each(i: int, layer: Layer) -> Layer:
-        if sliding and types[i] == SLIDING:
-            return mixed(layer, window=window)
-        return mixed(layer, rope=None) if still else layer
+        slides = sliding and types[i] == SLIDING
+        return mixed(layer, **({"window": window} if slides else {"rope": None} if still else {}))
 
     return each
 

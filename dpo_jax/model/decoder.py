@@ -209,15 +209,24 @@ def _empty_pair(mixer: specs.Attention | specs.Latent, batch: int, slots: int, d
 
 
 def extend(
-    spec: DecoderSpec, params: Params, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
+    spec: DecoderSpec,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    cache: Cache,
+    lengths: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B T N"], Cache]:
     """Read T more tokens of every row: their hidden states, and the cache with them in it.
+
+    `lengths` is how long the text of each row will be when it has been read; None where these are its last tokens.
+    Longrope alone looks at it, and there every token of a cache must have been read for the same side of the original
+    length.
 
     A token with position -1 is padding (rows of a batch start with it so that all end together): nobody sees it, and
     its own hidden state means nothing.
     """
     slots = lax.dynamic_update_slice(cache.positions, positions, (0, cache.filled))
-    view = Cached.of(spec, positions, slots, cache.filled)
+    view = Cached.of(spec, positions, slots, cache.filled, lengths)
     kept = _borrowed(spec, cache.positions.shape, params["embed"]["embedding"].dtype)
     x, memory, _ = _run(spec, params, tokens, Context(view, None, None), DEFAULT_EXECUTION, cache.memory, kept)
     return x, Cache(memory, slots, cache.filled + tokens.shape[1])

@@ -102,16 +102,21 @@ class Cached:
 
     @classmethod
     def of(
-        cls, spec: specs.DecoderSpec, positions: Int[Array, "B T"], slots: Int[Array, "B S"], filled: Int[Array, ""]
+        cls,
+        spec: specs.DecoderSpec,
+        positions: Int[Array, "B T"],
+        slots: Int[Array, "B S"],
+        filled: Int[Array, ""],
+        lengths: Int[Array, " B"] | None = None,
     ) -> "Cached":
-        """The view of tokens at `positions`, which are in `slots` already."""
+        """The view of tokens at `positions`, which are in `slots` already, of texts of these lengths."""
         distance = positions[:, :, None] - slots[:, None, :]
         padding = positions[:, :, None] < 0  # sees anything, so that its softmax is over something
         there = (slots[:, None, :] >= 0) & (distance >= 0)
         seen = {w: padding | (there if w is None else there & (distance < w)) for w in _windows(spec)}
         position = jnp.maximum(positions, 0)
-        lengths = jnp.broadcast_to(positions.max(axis=1, keepdims=True) + 1, positions.shape)
-        turns = turns_of(spec, position, lengths)
+        lengths = positions.max(axis=1) + 1 if lengths is None else lengths
+        turns = turns_of(spec, position, jnp.broadcast_to(lengths[:, None], positions.shape))
         return cls(position, (positions >= 0).astype(jnp.int32), turns, seen, distance, filled)
 
     def remember(self, key: Array, value: Array, memory: Any) -> tuple[KeyValue, Any]:
