@@ -1,4 +1,4 @@
-"""Who sees whom in a packed forest, and attention under that rule.
+"""Who sees whom in a packed forest, and attention where that is known for every pair.
 
 Letters: B rows, T queries, S keys, K key-value heads, G queries per key-value head, H = K G heads, C channels of a key,
 E channels of a value.
@@ -13,12 +13,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-QUERY_BLOCK = 128
-"""Queries that attend together; smaller skips more of the upper triangle, larger has less overhead."""
-
 
 class Layout(NamedTuple):
     """Where each slot of a row stands: its tree, its branch of that tree, and its position in the text.
+
+    A tree's slots stand together, its prompt first, and positions rise by one at most from slot to slot. Trees are
+    numbered from 1 to T at most.
 
     tokens     p0 p1 p2 | c0 c1 | r0 r1 || p0 p1 | c0 | pad
     group       1  1  1    1  1    1  1     2  2    2     0
@@ -37,7 +37,7 @@ def causal(batch: int, length: int) -> Layout:
     return Layout(jnp.ones_like(position), jnp.zeros_like(position), position)
 
 
-def visible(layout: Layout, window: Int[Array, ""] | int | None) -> Bool[Array, "B T T"]:
+def visible(layout: Layout, window: int | None) -> Bool[Array, "B T T"]:
     """True where query t sees key s: no later slot, same group, and s is prompt or on t's own branch.
 
     A window counts positions in the text, not slots of the row: two branches of a prompt stand apart in the row but
@@ -74,7 +74,7 @@ def alibi_slopes(heads: int, factor: float) -> np.ndarray:
     return np.asarray(slopes, np.float32) * np.float32(factor)
 
 
-def attend(
+def attend_seen(
     query: Float[Array, "B T H C"],
     key: Float[Array, "B S K C"],
     value: Float[Array, "B S K E"],
@@ -83,6 +83,8 @@ def attend(
     distance: Int[Array, "B T S"] | None = None,
 ) -> Float[Array, "B T H E"]:
     """`softmax(scale query . key)` over the keys that each query sees, times the values; softmax in float32.
+
+    All scores exist at once: this is for short rows, and for a few queries that follow a cache.
 
     `distance`, in tokens from each key to each query, is wanted where the rules have slopes. Every query must see at
     least one key.
@@ -110,25 +112,6 @@ def _softmax(scores: Float[Array, "B H T S"], sinks: Float[Array, " H"] | None) 
         return jax.nn.softmax(scores, axis=-1)
     sink = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, None, None], (*scores.shape[:3], 1))
     return jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
-
-
-def attend_causally(
-    query: Float[Array, "B T H C"],
-    key: Float[Array, "B T K C"],
-    value: Float[Array, "B T K E"],
-    seen: Bool[Array, "B T T"],
-    rules: Rules,
-    distance: Int[Array, "B T T"] | None = None,
-) -> Float[Array, "B T H E"]:
-    """`attend` where no query sees a later slot: queries go in blocks, and keys after a block are not computed."""
-    length = query.shape[1]
-    parts = []
-    for start in range(0, length, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, length)
-        block = (slice(None), slice(start, stop), slice(stop))
-        far = None if distance is None else distance[block]
-        parts.append(attend(query[:, start:stop], key[:, :stop], value[:, :stop], seen[block], rules, far))
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
 def _batched(a: Float[Array, "N T X"], b: Float[Array, "N S Y"], b_axis: int, dtype: Any) -> Float[Array, "N T Z"]:

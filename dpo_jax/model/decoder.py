@@ -39,11 +39,13 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How the same function is computed: one compiled layer or all, what backward keeps, and where activations live."""
+    """How the same function is computed: one compiled layer or all, what backward keeps, where activations live, and
+    which backend attends."""
 
     scan_layers: bool = True
     remat: Literal["none", "attention", "block"] = "none"
     activations: jax.sharding.NamedSharding | None = None
+    attention: str = "xla"
 
 
 DEFAULT_EXECUTION = Execution()
@@ -145,7 +147,8 @@ def hidden_and_routing(
     execution: Execution = DEFAULT_EXECUTION,
 ) -> tuple[Float[Array, "B T N"], Routing | None]:
     """As `hidden`, and how often experts were chosen, each token counted by its weight and all layers added up."""
-    view = Packed.of(spec, layout, remat=execution.remat == "attention")
+    where, again = execution.activations, execution.remat == "attention"
+    view = Packed.of(spec, layout, execution.attention, activations=where, remat=again)
     x, _, routing = _run(spec, params, tokens, Context(view, execution.activations, weights), execution, {}, {})
     return x, routing
 

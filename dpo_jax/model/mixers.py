@@ -14,7 +14,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dpo_jax.model import spec as specs
-from dpo_jax.model.attention import Layout, Rules, alibi_slopes, attend, attend_causally, visible
+from dpo_jax.model.attention import Layout, Rules, alibi_slopes, attend_seen
+from dpo_jax.model.backends.dispatch import Forest
 from dpo_jax.model.layers import Dense, Norm
 from dpo_jax.model.rope import Rotation, rotate, rotation
 
@@ -38,10 +39,6 @@ def _windows(spec: specs.DecoderSpec) -> set[int | None]:
     return {layer.mixer.window if isinstance(layer.mixer, specs.Attention) else None for layer in spec.layers}
 
 
-def _uses_alibi(spec: specs.DecoderSpec) -> bool:
-    return any(isinstance(layer.mixer, specs.Attention) and layer.mixer.alibi is not None for layer in spec.layers)
-
-
 @dataclasses.dataclass(frozen=True)
 class Packed:
     """A packed forest that is read at once; what is the same for every layer is computed once.
@@ -52,17 +49,13 @@ class Packed:
     position: Int[Array, "B T"]
     text: Int[Array, "B T"]
     turns: Turns
-    seen: Mapping[int | None, Bool[Array, "B T T"]]
-    distance: Int[Array, "B T T"] | None
-    remat: bool
+    forest: Forest
 
     @classmethod
-    def of(cls, spec: specs.DecoderSpec, layout: Layout, *, remat: bool = False) -> "Packed":
-        """The view of these rows; with `remat` the backward pass computes attention again."""
-        position, group = layout.position, layout.group
-        distance = position[:, :, None] - position[:, None, :] if _uses_alibi(spec) else None
-        seen = {window: visible(layout, window) for window in _windows(spec)}
-        return cls(position, group, turns_of(spec, position, _lengths(spec, layout)), seen, distance, remat)
+    def of(cls, spec: specs.DecoderSpec, layout: Layout, backend: str = "xla", **shared_out: Any) -> "Packed":
+        """The view of these rows; `backend` and what follows are those of `Forest.of`."""
+        forest = Forest.of(layout, _windows(spec), backend, **shared_out)
+        return cls(layout.position, layout.group, turns_of(spec, layout.position, _lengths(spec, layout)), forest)
 
     def remember(self, key: Array, value: Array, memory: Any) -> tuple[KeyValue, Any]:
         """These keys and values are all there are."""
@@ -70,20 +63,18 @@ class Packed:
 
     def attend(self, query: Array, pair: KeyValue, window: int | None, rules: Rules) -> Array:
         """Attention within each text of the row."""
-        seen = self.seen[window]
-
-        def mix(query, key, value, sinks):
-            return attend_causally(query, key, value, seen, rules._replace(sinks=sinks), self.distance)
-
-        return (jax.checkpoint(mix) if self.remat else mix)(query, *pair, rules.sinks)
+        return self.forest.attend(query, *pair, window, rules)
 
 
 def _lengths(spec: specs.DecoderSpec, layout: Layout) -> Int[Array, "B T"]:
     """Tokens of the longest text of each slot's group; zeros where no rotation depends on it."""
     if spec.short_texts is None:
         return jnp.zeros_like(layout.position)
-    same = layout.group[:, :, None] == layout.group[:, None, :]
-    return jnp.where(same, layout.position[:, None, :], 0).max(axis=-1) + 1
+
+    def by_row(position, group):
+        return jax.ops.segment_max(position, group, group.shape[0] + 1)[group]
+
+    return jax.vmap(by_row)(layout.position, layout.group) + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +119,7 @@ class Cached:
 
     def attend(self, query: Array, pair: KeyValue, window: int | None, rules: Rules) -> Array:
         """Attention over the cache."""
-        return attend(query, *pair, self.seen[window], rules, None if rules.slopes is None else self.distance)
+        return attend_seen(query, *pair, self.seen[window], rules, None if rules.slopes is None else self.distance)
 
 
 View = Packed | Cached

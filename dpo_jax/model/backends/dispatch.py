@@ -1,0 +1,111 @@
+"""One way to attend within packed forests, whichever backend computes it and however rows and heads are shared out.
+
+A backend is a module of this folder with two functions: `prepare(layout, window)` makes what is the same for every
+layer, arrays with the rows on their first axis, and `attend(query, key, value, prepared, window, rules)` computes.
+
+Letters: B rows, T slots, H heads, K key-value heads, C channels of a key, E channels of a value.
+"""
+
+import dataclasses
+import importlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from dpo_jax.model.attention import Layout, Rules
+from dpo_jax.model.backends import xla
+
+HEADS = "tensor"
+"""Axis of the mesh that heads are shared out over."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Forest:
+    """Packed rows, ready to be attended within. `prepared` is by window."""
+
+    backend: str
+    prepared: Mapping[int | None, Any]
+    activations: NamedSharding | None
+    remat: bool
+
+    @classmethod
+    def of(
+        cls,
+        layout: Layout,
+        windows: Iterable[int | None],
+        backend: str = "xla",
+        *,
+        activations: NamedSharding | None = None,
+        remat: bool = False,
+    ) -> "Forest":
+        """These rows for layers with these windows; with `remat` the backward pass computes scores again.
+
+        `activations` says how rows are split: each device then attends within its own, and with its own heads where
+        the mesh's `tensor` axis divides them.
+        """
+        made = {window: _module(backend).prepare(layout, window) for window in windows}
+        return cls(backend, made, activations, remat)
+
+    def attend(
+        self,
+        query: Float[Array, "B T H C"],
+        key: Float[Array, "B T K C"],
+        value: Float[Array, "B T K E"],
+        window: int | None,
+        rules: Rules,
+    ) -> Float[Array, "B T H E"]:
+        """`softmax(scale query . key)` over what each slot sees of its own tree, times the values."""
+        run = _module(self.backend).attend
+
+        def mix(query, key, value, prepared, sinks, slopes):
+            return run(query, key, value, prepared, window, rules._replace(sinks=sinks, slopes=slopes))
+
+        if self.remat and self.backend == "xla" and xla.keeps_scores(query.shape[1]):
+            mix = jax.checkpoint(mix)
+        mix = _per_device(mix, query.shape, key.shape[2], self.activations)
+        return mix(query, key, value, self.prepared[window], rules.sinks, rules.slopes)
+
+
+def attend(
+    query: Float[Array, "B T H C"],
+    key: Float[Array, "B T K C"],
+    value: Float[Array, "B T K E"],
+    layout: Layout,
+    rules: Rules,
+    *,
+    window: int | None = None,
+    backend: str = "xla",
+) -> Float[Array, "B T H E"]:
+    """Attention within the trees of each row, for a single layer."""
+    return Forest.of(layout, [window], backend).attend(query, key, value, window, rules)
+
+
+def _module(backend: str) -> Any:
+    return importlib.import_module(f"dpo_jax.model.backends.{backend}")
+
+
+def _per_device(function: Callable, shape: tuple[int, ...], kv_heads: int, activations: NamedSharding | None):
+    """The function on each device's own rows and heads, or on all of them where these cannot be split.
+
+    Loops whose length depends on the data, and kernels, are nothing that the compiler could split by itself.
+    """
+    if activations is None or activations.mesh.size == 1:
+        return function
+    first = activations.spec[0] if len(activations.spec) else None
+    axes = first if isinstance(first, tuple) else () if first is None else (first,)
+    mesh = activations.mesh
+    rows = axes if shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+    heads = HEADS if kv_heads % mesh.shape[HEADS] == 0 and HEADS not in axes else None
+    by_slot = P(rows, None, heads, None)
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(by_slot, by_slot, by_slot, P(rows), P(heads), P(heads)),
+        out_specs=by_slot,
+        check_vma=False,
+    )

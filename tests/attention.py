@@ -1,0 +1,99 @@
+"""Packed forests with queries, keys and values for the tests of attention, and the plain formula for them.
+
+Letters: B rows, T slots, H heads, K key-value heads, C channels of a key, E channels of a value.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax.model.attention import Layout, Rules, alibi_slopes, attend_seen, visible
+
+LENGTH = 200
+RULES = ("plain", "softcap", "sinks", "alibi", "everything")
+WINDOWS = (None, 7)
+SHAPES = {"grouped": (4, 2, 8, 8), "single": (3, 3, 8, 8), "wide values": (4, 2, 8, 12)}
+"""H, K, C, E."""
+
+
+def forest(rows: list[list[tuple[int, ...]]], length: int) -> Layout:
+    """Rows of trees, each given by the lengths of its prompt and of its branches; the rest is padding.
+
+    (2, 1, 2), (1, 1)  ->  p p a b b | p a | padding
+    """
+    group, branch, position = np.zeros((3, len(rows), length), np.int32)
+    for row, trees in enumerate(rows):
+        start = 0
+        for number, lengths in enumerate(trees, 1):
+            for which, size in enumerate(lengths):
+                where = (row, slice(start, start + size))
+                group[where], branch[where] = number, which
+                position[where] = np.arange(size) + (lengths[0] if which else 0)
+                start += size
+    return Layout(*map(jnp.asarray, (group, branch, position)))
+
+
+FOREST = forest([[(70, 30, 45), (3, 1), (20, 5, 9, 2)], [(1, 64, 64, 40)], [(150, 40)]], LENGTH)
+"""Trees that end in the middle of blocks and at their edges, with one to three branches, and padding in two rows."""
+
+
+def inputs(shape: str, channels: int = 1, dtype: Any = jnp.float32, layout: Layout = FOREST):
+    """The forest; queries, keys, values and sinks; and the slope of a loss, zero at padding. Channels are multiplied.
+
+    Queries are large enough for a softmax with a few keys that matter and for a soft cap that bends.
+    """
+    heads, kv_heads, key, value = SHAPES[shape]
+    batch, length = layout.group.shape
+    wide = [(heads, key, 3.0), (kv_heads, key, 1.0), (kv_heads, value, 1.0), (heads, value, 1.0)]
+    arrays = [
+        (size * jax.random.normal(jax.random.key(i), (batch, length, n, c * channels))).astype(dtype)
+        for i, (n, c, size) in enumerate(wide)
+    ]
+    slope = jnp.where((layout.group > 0)[:, :, None, None], arrays[3], jnp.zeros((), dtype))
+    return layout, (*arrays[:3], jax.random.normal(jax.random.key(9), (heads,))), slope
+
+
+def slopes_of(heads: int) -> jax.Array:
+    return jnp.asarray(alibi_slopes(heads, 0.7))
+
+
+def as_rules(name: str, sinks: jax.Array) -> Rules:
+    """Rules of that name; `everything` has all of them at once."""
+    everything = name == "everything"
+    return Rules(
+        0.25,
+        softcap=2.0 if name == "softcap" or everything else None,
+        sinks=sinks if name == "sinks" or everything else None,
+        slopes=slopes_of(len(sinks)) if name == "alibi" or everything else None,
+    )
+
+
+def plainly(arrays, layout: Layout, name: str, window: int | None) -> jax.Array:
+    """The plain formula, in float32."""
+    query, key, value, sinks = (x.astype(jnp.float32) for x in arrays)
+    distance = layout.position[:, :, None] - layout.position[:, None, :]
+    return attend_seen(query, key, value, visible(layout, window), as_rules(name, sinks), distance)
+
+
+def assert_close(ours: Callable, theirs: Callable, arrays, slope, tolerance: float) -> None:
+    """Both functions of the arrays have the same value where there is a slope, and the same gradient along it.
+
+    The tolerance is a share of the largest value of each array.
+    """
+
+    def measured(function):
+        def total(arrays):
+            found = function(arrays).astype(jnp.float32)
+            return (found * slope.astype(jnp.float32)).sum(), jnp.where(slope != 0, found, 0)
+
+        (_, found), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(arrays)
+        return found, *gradient
+
+    names = ("values", "query", "key", "value", "sinks")
+    for name, one, other in zip(names, measured(ours), measured(theirs), strict=True):
+        one, other = (np.asarray(x, np.float32) for x in (one, other))
+        scale = max(float(np.abs(other).max()), 1e-3)
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * scale, err_msg=name)
