@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from dpo_jax import trees
 from dpo_jax.settings import UserError
+from dpo_jax.vocabulary import Split
 
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH = ("data", "fsdp")
@@ -99,6 +100,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def rows(mesh: Mesh) -> NamedSharding:
     """Leading axis split like the batch."""
     return NamedSharding(mesh, P(BATCH))
+
+
+def head_split(mesh: Mesh) -> Split | None:
+    """How scored tokens and the rows of a head are split, as `RULES` say it; None on one device."""
+    return None if mesh.size == 1 else Split(mesh, BATCH, "tensor", "fsdp")
 
 
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:

@@ -22,6 +22,7 @@ from dpo_jax.model.delta import empty_memory
 from dpo_jax.model.experts import Routing, added
 from dpo_jax.model.mixers import Cached, KeyValue, Packed
 from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.vocabulary import Split
 
 Params = dict[str, Any]
 FLOAT32 = re.compile(r".*/(scale|decay_rate|decay_bias|scalar|router/(correction|channel_scale|expert_scale))")
@@ -46,6 +47,10 @@ class Execution:
     remat: Literal["none", "attention", "block"] = "none"
     activations: jax.sharding.NamedSharding | None = None
     attention: str = "xla"
+    head: Split | None = None
+    """How the head is split over the mesh of the activations; None leaves it to the compiler."""
+    frozen_head: bool = False
+    """The head is not trained, so its gradient is not computed (see `logprobs.linear_logprobs`)."""
 
 
 DEFAULT_EXECUTION = Execution()

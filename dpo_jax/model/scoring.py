@@ -77,6 +77,8 @@ def score(
         softcap=spec.logit_softcap,
         statistics=wanted.statistics,
         collision=wanted.alignment,
+        frozen=execution.frozen_head,
+        split=execution.head,
     )
     hits = (found.top1 == targets).astype(jnp.float32)
     alignment = lax.stop_gradient(found.logps) - found.collision
