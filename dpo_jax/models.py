@@ -12,6 +12,7 @@ from dpo_jax.exchange import Sources, is_policy
 from dpo_jax.hf import checkpoint as hf
 from dpo_jax.hf import tensors
 from dpo_jax.hf.configs import read_spec
+from dpo_jax.model import remat
 from dpo_jax.model.decoder import Execution, Model, abstract_params
 from dpo_jax.model.preference import Problem
 from dpo_jax.model.spec import DecoderSpec
@@ -22,7 +23,9 @@ def make_mesh(run: Run) -> jax.sharding.Mesh:
     """The mesh of this machine's devices; float32 means float32 also where matrix units round by default."""
     if compute_dtype(run) == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
-    return sharding.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    remat.check(run.model.remat, mesh.local_devices)
+    return mesh
 
 
 def compute_dtype(run: Run) -> str:

@@ -43,7 +43,7 @@ def tokens(batch, length, seed=0):
 
 
 @pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("remat", ["none", "attention", "block"])
+@pytest.mark.parametrize("remat", ["none", "attention", "dots", "names", "block", "offload"])
 def test_execution_changes_neither_value_nor_gradient(params, scan, remat):
     ids = tokens(2, 9)
 

@@ -16,6 +16,7 @@ from dpo_jax.model.delta import DeltaNet
 from dpo_jax.model.experts import Mixture, Routing
 from dpo_jax.model.layers import ACTIVATIONS, MLP, Dense, Norm, normal
 from dpo_jax.model.mixers import Attention, KeyValue, Latent, View
+from dpo_jax.model.remat import named
 from dpo_jax.model.spec import DecoderSpec
 
 
@@ -67,15 +68,15 @@ class Block(nnx.Module):
         """The layer's output, the memory of its mixer, and how its experts were chosen."""
         x, place = carry.x, self.layer.place
         attended, memory, kept = self._attend(_before(self.attention_norm, x, place), context, memory, carry.kept)
-        attended = _behind(self.attention_post_norm, attended) * self.layer.residual_scale
+        attended = _behind(self.attention_post_norm, named(attended, "attention_out")) * self.layer.residual_scale
         if place in ("parallel", "parallel2"):
             norm = self.attention_norm if place == "parallel" else self.mlp_norm
             fed, routing = self._feed(_before(norm, x, place), x, context)
-            return Carry(x + attended + fed, kept), memory, routing
+            return Carry(x + attended + named(fed, "mlp_out"), kept), memory, routing
         x = x + attended
         x = x if place != "residual" else _behind(self.attention_norm, x)
         fed, routing = self._feed(_before(self.mlp_norm, x, place), x, context)
-        x = x + _behind(self.mlp_post_norm, fed) * self.layer.residual_scale
+        x = x + _behind(self.mlp_post_norm, named(fed, "mlp_out")) * self.layer.residual_scale
         x = x if place != "residual" else _behind(self.mlp_norm, x)
         x = x if inputs is None else x + self._input(x, inputs)
         x = x if self.scalar is None else x * lax.stop_gradient(self.scalar[...]).astype(x.dtype)[None, None, :]

@@ -6,7 +6,7 @@ Letters: B rows, T positions, S cache slots, D width, V vocabulary, R layers of 
 import dataclasses
 import functools
 import re
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from dpo_jax.model.blocks import Block, Carry, Context, Ends
 from dpo_jax.model.delta import empty_memory
 from dpo_jax.model.experts import Routing, added
 from dpo_jax.model.mixers import Cached, KeyValue, Packed
+from dpo_jax.model.remat import recomputed
+from dpo_jax.model.settings import REMATS
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.vocabulary import Split
 
@@ -44,7 +46,8 @@ class Execution:
     which backend attends."""
 
     scan_layers: bool = True
-    remat: Literal["none", "attention", "block"] = "none"
+    remat: str = "none"
+    """Name of a policy of `model.settings.REMATS`."""
     activations: jax.sharding.NamedSharding | None = None
     attention: str = "xla"
     head: Split | None = None
@@ -152,7 +155,7 @@ def hidden_and_routing(
     execution: Execution = DEFAULT_EXECUTION,
 ) -> tuple[Float[Array, "B T N"], Routing | None]:
     """As `hidden`, and how often experts were chosen, each token counted by its weight and all layers added up."""
-    where, again = execution.activations, execution.remat == "attention"
+    where, again = execution.activations, REMATS[execution.remat].attention
     view = Packed.of(spec, layout, execution.attention, activations=where, remat=again)
     x, _, routing = _run(spec, params, tokens, Context(view, execution.activations, weights), execution, {}, {})
     return x, routing
@@ -287,8 +290,7 @@ def _pattern(spec: DecoderSpec, kinds: tuple[specs.Layer, ...], context: Context
         weights, memories, inputs = stacked
         found = []
         for k, kind in enumerate(kinds):
-            step = functools.partial(one, kind)
-            step = jax.checkpoint(step) if execution.remat == "block" else step
+            step = recomputed(functools.partial(one, kind), execution.remat)
             carry, *rest = step(carry, weights[k], memories[k], None if inputs is None else inputs[k])
             found.append(rest)
         return carry, ([memory for memory, _ in found], [routing for _, routing in found])

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from dpo_jax.model import spec as specs
 from dpo_jax.model.layers import Dense, Norm, normal
+from dpo_jax.model.remat import named
 
 CHUNK = 64
 """Tokens that are computed in parallel, a power of two. Work for each token grows with it, steps of the scan shrink."""
@@ -106,11 +107,11 @@ class DeltaNet(nnx.Module):
         """
         x = jnp.where((text != 0)[:, :, None], x, 0)  # padding then has a key and a value of zero: it writes nothing
         past = empty_memory(self.spec, x.shape[0], x.dtype) if memory is None else memory
-        inputs = self.mixed(x)
+        inputs = named(self.mixed(x), "qkv")
         query, key, value = self._heads(jax.nn.silu(self.conv(inputs, text, past.conv)))
         strength = jax.nn.sigmoid(self.strength(x).astype(jnp.float32))
         mixed, state = gated_delta(query, key, value, strength, self._decay(x), text, past.state)
-        y = self._gated(mixed, x)
+        y = self._gated(named(mixed, "context"), x)
         if memory is None:
             return y, None
         recent = jnp.concatenate([past.conv.astype(x.dtype), inputs], axis=1)[:, x.shape[1] :]

@@ -26,6 +26,7 @@ from dpo_jax.model import spec as specs
 from dpo_jax.model.grouped import grouped_dot
 from dpo_jax.model.kernels import dense
 from dpo_jax.model.layers import ACTIVATIONS, MLP, Dense, Norm, normal
+from dpo_jax.model.remat import named
 
 
 class Routing(NamedTuple):
@@ -192,7 +193,7 @@ class Linears(nnx.Module):
 
     def __call__(self, x: Float[Array, "N I"], pairs: Pairs) -> Float[Array, "N O"]:
         """Each row through the layer of its expert."""
-        y = grouped_dot(x, self.kernel[...], pairs.sizes)
+        y = named(grouped_dot(x, self.kernel[...], pairs.sizes), "experts")
         return y if self.bias is None else y + _rows(self.bias[...], pairs.experts)
 
 

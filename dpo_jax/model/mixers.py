@@ -17,6 +17,7 @@ from dpo_jax.model import spec as specs
 from dpo_jax.model.attention import Layout, Rules, alibi_slopes, attend_seen
 from dpo_jax.model.backends.dispatch import Forest
 from dpo_jax.model.layers import Dense, Norm
+from dpo_jax.model.remat import named
 from dpo_jax.model.rope import Rotation, rotate, rotation
 
 KeyValue = tuple[Float[Array, "B S K C"], Float[Array, "B S K E"]]
@@ -153,11 +154,13 @@ class Attention(nnx.Module):
         if spec.temperature is not None:
             query = query * _temperature(*spec.temperature, view.position).astype(query.dtype)
         if spec.borrows is None:
-            pair, memory = view.remember(*self._pair(x, view), memory)
+            pair, memory = view.remember(*named(self._pair(x, view), "qkv"), memory)
         else:
             pair = kept[spec.borrows]
         kept = kept if spec.keeps is None else {**kept, spec.keeps: pair}
-        mixed = view.attend(query, pair, spec.window, self._rules()).reshape(*x.shape[:2], -1)
+        mixed = named(view.attend(named(query, "qkv"), pair, spec.window, self._rules()), "context").reshape(
+            *x.shape[:2], -1
+        )
         if self.gate is not None:
             mixed = mixed * jax.nn.sigmoid(self.gate(x))
         return self.output(mixed), memory, kept
@@ -234,8 +237,9 @@ class Latent(nnx.Module):
         key, value = jnp.split(self.key_value(self.latent_norm(latent)).reshape(heads), [spec.plain_dim], axis=-1)
         query = jnp.concatenate([query, self._rotated(turning, view)], axis=-1)
         shared = jnp.broadcast_to(self._rotated(shared[:, :, None, :], view), turning.shape)
-        pair, memory = view.remember(jnp.concatenate([key, shared], axis=-1), value, memory)
-        mixed = view.attend(query, pair, None, Rules(spec.scale))
+        query, *pair = named((query, jnp.concatenate([key, shared], axis=-1), value), "qkv")
+        pair, memory = view.remember(*pair, memory)
+        mixed = named(view.attend(query, pair, None, Rules(spec.scale)), "context")
         return self.output(mixed.reshape(*x.shape[:2], -1)), memory, kept
 
     def _rotated(self, x: Float[Array, "B T H R"], view: View) -> Float[Array, "B T H R"]:

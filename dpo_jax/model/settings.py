@@ -1,10 +1,40 @@
 """Settings of the model and of the devices it is laid out on."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from dpo_jax.settings import Section
+
+
+class Remat(NamedTuple):
+    """What of each layer is kept for the backward pass; the rest is computed again.
+
+    `keeps` are names of values (see `model.remat`), or None for everything; `products` keeps every matrix product with
+    weights too. `attention` has the inside of attention computed again where all else is kept. `host` puts what is kept
+    into the host's memory.
+    """
+
+    says: str
+    keeps: tuple[str, ...] | None = ()
+    products: bool = False
+    attention: bool = False
+    host: bool = False
+
+
+_NAMED = ("qkv", "context", "attention_out")
+REMATS: dict[str, Remat] = {
+    "none": Remat("keeps everything, scores of attention too", keeps=None),
+    "attention": Remat("keeps all but the inside of attention", keeps=None, attention=True),
+    "dots": Remat("keeps products with weights and what attention gives", keeps=("context", "experts"), products=True),
+    "names": Remat(
+        "keeps queries, keys, values, what attention gives and its projection; MLPs run again", keeps=_NAMED
+    ),
+    "block": Remat("keeps nothing but what goes from layer to layer; every layer runs again"),
+    "offload": Remat("as names, in the host's memory: as little on the device as block", keeps=_NAMED, host=True),
+}
+"""Policies; from none to block each keeps less on the device than the one before it, and computes more again. Per token
+and layer of an 8B model in bfloat16: dots 2.75 MB and 2 % more arithmetic, names 0.92 MB and 18 %, block 33 %."""
 
 
 class ModelSettings(Section):
@@ -28,8 +58,10 @@ class ModelSettings(Section):
         description="weight of the load-balancing loss of a mixture of experts; null: as the model's config says "
         "(router_aux_loss_coef, 0 if it does not say); 0 leaves it out",
     )
-    remat: Literal["none", "attention", "block"] = Field(
-        default="attention", description="what the backward pass computes again instead of keeping it"
+    remat: Literal["none", "attention", "dots", "names", "block", "offload"] = Field(
+        default="attention",
+        description="what the backward pass keeps of each layer, and does not compute again; from none to block less "
+        f"and less: {'; '.join(f'{name} {row.says}' for name, row in REMATS.items())}",
     )
 
 
