@@ -29,6 +29,7 @@ from dpo_jax.hf.settings import ExportSettings
 from dpo_jax.model.settings import MeshSettings, ModelSettings
 from dpo_jax.settings import COMMAND_LINE, Section, Sources, UserError, allowed, printable, short
 from dpo_jax.training.settings import (
+    UNUSED,
     AlarmSettings,
     CheckpointSettings,
     EvaluationSettings,
@@ -158,16 +159,13 @@ IGNORED: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
         lambda r: r.optimizer.warmup_steps is not None,
         "give warmup_steps or warmup_fraction, not both",
     ),
+    *UNUSED,
     (
         "evaluation.every",
         lambda r: r.data.eval is None and r.evaluation.answers is None,
         "nothing to evaluate; give data.eval or evaluation.answers",
     ),
-    (
-        "evaluation.max_new_tokens",
-        lambda r: r.evaluation.answers is None,
-        "nothing is generated without evaluation.answers; leave it out",
-    ),
+    ("evaluation.max_new_tokens", lambda r: r.evaluation.answers is None, "nothing is generated without answers"),
 )
 
 # Every setting is in one of the next two: does another value lead to another model (beyond float reassociation)?
@@ -178,6 +176,7 @@ CHANGES_MATHEMATICS = frozenset(
     reference.path reference.revision reference.update_every reference.update_rate optimizer.learning_rate
     optimizer.schedule optimizer.warmup_steps optimizer.warmup_fraction optimizer.beta1 optimizer.beta2
     optimizer.epsilon optimizer.weight_decay optimizer.clip_norm steps epochs seed model.router_aux
+    optimizer.name optimizer.param_dtype optimizer.moment_dtype
     """.split()
 ) | {f"objective.{name}" for name in ObjectiveSettings.model_fields}
 KEEPS_MATHEMATICS = frozenset(

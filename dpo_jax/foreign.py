@@ -54,7 +54,7 @@ FOREIGN = {
         ("use_liger_kernel use_liger_loss attn_implementation flash_attention", "not needed: kernels are chosen here"),
         ("deepspeed fsdp_config accelerator_config", "not needed: the mesh section lays out the devices"),
         ("resume_from_checkpoint overwrite_output_dir", "not needed: a run resumes from its output folder"),
-        ("optim", "AdamW is the only optimizer; its settings are in the optimizer section"),
+        ("optim optimizer_name", "optimizer.name"),
         ("trust_remote_code", "code of a model folder is never run"),
         ("model_revision base_model_revision", "model.revision"),
         ("ref_model_revision reference_revision", "reference.revision"),

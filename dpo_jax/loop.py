@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from dpo_jax import config, sharding
 from dpo_jax.config import Run
@@ -29,7 +28,7 @@ from dpo_jax.stages import Data, Reference, cache_folder, sweep
 from dpo_jax.training.alarms import Alarms
 from dpo_jax.training.checkpoints import Checkpoints
 from dpo_jax.training.journal import Journal, read_records
-from dpo_jax.training.optimizer import make_optimizer, schedule, warmup_steps
+from dpo_jax.training.optimizer import make_optimizer, schedule, state_shardings, warmup_steps, wide
 from dpo_jax.training.step import MovingReference, State, fresh_state, make_step
 
 START_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3}
@@ -52,10 +51,12 @@ class Trainer:
         self._start = reference.weights if self.moving else None
         self.reference = None if self.moving else reference.weights
         self.optimizer = make_optimizer(run.optimizer)
-        self.abstract = jax.eval_shape(self._fresh, policy.params, policy.params if self.moving else None)
+        self.abstract = jax.eval_shape(
+            self._fresh, policy.params, jax.eval_shape(wide, policy.params) if self.moving else None
+        )
         self.shardings = self._state_shardings()
         rate = schedule(run.optimizer, batches.steps)
-        step = make_step(problem, self.optimizer, rate, steps=batches.steps, moving=self.moving)
+        step = make_step(problem, self.optimizer, rate, steps=batches.steps, moving=self.moving, seed=run.seed)
         self._step = sharding.Compiled(step, out_shardings=(self.shardings, None), donate=(0,))
 
     def step(self, state: State, batch: Any) -> tuple[State, dict[str, jax.Array]]:
@@ -99,13 +100,7 @@ class Trainer:
     def _state_shardings(self) -> Any:
         whole = sharding.replicated(self.mesh)
         params = sharding.param_shardings(self.abstract["params"], self.mesh)
-        moments = optax.tree_utils.tree_map_params(
-            self.optimizer,
-            lambda _, place: place,
-            self.abstract["optimizer"],
-            params,
-            transform_non_params=lambda _: whole,
-        )
+        moments = state_shardings(self.abstract["optimizer"], self.abstract["params"], params, whole)
         found = {name: whole for name in self.abstract}
         return found | {"params": params, "optimizer": moments} | ({"reference": params} if self.moving else {})
 
@@ -366,6 +361,8 @@ def start_or_resume(
 ) -> State:
     """The state after the newest checkpoint; or the state before the first step, which is measured first."""
     if start is not None:
+        for leaf in jax.tree.leaves(policy.params):  # or they would stand beside those that are restored
+            leaf.delete()
         journal.phase(f"resuming after step {start}")
         state, _ = checkpoints.restore(start, trainer.target())
         journal.note(f"resumed after step {start}")

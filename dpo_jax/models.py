@@ -13,7 +13,7 @@ from dpo_jax.hf import checkpoint as hf
 from dpo_jax.hf import tensors
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.model import remat
-from dpo_jax.model.decoder import Execution, Model, abstract_params
+from dpo_jax.model.decoder import Execution, Model, abstract_params, held_in
 from dpo_jax.model.preference import Problem
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.settings import UserError
@@ -36,10 +36,14 @@ def compute_dtype(run: Run) -> str:
 
 
 def load_model(folder: Path, mesh: jax.sharding.Mesh, dtype: str = "float32", *, scalar_head: bool = False) -> Model:
-    """A folder's model, straight onto its shardings; with a scalar head, from a language model or a reward model."""
+    """A folder's model, straight onto its shardings; with a scalar head, from a language model or a reward model.
+
+    Leaves that are used in float32 whatever the dtype of computation (norm scales) are read in float32.
+    """
     spec = read_spec(folder, scalar_head=scalar_head)
     shardings = sharding.param_shardings(abstract_params(spec), mesh)
-    return hf.load_hf(folder, dtype=jnp.dtype(dtype), shardings=shardings, spec=spec)
+    held = functools.partial(held_in, dtype=jnp.dtype(dtype))
+    return hf.load_hf(folder, dtype=held, shardings=shardings, spec=spec)
 
 
 @functools.cache

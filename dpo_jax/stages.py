@@ -270,8 +270,8 @@ def make_reference(
     dtype = "float32" if run.reference.update_every else problem.compute_dtype
     model = policy if is_policy(run) else load_model(sources.reference, mesh, dtype)
     if run.reference.mode == "live":
-        # A copy: the policy's own buffers are given away by the first step. One that moves is kept in float32.
-        return Reference(weights=jax.tree.map(jnp.copy, cast(model.params, jnp.dtype(dtype))))
+        # One that moves is kept in float32.
+        return Reference(weights=_own(model.params, dtype) if is_policy(run) else cast(model.params, jnp.dtype(dtype)))
     digest = weights_digest(sources.reference)
     sets = {"train": data.train, "held_out": data.held_out}
     return Reference(
@@ -282,10 +282,19 @@ def make_reference(
     )
 
 
+def _own(params: Any, dtype: str) -> Any:
+    """The policy's parameters in this dtype, none in the policy's own buffers: its first step gives those away."""
+    cast_ = cast(params, jnp.dtype(dtype))
+    return jax.tree.map(lambda new, old: jnp.copy(new) if new.dtype == old.dtype else new, cast_, params)
+
+
 def _cached(
     run: Run, digest: str, model: Model, problem: Problem, encoded: Encoded, mesh, journal: Journal
 ) -> np.ndarray:
-    key = references.cache_key(digest, encoded, problem.compute_dtype)
+    kind = problem.compute_dtype
+    if is_policy(run) and run.optimizer.param_dtype != "float32" and kind == "float32":
+        kind = f"{kind} of {run.optimizer.param_dtype}"  # the weights are rounded before they are computed with
+    key = references.cache_key(digest, encoded, kind)
 
     def compute() -> np.ndarray:
         journal.phase("compiling the reference")

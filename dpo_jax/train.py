@@ -31,7 +31,8 @@ def train(run: config.Run) -> int:
         steps = stages.number_of_steps(run, data)
         exam = loop.read_exam(run, sources, tokenizer)
         models.check_models(run, sources)
-        policy = models.load_model(sources.policy, mesh, scalar_head=run.objective.trains_reward_model)
+        kind = run.optimizer.param_dtype
+        policy = models.load_model(sources.policy, mesh, kind, scalar_head=run.objective.trains_reward_model)
         problem = models.make_problem(run, policy, mesh)
         with Checkpoints(folder / "checkpoints", run.checkpoint) as checkpoints:
             start = checkpoints.latest()

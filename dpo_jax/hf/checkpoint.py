@@ -46,7 +46,7 @@ GENERATION = "generation_config.json"
 def load_hf(
     folder_or_hub_id: str | Path,
     *,
-    dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike | Callable[[str], DTypeLike] = jnp.float32,
     shardings: Any = None,
     spec: DecoderSpec | None = None,
 ) -> Model:
@@ -54,7 +54,8 @@ def load_hf(
 
     Args:
       folder_or_hub_id: a folder that exists here, or else the name of a hub repository.
-      dtype: of every leaf, whatever the folder holds. float32 keeps each weight exactly.
+      dtype: of every leaf, whatever the folder holds, or a function of the leaf's path that gives it. float32 keeps
+        each weight exactly.
       shardings: tree like `abstract_params(spec)` of where leaves go; each device's part is all that is read for it.
         None puts everything on the default device, uncommitted.
       spec: what `read_spec` gave, if the caller has it already. One with a scalar head takes of a language model's
@@ -75,8 +76,10 @@ def load_hf(
     for entry in claims.entries.values():
         for number, part in enumerate(entry.parts):
             by_leaf.setdefault(part.leaf, []).append(_Found(entry, number))
-    dtype = jnp.dtype(dtype)
-    loaded = {leaf: _leaf(source, by_leaf.get(leaf, []), leaves[leaf].shape, dtype, places[leaf]) for leaf in leaves}
+    kinds = {leaf: jnp.dtype(dtype(leaf) if isinstance(dtype, Callable) else dtype) for leaf in leaves}
+    loaded = {
+        leaf: _leaf(source, by_leaf.get(leaf, []), leaves[leaf].shape, kinds[leaf], places[leaf]) for leaf in leaves
+    }
     return Model(spec, trees.from_paths(loaded))
 
 

@@ -118,6 +118,11 @@ def cast(params: Params, dtype: Any) -> Params:
     return trees.from_paths({p: x if FLOAT32.fullmatch(p) else x.astype(dtype) for p, x in table.items()})
 
 
+def held_in(path: str, dtype: Any) -> Any:
+    """dtype of a leaf where parameters are read for, or kept in, this dtype: float32 for those that stay in it."""
+    return jnp.float32 if FLOAT32.fullmatch(path) else dtype
+
+
 def head_of(spec: DecoderSpec, params: Params) -> Head:
     """The output projection: the embedding itself where it is tied.
 

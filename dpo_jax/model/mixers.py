@@ -237,8 +237,8 @@ class Latent(nnx.Module):
         key, value = jnp.split(self.key_value(self.latent_norm(latent)).reshape(heads), [spec.plain_dim], axis=-1)
         query = jnp.concatenate([query, self._rotated(turning, view)], axis=-1)
         shared = jnp.broadcast_to(self._rotated(shared[:, :, None, :], view), turning.shape)
-        query, *pair = named((query, jnp.concatenate([key, shared], axis=-1), value), "qkv")
-        pair, memory = view.remember(*pair, memory)
+        query, key, value = named((query, jnp.concatenate([key, shared], axis=-1), value), "qkv")
+        pair, memory = view.remember(key, value, memory)
         mixed = named(view.attend(query, pair, None, Rules(spec.scale)), "context")
         return self.output(mixed.reshape(*x.shape[:2], -1)), memory, kept
 

@@ -157,7 +157,7 @@ def _one_pass(problem: Problem, params: Any, compute: Any, batch: Any, reference
         (_, seen), slope = jax.value_and_grad(micro, has_aux=True)(compute, forest)
         return _absorbed(sofar, seen, number), _added(gradient, slope)
 
-    return fold(visit, (_nothing(problem, batch), jax.tree.map(jnp.zeros_like, params)), batch)
+    return fold(visit, (_nothing(problem, batch), _no_gradient(params)), batch)
 
 
 def _two_passes(problem: Problem, params: Any, compute: Any, batch: Any, reference: Any, moment: Moment) -> Any:
@@ -181,7 +181,7 @@ def _two_passes(problem: Problem, params: Any, compute: Any, batch: Any, referen
         slope = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, number, 0, keepdims=False), slopes)
         return _added(gradient, jax.grad(micro)(compute, forest, slope))
 
-    return seen, fold(visit, jax.tree.map(jnp.zeros_like, params), batch)
+    return seen, fold(visit, _no_gradient(params), batch)
 
 
 def _balance(problem: Problem, part: Routing | None, whole: Routing | None) -> jax.Array:
@@ -253,6 +253,11 @@ def _absorbed(sofar: Seen, seen: Seen, number: Any) -> Seen:
     stack = jax.tree.map(lambda all, one: all.at[number].set(one), sofar.pairs, pairs)
     sums = None if routing is None or sofar.routing is None else added(sofar.routing, routing)
     return Seen(stack, merge(sofar.statistics, statistics), sums)
+
+
+def _no_gradient(params: Any) -> Any:
+    """Zeros in float32, also where parameters are bfloat16: sums over micro-batches need the digits."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
 
 
 def _added(gradient: Any, slope: Any) -> Any:

@@ -233,6 +233,8 @@ def fold(visit, state: Any, batch: Any) -> Any:
         )
         return visit(state, forest, number)
 
+    if batch.real.shape[0] == 1:  # without a loop a sum over micro-batches, such as the gradient, is held once only
+        return body(jnp.int32(0), state)
     return lax.fori_loop(0, batch.micro_batches, body, state)
 
 

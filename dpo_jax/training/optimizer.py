@@ -1,10 +1,14 @@
-"""AdamW, its schedule, and the table that says which leaves decay."""
+"""The optimizers, their schedule, where their state lives, and the table that says which leaves decay."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, BFloat16, Float32, PRNGKeyArray
 
 from dpo_jax import trees
 from dpo_jax.training.settings import OptimizerSettings
@@ -46,12 +50,53 @@ def warmup_steps(settings: OptimizerSettings, steps: int) -> int:
 
 
 def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
-    """Clipping, Adam's moments in float32, and decoupled decay; the caller multiplies by minus the learning rate."""
+    """Clipping, the optimizer's direction, and decoupled decay; the caller multiplies by minus the learning rate.
+
+    Gradients and parameters are given to it in float32 whatever the parameters are kept in (see `wide`). Adafactor
+    (arXiv:1804.04235) is without momentum, relative steps and scaling by parameters; a stack of layers is clipped as
+    one block.
+    """
     parts = [] if settings.clip_norm is None else [optax.clip_by_global_norm(settings.clip_norm)]
-    parts.append(optax.scale_by_adam(settings.beta1, settings.beta2, settings.epsilon))
+    match settings.name:
+        case "adamw":
+            first = settings.moment_dtype
+            parts.append(optax.scale_by_adam(settings.beta1, settings.beta2, settings.epsilon, mu_dtype=first))
+        case "lion":
+            parts.append(optax.scale_by_lion(settings.beta1, settings.beta2, mu_dtype=settings.moment_dtype))
+        case "adafactor":
+            parts += [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
     if settings.weight_decay:
         parts.append(optax.add_decayed_weights(settings.weight_decay, mask=decay_mask))
     return optax.chain(*parts)
+
+
+def wide(params: Any) -> Any:
+    """Parameters in float32, which optimizers compute in."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+
+
+def state_shardings(state: Any, params: Any, places: Any, whole: NamedSharding) -> Any:
+    """Where an optimizer's state goes: each moment where its parameter is, and what is of no parameter to `whole`.
+
+    A factored moment, which a parameter's shape less one axis tells, is split like the axes that it has left.
+    """
+    shapes, by_path = trees.paths(params), trees.paths(places)
+
+    def place(path, leaf):
+        parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        name = next((n for n in ("/".join(parts[i:]) for i in range(len(parts))) if n in shapes), None)
+        if name is None:
+            return whole
+        shape, given = shapes[name].shape, by_path[name]
+        axes = (*given.spec, *(None,) * (len(shape) - len(given.spec)))
+        if leaf.shape == shape:
+            return given
+        for axis in range(len(shape)):
+            if leaf.shape == shape[:axis] + shape[axis + 1 :]:
+                return NamedSharding(whole.mesh, P(*axes[:axis], *axes[axis + 1 :]))
+        return whole
+
+    return jax.tree_util.tree_map_with_path(place, state)
 
 
 def decay_mask(params: Any) -> Any:
@@ -59,6 +104,22 @@ def decay_mask(params: Any) -> Any:
     return trees.map_by_rules(params, DECAY, table="weight decay")
 
 
-def descend(params: Any, directions: Any, learning_rate: jax.Array) -> Any:
-    """`params - learning_rate * directions`, leaf by leaf."""
-    return jax.tree.map(lambda p, d: p - jnp.asarray(learning_rate, p.dtype) * d, params, directions)
+def descend(params: Any, directions: Any, learning_rate: jax.Array, key: PRNGKeyArray) -> Any:
+    """`params - learning_rate * directions`, leaf by leaf; leaves in bfloat16 are rounded at random by the key."""
+    leaves, structure = jax.tree.flatten(params)
+    moved = []
+    for number, (leaf, direction) in enumerate(zip(leaves, jax.tree.leaves(directions), strict=True)):
+        to = leaf.astype(jnp.float32) - learning_rate * direction
+        moved.append(to if leaf.dtype == jnp.float32 else stochastically_rounded(to, jax.random.fold_in(key, number)))
+    return jax.tree.unflatten(structure, moved)
+
+
+def stochastically_rounded(x: Float32[Array, "*B"], key: PRNGKeyArray) -> BFloat16[Array, "*B"]:
+    """One of the two bfloat16 numbers around x, the nearer one the more often: the mean over keys is x.
+
+    A float32 is a bfloat16 with 16 digits more; a random number of 16 digits is added to it, and what is left behind
+    the first 16 is cut off. What bfloat16 can say is left alone. Drawn by element, so alike however x is split.
+    """
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    bits = (lax.bitcast_convert_type(x, jnp.uint32) + noise) & jnp.uint32(0xFFFF0000)
+    return lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)

@@ -10,7 +10,7 @@ import numpy as np
 
 from dpo_jax.data.encode import Encoded
 
-VERSION = "2"
+VERSION = "3"
 """Changed whenever the same weights and tokens would give other numbers."""
 
 

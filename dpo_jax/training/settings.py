@@ -156,22 +156,70 @@ class ReferenceSettings(Section):
         return self
 
 
-class OptimizerSettings(Section):
-    """AdamW and its schedule."""
+OPTIMIZERS: dict[str, frozenset[str]] = {
+    "adamw": frozenset(("beta1", "beta2", "epsilon", "moment_dtype")),
+    "lion": frozenset(("beta1", "beta2", "moment_dtype")),
+    "adafactor": frozenset(),
+}
+"""What each optimizer takes of the settings that not all of them take."""
 
+UNUSED = tuple(
+    (
+        f"optimizer.{key}",
+        lambda run, key=key: key not in OPTIMIZERS[run.optimizer.name],
+        f"only {' and '.join(name for name, takes in OPTIMIZERS.items() if key in takes)} would use it; leave it out",
+    )
+    for key in ("beta1", "beta2", "epsilon", "moment_dtype")
+)
+"""Rows of `config.IGNORED`: the setting, whether a run's optimizer would ignore it, and the remedy."""
+
+
+class OptimizerSettings(Section):
+    """The optimizer, what it keeps for each parameter, and its schedule."""
+
+    name: Literal["adamw", "lion", "adafactor"] = Field(
+        default="adamw",
+        description="adamw keeps two moments (8 bytes for each parameter); lion one (4 bytes), and steps by signs, so "
+        "its learning_rate is a third to a tenth of adamw's; adafactor the second alone, by rows and columns (almost "
+        "nothing), without scaling steps by the size of the weights, so its learning_rate is like adamw's",
+    )
+    param_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="dtype of the weights that are trained: 4 bytes for each parameter, or 2; an update in bfloat16 is "
+        "rounded up or down at random (by seed and step), so that it holds on average however small it is",
+    )
+    moment_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="dtype of the first moment: 4 bytes for each parameter, or 2; the second is always float32",
+    )
     learning_rate: float = Field(default=5e-7, ge=0, description="peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="linear", description="how the rate falls after warm-up"
     )
     warmup_steps: int | None = Field(default=None, ge=0, description="steps over which the rate rises from 0")
     warmup_fraction: float = Field(default=0.1, ge=0, le=1, description="the same as a share of all steps")
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
-    beta2: float = Field(default=0.999, ge=0, lt=1, description="decay of the second moment")
+    beta1: float = Field(
+        default=0.9, ge=0, lt=1, description="decay of the first moment (of its part of a step, for lion)"
+    )
+    beta2: float = Field(
+        default=0.999,
+        ge=0,
+        lt=1,
+        description="decay of the second moment (adamw), or of lion's only one (default 0.99)",
+    )
     epsilon: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay (matrices and embeddings only)")
     clip_norm: float | None = Field(
         default=1.0, gt=0, description="largest global gradient norm; null turns clipping off"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lions_decay(cls, data: Any) -> Any:
+        """Lion's own default (arXiv:2302.06675)."""
+        if isinstance(data, Mapping) and data.get("name") == "lion":
+            return {"beta2": 0.99, **data}
+        return data
 
 
 class EvaluationSettings(Section):

@@ -10,11 +10,12 @@ from jax import lax
 
 from dpo_jax.mixture import Moment
 from dpo_jax.model.preference import Problem, loss_and_gradient
-from dpo_jax.training.optimizer import descend
+from dpo_jax.training.optimizer import descend, wide
 
 State = dict[str, Any]
-"""`params` and `optimizer` (float32), `step`, and `skipped` and `streak`: non-finite steps, all and in a row. Where the
-reference moves also its weights, `reference` (float32); where an objective remembers earlier steps also `memory`."""
+"""`params` (float32, or bfloat16 but for small leaves), `optimizer` (float32, its first moment maybe bfloat16), `step`,
+and `skipped` and `streak`: non-finite steps, all and in a row. Where the reference moves also its weights, `reference`
+(float32); where an objective remembers earlier steps also `memory`."""
 
 
 class MovingReference(NamedTuple):
@@ -34,7 +35,7 @@ def fresh_state(
     zero = jnp.zeros((), jnp.int32)
     state = {
         "params": params,
-        "optimizer": optimizer.init(params),
+        "optimizer": optimizer.init(wide(params)),
         "step": zero,
         "skipped": zero,
         "streak": zero,
@@ -50,11 +51,13 @@ def make_step(
     *,
     steps: int = 1,
     moving: MovingReference | None = None,
+    seed: int = 0,
 ) -> Callable[[State, Any, Any], tuple[State, dict[str, jax.Array]]]:
     """The step function `(state, reference, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     `reference` holds the frozen weights of a live reference, or is None where the batch brings its log-probabilities
-    or where it moves and is part of the state. `steps` is the length of the run, for a beta that is scheduled.
+    or where it moves and is part of the state. `steps` is the length of the run, for a beta that is scheduled. `seed`
+    and the step's number decide how updates of bfloat16 parameters are rounded.
 
     A step whose loss or gradient is not finite changes neither weights nor moments; it is counted, and the step number
     goes on, so that the data do too.
@@ -67,9 +70,10 @@ def make_step(
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         with jax.numpy_dtype_promotion("standard"):  # optax takes powers of floats by integer counts
-            directions, moments = optimizer.update(gradient, state["optimizer"], state["params"])
+            directions, moments = optimizer.update(gradient, state["optimizer"], wide(state["params"]))
             rate = jnp.asarray(learning_rate(state["step"]), jnp.float32)
-        updated = {"params": descend(state["params"], directions, rate), "optimizer": moments}
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        updated = {"params": descend(state["params"], directions, rate, key), "optimizer": moments}
         updated |= {} if "memory" not in state else {"memory": memory}
         kept = {name: state[name] for name in updated}
         missed = 1 - finite.astype(jnp.int32)
@@ -98,6 +102,6 @@ def moved(reference: Any, params: Any, step: jax.Array, moving: MovingReference)
     rate = moving.rate
     return lax.cond(
         step % moving.every == 0,
-        lambda: jax.tree.map(lambda old, new: rate * new + (1.0 - rate) * old, reference, params),
+        lambda: jax.tree.map(lambda old, new: rate * new.astype(old.dtype) + (1.0 - rate) * old, reference, params),
         lambda: reference,
     )
