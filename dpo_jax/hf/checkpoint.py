@@ -76,11 +76,17 @@ def load_hf(
     for entry in claims.entries.values():
         for number, part in enumerate(entry.parts):
             by_leaf.setdefault(part.leaf, []).append(_Found(entry, number))
-    kinds = {leaf: jnp.dtype(dtype(leaf) if isinstance(dtype, Callable) else dtype) for leaf in leaves}
+    kinds = {leaf: jnp.dtype(_dtype_of(leaf, dtype)) for leaf in leaves}
     loaded = {
         leaf: _leaf(source, by_leaf.get(leaf, []), leaves[leaf].shape, kinds[leaf], places[leaf]) for leaf in leaves
     }
     return Model(spec, trees.from_paths(loaded))
+
+
+def _dtype_of(leaf: str, dtype: Any) -> DTypeLike:
+    """jax.numpy.float32 is a class, so it could be called too; a function of the path is not a class."""
+    found: Any = dtype(leaf) if callable(dtype) and not isinstance(dtype, type) else dtype
+    return found
 
 
 def scheme_of(spec: DecoderSpec, folder: Path) -> Scheme:
