@@ -371,3 +371,25 @@ def test_too_few_pairs_and_a_vocabulary_of_another_size(world, tmp_path, capsys)
     write_folder(tmp_path / "other", vocab_size=280)
     line = refused(arguments(world, tmp_path / "b", f"reference.path={tmp_path / 'other'}"), capsys)
     assert "reference.path" in line and "280" in line
+
+
+@pytest.mark.parametrize("more", [("optimizer.param_dtype=bfloat16",), ("optimizer.name=adafactor", *MOVING)])
+def test_weights_in_bfloat16_and_other_optimizers_stop_and_go_on(world, tmp_path, monkeypatch, more):
+    """The same bytes come out, and the folder that is written is like the one that was read."""
+    argv = ("evaluation.every=null", "data.eval=null", *more)
+    assert train.main(arguments(world, tmp_path / "whole", *argv)) == 0
+    original = Journal.step
+
+    def step(self, now, metrics):
+        original(self, now, metrics)
+        if now == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "step", step)
+        assert train.main(arguments(world, tmp_path / "run", *argv)) == 75
+    assert train.main(arguments(world, tmp_path / "run", *argv)) == 0
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("run", "whole")]
+    assert weights[0] == weights[1]
+    records = steps_of(tmp_path / "whole")
+    assert records[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and records[-1]["loss"] < records[0]["loss"]
