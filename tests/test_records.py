@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dpo_jax.data.encode import collect, encode
 from dpo_jax.data.layouts import Record, detect, to_record
 from dpo_jax.data.messages import BadRow
-from dpo_jax.data.records import read_records, read_rows, tables
+from dpo_jax.data.records import read_record, read_rows, stretches, tables
 from dpo_jax.data.report import BAD, KINDS, NOTED, TOO_LONG, Report
 from dpo_jax.data.settings import LAYOUTS as NAMES
 from dpo_jax.data.settings import DataSettings
@@ -42,7 +42,16 @@ from tests.tiny_rows import (
 def records(*paths, layout="auto", report=None, first=None, max_characters=10_000) -> list[Record]:
     report = report or Report()
     opened = tables([str(path) for path in paths])
-    return list(read_records(opened, layout=layout, max_characters=max_characters, first=first, report=report))
+    found = []
+    for stretch in stretches(opened, layout=layout, first=first, report=report, size=2):
+        for row in stretch.rows:
+            record = read_record(row, stretch.layout, max_characters)
+            report.note(row.notes, file=row.file, line=row.line)
+            if isinstance(record, BadRow):
+                report.drop(record.kind, record.reason, file=row.file, line=row.line)
+            else:
+                found.append(record)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ bad rows

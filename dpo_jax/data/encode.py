@@ -2,10 +2,10 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -13,14 +13,17 @@ from dpo_jax.data.encoded import Encoded, Entry
 from dpo_jax.data.entries import ranks
 from dpo_jax.data.layouts import Pair, Record
 from dpo_jax.data.messages import BadRow
-from dpo_jax.data.records import read_records, tables
+from dpo_jax.data.records import Stretch, read_record, stretches, tables
 from dpo_jax.data.report import Report, clean
 from dpo_jax.data.settings import DataSettings
-from dpo_jax.data.templates import Codec, codec, template_digest, tokenize
+from dpo_jax.data.templates import Codec, Tokens, codec, template_digest, tokenize
+from dpo_jax.data.workers import in_order, processes
 from dpo_jax.settings import UserError
 
 CHUNK = 512
-"""Records that are tokenised in one call."""
+"""Rows that are tokenised in one call."""
+ALONE = 8
+"""Calls before processes are started: what these take is about what it takes to start them."""
 
 # ------------------------------------------------------------------------------------------------ truncation
 
@@ -92,22 +95,67 @@ class Unit:
         return Unit(self.prompt, [self.completions[index] for index in used], tuple(again), self.file, self.line)
 
 
-def units(records: Iterable[Record], coder: Codec, report: Report) -> Iterator[Unit]:
-    """Records as token ids; one whose completions are all the same ids is bad, as is one that cannot be tokenised."""
-    remaining = iter(records)
-    while chunk := list(islice(remaining, CHUNK)):
-        for record, tokens in zip(chunk, tokenize(chunk, coder), strict=True):
-            where = {"file": record.file, "line": record.line}
-            if isinstance(tokens, BadRow):
-                report.drop(tokens.kind, tokens.reason, **where)
-                continue
-            unit = Unit(tokens.prompt, tokens.completions, record.pairs, **where)
-            pairs = _different(unit, [(0, len(ids)) for ids in unit.completions])
-            if not pairs:
-                report.drop("identical completions", "chosen and rejected are the same token ids", **where)
-                continue
-            report.note(tokens.notes + _left_out(unit, pairs), **where)
-            yield unit if len(pairs) == len(unit.pairs) else unit.with_pairs(pairs)
+class Rules(NamedTuple):
+    """How rows become token ids: all that `encode_rows` needs beside the rows."""
+
+    coder: Codec
+    truncation: Literal["keep_completion", "keep_start", "keep_end"]
+    max_length: int
+    max_characters: int
+
+
+class Sighting(NamedTuple):
+    """A pair, or a single completion, by digests of its token ids and of those that would contradict it."""
+
+    line: int
+    same: bytes
+    opposite: bytes
+    desirable: bool | None
+    """Of a single completion."""
+
+
+class Part(NamedTuple):
+    """What a stretch of rows of a file became; its numbers begin at 0, and its ranks are not known."""
+
+    file: str
+    encoded: Encoded
+    report: Report
+    sightings: list[Sighting]
+
+
+def encode_rows(rules: Rules, stretch: Stretch) -> Part:
+    """The rows of a stretch as token ids. A pure function, which may be called in any process."""
+    report, builder, sightings = Report(), _Builder(stretch.rows[0].file), []
+    records = [read_record(row, stretch.layout, rules.max_characters) for row in stretch.rows]
+    tokens = iter(tokenize([record for record in records if isinstance(record, Record)], rules.coder))
+    for row, record in zip(stretch.rows, records, strict=True):
+        where = {"file": row.file, "line": row.line}
+        report.note(row.notes, **where)
+        made = record if isinstance(record, BadRow) else _unit(record, next(tokens), report)
+        if isinstance(made, BadRow):
+            report.drop(made.kind, made.reason, **where)
+            continue
+        sightings += _sightings(made)
+        if kept := truncated(made, rules, report):
+            builder.add(*kept)
+            report.kept += 1
+            singles = [pair for pair in kept[0].pairs if pair.single]
+            report.pairs += len(kept[0].pairs) - len(singles)
+            report.singles += len(singles)
+            report.undesirable += sum(pair.label == 0 for pair in singles)
+    return Part(stretch.rows[0].file, builder.build(), report, sightings)
+
+
+def _unit(record: Record, tokens: Tokens | BadRow, report: Report) -> Unit | BadRow:
+    """A record as token ids; bad if they cannot be had, or if all of its completions are the same ids."""
+    if isinstance(tokens, BadRow):
+        return tokens
+    unit = Unit(tokens.prompt, tokens.completions, record.pairs, record.file, record.line)
+    pairs = _different(unit, [(0, len(ids)) for ids in unit.completions])
+    if not pairs:
+        return BadRow("identical completions", "chosen and rejected are the same token ids")
+    report.note(tokens.notes + _left_out(unit, pairs), file=record.file, line=record.line)
+    return unit if len(pairs) == len(unit.pairs) else unit.with_pairs(pairs)
 
 
 def _different(unit: Unit, spans: Sequence[tuple[int, int]]) -> list[Pair]:
@@ -121,23 +169,23 @@ def _left_out(unit: Unit, pairs: Sequence[Pair]) -> tuple[tuple[str, str], ...]:
     return (("pair left out of a ranked row", f"{count} pairs of completions are the same tokens"),) if count else ()
 
 
-def truncated(unit: Unit, settings: DataSettings, report: Report) -> tuple[Unit, Cut] | None:
+def truncated(unit: Unit, rules: Rules, report: Report) -> tuple[Unit, Cut] | None:
     """The unit and what is kept of it, or None when nothing is left to learn from; both are counted."""
     where = {"file": unit.file, "line": unit.line}
     lengths = [len(ids) for ids in unit.completions]
-    cut = TRUNCATIONS[settings.truncation](len(unit.prompt), lengths, settings.max_length)
+    cut = TRUNCATIONS[rules.truncation](len(unit.prompt), lengths, rules.max_length)
     if cut is None:
-        report.drop("overlong prompt", f"{len(unit.prompt)} tokens, data.max_length {settings.max_length}", **where)
+        report.drop("overlong prompt", f"{len(unit.prompt)} tokens, data.max_length {rules.max_length}", **where)
         return None
     pairs = _different(unit, list(zip(cut.start, cut.length, strict=True)))
-    if len(pairs) < len(unit.pairs) and settings.truncation != "keep_completion":
+    if len(pairs) < len(unit.pairs) and rules.truncation != "keep_completion":
         report.add("identical after truncation, kept", "as TRL does; its loss is ln 2 and its gradient 0", **where)
     elif not pairs:
         report.drop("identical after truncation", f"the first {cut.length[0]} tokens are the same", **where)
         return None
     elif len(pairs) < len(unit.pairs):
         report.note(_left_out(unit, pairs), **where)
-        return truncated(unit.with_pairs(pairs), settings, report)
+        return truncated(unit.with_pairs(pairs), rules, report)
     if any(cut.skip):
         report.add("prompt truncated", f"{max(cut.skip)} of {len(unit.prompt)} tokens cut from its head", **where)
     if cut.length != lengths:
@@ -147,24 +195,20 @@ def truncated(unit: Unit, settings: DataSettings, report: Report) -> tuple[Unit,
 
 
 class _Builder:
-    """Grows the arrays of an `Encoded`, unit by unit."""
+    """Grows the arrays of an `Encoded` of one file, unit by unit."""
 
-    def __init__(self):
+    def __init__(self, file: str):
+        self.file = file
         self.tokens: list[np.ndarray] = []
         self.size = 0
-        self.files: dict[str, int] = {}
         self.columns: dict[str, list] = {field.name: [] for field in fields(Encoded) if field.name not in _WHOLE}
 
     def add(self, unit: Unit, cut: Cut) -> None:
         """Append a unit: the prompt, then each completion."""
         into, number = self.columns, len(self.columns["prompt_start"])
         first = len(into["completion_start"])
-        self._row(
-            prompt_start=self._append(unit.prompt),
-            prompt_length=len(unit.prompt),
-            file=self.files.setdefault(unit.file, len(self.files)),
-            line=unit.line,
-        )
+        prompt = {"prompt_start": self._append(unit.prompt), "prompt_length": len(unit.prompt)}
+        self._row(**prompt, file=0, line=unit.line)
         for ids, skip, start, length in zip(unit.completions, *cut, strict=True):
             self._row(
                 completion_unit=number,
@@ -187,12 +231,11 @@ class _Builder:
         return self.size - len(ids)
 
     def build(self) -> Encoded:
-        """The arrays."""
+        """The arrays, without ranks."""
         columns = {name: np.asarray(values, _DTYPES.get(name, np.int32)) for name, values in self.columns.items()}
         tokens = np.concatenate(self.tokens) if self.tokens else np.zeros(0, np.int32)
         unranked = np.zeros(len(columns["completion_unit"]), np.int32)
-        encoded = Encoded(tokens=tokens, files=tuple(self.files), rank=unranked, **columns)
-        return replace(encoded, rank=ranks(encoded))
+        return Encoded(tokens=tokens, files=(self.file,) if self.tokens else (), rank=unranked, **columns)
 
 
 _WHOLE = ("tokens", "files", "rank")
@@ -204,20 +247,42 @@ _DTYPES = {
     "label": np.float32,
     "truncated": np.bool_,
 }
+_COUNTED = {
+    "prompt_start": "tokens",
+    "completion_start": "tokens",
+    "completion_unit": "prompt_start",
+    "pair_unit": "prompt_start",
+    "chosen": "completion_start",
+    "rejected": "completion_start",
+}
+"""Columns that are places in another one, and that one."""
 
 
-def _build(records: Iterable[Record], coder: Codec, settings: DataSettings, report: Report) -> Encoded:
-    builder, seen = _Builder(), _Seen()
-    for unit in units(records, coder, report):
-        report.note(seen.notes(unit), file=unit.file, line=unit.line)
-        if kept := truncated(unit, settings, report):
-            builder.add(*kept)
-            report.kept += 1
-            singles = [pair for pair in kept[0].pairs if pair.single]
-            report.pairs += len(kept[0].pairs) - len(singles)
-            report.singles += len(singles)
-            report.undesirable += sum(pair.label == 0 for pair in singles)
-    encoded = builder.build()
+def _joined(parts: Sequence[Encoded]) -> Encoded:
+    """The data of all parts, one after another, with ranks."""
+    files = tuple(dict.fromkeys(file for part in parts for file in part.files))
+    columns: dict[str, np.ndarray] = {}
+    for name in (field.name for field in fields(Encoded) if field.name != "files"):
+        arrays = [getattr(part, name) for part in parts] or [np.zeros(0, _DTYPES.get(name, np.int32))]
+        columns[name] = np.concatenate(arrays)
+        if of := _COUNTED.get(name):
+            sizes = [len(getattr(part, of)) for part in parts]
+            before = np.cumsum([0, *sizes[:-1]], dtype=columns[name].dtype)
+            columns[name] += np.repeat(before[: len(parts)], [len(array) for array in arrays][: len(parts)])
+    numbers = [files.index(part.files[0]) if part.files else 0 for part in parts]
+    columns["file"] += np.repeat(np.asarray(numbers, np.int32), [part.num_units for part in parts])
+    encoded = Encoded(files=files, **columns)
+    return replace(encoded, rank=ranks(encoded))
+
+
+def _build(pieces: Iterable[Stretch], rules: Rules, report: Report, workers: int) -> Encoded:
+    parts, seen = [], _Seen()
+    with closing(in_order(encode_rows, rules, pieces, workers=workers, alone=ALONE)) as made:
+        for part in made:
+            report.merge(part.report)
+            seen.compare(part, report)
+            parts.append(part.encoded)
+    encoded = _joined(parts)
     report.lengths = _lengths(encoded) if encoded.num_pairs else {}
     return encoded
 
@@ -226,24 +291,38 @@ class _Seen:
     """Entries that were met, by digest, to find the ones that come twice and the ones that contradict each other."""
 
     def __init__(self):
-        self.where: dict[bytes, str] = {}
+        self.where: dict[bytes, tuple[str, int]] = {}
 
-    def notes(self, unit: Unit) -> tuple[tuple[str, str], ...]:
-        """What the unit repeats or contradicts."""
-        prompt, *answers = (_digest(ids) for ids in (unit.prompt, *unit.completions))
-        here, found = f"{clean(unit.file, 400)}:{unit.line}", []
-        for pair in unit.pairs:
-            better, worse = answers[pair.chosen], answers[pair.rejected]
-            what, same, opposite, how = "pair", better + worse, worse + better, "the other way round"
-            if pair.single:
-                desirable = pair.label > 0
-                what, how = "completion", "undesirable" if desirable else "desirable"
-                same, opposite = better + bytes([desirable]), better + bytes([not desirable])
-            if earlier := self.where.get(prompt + opposite):
-                found.append((f"conflicting {what}", f"{how} at {earlier}"))
-            if (earlier := self.where.setdefault(prompt + same, here)) != here:
-                found.append((f"duplicate {what}", f"the same as {earlier}"))
-        return tuple(found)
+    def compare(self, part: Part, report: Report) -> None:
+        """Note what the next part repeats or contradicts."""
+        for one in part.sightings:
+            here = (part.file, one.line)
+            what, how = "pair", "the other way round"
+            if one.desirable is not None:
+                what, how = "completion", "undesirable" if one.desirable else "desirable"
+            if earlier := self.where.get(one.opposite):
+                self._note(report, here, f"conflicting {what}", f"{how} at {_place(earlier)}")
+            if (earlier := self.where.setdefault(one.same, here)) != here:
+                self._note(report, here, f"duplicate {what}", f"the same as {_place(earlier)}")
+
+    def _note(self, report: Report, here: tuple[str, int], kind: str, reason: str) -> None:
+        report.add(kind, reason, file=here[0], line=here[1])
+
+
+def _place(where: tuple[str, int]) -> str:
+    return f"{clean(where[0], 400)}:{where[1]}"
+
+
+def _sightings(unit: Unit) -> Iterator[Sighting]:
+    """The pairs of a unit, for `_Seen`."""
+    prompt, *answers = (_digest(ids) for ids in (unit.prompt, *unit.completions))
+    for pair in unit.pairs:
+        better, worse, desirable = answers[pair.chosen], answers[pair.rejected], None
+        same, opposite = better + worse, worse + better
+        if pair.single:
+            desirable = pair.label > 0
+            same, opposite = better + bytes([desirable]), better + bytes([not desirable])
+        yield Sighting(unit.line, prompt + same, prompt + opposite, desirable)
 
 
 def _digest(ids: list[int]) -> bytes:
@@ -326,8 +405,9 @@ def collect(
         ending=settings.ending or ("terminator" if settings.truncation == "keep_completion" else "template"),
     )
     limit = settings.max_characters or 64 * settings.max_length
-    records = read_records(opened, layout=settings.layout, max_characters=limit, first=first, report=report)
-    encoded = _build(records, coder, settings, report)
+    rules = Rules(coder, settings.truncation, settings.max_length, limit)
+    pieces = stretches(opened, layout=settings.layout, first=first, report=report, size=CHUNK)
+    encoded = _build(pieces, rules, report, processes(settings.workers))
     if entry:
         report.cache = entry.write(encoded, report)
     return encoded, report

@@ -26,7 +26,7 @@ from dpo_jax.data.settings import DataSettings
 from dpo_jax.data.templates import template_source
 from dpo_jax.settings import UserError
 
-VERSION = 2
+VERSION = 3
 """Part of the cache's key. Raise it with every change of this package that changes token ids or the report."""
 
 

@@ -20,6 +20,10 @@ class BadRow(Exception):
         super().__init__(f"{kind}: {reason}")
         self.kind, self.reason = kind, reason
 
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        """How it goes from one process to another."""
+        return BadRow, (self.kind, self.reason)
+
 
 def messages_of(value: Any, name: str, roles: Mapping[str, str] | None = None) -> Messages:
     """A checked conversation: known roles, text contents. A single message stands for a list of one.

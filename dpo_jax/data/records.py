@@ -32,7 +32,7 @@ class Row(NamedTuple):
     file: str
     line: int
     value: Any
-    """Whatever the row holds, or the BadRow that says why it cannot be read."""
+    """What the row holds, or the BadRow that says why it cannot be read; bytes are JSON that was not parsed yet."""
     notes: tuple[tuple[str, str], ...] = ()
 
 
@@ -57,7 +57,12 @@ def tables(sources: str | Sequence[str]) -> list[Table]:
 def read_rows(source: str) -> Iterator[Row]:
     """All rows of a source, good and bad."""
     for table in tables(source):
-        yield from table.rows()
+        yield from (row._replace(value=value_of(row)) for row in table.rows())
+
+
+def value_of(row: Row) -> Any:
+    """What a row holds, or the BadRow that says why it cannot be read."""
+    return _parse(row.value) if isinstance(row.value, bytes) else row.value
 
 
 def _open(source: str) -> list[Table]:
@@ -154,7 +159,7 @@ def _read_lines(path: Path, name: str) -> Iterator[Row]:
             marked = number == 1 and line.startswith(BOM)
             line = line.removeprefix(BOM) if marked else line
             if line.strip():
-                yield Row(name, number, _parse(line), _BOM_NOTE if marked else ())
+                yield Row(name, number, line, _BOM_NOTE if marked else ())
 
 
 _BOM_NOTE = (("byte-order mark", "the file begins with one; it was removed"),)
@@ -313,40 +318,75 @@ READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
 # ------------------------------------------------------------------------------------------------ records
 
 
-def read_records(
-    sources: Iterable[Table], *, layout: str, max_characters: int, first: int | None, report: Report
-) -> Iterator[Record]:
-    """Usable rows in normal form; everything else is counted in the report, with its file and line.
+class Stretch(NamedTuple):
+    """Successive rows of one file, and the name of their layout; None where no row so far had one."""
+
+    layout: str | None
+    rows: list[Row]
+
+
+def stretches(
+    sources: Iterable[Table], *, layout: str, first: int | None, report: Report, size: int
+) -> Iterator[Stretch]:
+    """All rows, up to `size` of a file at a time; each is counted in the report when it is read.
 
     With layout "auto", the first row of a file whose columns fit a layout decides for the whole file.
 
     Args:
       sources: files and data sets, in order.
       layout: one of LAYOUTS, or "auto".
-      max_characters: longest text of a prompt with one completion; a longer row is bad, before it costs any work.
       first: read no more rows than this.
-      report: where rows are counted. Rows that are yielded are not counted as kept yet.
+      report: where rows and files are counted.
+      size: rows of a stretch.
     """
     for table in sources:
-        about = report.files.setdefault(table.name, {"layout": layout, "rows": 0, "unused": []})
-        found = None if layout == "auto" else LAYOUTS[layout]
-        about["layout"] = found.name if found else None
+        about = report.files.setdefault(table.name, {"layout": None, "rows": 0, "unused": []})
+        found = None if layout == "auto" else layout
+        about["layout"], rows = found, []
         for row in table.rows():
             if first is not None and report.rows >= first:
-                return
+                break
             report.rows += 1
             about["rows"] += 1
-            report.note(row.notes, file=row.file, line=row.line)
-            try:
-                value = _object(row.value)
-                if about["rows"] == 1 or found is None:
-                    found = found or detect(value)
-                    about.update(layout=found.name, unused=unused_columns(value, found))
-                yield _checked(row, value, found, max_characters)
-            except BadRow as error:
-                report.drop(error.kind, error.reason, file=row.file, line=row.line)
-            except RecursionError:
-                report.drop("nested too deep", "objects inside objects", file=row.file, line=row.line)
+            known = found
+            if about["rows"] == 1 or found is None:
+                found = _look(row, found, about)
+            if rows and (len(rows) == size or found != known):
+                yield Stretch(known, rows)
+                rows = []
+            rows.append(row)
+        if rows:
+            yield Stretch(found, rows)
+        if first is not None and report.rows >= first:
+            return
+
+
+def _look(row: Row, found: str | None, about: dict[str, Any]) -> str | None:
+    """The layout of a row, with what is to be said about its file; `found` where the row tells nothing."""
+    try:
+        value = _object(value_of(row))
+        layout = LAYOUTS[found] if found else detect(value)
+        about.update(layout=layout.name, unused=unused_columns(value, layout))
+        return layout.name
+    except (BadRow, RecursionError):
+        return found
+
+
+def read_record(row: Row, layout: str | None, max_characters: int) -> Record | BadRow:
+    """A row in normal form, or why it is of no use.
+
+    Args:
+      row: one of a stretch.
+      layout: of the stretch.
+      max_characters: longest text of a prompt with one completion; a longer row is bad, before it costs any work.
+    """
+    try:
+        value = _object(value_of(row))
+        return _checked(row, value, LAYOUTS[layout] if layout else detect(value), max_characters)
+    except BadRow as error:
+        return error
+    except RecursionError:
+        return BadRow("nested too deep", "objects inside objects")
 
 
 def _object(value: Any) -> dict[str, Any]:

@@ -123,6 +123,15 @@ class Report:
         for kind, reason in notes:
             self.add(kind, reason, file=file, line=line)
 
+    def merge(self, part: "Report") -> None:
+        """Take over what was counted of further rows, which come after those that were counted here."""
+        for name in ("rows", "kept", "bad", "too_long", "pairs", "singles", "undesirable"):
+            setattr(self, name, getattr(self, name) + getattr(part, name))
+        for kind, count in part.counts.items():
+            self.counts[kind] = self.counts.get(kind, 0) + count
+            examples = self.examples.setdefault(kind, [])
+            examples += part.examples[kind][: EXAMPLES - len(examples)]
+
     def to_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
         return asdict(self)

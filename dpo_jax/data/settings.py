@@ -47,6 +47,12 @@ class DataSettings(Section):
         default=True, description="a new order in each epoch, from the seed; false keeps the file's order"
     )
     first: int | None = Field(default=None, gt=0, description="use only the first this many rows of data.train")
+    workers: int | None = Field(
+        default=None,
+        ge=0,
+        description="processes that tokenise where there are many rows (default: one for each core, at most 16); 0 and "
+        "1 tokenise in the run's own process",
+    )
     cache: str | None = Field(default=None, description="folder for tokenised data and reference log-probabilities")
 
 

@@ -51,6 +51,10 @@ class Codec:
       before: ids that the tokenizer puts before a text (BOS, or nothing).
       turn: how the template ends a turn.
       special: ids of all special tokens.
+      eos: EOS token, with its id; None where there is none.
+      bos: id of the BOS token, or None.
+      size: how many ids there are.
+      reserved: names that a row's template arguments may not have.
     """
 
     tokenizer: Any
@@ -61,6 +65,11 @@ class Codec:
     before: tuple[int, ...]
     turn: Turn
     special: frozenset[int]
+    # Of the tokenizer, which takes long to say each of them.
+    eos: tuple[str, int] | None
+    bos: int | None
+    size: int
+    reserved: frozenset[str]
 
 
 def codec(tokenizer: Any, *, template: str | None, control_tokens: Literal["text", "tokens"], ending: Ending) -> Codec:
@@ -80,6 +89,10 @@ def codec(tokenizer: Any, *, template: str | None, control_tokens: Literal["text
         before=_before(tokenizer),
         turn=_turn(tokenizer, template, special) if source else Turn(),
         special=special,
+        eos=None if tokenizer.eos_token_id is None else (tokenizer.eos_token, tokenizer.eos_token_id),
+        bos=tokenizer.bos_token_id,
+        size=len(tokenizer),
+        reserved=frozenset({*_arguments(tokenizer), *tokenizer.special_tokens_map, "messages"}),
     )
 
 
@@ -196,7 +209,7 @@ def _job(record: Record, codec: Codec) -> _Job | BadRow:
 
 def _ids_job(record: Record, codec: Codec) -> _Job:
     """Ids are used as they are; a prompt and its completions are joined only for the shape's sake."""
-    size = len(codec.tokenizer)
+    size = codec.size
     prompt, *completions = (
         [token for token in part if isinstance(token, int)] for part in (record.prompt, *record.completions)
     )
@@ -207,9 +220,9 @@ def _ids_job(record: Record, codec: Codec) -> _Job:
 
 
 def _text_job(record: Record, codec: Codec) -> _Job:
-    if codec.tokenizer.eos_token_id is None:
+    if codec.eos is None:
         raise UserError(f"{_where(record)}: the tokenizer has no EOS token to end a text; set eos_token in its config")
-    completions = [without_eos(str(text), codec.tokenizer.eos_token) for text in record.completions]
+    completions = [without_eos(str(text), codec.eos[0]) for text in record.completions]
     if not all(text.strip() for text in completions):
         raise BadRow("empty completion", "a completion holds nothing but the EOS token")
     notes = record.notes + _control_note([str(record.prompt), *completions], codec)
@@ -240,8 +253,7 @@ def _chat_job(record: Record, codec: Codec) -> _Job:
         raise UserError(
             f"{_where(record)}: messages need a chat template and the tokenizer has none; give data.template"
         )
-    reserved = {*_arguments(codec.tokenizer), *codec.tokenizer.special_tokens_map, "messages"}
-    if taken := sorted(reserved & record.chat_template_kwargs.keys()):
+    if taken := sorted(codec.reserved & record.chat_template_kwargs.keys()):
         raise BadRow("reserved template argument", f"chat_template_kwargs may not set {', '.join(taken)}")
     given = (record.prompt, record.completions, record.tools, record.chat_template_kwargs)
     note = _control_note((text for part in given for text in texts_of(part)), codec)
@@ -292,10 +304,9 @@ def _tokens(job: _Job, codec: Codec) -> Tokens:
 
 def _empty_prompt(codec: Codec) -> list[int]:
     """What stands where a prompt is empty: something has to, or the first completion token has no source."""
-    bos = codec.tokenizer.bos_token_id
-    if bos is None:
+    if codec.bos is None:
         raise BadRow("empty prompt", "no token is left of the prompt, and the tokenizer has no BOS token for its place")
-    return [bos]
+    return [codec.bos]
 
 
 def _ended(ids: list[int], kind: str, codec: Codec) -> tuple[list[int], tuple[tuple[str, str], ...]]:
@@ -310,8 +321,8 @@ def _ended(ids: list[int], kind: str, codec: Codec) -> tuple[list[int], tuple[tu
     """
     if not ids:
         raise BadRow("empty completion", "no token is left of a completion")
-    eos, turn = codec.tokenizer.eos_token_id, codec.turn
-    if kind == "text":
+    eos, turn = None if codec.eos is None else codec.eos[1], codec.turn
+    if kind == "text" and eos is not None:
         return [*ids, eos], ()
     if kind == "ids":
         return ids, () if ids[-1] in codec.special else ((_NO_END, "the ids do not end with a special token"),)

@@ -1,0 +1,43 @@
+"""Work for processes of their own, which import this module and not the tests."""
+
+import os
+import signal
+import sys
+import time
+
+from dpo_jax.data.encode import Rules, encode_rows
+from dpo_jax.data.records import Stretch
+from dpo_jax.settings import UserError
+
+
+def numbered(context: str, piece: int) -> tuple[str, int]:
+    """The piece, from whichever process; refuses 13."""
+    if piece == 13:
+        raise UserError(f"piece {piece}: unlucky")
+    if piece == 17:
+        raise KeyError(piece)
+    return context, piece
+
+
+def process_of(_context: None, _piece: int) -> int:
+    return os.getpid()
+
+
+def dies_at(context: int, piece: int) -> int:
+    if piece == context:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return piece
+
+
+def interrupts(_context: None, piece: int) -> int:
+    """Ctrl-C at the piece 1, whose result never comes; else the process."""
+    if piece == 1:
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(3600)
+    return os.getpid()
+
+
+def modules_after(context: Rules, stretch: Stretch) -> list[str]:
+    """What is heavy and was imported to tokenise."""
+    encode_rows(context, stretch)
+    return [name for name in ("jax", "flax", "torch", "tests.conftest") if name in sys.modules]
