@@ -90,8 +90,15 @@ class Trainer:
         blanks = self.batches.blanks()
         for number, blank in enumerate(blanks, 1):
             journal.phase(f"compiling {number}/{len(blanks)}")
-            shape = sharding.shape_of(blank, sharding.batch_shardings(blank, self.mesh))
-            self._step.prepare(self.target(), self.reference, shape)
+            self._step.prepare(*self._arguments(blank))
+
+    def lower(self, blank: Any) -> jax.stages.Lowered:
+        """The step for batches of this shape, lowered but not compiled."""
+        return self._step.lower(*self._arguments(blank))
+
+    def _arguments(self, blank: Any) -> tuple[Any, Any, Any]:
+        """Shapes, dtypes and shardings of what the step takes."""
+        return self.target(), self.reference, sharding.shape_of(blank, sharding.batch_shardings(blank, self.mesh))
 
     def placed_batches(self, first: int) -> Iterator[tuple[int, Any]]:
         """Batches from a step on, on their devices, made ahead by a thread."""

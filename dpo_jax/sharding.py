@@ -138,14 +138,18 @@ class Compiled:
 
     def prepare(self, *args: Any) -> None:
         """Compile for arguments of these shapes, dtypes and shardings (arrays or jax.ShapeDtypeStruct)."""
-        self._ready[_signature(args)] = self._jitted.lower(*args).compile()
+        self._ready[_signature(args)] = self.lower(*args).compile()
         self.late = 0
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """The function for such arguments, lowered but not compiled, and not kept."""
+        return self._jitted.lower(*args)
 
     def __call__(self, *args: Any) -> Any:
         """The function's result."""
         key = _signature(args)
         if key not in self._ready:
-            self._ready[key] = self._jitted.lower(*args).compile()
+            self._ready[key] = self.lower(*args).compile()
             self.late += 1
         return self._ready[key](*args)
 

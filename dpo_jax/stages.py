@@ -235,7 +235,11 @@ def sweep(run: Run, encoded: Encoded, shards: int, share: bool, logps: np.ndarra
 
 def attention_length() -> int:
     """Row length at which attention costs as much as the matrix products: a CPU is bad at softmax."""
-    return 768 if jax.default_backend() == "cpu" else 8192
+    return 768 if jax.default_backend() == "cpu" else ATTENTION_LENGTH
+
+
+ATTENTION_LENGTH = 8192
+"""That of an accelerator."""
 
 
 # ---------------------------------------------------------------------------------------------- reference

@@ -24,9 +24,11 @@ FLOORS = (
     (("training",), 3, "training"),
     (("evaluation",), 3, "evaluation"),
     (("reporting",), 4, "reporting"),
+    (("planning.program",), 6, "stages"),
+    (("planning",), 4, "planning"),
     (("config", "foreign"), 5, "config"),
     (("stages", "loop", "models", "exchange"), 6, "stages"),
-    *(((name,), 7, name) for name in ("train", "evaluate", "sample", "convert", "preview", "doctor")),
+    *(((name,), 7, name) for name in ("train", "evaluate", "sample", "convert", "preview", "doctor", "plan")),
 )
 NUMERIC = {"jax", "jaxtyping", "numpy"}
 FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch", "tensorflow"}

@@ -1,0 +1,115 @@
+"""Bytes of one device by what they hold, from shapes and shardings: a prediction that needs no compiler."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax import trees
+from dpo_jax.logprobs import CHUNK
+from dpo_jax.model.attention import Layout
+from dpo_jax.model.decoder import cast, hidden_and_routing, init_params
+from dpo_jax.model.preference import Problem
+
+LOGITS = 3
+"""Arrays of a chunk's size, float32, that the head holds at a time: logits, their exponentials, their slope."""
+
+
+def per_device(tree: Any, shardings: Any) -> int:
+    """Bytes of a tree's leaves on one device."""
+    sizes = jax.tree.map(
+        lambda leaf, where: math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize, tree, shardings
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
+def state_items(state: Any, shardings: Any) -> dict[str, int]:
+    """Bytes of the state's parts: weights, the optimizer's moments, a reference that moves, and counters."""
+    named = {"params": "parameters", "optimizer": "optimizer", "reference": "reference"}
+    found: dict[str, int] = {}
+    for part, tree in state.items():
+        name = named.get(part, "counters")
+        found[name] = found.get(name, 0) + per_device(tree, shardings[part])
+    return found
+
+
+def step_items(problem: Problem, params: Any, shardings: Any, forest: Any, mesh: jax.sharding.Mesh) -> dict[str, int]:
+    """Bytes that a step needs beside its state, at its fullest moment.
+
+    Args:
+      problem: what is computed.
+      params: shapes of the weights.
+      shardings: theirs.
+      forest: shapes of one micro-batch, all shards of it.
+      mesh: whose shards they are.
+    """
+    dtype = jnp.dtype(problem.compute_dtype)
+    narrow = jax.eval_shape(functools.partial(cast, dtype=dtype), params)
+    copied = {path for path, leaf in trees.paths(params).items() if leaf.dtype != trees.paths(narrow)[path].dtype}
+    places, leaves = trees.paths(shardings), trees.paths(narrow)
+    copy = sum(per_device(leaves[path], places[path]) for path in copied)
+    return {
+        "weights in the dtype of computation": copy,
+        "gradient": per_device(params, shardings),
+        "gradient of a micro-batch": per_device(narrow, shardings),
+        "activations": activation_bytes(problem, forest, mesh),
+        "gathered weights": _gathered(problem, leaves, places, mesh),
+        "head": 0 if problem.spec.scalar_head else _head(problem, forest, mesh),
+    }
+
+
+def activation_bytes(problem: Problem, forest: Any, mesh: jax.sharding.Mesh, *, remat: str | None = None) -> int:
+    """Bytes on one device that a micro-batch's forward pass keeps for its backward pass: JAX's residuals, less weights.
+
+    `remat` stands in for the problem's own.
+    """
+    execution = dataclasses.replace(problem.execution, activations=None, remat=remat or problem.execution.remat)
+    params = jax.eval_shape(
+        lambda: cast(init_params(problem.spec, jax.random.key(0)), jnp.dtype(problem.compute_dtype)),
+    )
+    rows = (math.prod(forest.tokens.shape[:-1]), forest.tokens.shape[-1])
+
+    def forward(weights, tokens, group, branch, position):
+        view = Layout(group, branch, position)
+        states = lambda weights: hidden_and_routing(problem.spec, weights, tokens, view, None, execution)[0]  # noqa: E731
+        return jax.vjp(states, weights)[1]
+
+    ids = jax.ShapeDtypeStruct(rows, jnp.int32)
+    residuals = jax.tree.leaves(jax.eval_shape(forward, params, ids, ids, ids, ids))
+    weights = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)}
+    tensor, shards = mesh.shape["tensor"], mesh.shape["data"] * mesh.shape["fsdp"]
+    return sum(
+        leaf.size * leaf.dtype.itemsize // (tensor if _is_split(leaf, problem.spec.width, tensor) else 1) // shards
+        for leaf in residuals
+        if (leaf.shape, leaf.dtype) not in weights
+    )
+
+
+def _is_split(leaf: Any, width: int, tensor: int) -> bool:
+    """Whether a residual is inside a layer, where the mesh's tensor axis splits it, and not the layer's states."""
+    return leaf.ndim >= 3 and leaf.shape[-1] not in (width, 1) and leaf.shape[-1] % tensor == 0
+
+
+def _gathered(problem: Problem, leaves: dict[str, Any], places: dict[str, Any], mesh: jax.sharding.Mesh) -> int:
+    """The largest layer's weights, whole over the fsdp axis, and its gradient before it is scattered."""
+    if mesh.shape["fsdp"] == 1:
+        return 0
+    layers: dict[str, int] = {}
+    for path, leaf in leaves.items():
+        if path.startswith("blocks/"):
+            stack = path.split("/")[1]
+            parts = math.prod(mesh.shape[axis] for axis in jax.tree.leaves(tuple(places[path].spec)) if axis != "fsdp")
+            layers[stack] = layers.get(stack, 0) + leaf.size * leaf.dtype.itemsize // leaf.shape[0] // parts
+    return 2 * max(layers.values(), default=0)
+
+
+def _head(problem: Problem, forest: Any, mesh: jax.sharding.Mesh) -> int:
+    """Chunks of logits, states of the scored tokens and the slope along them in float32, and a chunk of weights."""
+    width, dtype = problem.spec.head_width, jnp.dtype(problem.compute_dtype)
+    scored = forest.source.size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    chunk = min(CHUNK, problem.spec.vocab_size)
+    states = scored * width * (2 * 4 + dtype.itemsize)
+    return LOGITS * scored * chunk * 4 + states + chunk * width * (4 + dtype.itemsize)

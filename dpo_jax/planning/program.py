@@ -1,0 +1,183 @@
+"""A run's own training step, compiled without weights for whatever devices there are, and what it takes."""
+
+import dataclasses
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax import exchange, models, sharding, stages
+from dpo_jax.config import Run
+from dpo_jax.data.batches import Batch, Batches
+from dpo_jax.data.encode import encode
+from dpo_jax.data.encoded import Encoded
+from dpo_jax.exchange import Sources, is_policy
+from dpo_jax.hf.configs import read_spec
+from dpo_jax.loop import Trainer
+from dpo_jax.model.decoder import Model, abstract_params, cast
+from dpo_jax.model.preference import Problem
+from dpo_jax.planning import costs, hlo, memory
+from dpo_jax.planning.costs import Load
+from dpo_jax.planning.estimate import Moved
+from dpo_jax.settings import UserError
+
+CONFIG_ONLY = ("config.json",)
+LOOKED_AT = 4
+"""Steps whose batches are made to see what a step has to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A run's step on a mesh, described but not compiled."""
+
+    run: Run
+    problem: Problem
+    trainer: Trainer
+    blank: Batch
+    load: Load
+    micro_batches: float
+    shapes: tuple[tuple[int, int], ...]
+    """Rows and slots of each shape that steps come in; `blank` has the one with the most slots."""
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """Where it runs."""
+        return self.trainer.mesh
+
+    @property
+    def forest(self) -> Any:
+        """Shapes of one micro-batch."""
+        arrays = {
+            name: jax.ShapeDtypeStruct(np.shape(leaf)[1:], leaf.dtype)
+            for name, leaf in self.blank._asdict().items()
+            if np.ndim(leaf)
+        }
+        return self.blank._replace(**arrays)
+
+
+def find_config(run: Run) -> Sources:
+    """Folders with at least the `config.json` of the run's models.
+
+    Raises:
+      UserError: there is none, or training would refuse the models.
+    """
+    policy = exchange.find(run, "model", CONFIG_ONLY)
+    other = run.reference.mode != "none" and not is_policy(run)
+    sources = Sources(policy, exchange.find(run, "reference", CONFIG_ONLY) if other else policy, {})
+    models.check_models(run, sources)
+    return sources
+
+
+def read_data(run: Run, sources: Sources) -> Encoded:
+    """The run's own data, tokenised; nothing is left behind, unless the run names a cache.
+
+    Raises:
+      UserError: they, or the tokenizer, cannot be read.
+    """
+    from dpo_jax.hf.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(sources.policy, run.data.template)
+    with tempfile.TemporaryDirectory() as folder:
+        found, _ = encode(run.data.train, tokenizer, run.data, run.data.cache or folder, first=run.data.first)
+    return stages.entries(run, found)
+
+
+def describe(run: Run, sources: Sources, encoded: Encoded, mesh: jax.sharding.Mesh, *, accelerator: bool) -> Step:
+    """The step that `train` would compile for this data on this mesh: the same functions, with shapes for arrays.
+
+    Args:
+      run: its settings.
+      sources: from `find_config`.
+      encoded: from `read_data`, or made up.
+      mesh: of any devices, virtual ones too.
+      accelerator: lay rows out as for one; else as the devices of the mesh want it.
+    """
+    spec = read_spec(sources.policy, scalar_head=run.objective.trains_reward_model)
+    policy = Model(spec, abstract_params(spec))
+    problem = models.make_problem(run, policy, mesh)
+    data = stages.Data(encoded, None, 0, {})
+    steps = stages.number_of_steps(run, data)
+    reference = _reference(run, problem, policy, mesh)
+    batches = stages.training_batches(run, data, steps, mesh, policy, reference)
+    if accelerator:
+        batches = dataclasses.replace(batches, attention_length=stages.ATTENTION_LENGTH)
+    trainer = Trainer(run, policy, problem, batches, reference, mesh)
+    blanks = sorted(batches.blanks(), key=lambda blank: -blank.tokens.size)
+    made = _some(batches)
+    load = costs.mean_load([costs.load_of(batch, costs.windows_of(spec)) for batch in made])
+    micro = float(np.mean([int(batch.micro_batches) for batch in made]))
+    shapes = tuple(blank.tokens.shape[2:] for blank in blanks)
+    return Step(run, problem, trainer, blanks[0], load, micro, shapes)
+
+
+def _some(batches: Batches) -> list[Batch]:
+    return [batches.at(int(step)) for step in np.unique(np.linspace(0, batches.steps - 1, LOOKED_AT).astype(int))]
+
+
+def _reference(run: Run, problem: Problem, policy: Model, mesh: jax.sharding.Mesh) -> stages.Reference:
+    """Shapes of a live reference's weights."""
+    if run.reference.mode != "live":
+        return stages.Reference()
+    dtype = jnp.dtype("float32" if run.reference.update_every else problem.compute_dtype)
+    weights = jax.eval_shape(functools.partial(cast, dtype=dtype), policy.params)
+    return stages.Reference(weights=sharding.shape_of(weights, sharding.param_shardings(weights, mesh)))
+
+
+# ---------------------------------------------------------------------------------------------- what it takes
+
+
+def predicted(step: Step) -> dict[str, int]:
+    """Bytes of one device by item, at the step's fullest moment."""
+    trainer = step.trainer
+    found = memory.state_items(trainer.abstract, trainer.shardings)
+    if trainer.reference is not None:
+        weights = trainer.reference
+        found["reference"] = memory.per_device(weights, sharding.param_shardings(weights, step.mesh))
+    found["batch"] = memory.per_device(step.blank, sharding.batch_shardings(step.blank, step.mesh))
+    params, places = trainer.abstract["params"], trainer.shardings["params"]
+    return found | memory.step_items(step.problem, params, places, step.forest, step.mesh)
+
+
+def reported(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes of one device as the compiler has planned them: arguments, results, what of them is shared, temporaries."""
+    stats = compiled.memory_analysis()
+    if stats is None:
+        raise UserError("the compiler of this platform reports no memory; plan for another with python -m dpo_jax.plan")
+    sizes = {name: int(getattr(stats, f"{name}_size_in_bytes")) for name in ("argument", "output", "alias", "temp")}
+    return sizes | {"peak": sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"]}
+
+
+def compile_step(step: Step) -> tuple[jax.stages.Compiled, str]:
+    """The compiled step, and the text of its program for one device (see hlo.py).
+
+    Raises:
+      RuntimeError: the compiler left no such text; then its name for the pass has changed.
+    """
+    lowered = step.trainer.lower(step.blank)
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning", "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        if step.mesh.size == 1:
+            return compiled, lowered.as_text(dialect="hlo")
+        texts = sorted(Path(folder).glob("*after_spmd-partitioning*.txt"))
+        if not texts:
+            raise RuntimeError("XLA wrote no program after its pass spmd-partitioning; was it renamed?")
+        return compiled, texts[-1].read_text()
+
+
+def program_of(step: Step, text: str) -> hlo.Program:
+    """The step's program, its loop over micro-batches counted as often as a step runs it on average."""
+    return hlo.parse(text, unknown=step.micro_batches)
+
+
+def moved_by(step: Step) -> Moved:
+    """What the traffic to a device's memory is made of."""
+    params, places = step.trainer.abstract["params"], step.trainer.shardings["params"]
+    narrow = jax.eval_shape(functools.partial(cast, dtype=jnp.dtype(step.problem.compute_dtype)), params)
+    shard = memory.per_device(narrow, places)
+    kept = memory.activation_bytes(step.problem, step.forest, step.mesh, remat="none")
+    return Moved(shard * step.mesh.shape["fsdp"], shard, memory.per_device(params, places), kept)

@@ -1,0 +1,166 @@
+"""A plan as text and as plain values."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dpo_jax.planning.hlo import Collective
+
+GIB, GB = 2**30, 1e9
+TIGHT = 0.92
+"""Share of a device's memory above which it is tight: allocators fragment, and libraries take their part."""
+SMALL = 0.002
+"""Share of all traffic below which exchanges are put together in one line."""
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Aligned lines; the first `left` columns to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(width) if number < left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def gib(count: float) -> str:
+    """Bytes as GiB, or MiB below a tenth of one."""
+    return f"{count / GIB:,.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:,.2f} MiB"
+
+
+def memory_lines(items: Mapping[str, int], compiler: Mapping[str, int], note: str) -> list[str]:
+    """Predicted bytes by item, their sum, and beside them what the compiler says."""
+    state = sum(items.get(name, 0) for name in ("parameters", "optimizer", "reference", "counters", "batch"))
+    total = sum(items.values())
+    named = [(name, gib(size), "") for name, size in items.items() if size]
+    named += [
+        ("state and batch (the compiler's arguments)", gib(state), gib(compiler["argument"])),
+        ("what the step needs beside them (its temporaries)", gib(total - state), gib(compiler["temp"])),
+        ("peak", gib(total), gib(compiler["peak"])),
+    ]
+    return ["memory of a device", *table([("", "predicted", "compiler"), *named]), *([f"  {note}"] if note else [])]
+
+
+def fit_line(peak: float, capacity: float, what: str) -> str:
+    """Whether a peak fits."""
+    share = peak / capacity
+    verdict = "does not fit" if share > 1 else "fits, but tightly" if share > TIGHT else "fits"
+    return f"  {verdict}: {gib(peak)} of {gib(capacity)} of {what} ({100 * share:.0f} %)"
+
+
+def collective_rows(found: Iterable[Collective], per_host: int) -> list[dict[str, Any]]:
+    """Exchanges that are alike put together, those that send most first."""
+    rows: dict[tuple, dict[str, Any]] = {}
+    for one in found:
+        across = one.across(per_host)
+        where = "forward" if "jvp" in one.source and "transpose" not in one.source else "backward"
+        where = where if "jvp" in one.source else "step"
+        key = one.kind, one.dtype, one.shape, one.size, bool(across), where
+        row = rows.setdefault(
+            key,
+            {
+                "kind": one.kind,
+                "dtype": one.dtype,
+                "shape": list(one.shape),
+                "devices": one.size,
+                "links": "across hosts" if across else "inside a host",
+                "pass": where,
+                "times": 0.0,
+                "bytes": 0.0,
+                "bytes_across": 0.0,
+            },
+        )
+        row["times"] += one.times
+        row["bytes"] += one.sent
+        row["bytes_across"] += across
+    return sorted(rows.values(), key=lambda row: -row["bytes"])
+
+
+def collective_lines(rows: Sequence[Mapping[str, Any]], theory: float) -> list[str]:
+    """The table of exchanges, and what theory asks for."""
+    total = sum(row["bytes"] for row in rows)
+    lines = ["exchanges in a step, by device (a ring's bytes that leave it)"]
+    if not rows:
+        return [*lines, "  none"]
+    shown = [row for row in rows if row["bytes"] >= SMALL * total]
+    rest = [row for row in rows if row["bytes"] < SMALL * total]
+    cells = [
+        (
+            f"{row['kind']} {row['dtype']}[{','.join(map(str, row['shape']))}]",
+            row["pass"],
+            row["links"],
+            str(row["devices"]),
+            f"{row['times']:g}",
+            f"{row['bytes'] / GB:,.3f}",
+        )
+        for row in shown
+    ]
+    if rest:
+        times, size = sum(row["times"] for row in rest), sum(row["bytes"] for row in rest)
+        cells.append((f"{len(rest)} small ones", "", "", "", f"{times:g}", f"{size / GB:,.3f}"))
+    lines += table([("", "pass", "links", "devices", "times", "GB"), *cells], left=3)
+    by_kind: dict[str, float] = {}
+    for row in rows:
+        by_kind[f"{row['kind']} {row['dtype']}"] = by_kind.get(f"{row['kind']} {row['dtype']}", 0.0) + row["bytes"]
+    kinds = sorted(by_kind.items(), key=lambda item: -item[1])
+    lines.append("  of each kind: " + ", ".join(f"{k} {v / GB:,.2f} GB" for k, v in kinds if v >= SMALL * total))
+    asked = f"; theory asks for {theory / GB:,.2f} GB ({100 * (total / theory - 1):+.1f} %)" if theory else ""
+    return [*lines, f"  in all {total / GB:,.2f} GB{asked}"]
+
+
+def time_lines(plan: Mapping[str, Any]) -> list[str]:
+    """Busy seconds of each part, the step between its two bounds, and the useful share of the chips' peak."""
+    time = plan["time"]
+    rows = [
+        ("matrix products", f"{plan['flops']['device'] / 1e12:,.1f} TFLOP", time["compute"]),
+        ("memory", f"{plan['memory_traffic'] / GB:,.0f} GB", time["memory"]),
+        ("links inside a host", f"{plan['traffic']['inside'] / GB:,.2f} GB", time["inside"]),
+        ("links across hosts", f"{plan['traffic']['across'] / GB:,.2f} GB", time["across"]),
+    ]
+    cells = [(name, work, f"{1e3 * seconds:,.1f} ms") for name, work, seconds in rows]
+    names = dict(zip(("compute", "memory", "inside", "across"), (row[0] for row in rows), strict=True))
+    return [
+        f"time of a step on {plan['devices']} x {plan['chip']}",
+        *table([("", "work", "busy"), *cells]),
+        f"  bottleneck: {names[time['bottleneck']]}",
+        f"  all overlapped {1e3 * time['overlapped']:,.0f} ms: {_speed(plan, 'overlapped')}",
+        f"  nothing overlapped {1e3 * time['serial']:,.0f} ms: {_speed(plan, 'serial')}",
+    ]
+
+
+def _speed(plan: Mapping[str, Any], bound: str) -> str:
+    pairs = plan["batch"]["pairs"] / plan["time"][bound]
+    return f"MFU {100 * plan['mfu'][bound]:.1f} %, {pairs:,.1f} pairs/s, {pairs / plan['devices']:,.2f} per device"
+
+
+def plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    """The whole plan."""
+    batch, flops = plan["batch"], plan["flops"]
+    rows, length = batch["shape"]
+    head = [
+        f"{plan['model']['path']}: {plan['model']['parameters'] / 1e9:,.3f} billion parameters, computed in "
+        f"{plan['model']['compute_dtype']}, {plan['model']['remat']} computed again",
+        f"{plan['devices']} devices on {plan['hosts']} hosts: mesh "
+        + " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items()),
+        f"a step is {batch['pairs']} pairs, {batch['tokens']:,.0f} tokens of which {batch['scored']:,.0f} scored "
+        f"({batch['data']}); {batch['micro_batches']:g} micro-batches of {rows} x {length} slots a device, "
+        f"{100 * batch['filled']:.0f} % filled",
+    ]
+    products = [
+        "matrix products of a step",
+        *table(
+            [
+                ("useful, all devices", f"{flops['useful'] / 1e12:,.1f} TFLOP"),
+                ("as compiled, all devices", f"{flops['device'] * plan['devices'] / 1e12:,.1f} TFLOP"),
+                ("as compiled, a device", f"{flops['device'] / 1e12:,.1f} TFLOP"),
+            ]
+        ),
+        *([f"  {flops['note']}"] if flops["note"] else []),
+    ]
+    memory = memory_lines(plan["memory"]["predicted"], plan["memory"]["compiler"], plan["memory"]["note"])
+    memory.append(fit_line(sum(plan["memory"]["predicted"].values()), plan["memory"]["capacity"], plan["chip"]))
+    parts = [head, memory, products, collective_lines(plan["collectives"], plan["theory"]), time_lines(plan)]
+    parts.append(["assumed", *(f"  {line}" for line in plan["assumed"])])
+    return "\n\n".join("\n".join(part) for part in parts).splitlines()
