@@ -7,7 +7,8 @@ prints one JSON object per line on stdout:
 
     {"event": "ready", "wall": s, "cpu": s}                     all before the first step is done; since the start
     {"event": "reference", "wall": s, "cpu": s, "pairs": n}     the reference of so many pairs, where it was a phase
-                                                                of its own ("reference": "precomputed")
+                                                                of its own ("reference": "precomputed"); may
+                                                                have "compile_wall", what of it went into compiling
     {"event": "step", "step": i, "loss": x, "wall": s, "cpu": s, "pairs": n}   i from 0; the device has finished it
     {"event": "done", "peak_bytes": b, "versions": {...}}       and "device_peak_bytes" where an accelerator tells it
 
@@ -17,7 +18,8 @@ weight decay and a constant learning rate; the gradient is clipped to the norm `
 Master weights, moments and the update are float32. The loss of a step is the mean over its pairs of
 -log S(beta (u_w - u_l)); the reference are the weights that training starts from.
 
-This module needs nothing but Python's standard library, and runs in every rival's environment, Python >= 3.10.
+This module needs nothing but Python's standard library, and runs in every rival's environment, Python >= 3.10. A runner
+imports it first of all: it takes the runners' folder off the path, where `trl.py` would stand before the package trl.
 """
 
 import dataclasses
@@ -32,6 +34,8 @@ from pathlib import Path
 from typing import Any
 
 _IMPORTED = time.time()
+_HERE = Path(__file__).resolve().parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _HERE]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Spec:
     reference: str
     """When it is computed: "precomputed", before the first step; "default", as the library does unless told."""
     threads: int
-    """Threads that a library may use on a CPU. The driver binds the process to as many CPUs besides."""
+    """Threads that a library may use on a CPU; the process is bound to as many CPUs (see `spec_of_command_line`)."""
     pad_id: int
 
     @staticmethod
@@ -103,10 +107,30 @@ class Spec:
 
 
 def spec_of_command_line() -> Spec:
-    """The spec that the command line names; says how it is used and stops if it names none."""
+    """The spec that the command line names. Binds the process to its threads, before any library counts the CPUs.
+
+    Says how it is used and stops if the command line names none.
+    """
     if len(sys.argv) != 2:
         sys.exit(f"usage: {sys.argv[0]} SPEC.json; tools/bench.py writes the file and calls this")
-    return Spec.read(sys.argv[1])
+    spec = Spec.read(sys.argv[1])
+    bind(spec.threads)
+    return spec
+
+
+def bind(threads: int) -> None:
+    """Let this process run on so many CPUs, and tell the libraries that ask for a number of threads.
+
+    Raises:
+      ValueError: there are fewer.
+    """
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    if not hasattr(os, "sched_setaffinity"):  # not Linux: the two variables must do
+        return
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < threads:
+        raise ValueError(f"threads: {threads} is more than the {len(allowed)} CPUs there are; give fewer")
+    os.sched_setaffinity(0, allowed[:threads])
 
 
 class Events:
@@ -127,9 +151,12 @@ class Events:
         self._emit(event="ready", wall=time.time() - self._started, cpu=cpu_seconds())
         self.restart()
 
-    def reference(self, wall: float, cpu: float, pairs: int) -> None:
-        """The reference of so many pairs took that long; printed before `ready`, which contains it."""
-        self._emit(event="reference", wall=wall, cpu=cpu, pairs=pairs)
+    def reference(self, wall: float, cpu: float, pairs: int, compile_wall: float = 0.0) -> None:
+        """The reference of so many pairs took that long; printed before `ready`, which contains it.
+
+        Of `wall`, `compile_wall` went into compiling, if the runner can tell; it would not grow with the pairs.
+        """
+        self._emit(event="reference", wall=wall, cpu=cpu, pairs=pairs, compile_wall=compile_wall)
 
     def step(self, step: int, loss: float, pairs: int) -> None:
         """A step (from 0) is finished on the device, and the next one's clock starts now."""
