@@ -1,0 +1,134 @@
+"""Writes the README's table of timings from tools/benchmarks.jsonl: `python tools/bench_table.py [--check]`.
+
+Between `<!-- benchmarks -->` and `<!-- /benchmarks -->` stand the newest comparisons, one row for each program. The
+newest of those that are alike in workload, dtype, reference, pairs in a step and machine is shown, whatever it says.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dpo_jax.settings import UserError  # noqa: E402
+from tools.benching import records  # noqa: E402
+from tools.benching.compare import OURS, QUIET  # noqa: E402
+
+README = ROOT / "README.md"
+BLOCK = re.compile(r"(<!-- benchmarks -->\n).*(<!-- /benchmarks -->)", re.DOTALL)
+HEAD = (
+    "| workload | program | pairs/s | CPU-s per pair | peak memory | first step after | dpo_jax is faster by | CPU | "
+    "with reference | losses |"
+)
+
+
+def table(found: Iterable[Mapping[str, Any]]) -> str:
+    """The rows, and a line below for each machine and commit."""
+    newest: dict[tuple, Mapping[str, Any]] = {}
+    for record in found:
+        if record["kind"] == "compare":
+            newest[_key(record)] = record
+    lines = [HEAD, "|" + " --- |" * 10]
+    notes: list[str] = []
+    for record in newest.values():
+        note = _note(record)
+        number = notes.index(note) + 1 if note in notes else len(notes) + 1
+        notes += [note] * (number > len(notes))
+        lines += [_row(record, name, result, number) for name, result in record["summary"].items()]
+    return "\n".join(lines + [""] + [f"{number}. {note}" for number, note in enumerate(notes, 1)]) + "\n"
+
+
+def _key(record: Mapping[str, Any]) -> tuple:
+    spec, machine = record["spec"], record["hardware"]
+    about = (spec["dtype"], spec["reference"], spec["pairs_per_step"], spec["max_length"], spec["threads"])
+    return (record["workload"], *about, machine["processor"], *machine["gpus"])
+
+
+def _row(record: Mapping[str, Any], name: str, result: Mapping[str, Any], note: int) -> str:
+    spec = record["spec"]
+    what = f"{record['workload']}, {spec['dtype']}" + (", own reference" if spec["reference"] == "default" else "")
+    cells = [f"{what} ({note})", f"{name} {_version(record, name)}".strip()]
+    if "problem" in result:
+        return _joined([*cells, *["-"] * 7, result["problem"].replace("|", "\\|")])
+    busy = " (busy)" if result["others"] > QUIET else ""
+    memory = f"{result['peak_bytes'] / 2**30:.2f} GiB"
+    if result["device_peak_bytes"] is not None:
+        memory += f", device {result['device_peak_bytes'] / 2**30:.2f}"
+    rate, cpu = f"{result['pairs_per_second']:.3g}{busy}", f"{result['cpu_per_pair']:.3g}"
+    cells += [rate, cpu, memory, f"{result['first_step']:.0f} s"]
+    if name == OURS:
+        return _joined([*cells, "", "", "", ""])
+    cells += [_ratio(result[key]) for key in ("ratio", "ratio_cpu", "ratio_with_reference")]
+    return _joined([*cells, f"agree to {result['worst_difference']:.0e}"])
+
+
+def _ratio(ratio: Mapping[str, float]) -> str:
+    return f"{ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})"
+
+
+def _joined(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _version(record: Mapping[str, Any], name: str) -> str:
+    """The program's own version, as its runs told it."""
+    for run in record["runs"]:
+        for event in run["events"] if run["runner"] == name else ():
+            if event["event"] == "done":
+                packages = event["versions"]
+                package = {"tunix": "google-tunix", "levanter": "marin-levanter"}.get(name, name)
+                return packages.get(package, "")
+    return ""
+
+
+def _note(record: Mapping[str, Any]) -> str:
+    machine, spec = record["hardware"], record["spec"]
+    where = ", ".join([f"{machine['processor']}, {spec['threads']} threads", *machine["gpus"]])
+    repeats = 1 + max((run["repeat"] for run in record["runs"]), default=0)
+    counted = spec["steps"] - spec["warmup"]
+    stale = ", with uncommitted changes" if record["dirty"] else ""
+    return (
+        f"{where}; commit {record['commit']}{stale}, {record['time'][:10]}; {counted} steps of "
+        f"{spec['pairs_per_step']} pairs, {repeats} runs of each in turn; median (least to greatest)"
+    )
+
+
+def updated(readme: str, found: Iterable[Mapping[str, Any]]) -> str:
+    """The README with the table as it is now.
+
+    Raises:
+      UserError: it has no place for it.
+    """
+    if not BLOCK.search(readme):
+        raise UserError("README.md has no lines <!-- benchmarks --> and <!-- /benchmarks -->; put them where it goes")
+    return BLOCK.sub(lambda place: place[1] + table(found) + place[2], readme)
+
+
+def main() -> int:
+    """Write, or with `--check` tell by the exit code whether there is anything to write."""
+    parser = argparse.ArgumentParser(description="The README's table of timings.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the README is stale")
+    parser.add_argument("--show", action="store_true", help="print the table and write nothing")
+    options = parser.parse_args()
+    try:
+        found = records.read()
+        if options.show:
+            print(table(found), end="")
+            return 0
+        old = README.read_text("utf-8")
+        new = updated(old, found)
+    except UserError as error:
+        print(f"bench_table: {error}", file=sys.stderr)
+        return 2
+    if options.check:
+        return int(new != old)
+    README.write_text(new, "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

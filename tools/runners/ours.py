@@ -1,0 +1,144 @@
+"""dpo_jax under the stopwatch: `PYTHON tools/runners/ours.py SPEC.json`, as protocol.py says.
+
+It is `dpo_jax.train` less the export: the same stages with the same settings, the loop with its prefetching thread, its
+journal and its alarms. Only the journal also tells the stopwatch, and nothing is saved. A step is reported as the loop
+records it: when the device has it, while the next one already runs. The reference is always computed ahead.
+"""
+
+# protocol comes first, and makes Events before anything heavy is imported
+from protocol import Events, Spec, cpu_seconds, spec_of_command_line  # isort: split
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("dpo_jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
+
+
+def settings(spec: Spec, folder: Path) -> list[str]:
+    """The command line of `dpo_jax.train` that means the spec."""
+    return [
+        f"output={folder / 'run'}",
+        f"model.path={spec.model}",
+        f"model.compute_dtype={spec.dtype}",
+        f"data.train={spec.pairs}",
+        "data.layout=tokenized",
+        f"data.first={spec.steps * spec.pairs_per_step}",
+        f"data.max_length={spec.max_length}",
+        "data.shuffle=false",
+        f"batch.pairs={spec.pairs_per_step}",
+        f"steps={spec.steps}",
+        "objective.name=sigmoid",
+        f"objective.beta={spec.beta}",
+        "reference.mode=cached",
+        f"optimizer.learning_rate={spec.learning_rate}",
+        "optimizer.schedule=constant",
+        "optimizer.warmup_steps=0",
+        f"optimizer.beta1={spec.beta1}",
+        f"optimizer.beta2={spec.beta2}",
+        f"optimizer.epsilon={spec.epsilon}",
+        "optimizer.weight_decay=0",
+        f"optimizer.clip_norm={'null' if spec.clip_norm is None else spec.clip_norm}",
+    ]
+
+
+class Compiling:
+    """Seconds that XLA has spent on compiling so far."""
+
+    def __init__(self):
+        """Listen from now on."""
+        import jax
+
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._add)
+
+    def _add(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            self.seconds += duration_secs
+
+
+class Unsaved:
+    """Stands where the checkpoints do and keeps nothing: no rival saves anything either."""
+
+    def save(self, *_: Any) -> None:
+        """Save nothing."""
+
+
+def run(spec: Spec, events: Events, folder: Path) -> None:
+    """The stages of `dpo_jax.train.train`, up to the last step."""
+    from dpo_jax import config
+
+    settled = config.load(settings(spec, folder))
+    config.quiet_libraries()
+
+    from dpo_jax import exchange, loop, models, stages
+    from dpo_jax.hf.tokenizer import load_tokenizer
+    from dpo_jax.training.journal import Journal
+
+    class Timed(Journal):
+        """A journal that also tells the stopwatch."""
+
+        def phase(self, text: str) -> None:
+            super().phase(text)
+            if text == "training":
+                events.ready()
+
+        def step(self, step: int, metrics: Any) -> None:
+            super().step(step, metrics)
+            events.step(step - 1, float(metrics["loss"]), spec.pairs_per_step)
+
+    compiling = Compiling()
+    with stages.opened(settled) as output:
+        sources = exchange.find_models(settled, {})
+        mesh = models.make_mesh(settled)
+        tokenizer = load_tokenizer(sources.policy, settled.data.template)
+        data = stages.load_data(settled, tokenizer, output, print)
+        wanted = spec.steps * spec.pairs_per_step
+        if data.train.num_pairs != wanted:
+            raise ValueError(
+                f"{spec.pairs}: {data.train.num_pairs} of {wanted} pairs can be used; leave the others out"
+            )
+        models.check_models(settled, sources)
+        policy = models.load_model(sources.policy, mesh)
+        problem = models.make_problem(settled, policy, mesh)
+        with Timed(output, spec.steps, settled.log) as journal:
+            wall, cpu, compiled = time.perf_counter(), cpu_seconds(), compiling.seconds
+            reference = stages.make_reference(settled, sources, policy, problem, data, mesh, journal)
+            compiled = compiling.seconds - compiled
+            events.reference(time.perf_counter() - wall, cpu_seconds() - cpu, wanted, compiled)
+            batches = stages.training_batches(settled, data, spec.steps, mesh, policy, reference)
+            trainer = loop.Trainer(settled, policy, problem, batches, reference, mesh)
+            evaluator = loop.Evaluator(settled, problem, data, reference, tokenizer, mesh, None)
+            state = trainer.fresh(policy.params)
+            del policy
+            unsaved: Any = Unsaved()
+            loop.loop(settled, trainer, state, evaluator, unsaved, data, output, journal)
+    shapes = [f"{shape.rows}x{shape.length}" for shape in batches.shapes]
+    events.done(
+        PACKAGES,
+        device_peak(),
+        compile_wall=compiling.seconds,
+        late_compilations=trainer.late_compilations,
+        row_shapes=shapes,
+    )
+
+
+def device_peak() -> int | None:
+    """Most bytes that were in use on one accelerator; None on a CPU, which does not tell."""
+    import jax
+
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [found["peak_bytes_in_use"] for found in stats if found and "peak_bytes_in_use" in found]
+    return max(peaks, default=None)
+
+
+def main() -> None:
+    """Run the spec of the command line."""
+    events, spec = Events(), spec_of_command_line()
+    with tempfile.TemporaryDirectory() as folder:
+        run(spec, events, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
