@@ -83,26 +83,27 @@ def test_a_ratio_is_of_each_repetition_and_above_one_where_ours_is_faster():
 # ---------------------------------------------------------------------------------------------- agreement
 
 
-@pytest.mark.parametrize("dtype", compare.TOLERANCE)
-def test_losses_agree_within_the_tolerance_of_the_dtype_and_no_further(dtype):
-    tolerance = compare.TOLERANCE[dtype]
+@pytest.mark.parametrize("pairs", [2, 8])
+@pytest.mark.parametrize("dtype", compare.BOUNDS)
+def test_losses_agree_within_the_tolerance_of_the_dtype_and_no_further(dtype, pairs):
+    tolerance = compare.tolerance_of(dtype, pairs)
     ours = [LN2, LN2 - 20 * tolerance, LN2 + 10 * tolerance]
     for step in range(3):
         for factor, agrees in ((0.99, True), (-0.99, True), (1.01, False), (-1.01, False)):
             theirs = [loss + factor * tolerance * (i == step) for i, loss in enumerate(ours)]
-            assert agreement(ours, theirs, dtype).agrees is agrees
+            assert agreement(ours, theirs, dtype, pairs).agrees is agrees
 
 
 def test_losses_that_do_not_move_prove_nothing():
     """Policy and reference begin alike, so every program has ln 2 at first, whatever else it gets wrong."""
     still = [LN2] * 4
-    assert "too little" in agreement(still, still, "float32").reason
-    assert agreement(LOSSES, LOSSES, "float32").agrees
+    assert "too little" in agreement(still, still, "float32", 8).reason
+    assert agreement(LOSSES, LOSSES, "float32", 8).agrees
 
 
 @pytest.mark.parametrize("theirs", [LOSSES[:3], (LN2, math.nan, 0.71, 0.65), (LN2, math.inf, 0.71, 0.65)])
 def test_missing_and_broken_losses_do_not_agree(theirs):
-    assert not agreement(LOSSES, theirs, "float32").agrees
+    assert not agreement(LOSSES, theirs, "float32", 8).agrees
 
 
 def test_only_a_rival_that_agrees_gets_a_ratio():
@@ -130,6 +131,11 @@ def test_nothing_is_believed_where_ours_fails_or_disagrees_with_itself():
     for ours in ([run_of(problem="exit code 1")], [run_of(), other], []):
         found = summary([*ours, *rival], SPEC)
         assert set(found) == {OURS} and "problem" in found[OURS]
+
+
+def test_noise_of_bfloat16_averages_over_pairs_and_float32s_order_of_sums_does_not():
+    assert compare.tolerance_of("bfloat16", 8) == pytest.approx(compare.tolerance_of("bfloat16", 2) / 2)
+    assert compare.tolerance_of("float32", 8) == compare.tolerance_of("float32", 2)
 
 
 # ---------------------------------------------------------------------------------------------- running

@@ -149,7 +149,7 @@ def _add_compare(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     command.add_argument("--steps", type=positive, default=8, help="steps of each run (default 8)")
     command.add_argument("--warmup", type=int, default=2, help="first steps that do not count (default 2)")
     command.add_argument("--repeats", type=positive, default=3, help="runs of each program (default 3)")
-    command.add_argument("--dtype", choices=compare.TOLERANCE, default="float32", help="of activations and products")
+    command.add_argument("--dtype", choices=compare.BOUNDS, default="float32", help="of activations and products")
     command.add_argument("--reference", choices=("default", "precomputed"), default="precomputed")
     command.add_argument("--pairs-per-step", type=positive, metavar="N", help="another number than the workload's")
     command.add_argument("--max-length", type=positive, metavar="N", help="another length than the workload's")

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -24,16 +24,26 @@ from tools.runners.protocol import Spec
 OURS = "dpo_jax"
 ROOT = Path(__file__).resolve().parents[2]
 
-TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-2}
-"""Largest difference of two programs' losses of a step, in nats.
 
-A completion's log-probability is a sum of some -1,000 nats of float32 terms, good to 1e-4; beta 0.1 and the mean over
-pairs leave 1e-5 of that. Weights that were trained by the same gradients in another order of sums add as much again:
-against TRL, 5e-6 was measured after three steps. bfloat16 rounds each activation to 3 digits: some 0.1 nats of a
-completion, 1e-2 of a pair's loss.
+class Bound(NamedTuple):
+    """When losses are the same: `tolerance` of one pair's loss in nats, and how many of them losses must move."""
+
+    tolerance: float
+    averages: bool
+    """Whether what differs is noise of each pair by itself, which a step's mean over n pairs divides by sqrt(n)."""
+    moved: float
+
+
+BOUNDS = {"float32": Bound(2e-4, False, 5.0), "bfloat16": Bound(6e-2, True, 2.0)}
+"""By dtype, how far two programs' losses of a step may be apart, and how far they must have moved from ln 2.
+
+float32: a completion's log-probability is a sum of some -1,000 nats, good to 1e-4; beta 0.1 and the mean over pairs
+leave 1e-5 of that, and weights trained by the same gradients in another order of sums add as much. Against TRL, 6e-6
+was measured after six steps. bfloat16 keeps 3 digits of each activation: after six steps of two pairs, losses were 3e-2
+apart, where 4e-2 is allowed; of eight pairs, 2e-2 is. That is rough, so compare in float32 as well.
+
+Losses that hardly move cannot tell anything: every program begins at ln 2, whatever else it gets wrong.
 """
-MOVED = 5.0
-"""Losses must move by so many tolerances from their start, or they cannot tell: every program begins at ln 2."""
 QUIET = 0.08
 """Share of the machine's CPU time that others may use in a run before its wall times count as disturbed."""
 
@@ -220,9 +230,15 @@ def figures(run: Run, warmup: int) -> Figures:
     )
 
 
-def agreement(ours: Sequence[float], theirs: Sequence[float], dtype: str) -> Agreement:
-    """Whether two runs' losses are the same, step by step, and moved enough to tell."""
-    tolerance = TOLERANCE[dtype]
+def tolerance_of(dtype: str, pairs: int) -> float:
+    """Largest difference of the losses of a step of so many pairs, in nats."""
+    bound = BOUNDS[dtype]
+    return bound.tolerance / (math.sqrt(pairs) if bound.averages else 1.0)
+
+
+def agreement(ours: Sequence[float], theirs: Sequence[float], dtype: str, pairs: int) -> Agreement:
+    """Whether two runs' losses are the same, step by step of so many pairs, and moved enough to tell."""
+    tolerance = tolerance_of(dtype, pairs)
     if len(ours) != len(theirs):
         return Agreement(False, math.inf, 0.0, f"{len(theirs)} steps, not {len(ours)}")
     if not all(map(math.isfinite, [*ours, *theirs])):
@@ -232,7 +248,7 @@ def agreement(ours: Sequence[float], theirs: Sequence[float], dtype: str) -> Agr
     if worst > tolerance:
         step = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if abs(a - b) > tolerance)
         return Agreement(False, worst, moved, f"{theirs[step]:.6f}, not {ours[step]:.6f}, at step {step}")
-    if moved < MOVED * tolerance:
+    if moved < BOUNDS[dtype].moved * tolerance:
         return Agreement(
             False, worst, moved, f"losses moved by {moved:.1e} only, too little to tell; give more --steps"
         )
@@ -269,7 +285,7 @@ def summary(runs: Sequence[Run], spec: Spec) -> dict[str, Any]:
 def _judged(runs: Sequence[Run], ours: Sequence[Run], base: Sequence[Figures], spec: Spec) -> dict[str, Any]:
     if problem := next((run.problem for run in runs if run.problem), ""):
         return {"problem": problem}
-    verdicts = [agreement(ours[0].losses, run.losses, spec.dtype) for run in runs]
+    verdicts = [agreement(ours[0].losses, run.losses, spec.dtype, spec.pairs_per_step) for run in runs]
     result: dict[str, Any] = {
         "worst_difference": _finite(max(verdict.worst for verdict in verdicts)),
         "moved": min(verdict.moved for verdict in verdicts),
