@@ -88,7 +88,8 @@ def _check_length(run: Run, setting: str, spec: DecoderSpec) -> None:
 
 def make_problem(run: Run, model: Model, mesh: jax.sharding.Mesh) -> Problem:
     """The objective on this model."""
-    execution = Execution(run.model.scan_layers, run.model.remat, sharding.rows(mesh), sharding.head_split(mesh))
+    where, split = sharding.rows(mesh), sharding.head_split(mesh)
+    execution = Execution(run.model.scan_layers, run.model.remat, activations=where, head=split)
     return Problem(
         spec=model.spec,
         terms=run.objective.terms,

@@ -355,13 +355,19 @@ def _over_chunks(visit, state, size: int, chunk: int):
 
 
 def _over_chunks_collecting(visit, state, size: int, chunk: int):
-    """As `_over_chunks` for a visit that also returns arrays by vocabulary entry; these come back joined."""
-    whole = size // chunk
-    parts = []
-    if whole:
-        state, rows = lax.scan(lambda s, i: visit(s, i * chunk, chunk), state, jnp.arange(whole, dtype=jnp.int32))
-        parts.append(jax.tree.map(lambda x: x.reshape(whole * chunk, *x.shape[2:]), rows))
-    if size % chunk:
-        state, rows = visit(state, jnp.int32(whole * chunk), size - whole * chunk)
-        parts.append(rows)
-    return state, parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    """As `_over_chunks` for a visit that also returns arrays by vocabulary entry.
+
+    These go to their places in one array: stacked and joined they would be there twice, and a head's gradient is large.
+    """
+    if size <= chunk:
+        return visit(state, jnp.int32(0), size)
+    _, like = jax.eval_shape(lambda s: visit(s, jnp.int32(0), chunk), state)
+    blank = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape[1:]), leaf.dtype), like)
+
+    def place(carry, start, count):
+        state, rows = visit(carry[0], start, count)
+        return state, jax.tree.map(
+            lambda all, some: lax.dynamic_update_slice_in_dim(all, some, start, 0), carry[1], rows
+        )
+
+    return _over_chunks(place, (state, blank), size, chunk)
