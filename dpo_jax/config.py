@@ -149,11 +149,7 @@ IGNORED: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
         lambda r: r.reference.update_every is None,
         "nothing moves without reference.update_every; leave it out",
     ),
-    (
-        "log.token_statistics",
-        lambda r: r.objective.trains_reward_model,
-        "a reward model predicts no tokens; leave it out",
-    ),
+    ("log.token_statistics", lambda r: r.objective.trains_reward_model, "a reward model has no tokens; leave it out"),
     (
         "optimizer.warmup_fraction",
         lambda r: r.optimizer.warmup_steps is not None,
@@ -165,7 +161,11 @@ IGNORED: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
         lambda r: r.data.eval is None and r.evaluation.answers is None,
         "nothing to evaluate; give data.eval or evaluation.answers",
     ),
-    ("evaluation.max_new_tokens", lambda r: r.evaluation.answers is None, "nothing is generated without answers"),
+    (
+        "evaluation.max_new_tokens",
+        lambda r: r.evaluation.answers is None,
+        "nothing is generated without evaluation.answers; leave it out",
+    ),
 )
 
 # Every setting is in one of the next two: does another value lead to another model (beyond float reassociation)?
