@@ -13,6 +13,7 @@ from dpo_jax.hf import checkpoint as hf
 from dpo_jax.hf import tensors
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.model import remat
+from dpo_jax.model.backends import table
 from dpo_jax.model.decoder import Execution, Model, abstract_params, held_in
 from dpo_jax.model.preference import Problem
 from dpo_jax.model.spec import DecoderSpec
@@ -60,6 +61,7 @@ def check_models(run: Run, sources: Sources) -> None:
     """
     policy = read_spec(sources.policy, scalar_head=run.objective.trains_reward_model)
     _check_length(run, "model.path", policy)
+    attention_backend(run, policy)
     if run.model.router_aux and policy.experts is None:
         raise UserError(f"model.router_aux: {run.model.router_aux} balances experts, and there are none; leave it out")
     if run.reference.mode == "none" or is_policy(run):
@@ -71,11 +73,27 @@ def check_models(run: Run, sources: Sources) -> None:
             f"{policy.vocab_size}; give a reference with the policy's tokenizer"
         )
     _check_length(run, "reference.path", reference)
+    attention_backend(run, reference)
     if run.reference.mode == "live" and reference != policy:
         raise UserError(
             "reference.mode: live computes the reference as it computes the policy, and "
             f"reference.path {run.reference.path} is another kind of model; give mode: cached"
         )
+
+
+def attention_backend(run: Run, spec: DecoderSpec) -> str:
+    """What computes the attention of this model.
+
+    Raises:
+      UserError: the one that the settings ask for cannot; says by which rule.
+    """
+    name, dtype, platform = run.model.attention, compute_dtype(run), jax.default_backend()
+    if name == "auto":
+        return table.automatic(spec, dtype, platform)
+    reason = table.why_not(name, spec, dtype, platform)
+    if reason is not None:
+        raise UserError(f"model.attention: {name} {reason}; give auto, or xla, which does everything everywhere")
+    return name
 
 
 def _check_length(run: Run, setting: str, spec: DecoderSpec) -> None:
@@ -88,8 +106,8 @@ def _check_length(run: Run, setting: str, spec: DecoderSpec) -> None:
 
 def make_problem(run: Run, model: Model, mesh: jax.sharding.Mesh) -> Problem:
     """The objective on this model."""
-    where, split = sharding.rows(mesh), sharding.head_split(mesh)
-    execution = Execution(run.model.scan_layers, run.model.remat, activations=where, head=split)
+    where, split, attention = sharding.rows(mesh), sharding.head_split(mesh), attention_backend(run, model.spec)
+    execution = Execution(run.model.scan_layers, run.model.remat, where, attention, split)
     return Problem(
         spec=model.spec,
         terms=run.objective.terms,

@@ -63,6 +63,11 @@ class ModelSettings(Section):
         description="what the backward pass keeps of each layer, and does not compute again; from none to block less "
         f"and less: {'; '.join(f'{name} {row.says}' for name, row in REMATS.items())}",
     )
+    attention: Literal["auto", "xla", "splash"] = Field(
+        default="auto",
+        description="what computes attention; auto: the fastest that was verified on the platform, so far always xla; "
+        "splash is a kernel for TPUs",
+    )
 
 
 class MeshSettings(Section):
