@@ -214,7 +214,7 @@ class Recorder:
         single = trainer.problem.data in ("unpaired", "chosen")
         self._cut = train.truncated[train.chosen] | (not single and train.truncated[train.rejected])
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._seen = sum(int(self._tokens(step).sum()) for step in range(start))
+        self._seen = self.batches.total_before(start, self._lengths)
         self._clock = time.perf_counter()
 
     def take(self, step: int, metrics: dict[str, jax.Array]) -> None:

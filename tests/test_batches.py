@@ -5,9 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo_jax.data import batches as batches_module
 from dpo_jax.data.batches import Batches, pair_tokens, prefetch
 from dpo_jax.data.entries import as_entries
-from dpo_jax.data.packing import Bundle, Shape, balance, pack
+from dpo_jax.data.packing import Bundle, Lengths, Shape, balance, choose_shapes, fits, pack, plan
+from tests.first_fit import balanced, first_fit
 from tests.forests import random_encoded
 
 
@@ -21,6 +23,8 @@ def completions_of(batch, encoded):
             ]
             tokens, group, branch, position = part
             row = np.repeat(np.arange(batch.tokens.shape[2]), batch.tokens.shape[3])
+            for line in batch.group[micro, shard]:
+                assert np.unique(line[line > 0]).tolist() == list(range(1, line.max() + 1))
             ids = batch.ids[micro, shard]
             for local in np.flatnonzero(ids >= 0):
                 mine = np.flatnonzero(batch.completion[micro, shard] == local)
@@ -73,6 +77,14 @@ def test_the_order_is_a_function_of_seed_and_step_and_visits_every_pair_once_an_
     for epoch in range(4):
         assert sorted(np.concatenate([one.pairs_of(2 * epoch), one.pairs_of(2 * epoch + 1)])) == list(range(10))
     assert any((one.pairs_of(s) != one.pairs_of(s + 2)).any() for s in range(2))  # a new order in each epoch
+
+
+@pytest.mark.parametrize("order", ["shuffled", "file"])
+def test_a_total_over_the_first_steps_is_the_sum_over_their_pairs(order):
+    encoded = random_encoded(units=7)
+    batches, values = Batches(encoded, 3, 1, 9, order=order), np.arange(encoded.num_pairs) ** 2
+    for step in range(9):
+        assert batches.total_before(step, values) == sum(int(values[batches.pairs_of(s)].sum()) for s in range(step))
 
 
 def test_packing_never_moves_a_pair_to_another_step():
@@ -151,16 +163,114 @@ def test_noise_belongs_to_the_pair_and_not_to_its_place():
     assert not set(other.noise[other.real].tolist()) & set(tables[0].values())
 
 
+def lengths_of(bundles):
+    """Bundles, as (trees, scored tokens), in arrays."""
+    first = np.cumsum([0, *(len(trees) for trees, _ in bundles)])
+    trees = np.asarray([tree for trees, _ in bundles for tree in trees], np.int32)
+    return Lengths(trees, first, np.asarray([scored for _, scored in bundles], np.int64))
+
+
+def random_steps(seed, most_trees):
+    """Bundles, and steps that each hold some of them."""
+    rng = np.random.default_rng(seed)
+    bundles = []
+    for _ in range(60):
+        trees = rng.integers(1, 40, rng.integers(1, most_trees + 1)).tolist()
+        bundles.append((trees, int(rng.integers(1, sum(trees) + 1))))
+    steps = np.full((5, 12), -1)
+    for step in steps:
+        count = rng.integers(1, 13)
+        step[:count] = rng.permutation(60)[:count]
+    return bundles, steps
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.sampled_from([32, 48, 96]),
+    st.booleans(),
+)
+def test_steps_packed_together_lie_as_each_does_by_itself(seed, most_trees, shards, rows, length, tight):
+    bundles, steps = random_steps(seed, most_trees)
+    shape = Shape(rows, length, 48 if tight else rows * length)
+    split = balance(lengths_of(bundles), steps, shards)
+    packed = pack(split, shape)
+    for number, step in enumerate(steps):
+        mine = step[step >= 0].tolist()
+        parts = balanced([sum(bundles[bundle][0]) for bundle in mine], shards)
+        wanted = [first_fit([bundles[b] for b in mine], part, rows, length, shape.scored) for part in parts]
+        assert packed.fits[number] == (None not in wanted)
+        assert packed.fits[number] == all(fits(Bundle(tuple(bundles[b][0]), bundles[b][1]), shape) for b in mine)
+        for device, (part, places) in enumerate(zip(parts, wanted, strict=True)):
+            there = split.bundles[number, device]
+            assert there[there >= 0].tolist() == [mine[bundle] for bundle in part]
+            if packed.fits[number]:
+                for at, (bundle, micro, row, start) in enumerate(places):
+                    size = len(bundles[mine[bundle]][0])
+                    assert packed.micro[number, device, at] == micro
+                    assert packed.row[number, device, at, :size].tolist() == row
+                    assert packed.start[number, device, at, :size].tolist() == start
+        if packed.fits[number]:
+            most = max(micro for places in wanted for _, micro, _, _ in places)
+            assert packed.micro_batches[number] == most + 1
+
+
+def test_a_step_takes_the_shape_that_costs_least():
+    bundles = [([30], 10), ([30], 10), ([90], 10)]
+    lengths, shapes = lengths_of(bundles), (Shape(1, 96, 96), Shape(1, 64, 64), Shape(2, 32, 64))
+    plans = plan(lengths, np.asarray([[0, 1, -1], [0, 1, 2]]), 1, shapes, 8192)
+    assert [found.shape for found in plans] == [shapes[2], shapes[0]]
+    assert [found.bundle.tolist() for found in plans] == [[0, 1], [2, 0, 1]]
+
+
+def test_shapes_leave_room_for_the_scored_tokens_of_their_fullest_micro_batch():
+    """With less, the sample steps would not lie as they did when the shape's cost was found."""
+    bundles, steps = random_steps(3, 2)
+    lengths, largest = lengths_of(bundles), Bundle((40, 40), 80)
+    chosen = choose_shapes(lengths, steps, largest, 2, micro_tokens=None, attention_length=8192, most=4)
+    assert fits(largest, chosen[0])
+    for shape in chosen:
+        packed, roomy = (
+            pack(balance(lengths, steps, 2), s)
+            for s in (shape, Shape(shape.rows, shape.length, shape.rows * shape.length))
+        )
+        assert (packed.fits == roomy.fits).all() and (packed.micro == roomy.micro)[packed.fits].all()
+
+
+def test_steps_that_are_planned_together_are_the_same_as_one_by_one(monkeypatch):
+    encoded = random_encoded(units=40, completions=(2, 3))
+    together = Batches(encoded, 6, 2, 12)
+    wanted = [together.at(step) for step in range(12)]
+    monkeypatch.setattr(batches_module, "PLANNED_STEPS", 1)
+    alone = Batches(encoded, 6, 2, 12)
+    for step in (11, 0, 5):
+        for one, other in zip(wanted[step], alone.at(step), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_a_pair_that_two_epochs_put_into_one_step_is_there_twice():
+    encoded = random_encoded(units=5)
+    batches = Batches(encoded, 8, 2, 4)
+    for step in range(4):
+        wanted = batches.pairs_of(step)
+        assert len(set(wanted.tolist())) < 8
+        assert [pair[0] for pair in pairs_in(batches.at(step))] == sorted(encoded.chosen[wanted].tolist())
+
+
 def test_shards_carry_equal_loads():
     rng = np.random.default_rng(0)
-    bundles = [Bundle((int(n),), 1) for n in rng.integers(20, 200, 64)]
-    loads = [sum(sum(bundles[i].trees) for i in part) for part in balance(bundles, 4)]
-    assert max(loads) < 1.05 * np.mean(loads)
+    bundles = [([int(n)], 1) for n in rng.integers(20, 200, 64)]
+    split = balance(lengths_of(bundles), np.arange(64)[None], 4)
+    loads = split.trees.sum(axis=(0, 2, 3))
+    assert loads.max() < 1.05 * loads.mean()
 
 
 def test_a_bundle_that_does_not_fit_is_an_error_not_a_loss():
     with pytest.raises(ValueError, match="does not fit"):
-        pack([Bundle((70,), 3)], [0], Shape(1, 64, 64))
+        plan(lengths_of([([70], 3)]), np.zeros((1, 1), np.int64), 1, [Shape(1, 64, 64)], 8192)
 
 
 def test_tokens_are_counted_as_trl_does():

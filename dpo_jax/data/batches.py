@@ -16,10 +16,13 @@ import numpy as np
 
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.entries import first_completions
-from dpo_jax.data.packing import Bundle, Shape, balance, cheapest, choose_shapes, pack
+from dpo_jax.data.filling import Trees, fill, trees_of
+from dpo_jax.data.packing import Bundle, Plan, Shape, choose_shapes, plan
 
 SAMPLED_STEPS = 32
 """Steps that are packed for trial when the shapes of a run are chosen."""
+PLANNED_STEPS = 64
+"""Steps that are planned together."""
 CHECKED_STEPS = 512
 """Runs of at most so many steps are looked through for shapes that no step has."""
 
@@ -51,14 +54,6 @@ class Batch(NamedTuple):
     last: Any  # int32 [M, D, C]  slot of each completion's last token
     ids: Any  # int32 [M, D, C]  number of each completion in the data set, -1 for none
     micro_batches: Any  # int32 scalar: how many of the M are in use
-
-
-@dataclasses.dataclass(frozen=True)
-class Trees:
-    """How one unit of data is laid out: for each tree, start and length of its prompt, and its completions."""
-
-    prompts: tuple[tuple[int, int], ...]
-    completions: tuple[tuple[int, ...], ...]
 
 
 @dataclasses.dataclass
@@ -94,6 +89,9 @@ class Batches:
     reference: np.ndarray | None = None
     rankings: bool = False
     _orders: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    _plans: dict[int, list[Plan]] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    # The loop asks for the pairs of a step while a thread makes the batches of later ones.
+    _lock: Any = dataclasses.field(default_factory=threading.Lock, init=False, repr=False)
 
     def pairs_of(self, step: int) -> np.ndarray:
         """Numbers of the pairs of a step, int64 [pairs]: the next ones of the endless stream of shuffled epochs."""
@@ -103,9 +101,22 @@ class Batches:
         epochs = places // total
         return np.concatenate([self._epoch(e)[places[epochs == e] % total] for e in np.unique(epochs).tolist()])
 
+    def total_before(self, step: int, values: np.ndarray) -> int:
+        """What a whole number of each pair [P] comes to over all steps before one; not for the order "length"."""
+        epochs, rest = divmod(step * self.pairs, len(self.encoded.chosen))
+        return int(epochs * values.sum() + values[self._epoch(epochs)[:rest]].sum())
+
     def at(self, step: int) -> Batch:
         """The batch of a step; the same for the same seed, data, and number of shards, whenever it is asked for."""
-        return self._assemble(self.pairs_of(step), self._noise(step))
+        pairs, planned = self.pairs_of(step), self._plan(step)
+        used = int(planned.micro.max(initial=-1)) + 1
+        depth = self.depth
+        while depth < used:
+            depth *= 2
+        batch = self._blank(depth, planned.shape, used)
+        noise = self._noise(step)[: len(pairs)]
+        fill(batch, planned, self._trees, self.encoded, pairs, noise, reference=self.reference, first=self._first)
+        return batch
 
     def _noise(self, step: int) -> np.ndarray:
         """A number in (0, 1) for each pair of a step, whichever device and micro-batch it will lie in."""
@@ -121,20 +132,19 @@ class Batches:
         """An empty batch of each shape that the run's steps come in, to compile for before training begins."""
         shapes = self.shapes
         if self.steps <= CHECKED_STEPS:
-            used = {self._shape(self._units(self.pairs_of(step))) for step in range(self.steps)}
+            used = {self._plan(step).shape for step in range(self.steps)}
             shapes = tuple(shape for shape in shapes if shape in used)
         return [self._blank(self.depth, shape, 0) for shape in shapes]
 
     @functools.cached_property
     def shapes(self) -> tuple[Shape, ...]:
         """Shapes that the run's batches come in."""
+        lengths, trees = self._trees.lengths, np.diff(self._trees.lengths.first)
         picked = np.unique(np.linspace(0, self.steps - 1, SAMPLED_STEPS).astype(int))
-        samples = [[self._bundles[u] for u in self._units(self.pairs_of(int(s)))] for s in picked]
-        most = max(len(b.trees) for b in self._bundles)
-        longest = max(max(b.trees) for b in self._bundles)
-        largest = Bundle((longest,) * most, max(b.scored for b in self._bundles))
+        largest = Bundle((int(lengths.trees.max()),) * int(trees.max()), int(lengths.scored.max()))
         return choose_shapes(
-            samples,
+            lengths,
+            self._units(picked.tolist()),
             largest,
             self.shards,
             micro_tokens=self.micro_tokens,
@@ -145,8 +155,9 @@ class Batches:
     @functools.cached_property
     def depth(self) -> int:
         """M of the arrays: more micro-batches than any step can need, first fit leaving at most half of a row empty."""
-        slots = max(sum(sum(self._bundles[u].trees) for u in self._units(self.pairs_of(s))) for s in self._some_steps())
-        scored = max(sum(self._bundles[u].scored for u in self._units(self.pairs_of(s))) for s in self._some_steps())
+        lengths = self._trees.lengths
+        units = [self._units([step])[0] for step in range(0, self.steps, max(1, self.steps // 1000))]
+        slots, scored = (max(int(sizes[u].sum()) for u in units) for sizes in (lengths.slots, lengths.scored))
         smallest = min(s.rows * s.length for s in self.shapes)
         return 2 + (2 * slots // smallest + 2 * scored // min(s.scored for s in self.shapes)) // self.shards
 
@@ -154,11 +165,12 @@ class Batches:
 
     def _epoch(self, epoch: int) -> np.ndarray:
         """Pairs in the order of one epoch: a permutation of units from (seed, epoch) alone, a unit's pairs together."""
-        if epoch not in self._orders:
-            while len(self._orders) > 1:
-                self._orders.pop(next(iter(self._orders)))
-            self._orders[epoch] = np.argsort(self._rank(epoch)[self.encoded.pair_unit], kind="stable")
-        return self._orders[epoch]
+        with self._lock:
+            if epoch not in self._orders:
+                while len(self._orders) > 1:
+                    self._orders.pop(next(iter(self._orders)))
+                self._orders[epoch] = np.argsort(self._rank(epoch)[self.encoded.pair_unit], kind="stable")
+            return self._orders[epoch]
 
     def _rank(self, epoch: int) -> np.ndarray:
         """Place of each unit in the order."""
@@ -167,73 +179,47 @@ class Batches:
             case "file":
                 return np.arange(units)
             case "length":
-                return np.asarray([-sum(bundle.trees) for bundle in self._bundles])
+                return -self._trees.lengths.slots
             case "shuffled":
                 return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(units)
 
-    def _some_steps(self) -> range:
-        return range(0, self.steps, max(1, self.steps // 1000))
-
-    def _units(self, pairs: np.ndarray) -> list[int]:
-        """Units that the pairs belong to, each once, in their order."""
-        return list(dict.fromkeys(self.encoded.pair_unit[pairs].tolist()))
-
-    def _shape(self, units: Sequence[int]) -> Shape:
-        return self._cheapest([self._bundles[u] for u in units])
-
-    def _cheapest(self, bundles: Sequence[Bundle]) -> Shape:
-        return cheapest(bundles, self.shards, self.shapes, self.attention_length)
+    def _units(self, steps: Sequence[int]) -> np.ndarray:
+        """Units that the pairs of steps belong to, each once, in their order: int64 [S, N], filled up with -1."""
+        pairs = [self.pairs_of(step) for step in steps]
+        units = np.full((len(pairs), max(map(len, pairs))), -1, np.int64)
+        for row, mine in zip(units, pairs, strict=True):
+            row[: len(mine)] = self.encoded.pair_unit[mine]
+        order = np.argsort(units, axis=1, kind="stable")
+        inner = np.take_along_axis(units, order, axis=1)
+        again = np.zeros(units.shape, bool)
+        np.put_along_axis(again, order[:, 1:], inner[:, 1:] == inner[:, :-1], axis=1)
+        kept = ~again & (units >= 0)
+        step, place = np.nonzero(kept)
+        found = np.full((len(pairs), int(kept.sum(axis=1).max())), -1, np.int64)
+        found[step, np.cumsum(kept, axis=1)[step, place] - 1] = units[step, place]
+        return found
 
     # ------------------------------------------------------------------------------------------ layout
 
+    def _plan(self, step: int) -> Plan:
+        """Where the trees of a step lie. Successive steps are planned together, which is faster, and the last kept."""
+        block, inside = divmod(step, PLANNED_STEPS)
+        plans = self._plans.get(block)
+        if plans is None or inside >= len(plans):
+            steps = range(step - inside, max(step + 1, min(step - inside + PLANNED_STEPS, self.steps)))
+            units = self._units(steps)
+            plans = plan(self._trees.lengths, units, self.shards, self.shapes, self.attention_length)
+            self._plans = {block: plans}
+        return plans[inside]
+
     @functools.cached_property
-    def _trees(self) -> list[Trees]:
-        """Trees of each unit."""
-        return [self._unit_trees(self.completions_of(unit)) for unit in range(self.encoded.num_units)]
-
-    def _unit_trees(self, completions: Sequence[int]) -> Trees:
-        prompts = tuple(self.encoded.prompt_span(completion) for completion in completions)
-        if self.share_prompts and len(set(prompts)) == 1:
-            return Trees(prompts[:1], (tuple(completions),))
-        return Trees(prompts, tuple((completion,) for completion in completions))
-
-    @functools.cached_property
-    def _bundles(self) -> list[Bundle]:
-        """Lengths of each unit's trees."""
-        lengths = self.encoded.completion_length
-        return [
-            Bundle(
-                tuple(
-                    int(prompt[1] + lengths[list(completions)].sum())
-                    for prompt, completions in zip(trees.prompts, trees.completions, strict=True)
-                ),
-                int(sum(lengths[c] for completions in trees.completions for c in completions)),
-            )
-            for trees in self._trees
-        ]
-
-    def _assemble(self, pairs: np.ndarray, noise: np.ndarray) -> Batch:
-        """Arrays of the given pairs, with a number of noise for each."""
-        units = self._units(pairs)
-        bundles = [self._bundles[u] for u in units]
-        shape = self._cheapest(bundles)
-        parts = [pack(bundles, part, shape) for part in balance(bundles, self.shards)]
-        used = max((place.micro for part in parts for place in part), default=-1) + 1
-        depth = self.depth
-        while depth < used:
-            depth *= 2
-        batch = self._blank(depth, shape, used)
-        by_unit: dict[int, list[tuple[int, float]]] = {}
-        for pair, number in zip(pairs.tolist(), noise.tolist(), strict=False):
-            by_unit.setdefault(int(self.encoded.pair_unit[pair]), []).append((pair, number))
-        for shard, places in enumerate(parts):
-            _Filler(self, batch, shard).fill(places, units, by_unit)
-        return batch
+    def _trees(self) -> Trees:
+        return trees_of(self.encoded, self._first, share_prompts=self.share_prompts)
 
     @functools.cached_property
     def _room(self) -> tuple[int, int]:
         """C and P: completions and pairs that fit the fullest micro-batch of any step."""
-        per_unit = max(sum(len(c) for c in trees.completions) for trees in self._trees)
+        per_unit = int(np.diff(self._first).max())
         return self.pairs * per_unit, self.pairs
 
     @functools.cached_property
@@ -277,79 +263,6 @@ class Batches:
             ids=filled(completions, value=-1),
             micro_batches=np.int32(used),
         )
-
-
-class _Filler:
-    """Writes one shard's trees and pairs into a blank batch."""
-
-    def __init__(self, batches: Batches, batch: Batch, shard: int):
-        self.batches, self.encoded, self.batch, self.shard = batches, batches.encoded, batch, shard
-        depth = batch.tokens.shape[0]
-        self.scored = [0] * depth
-        self.local: list[dict[int, int]] = [{} for _ in range(depth)]
-        self.pairs = [0] * depth
-        self.groups: dict[tuple[int, int], int] = {}
-
-    def fill(self, places, units: Sequence[int], by_unit: dict[int, list[tuple[int, float]]]) -> None:
-        """Write all trees, then the pairs, whose completions then have numbers."""
-        for place in places:
-            self._tree(units[place.bundle], place)
-        for bundle, micro in dict.fromkeys((place.bundle, place.micro) for place in places):
-            for pair, noise in by_unit[units[bundle]]:
-                self._pair(pair, noise, micro)
-
-    def _tree(self, unit: int, place) -> None:
-        trees, data = self.batches._trees[unit], self.encoded
-        prompt = trees.prompts[place.tree]
-        group = self.groups[place.micro, place.row] = self.groups.get((place.micro, place.row), 0) + 1
-        self._slots(place, place.start, prompt, group, 0, 0)
-        start = place.start + prompt[1]
-        for branch, completion in enumerate(trees.completions[place.tree], 1):
-            text = int(data.completion_start[completion]), int(data.completion_length[completion])
-            self._slots(place, start, text, group, branch, prompt[1])
-            self._score(place, start, text, place.start + prompt[1] - 1, completion)
-            start += text[1]
-
-    def _slots(self, place, start: int, text: tuple[int, int], group: int, branch: int, position: int) -> None:
-        """Write one run of tokens."""
-        where = (place.micro, self.shard, place.row, slice(start, start + text[1]))
-        self.batch.tokens[where] = self.encoded.tokens[text[0] : text[0] + text[1]]
-        self.batch.group[where] = group
-        self.batch.branch[where] = branch
-        self.batch.position[where] = np.arange(position, position + text[1])
-
-    def _score(self, place, start: int, text: tuple[int, int], root: int, completion: int) -> None:
-        """List a completion's tokens: the first is predicted from the prompt's last slot, each other from its left."""
-        micro = place.micro
-        number = self.local[micro].setdefault(completion, len(self.local[micro]))
-        where = (micro, self.shard, slice(self.scored[micro], self.scored[micro] + text[1]))
-        slots = np.arange(start - 1, start - 1 + text[1])
-        slots[0] = root
-        self.batch.source[where] = place.row * self.batch.tokens.shape[3] + slots
-        self.batch.target[where] = self.encoded.tokens[text[0] : text[0] + text[1]]
-        self.batch.completion[where] = number
-        self.batch.ids[micro, self.shard, number] = completion
-        self.batch.lengths[micro, self.shard, number] = text[1]
-        self.batch.last[micro, self.shard, number] = place.row * self.batch.tokens.shape[3] + start + text[1] - 1
-        if self.batches.reference is not None:
-            first = int(self.encoded.scored_start[completion])
-            self.batch.reference[where] = self.batches.reference[first : first + text[1]]
-        self.scored[micro] += text[1]
-
-    def _pair(self, pair: int, noise: float, micro: int) -> None:
-        where = (micro, self.shard, self.pairs[micro])
-        self.batch.chosen[where] = self.local[micro][int(self.encoded.chosen[pair])]
-        self.batch.rejected[where] = self.local[micro][int(self.encoded.rejected[pair])]
-        self.batch.weight[where] = self.encoded.weight[pair]
-        self.batch.margin[where] = self.encoded.margin[pair]
-        self.batch.label[where] = self.encoded.label[pair]
-        self.batch.noise[where] = noise
-        self.batch.real[where] = True
-        if self.batches.rankings:
-            ranked = self.batches.completions_of(int(self.encoded.pair_unit[pair]))
-            self.batch.ranked[where][: len(ranked)] = [self.local[micro][int(c)] for c in ranked]
-            self.batch.rank[where][: len(ranked)] = self.encoded.rank[ranked]
-        self.pairs[micro] += 1
 
 
 def pair_tokens(encoded: Encoded) -> np.ndarray:
