@@ -23,8 +23,10 @@ SAMPLED_STEPS = 32
 """Steps that are packed for trial when the shapes of a run are chosen."""
 PLANNED_STEPS = 64
 """Steps that are planned together."""
-CHECKED_STEPS = 512
-"""Runs of at most so many steps are looked through for shapes that no step has."""
+CHECKED_STEPS = 10_000
+"""Runs of at most so many steps are looked through: for shapes that no step has, and for the most micro-batches."""
+COMPILE_STEPS = 3
+"""Steps that a further shape must save in a run, as it has to be compiled too."""
 
 
 class Batch(NamedTuple):
@@ -85,7 +87,7 @@ class Batches:
     share_prompts: bool = True
     micro_tokens: int | None = None
     attention_length: int = 8192
-    max_shapes: int = 4
+    max_shapes: int = 8
     reference: np.ndarray | None = None
     rankings: bool = False
     _orders: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False)
@@ -150,11 +152,17 @@ class Batches:
             micro_tokens=self.micro_tokens,
             attention_length=self.attention_length,
             most=self.max_shapes,
+            worth=min(max(COMPILE_STEPS / self.steps, 0.005), 0.03),
         )
 
     @functools.cached_property
     def depth(self) -> int:
-        """M of the arrays: more micro-batches than any step can need, first fit leaving at most half of a row empty."""
+        """M of the arrays: the most micro-batches that a step of a short run needs.
+
+        In a long run it is more than any can need, first fit leaving at most half of a row empty.
+        """
+        if self.steps <= CHECKED_STEPS:
+            return max(int(self._plan(step).micro.max(initial=0)) + 1 for step in range(self.steps))
         lengths = self._trees.lengths
         units = [self._units([step])[0] for step in range(0, self.steps, max(1, self.steps // 1000))]
         slots, scored = (max(int(sizes[u].sum()) for u in units) for sizes in (lengths.slots, lengths.scored))

@@ -260,6 +260,7 @@ def choose_shapes(
     micro_tokens: int | None,
     attention_length: int,
     most: int,
+    worth: float = 0.03,
 ) -> tuple[Shape, ...]:
     """The few shapes (at most `most`) under which the sample steps cost least; the first one fits every bundle.
 
@@ -271,6 +272,7 @@ def choose_shapes(
       micro_tokens: slots of a micro-batch; None tries several sizes up to DEFAULT_MICRO_TOKENS.
       attention_length: see `Shape.cost`.
       most: shapes to choose at most.
+      worth: share of the time that a further shape must save, as it has to be compiled too.
     """
     split = balance(lengths, samples, shards)
     candidates, rows = [], []
@@ -285,7 +287,7 @@ def choose_shapes(
     while len(chosen) < most:
         best = costs[chosen].min(axis=0)
         gains = (best - np.minimum(costs, best)).sum(axis=1)
-        if gains.max() < 0.03 * best.sum():
+        if gains.max() < worth * best.sum():
             break
         chosen.append(int(gains.argmax()))
     return tuple(candidates[i] for i in chosen)

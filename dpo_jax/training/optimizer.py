@@ -56,7 +56,7 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
     (arXiv:1804.04235) is without momentum, relative steps and scaling by parameters; a stack of layers is clipped as
     one block.
     """
-    parts = [] if settings.clip_norm is None else [optax.clip_by_global_norm(settings.clip_norm)]
+    parts = [] if settings.clip_norm is None else [clipped(settings.clip_norm)]
     match settings.name:
         case "adamw":
             first = settings.moment_dtype
@@ -68,6 +68,20 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
     if settings.weight_decay:
         parts.append(optax.add_decayed_weights(settings.weight_decay, mask=decay_mask))
     return optax.chain(*parts)
+
+
+def clipped(largest: float) -> optax.GradientTransformation:
+    """Gradients times `min(1, largest / norm)`, the norm being that of all of them together.
+
+    One factor for all, which is multiplied where a gradient is used; optax's own divides, and keeps the quotients.
+    """
+
+    def update(updates, state, params=None):
+        del params
+        factor = jnp.minimum(1.0, largest / optax.tree.norm(updates))
+        return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), updates), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def wide(params: Any) -> Any:

@@ -5,7 +5,7 @@
 
 `DPOTrainer.train` on batches of `TrainingInput`, weights by Tunix's own safetensors reader. Its way of working is kept:
 a reference model that is run before each step, prompts padded on the left and answers on the right (here to the longest
-of the run, rounded up to 32), dense attention, full logits, no rematerialisation (the fastest of its settings).
+of the run, rounded up to 32), dense attention, full logits, no rematerialisation.
 
 One repair, which costs no time: its Llama rotates with theta 1,000,000 whatever its ModelConfig says. The runner binds
 the theta of config.json, so that its losses can be compared with others.
