@@ -1,4 +1,8 @@
-"""`python -m dpo_jax.doctor`: what this machine has, what it can do, and what stands in the way of a run."""
+"""`python -m dpo_jax.doctor [CONFIG]`: what this machine has, what it can do, and what stands in the way of a run.
+
+With a run's settings also whether its training step fits: the step is compiled without weights for this machine's
+devices, and what it needs is set against the memory that was found.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -12,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.config import Parser, command, quiet_libraries
+from dpo_jax import config
+from dpo_jax.config import Parser, Run, command, quiet_libraries
 
 PACKAGES = (
     "jax",
@@ -212,18 +217,73 @@ def _size(count: int) -> str:
     return f"{count / GIB:.1f} GiB"
 
 
+def fit(run: Run) -> dict[str, Any]:
+    """Bytes of a device that a run's step takes here, predicted by item and as the compiler has planned them.
+
+    Raises:
+      UserError: training would refuse the settings, the model, the data or the mesh.
+    """
+    from dpo_jax import models
+    from dpo_jax.planning import program
+
+    sources = program.find_config(run)
+    mesh = models.make_mesh(run)
+    encoded, data, run = program.data_for(run, sources)
+    step = program.describe(run, sources, encoded, mesh, accelerator=False)
+    compiled = step.trainer.lower(step.blank).compile()
+    return {
+        "data": data,
+        "devices": mesh.size,
+        "compute_dtype": step.problem.compute_dtype,
+        "predicted": program.predicted(step),
+        "compiler": program.reported(compiled),
+        "capacity": memory_of_a_device(),
+    }
+
+
+def memory_of_a_device() -> int:
+    """Bytes that one device may use; CPU devices share the host's free memory evenly."""
+    import jax
+    import psutil
+
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return limit or psutil.virtual_memory().available // jax.local_device_count()
+
+
+def fit_lines(found: dict[str, Any]) -> list[str]:
+    """The fit as text."""
+    from dpo_jax.planning.report import fit_line, memory_lines
+
+    head = f"the training step on {found['devices']} devices in {found['compute_dtype']}; lengths: {found['data']}"
+    last = fit_line(found["compiler"]["peak"], found["capacity"], "a device's memory")
+    return [head, *memory_lines(found["predicted"], found["compiler"], ""), last]
+
+
 @command
 def main(argv: Sequence[str]) -> int:
-    """Print what was found; 1 if something is broken."""
+    """Print what was found; 1 if something is broken, or if a run was given and does not fit."""
     parser = Parser("doctor", "What this machine has, what it can do, and what stands in the way of a run.")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("folder", nargs="?", default=".", type=Path, help="where runs would be written (default: here)")
+    what = "where runs would be written (default: here), or a run's CONFIG.yaml: does it fit?"
+    parser.add_argument("folder", nargs="?", default=Path(), type=Path, help=what)
+    parser.add_argument("settings", nargs="*", help="with CONFIG.yaml: section.key=value ...")
     arguments = parser.parse_args(argv)
-    if not arguments.folder.is_dir():
-        parser.error(f"{arguments.folder}: no such folder")
-    report = examine(arguments.folder)
-    print(json.dumps(report, indent=2) if arguments.json else rendered(report))
-    return int(any(problem["broken"] for problem in report["problems"]))
+    path: Path = arguments.folder
+    run = config.load([str(path), *arguments.settings], "doctor") if path.is_file() else None
+    if run is None and arguments.settings:
+        parser.error(f"{arguments.settings[0]}: belongs to a CONFIG.yaml, and {path} is none; leave it out")
+    if run is None and not path.is_dir():
+        parser.error(f"{path}: no such folder")
+    report = examine(Path() if run is not None else path)
+    fits = True
+    if run is not None and "failure" not in report:
+        report["fit"] = fit(run)
+        fits = report["fit"]["compiler"]["peak"] <= report["fit"]["capacity"]
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print("\n".join([rendered(report), *(["", *fit_lines(report["fit"])] if "fit" in report else [])]))
+    return int(any(problem["broken"] for problem in report["problems"]) or not fits)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dpo_jax import config
 from dpo_jax.config import Parser, Run
 from dpo_jax.planning.chips import CHIPS, Chip
-from dpo_jax.planning.lengths import COMPLETION_TOKENS, PROMPT_TOKENS, UNITS_PER_STEP
 from dpo_jax.settings import UserError
 
 ON_CPU = "a CPU's compiler computes bfloat16 products in float32, so its temporaries are more than an accelerator's"
@@ -98,25 +96,9 @@ def make_plan(
 
     sources = program.find_config(run)
     mesh = models.make_mesh(run)
-    encoded, data, run = _data(run, sources, lengths)
+    encoded, data, run = program.data_for(run, sources, lengths)
     step = program.describe(run, sources, encoded, mesh, accelerator=True)
     return _measured(run, step, data, hosts, chip)
-
-
-def _data(run: Run, sources: Any, lengths: tuple[int | None, int | None]) -> tuple[Any, str, Run]:
-    """Tokenised pairs, what they are in words, and the run that goes over them."""
-    from dpo_jax.planning import program
-    from dpo_jax.planning.lengths import made_up
-
-    names = (run.data.train,) if isinstance(run.data.train, str) else run.data.train
-    if lengths == (None, None) and all(Path(name).exists() for name in names):
-        return program.read_data(run, sources), "data.train", run
-    prompt, completion = lengths[0] or PROMPT_TOKENS, lengths[1] or COMPLETION_TOKENS
-    what = f"made up: prompts of {prompt} and completions of {completion} tokens on average"
-    if lengths == (None, None):
-        what += f", as data.train {names[0]} is not here"
-    sizes = {"prompt_tokens": prompt, "completion_tokens": completion, "max_length": run.data.max_length}
-    return made_up(run.batch.pairs, **sizes), what, run.model_copy(update={"steps": UNITS_PER_STEP, "epochs": None})
 
 
 def _measured(run: Run, step: Any, data: str, hosts: int, chip: Chip) -> dict[str, Any]:

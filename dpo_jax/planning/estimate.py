@@ -80,8 +80,8 @@ def traffic(found: Sequence[Collective], per_host: int) -> tuple[float, float]:
 
     A group on several hosts counts on both: its ring passes through the devices of each host, too.
     """
-    across = sum(one.across(per_host) for one in found)
-    inside = sum(one.sent for one in found if _has_neighbours(one, per_host))
+    across = sum((one.across(per_host) for one in found), 0.0)
+    inside = sum((one.sent for one in found if _has_neighbours(one, per_host)), 0.0)
     return inside, across
 
 

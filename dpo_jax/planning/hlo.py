@@ -164,8 +164,13 @@ def _split(rest: str) -> tuple[tuple[str, ...], str]:
     for place, letter in enumerate(rest):
         depth += (letter == "(") - (letter == ")")
         if depth == 0:
-            return tuple(_NAME.findall(rest[:place])), rest
-    return tuple(_NAME.findall(rest)), rest
+            return _names(rest[:place]), rest
+    return _names(rest), rest
+
+
+def _names(operands: str) -> tuple[str, ...]:
+    """Names of operands, with a % and maybe their shapes before them, or bare."""
+    return tuple(_NAME.findall(operands) if "%" in operands else re.findall(r"[\w.\-]+", operands))
 
 
 CALLS = ("to_apply", "calls", "branch_computations", "true_computation", "false_computation")

@@ -50,5 +50,5 @@ def made_up(
     )
 
 
-def _lengths(rng: np.random.Generator, mean: float, count: int) -> np.ndarray:
+def _lengths(rng: np.random.Generator, mean: int, count: int) -> np.ndarray:
     return np.rint(rng.lognormal(np.log(mean) - SPREAD**2 / 2, SPREAD, count)).astype(np.int64)

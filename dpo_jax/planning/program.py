@@ -23,7 +23,9 @@ from dpo_jax.model.preference import Problem
 from dpo_jax.planning import costs, hlo, memory
 from dpo_jax.planning.costs import Load
 from dpo_jax.planning.estimate import Moved
+from dpo_jax.planning.lengths import COMPLETION_TOKENS, PROMPT_TOKENS, UNITS_PER_STEP, made_up
 from dpo_jax.settings import UserError
+from dpo_jax.terms import data_of
 
 CONFIG_ONLY = ("config.json",)
 LOOKED_AT = 4
@@ -84,6 +86,31 @@ def read_data(run: Run, sources: Sources) -> Encoded:
     with tempfile.TemporaryDirectory() as folder:
         found, _ = encode(run.data.train, tokenizer, run.data, run.data.cache or folder, first=run.data.first)
     return stages.entries(run, found)
+
+
+def data_for(
+    run: Run, sources: Sources, lengths: tuple[int | None, int | None] = (None, None)
+) -> tuple[Encoded, str, Run]:
+    """Tokenised pairs, what they are in words, and the run that goes over them.
+
+    The run's own, if no `lengths` (mean tokens of prompts and of completions) are given and its files are here; else
+    made-up ones, and the run is then a few steps long.
+    """
+    names = (run.data.train,) if isinstance(run.data.train, str) else run.data.train
+    if lengths == (None, None) and all(Path(name).exists() for name in names):
+        return read_data(run, sources), "those of data.train", run
+    if data_of(run.objective.terms) not in ("pairs", "chosen"):
+        raise UserError(
+            f"objective.name: {run.objective.name} takes no pairs, and made-up data are pairs; give data.train files "
+            "that are here"
+        )
+    prompt, completion = lengths[0] or PROMPT_TOKENS, lengths[1] or COMPLETION_TOKENS
+    what = f"made up, prompts of {prompt} and completions of {completion} tokens on average"
+    if lengths == (None, None):
+        what += f", as data.train {names[0]} is not here"
+    sizes = {"prompt_tokens": prompt, "completion_tokens": completion, "max_length": run.data.max_length}
+    pairs = stages.entries(run, made_up(run.batch.pairs, **sizes))
+    return pairs, what, run.model_copy(update={"steps": UNITS_PER_STEP, "epochs": None})
 
 
 def describe(run: Run, sources: Sources, encoded: Encoded, mesh: jax.sharding.Mesh, *, accelerator: bool) -> Step:
@@ -152,16 +179,20 @@ def reported(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 
 def compile_step(step: Step) -> tuple[jax.stages.Compiled, str]:
-    """The compiled step, and the text of its program for one device (see hlo.py).
+    """The compiled step, and the text of its program for one device (see hlo.py)."""
+    return compile_with_text(step.trainer.lower(step.blank), step.mesh.size)
+
+
+def compile_with_text(lowered: jax.stages.Lowered, devices: int) -> tuple[jax.stages.Compiled, str]:
+    """A compiled function, and the text of its program for one of so many devices, as the partitioner leaves it.
 
     Raises:
       RuntimeError: the compiler left no such text; then its name for the pass has changed.
     """
-    lowered = step.trainer.lower(step.blank)
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning", "xla_dump_hlo_as_text": True}
         compiled = lowered.compile(compiler_options=options)
-        if step.mesh.size == 1:
+        if devices == 1:  # nothing to partition
             return compiled, lowered.as_text(dialect="hlo")
         texts = sorted(Path(folder).glob("*after_spmd-partitioning*.txt"))
         if not texts:

@@ -5,7 +5,7 @@ from typing import Any
 
 from dpo_jax.planning.hlo import Collective
 
-GIB, GB = 2**30, 1e9
+GIB, PREFIXES = 2**30, ("", "k", "M", "G", "T", "P", "E")
 TIGHT = 0.92
 """Share of a device's memory above which it is tight: allocators fragment, and libraries take their part."""
 SMALL = 0.002
@@ -25,9 +25,15 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     ]
 
 
-def gib(count: float) -> str:
+def gib(count: int | float) -> str:
     """Bytes as GiB, or MiB below a tenth of one."""
     return f"{count / GIB:,.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:,.2f} MiB"
+
+
+def scaled(value: int | float, unit: str) -> str:
+    """A quantity with the prefix that leaves one to three digits before the point: 1,234,000 B is 1.23 MB."""
+    power = min(max((len(f"{int(value)}") - 1) // 3, 0), len(PREFIXES) - 1)
+    return f"{value / 1000**power:,.2f} {PREFIXES[power]}{unit}"
 
 
 def memory_lines(items: Mapping[str, int], compiler: Mapping[str, int], note: str) -> list[str]:
@@ -43,7 +49,7 @@ def memory_lines(items: Mapping[str, int], compiler: Mapping[str, int], note: st
     return ["memory of a device", *table([("", "predicted", "compiler"), *named]), *([f"  {note}"] if note else [])]
 
 
-def fit_line(peak: float, capacity: float, what: str) -> str:
+def fit_line(peak: int | float, capacity: int | float, what: str) -> str:
     """Whether a peak fits."""
     share = peak / capacity
     verdict = "does not fit" if share > 1 else "fits, but tightly" if share > TIGHT else "fits"
@@ -93,31 +99,31 @@ def collective_lines(rows: Sequence[Mapping[str, Any]], theory: float) -> list[s
             row["links"],
             str(row["devices"]),
             f"{row['times']:g}",
-            f"{row['bytes'] / GB:,.3f}",
+            scaled(row["bytes"], "B"),
         )
         for row in shown
     ]
     if rest:
         times, size = sum(row["times"] for row in rest), sum(row["bytes"] for row in rest)
-        cells.append((f"{len(rest)} small ones", "", "", "", f"{times:g}", f"{size / GB:,.3f}"))
-    lines += table([("", "pass", "links", "devices", "times", "GB"), *cells], left=3)
+        cells.append((f"{len(rest)} small ones", "", "", "", f"{times:g}", scaled(size, "B")))
+    lines += table([("", "pass", "links", "devices", "times", "sent"), *cells], left=3)
     by_kind: dict[str, float] = {}
     for row in rows:
         by_kind[f"{row['kind']} {row['dtype']}"] = by_kind.get(f"{row['kind']} {row['dtype']}", 0.0) + row["bytes"]
     kinds = sorted(by_kind.items(), key=lambda item: -item[1])
-    lines.append("  of each kind: " + ", ".join(f"{k} {v / GB:,.2f} GB" for k, v in kinds if v >= SMALL * total))
-    asked = f"; theory asks for {theory / GB:,.2f} GB ({100 * (total / theory - 1):+.1f} %)" if theory else ""
-    return [*lines, f"  in all {total / GB:,.2f} GB{asked}"]
+    lines.append("  of each kind: " + ", ".join(f"{k} {scaled(v, 'B')}" for k, v in kinds if v >= SMALL * total))
+    asked = f"; theory asks for {scaled(theory, 'B')} ({100 * (total / theory - 1):+.1f} %)" if theory else ""
+    return [*lines, f"  in all {scaled(total, 'B')}{asked}"]
 
 
 def time_lines(plan: Mapping[str, Any]) -> list[str]:
     """Busy seconds of each part, the step between its two bounds, and the useful share of the chips' peak."""
     time = plan["time"]
     rows = [
-        ("matrix products", f"{plan['flops']['device'] / 1e12:,.1f} TFLOP", time["compute"]),
-        ("memory", f"{plan['memory_traffic'] / GB:,.0f} GB", time["memory"]),
-        ("links inside a host", f"{plan['traffic']['inside'] / GB:,.2f} GB", time["inside"]),
-        ("links across hosts", f"{plan['traffic']['across'] / GB:,.2f} GB", time["across"]),
+        ("matrix products", scaled(plan["flops"]["device"], "FLOP"), time["compute"]),
+        ("memory", scaled(plan["memory_traffic"], "B"), time["memory"]),
+        ("links inside a host", scaled(plan["traffic"]["inside"], "B"), time["inside"]),
+        ("links across hosts", scaled(plan["traffic"]["across"], "B"), time["across"]),
     ]
     cells = [(name, work, f"{1e3 * seconds:,.1f} ms") for name, work, seconds in rows]
     names = dict(zip(("compute", "memory", "inside", "across"), (row[0] for row in rows), strict=True))
@@ -125,8 +131,8 @@ def time_lines(plan: Mapping[str, Any]) -> list[str]:
         f"time of a step on {plan['devices']} x {plan['chip']}",
         *table([("", "work", "busy"), *cells]),
         f"  bottleneck: {names[time['bottleneck']]}",
-        f"  all overlapped {1e3 * time['overlapped']:,.0f} ms: {_speed(plan, 'overlapped')}",
-        f"  nothing overlapped {1e3 * time['serial']:,.0f} ms: {_speed(plan, 'serial')}",
+        f"  all overlapped {1e3 * time['overlapped']:,.1f} ms: {_speed(plan, 'overlapped')}",
+        f"  nothing overlapped {1e3 * time['serial']:,.1f} ms: {_speed(plan, 'serial')}",
     ]
 
 
@@ -152,9 +158,9 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         "matrix products of a step",
         *table(
             [
-                ("useful, all devices", f"{flops['useful'] / 1e12:,.1f} TFLOP"),
-                ("as compiled, all devices", f"{flops['device'] * plan['devices'] / 1e12:,.1f} TFLOP"),
-                ("as compiled, a device", f"{flops['device'] / 1e12:,.1f} TFLOP"),
+                ("useful, all devices", scaled(flops["useful"], "FLOP")),
+                ("as compiled, all devices", scaled(flops["device"] * plan["devices"], "FLOP")),
+                ("as compiled, a device", scaled(flops["device"], "FLOP")),
             ]
         ),
         *([f"  {flops['note']}"] if flops["note"] else []),
