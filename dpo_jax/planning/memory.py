@@ -50,12 +50,15 @@ def step_items(problem: Problem, params: Any, shardings: Any, forest: Any, mesh:
     narrow = jax.eval_shape(functools.partial(cast, dtype=dtype), params)
     copied = {path for path, leaf in trees.paths(params).items() if leaf.dtype != trees.paths(narrow)[path].dtype}
     places, leaves = trees.paths(shardings), trees.paths(narrow)
+    # Of one layer at a time: what is computed again of it, and slopes along all that it has.
+    kept, whole = (activation_bytes(problem, forest, mesh, remat=remat) for remat in (None, "none"))
     copy = sum(per_device(leaves[path], places[path]) for path in copied)
     return {
         "weights in the dtype of computation": copy,
         "gradient": per_device(params, shardings),
         "gradient of a micro-batch": per_device(narrow, shardings),
-        "activations": activation_bytes(problem, forest, mesh),
+        "activations": kept,
+        "a layer's backward pass": (2 * whole - kept) // len(problem.spec.layers),
         "gathered weights": _gathered(problem, leaves, places, mesh),
         "head": 0 if problem.spec.scalar_head else _head(problem, forest, mesh),
     }
