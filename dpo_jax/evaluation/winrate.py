@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from jax.sharding import Mesh
 
 from dpo_jax.data.messages import BadRow, Messages, is_chat, messages_of, need, texts_of
-from dpo_jax.data.records import READERS, text_notes
+from dpo_jax.data.records import READERS, text_notes, value_of
 from dpo_jax.data.report import clean
 from dpo_jax.data.templates import Codec, codec, template_source
 from dpo_jax.evaluation.generate import Decoding, generate
@@ -72,7 +72,7 @@ def _read(path: str, take: Callable[[Mapping[str, Any], str], T]) -> list[T]:
     try:
         for row in reader(file, path):
             where = f"{clean(path)}:{row.line}"
-            taken.append(take(_object(row.value), where))
+            taken.append(take(_object(value_of(row)), where))
     except BadRow as error:
         raise UserError(f"{where}: {clean(str(error))}") from error
     except OSError as error:
