@@ -78,9 +78,10 @@ def host(folder: Path) -> dict[str, Any]:
 
 
 def _compile_cache() -> str | None:
-    import jax
+    from dpo_jax.compile_cache import AUTO, folder_for
 
-    return jax.config.values["jax_compilation_cache_dir"]
+    folder = folder_for(AUTO)
+    return None if folder is None else str(folder)
 
 
 def devices() -> list[dict[str, Any]]:
@@ -163,9 +164,7 @@ def problems(report: dict[str, Any]) -> list[Problem]:
             )
         )
     if report["host"]["compile_cache"] is None:
-        found.append(
-            Problem("compiled programs are not kept", "set JAX_COMPILATION_CACHE_DIR to a folder to start faster")
-        )
+        found.append(Problem("compiled programs are not kept", "unset JAX_ENABLE_COMPILATION_CACHE to start faster"))
     return found
 
 

@@ -40,9 +40,10 @@ def main(argv: Sequence[str]) -> int:
 
 def evaluate(run: config.Run, quiet: bool = False) -> tuple[dict[str, float], int]:
     """Metrics of `run.model` against `run.reference` over the pairs of `run.data.train`, and how many these are."""
-    from dpo_jax import exchange, loop, models, stages
+    from dpo_jax import compile_cache, exchange, loop, models, stages
     from dpo_jax.hf.tokenizer import load_tokenizer
 
+    compile_cache.use(run.model.compile_cache)
     folder = Path(run.output)
     mesh = models.make_mesh(run)
     sources = exchange.find_models(run, {})

@@ -127,10 +127,15 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def make_journal(run: Run, folder: Path, steps: int, start: int | None, process: int | None = None) -> Journal:
-    """The run's journal; what was recorded after the checkpoint that it goes on from is dropped."""
+def make_journal(
+    run: Run, folder: Path, steps: int, start: int | None, process: int | None = None, *, began: float | None = None
+) -> Journal:
+    """The run's journal, of a command that `began` then.
+
+    What was recorded after the checkpoint that it goes on from is dropped.
+    """
     process = jax.process_index() if process is None else process
-    return Journal(folder, steps, run.log, -1 if start is None else start, process=process)
+    return Journal(folder, steps, run.log, -1 if start is None else start, process=process, began=began)
 
 
 def cache_folder(run: Run) -> Path:

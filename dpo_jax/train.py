@@ -1,6 +1,7 @@
 """`python -m dpo_jax.train CONFIG [key=value ...]`: from a folder and preferences to a folder, as it happens."""
 
 import sys
+import time
 from collections.abc import Sequence
 
 from dpo_jax import config
@@ -16,7 +17,8 @@ def main(argv: Sequence[str]) -> int:
 
 def train(run: config.Run) -> int:
     """The whole job. Running it again goes on where it stopped; exit code 0 when done, 75 or 130 when stopped early."""
-    from dpo_jax import exchange, loop, models, stages
+    began = time.perf_counter()
+    from dpo_jax import compile_cache, exchange, loop, models, stages
     from dpo_jax.hf.tokenizer import load_tokenizer
     from dpo_jax.training.checkpoints import Checkpoints
 
@@ -24,6 +26,7 @@ def train(run: config.Run) -> int:
         if stages.is_finished(folder):
             return stages.show_result(run, folder, "this run is finished already")
         exchange.check_export(run)
+        compile_cache.use(run.model.compile_cache)
         sources = exchange.find_models(run, stages.recorded(folder))
         mesh = models.make_mesh(run)
         tokenizer = load_tokenizer(sources.policy, run.data.template)
@@ -36,7 +39,7 @@ def train(run: config.Run) -> int:
         problem = models.make_problem(run, policy, mesh)
         with Checkpoints(folder / "checkpoints", run.checkpoint) as checkpoints:
             start = checkpoints.latest()
-            with stages.make_journal(run, folder, steps, start) as journal:
+            with stages.make_journal(run, folder, steps, start, began=began) as journal:
                 resumes = start is not None
                 reference = stages.make_reference(run, sources, policy, problem, data, mesh, journal, resumes=resumes)
                 batches = stages.training_batches(run, data, steps, mesh, policy, reference)

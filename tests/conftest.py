@@ -6,6 +6,8 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also for the processes that tests start
 
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # nor do they keep or find compiled programs
+
 import jax
 import pytest
 

@@ -1,5 +1,8 @@
 """A step is exactly N pairs, whatever the packing; nothing is lost, moved or mixed on the way into the arrays."""
 
+import itertools
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -289,6 +292,56 @@ def test_prefetch_hands_over_what_was_raised_at_its_step():
 
     seen = []
     with pytest.raises(RuntimeError, match="broken"):
-        for step, value in prefetch(make, range(5)):
-            seen.append((step, value))
+        for made in prefetch(make, range(5)):
+            seen.append((made.step, made.value))
     assert seen == [(0, 0), (1, 10)]
+
+
+class Clock:
+    """A clock that stands still but when it is moved; whoever waits for its first look can go on then."""
+
+    def __init__(self):
+        self.now, self.looks, self.looked_at = 0.0, 0, threading.Semaphore(0)
+
+    def __call__(self):
+        self.looks += 1
+        if self.looks % 2:  # the look at the beginning of a wait
+            self.looked_at.release()
+        return self.now
+
+
+def test_a_slow_host_is_waited_for_as_long_as_it_takes():
+    clock = Clock()
+
+    def make(step):
+        clock.looked_at.acquire()  # not before somebody waits
+        clock.now += 10.0 + step
+        return step
+
+    assert [made.waited for made in prefetch(make, range(4), clock=clock)] == [10.0, 11.0, 12.0, 13.0]
+
+
+def test_nobody_waits_for_a_fast_host_whatever_the_clock_says():
+    ticking = itertools.count()
+    found = prefetch(lambda step: step, range(3), depth=2, clock=lambda: float(next(ticking)))
+    next(found)
+    for thread in threading.enumerate():
+        if thread.name == "batches":
+            thread.join()  # all is made
+    assert [(made.step, made.waited) for made in found] == [(1, 0.0), (2, 0.0)]
+
+
+def test_two_batches_are_kept_ready():
+    made, third = [], threading.Event()
+
+    def make(step):
+        made.append(step)
+        if step == 2:
+            third.set()
+        return step
+
+    found = prefetch(make, range(9))
+    next(found)
+    third.wait()
+    assert made[:3] == [0, 1, 2]
+    found.close()

@@ -56,7 +56,7 @@ def test_a_healthy_machine_has_no_problems():
         ({"versions__jax": "0.10.2"}, "bfloat16 is slower", "float32", False),
         ({"versions__jax": "0.9.9"}, "bfloat16 is slower", "float32", False),
         ({"host__disk_free_bytes": 1 << 30}, "only 1.0 GiB of disk", "set output", False),
-        ({"host__compile_cache": None}, "not kept", "JAX_COMPILATION_CACHE_DIR", False),
+        ({"host__compile_cache": None}, "not kept", "JAX_ENABLE_COMPILATION_CACHE", False),
         ({"devices": [], "failure": "RuntimeError: no backend"}, "RuntimeError: no backend", "reinstall jax", True),
     ],
 )

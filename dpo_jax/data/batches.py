@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -280,10 +281,21 @@ def pair_tokens(encoded: Encoded) -> np.ndarray:
     return whole[encoded.chosen] + np.where(encoded.single, 0, whole[encoded.rejected])
 
 
-def prefetch(make: Callable[[int], Any], steps: range, depth: int = 2) -> Iterator[tuple[int, Any]]:
-    """`(step, make(step))` for each step, made by a thread that stays up to `depth` steps ahead.
+class Made(NamedTuple):
+    """What was made for a step, and for how many seconds it had to be waited for."""
 
-    What `make` raises is raised here, at its step. Leaving the loop early ends the thread.
+    step: int
+    value: Any
+    waited: float
+
+
+def prefetch(
+    make: Callable[[int], Any], steps: range, depth: int = 2, *, clock: Callable[[], float] = time.perf_counter
+) -> Iterator[Made]:
+    """`make(step)` for each step, made by a thread that stays up to `depth` steps ahead.
+
+    `waited` is exactly 0 where the value was there already. What `make` raises is raised here, at its step. Leaving the
+    loop early ends the thread.
     """
     made: queue.Queue = queue.Queue(depth)
     left = threading.Event()
@@ -306,9 +318,18 @@ def prefetch(make: Callable[[int], Any], steps: range, depth: int = 2) -> Iterat
     threading.Thread(target=work, name="batches", daemon=True).start()
     try:
         for _ in steps:
-            step, value, error = made.get()
+            (step, value, error), waited = _taken(made, clock)
             if error is not None:
                 raise error
-            yield step, value
+            yield Made(step, value, waited)
     finally:
         left.set()
+
+
+def _taken(made: queue.Queue, clock: Callable[[], float]) -> tuple[Any, float]:
+    """The next thing of a queue, and how long the queue was empty."""
+    try:
+        return made.get_nowait(), 0.0
+    except queue.Empty:
+        began = clock()
+        return made.get(), clock() - began

@@ -68,6 +68,11 @@ class ModelSettings(Section):
         description="what computes attention; auto: the fastest that was verified on the platform, so far always xla; "
         "splash is a kernel for TPUs",
     )
+    compile_cache: str | None = Field(
+        default="auto",
+        description="folder of compiled programs that later runs start from; auto: JAX_COMPILATION_CACHE_DIR, or "
+        "dpo_jax/compiled in the user's caches; null keeps none",
+    )
 
 
 class MeshSettings(Section):

@@ -15,7 +15,6 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, SupportsFloat
 
 from rich.console import Console
@@ -52,13 +51,15 @@ METRICS: dict[str, str] = {
     "dropped": "rows of the data that could not be used",
     "good_answers": "share of held-out questions that were answered well",
     "step_seconds": "wall time of the step",
+    "input_wait": "share of the step's wall time that went into waiting for the next batch",
+    "time_to_first_step": "seconds from the start of the command to the end of its first step, once",
     "pairs_per_second": "pairs per second of wall time",
     "tokens_per_second": "token slots per second of wall time",
     "memory_bytes": "most bytes in use on one device",
 }
 """Every metric and what it is."""
 
-TIME_FIELDS = ("step_seconds", "pairs_per_second", "tokens_per_second", "memory_bytes")
+TIME_FIELDS = (*"step_seconds input_wait time_to_first_step pairs_per_second tokens_per_second memory_bytes".split(),)
 """What two runs of the same mathematics may differ in (`eval_` forms too); everything else in a record is the same."""
 
 TERMINAL = (
@@ -345,8 +346,10 @@ class Journal:
         *,
         process: int = 0,
         console: Console | None = None,
+        began: float | None = None,
     ):
-        """Write into `folder`, from the start (-1) or going on after step `resume_step`."""
+        """Write into `folder`, from the start (-1) or after step `resume_step`; the command `began` then, or now."""
+        self.began = time.perf_counter() if began is None else began
         self._every, self._total = settings.every, total_steps
         self._writers: list[Writer] = []
         self._terminal: PlainTerminal | LiveTerminal | Silent = Silent()
@@ -372,9 +375,7 @@ class Journal:
         """The journal itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close all that is written to, whatever ended the run."""
         self._terminal.close()
         for writer in self._writers:
