@@ -87,13 +87,21 @@ def attention_backend(run: Run, spec: DecoderSpec) -> str:
     Raises:
       UserError: the one that the settings ask for cannot; says by which rule.
     """
-    name, dtype, platform = run.model.attention, compute_dtype(run), jax.default_backend()
+    name, dtype, device = run.model.attention, compute_dtype(run), _device()
     if name == "auto":
-        return table.automatic(spec, dtype, platform)
-    reason = table.why_not(name, spec, dtype, platform)
+        return table.automatic(spec, dtype, device)
+    reason = table.why_not(name, spec, dtype, device)
     if reason is not None:
         raise UserError(f"model.attention: {name} {reason}; give auto, or xla, which does everything everywhere")
     return name
+
+
+def _device() -> table.Device:
+    """What the run computes on."""
+    platform = jax.default_backend()
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", "")) if platform == "gpu" else ""
+    number = capability.replace(".", "", 1).isdecimal()  # that of an AMD GPU is a name
+    return table.Device(platform, float(capability) if number else None)
 
 
 def _check_length(run: Run, setting: str, spec: DecoderSpec) -> None:

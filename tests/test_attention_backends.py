@@ -13,7 +13,7 @@ from dpo_jax.settings import UserError
 from tests.attention import as_rules, assert_close, inputs, plainly
 from tests.specs import plain_spec
 
-PLAIN = dict(width=16, layers=2, heads=4, mlp_width=24)
+PLAIN = dict(width=16, layers=2, heads=2, mlp_width=24)
 SPECS = {
     "window": plain_spec(**PLAIN, windows=(None, 4)),
     "softcap": plain_spec(**PLAIN, softcap=30.0),
@@ -51,14 +51,14 @@ def test_what_a_model_needs_is_seen(feature):
 @pytest.mark.parametrize("feature", table.FEATURES)
 def test_what_a_backend_lacks_is_the_reason_that_is_given(name, feature):
     backend = table.BACKENDS[name]
-    reason = table.why_not(name, SPECS[feature], backend.dtypes[0], backend.platforms[0])
+    reason = table.why_not(name, SPECS[feature], backend.dtypes[0], table.Device(backend.platforms[0], 9.0))
     assert (reason is None) == (feature in backend.features)
     assert reason is None or table.FEATURES[feature] in reason
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_auto_takes_nothing_that_was_not_verified(platform):
-    found = table.automatic(SPECS["window"], "float32", platform)
+    found = table.automatic(SPECS["window"], "float32", table.Device(platform, 9.0))
     assert found == "xla" or platform in table.BACKENDS[found].verified
 
 

@@ -31,6 +31,15 @@ class Layout(NamedTuple):
     position: Int[Array, "B T"]
 
 
+class Bounds(NamedTuple):
+    """What is known of rows when their computation is compiled."""
+
+    texts: int
+    """Most texts of a row: completions, and prompts that have none."""
+    branches: int
+    """Most branches of a tree, at least 1."""
+
+
 def causal(batch: int, length: int) -> Layout:
     """Layout of ordinary rows: one text each, from position 0."""
     position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dpo_jax import trees
 from dpo_jax.model import spec as specs
-from dpo_jax.model.attention import Layout, causal
+from dpo_jax.model.attention import Bounds, Layout, causal
 from dpo_jax.model.blocks import Block, Carry, Context, Ends
 from dpo_jax.model.delta import empty_memory
 from dpo_jax.model.experts import Routing, added
@@ -54,6 +54,8 @@ class Execution:
     """How the head is split over the mesh of the activations; None leaves it to the compiler."""
     frozen_head: bool = False
     """The head is not trained, so its gradient is not computed (see `logprobs.linear_logprobs`)."""
+    bounds: Bounds | None = None
+    """Of the rows; some backends of attention want them."""
 
 
 DEFAULT_EXECUTION = Execution()
@@ -161,7 +163,7 @@ def hidden_and_routing(
 ) -> tuple[Float[Array, "B T N"], Routing | None]:
     """As `hidden`, and how often experts were chosen, each token counted by its weight and all layers added up."""
     where, again = execution.activations, REMATS[execution.remat].attention
-    view = Packed.of(spec, layout, execution.attention, activations=where, remat=again)
+    view = Packed.of(spec, layout, execution.attention, bounds=execution.bounds, activations=where, remat=again)
     x, _, routing = _run(spec, params, tokens, Context(view, execution.activations, weights), execution, {}, {})
     return x, routing
 

@@ -4,6 +4,7 @@ Letters: D shards, R rows, T slots, K scored tokens, C completions, P pairs, W c
 micro-batch: any object with the arrays of `data.batches.Batch` less their leading M axis.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float
 from dpo_jax.logprobs import linear_scores
 from dpo_jax.losses import Pairs, Ranking, Sums
 from dpo_jax.metrics import Mean, Means
-from dpo_jax.model.attention import Layout
+from dpo_jax.model.attention import Bounds, Layout
 from dpo_jax.model.decoder import (
     DEFAULT_EXECUTION,
     Execution,
@@ -95,8 +96,16 @@ def _states(
     flat = (shards * rows, length)
     layout = Layout(forest.group.reshape(flat), forest.branch.reshape(flat), forest.position.reshape(flat))
     weights = _texts(layout) if routed else None
+    execution = dataclasses.replace(execution, bounds=bounds_of(forest))
     states, routing = hidden_and_routing(spec, params, forest.tokens.reshape(flat), layout, weights, execution)
     return states.reshape(shards, rows * length, spec.head_width), routing
+
+
+def bounds_of(forest: Any) -> Bounds:
+    """What the shapes of a micro-batch say of its rows: it has room for as many completions of each of its P pairs as
+    the fullest prompt has."""
+    completions = forest.ids.shape[-1]
+    return Bounds(min(completions, forest.tokens.shape[-1]), -(-completions // forest.chosen.shape[-1]))
 
 
 def _texts(layout: Layout) -> Float[Array, "B T"]:

@@ -63,10 +63,10 @@ class ModelSettings(Section):
         description="what the backward pass keeps of each layer, and does not compute again; from none to block less "
         f"and less: {'; '.join(f'{name} {row.says}' for name, row in REMATS.items())}",
     )
-    attention: Literal["auto", "xla", "splash"] = Field(
+    attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
         default="auto",
         description="what computes attention; auto: the fastest that was verified on the platform, so far always xla; "
-        "splash is a kernel for TPUs",
+        "splash is a kernel for TPUs, cudnn one for NVIDIA GPUs from compute capability 9.0 on",
     )
     compile_cache: str | None = Field(
         default="auto",

@@ -13,6 +13,7 @@ from dpo_jax.logprobs import CHUNK
 from dpo_jax.model.attention import Layout
 from dpo_jax.model.decoder import cast, hidden_and_routing, init_params
 from dpo_jax.model.preference import Problem
+from dpo_jax.model.scoring import bounds_of
 
 LOGITS = 3
 """Arrays of a chunk's size, float32, that the head holds at a time: logits, their exponentials, their slope."""
@@ -69,7 +70,9 @@ def activation_bytes(problem: Problem, forest: Any, mesh: jax.sharding.Mesh, *, 
 
     `remat` stands in for the problem's own.
     """
-    execution = dataclasses.replace(problem.execution, activations=None, remat=remat or problem.execution.remat)
+    execution = dataclasses.replace(
+        problem.execution, activations=None, remat=remat or problem.execution.remat, bounds=bounds_of(forest)
+    )
     params = jax.eval_shape(
         lambda: cast(init_params(problem.spec, jax.random.key(0)), jnp.dtype(problem.compute_dtype)),
     )

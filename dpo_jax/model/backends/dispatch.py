@@ -1,7 +1,8 @@
 """One way to attend within packed forests, whichever backend computes it and however rows and heads are shared out.
 
-A backend is a module of this folder with two functions: `prepare(layout, window)` makes what is the same for every
-layer, arrays with the rows on their first axis, and `attend(query, key, value, prepared, window, rules)` computes.
+A backend is a module of this folder with three functions. `prepare(layout, window, bounds)` makes what is the same for
+every layer: arrays with the rows on their first axis. `attend(query, key, value, prepared, window, rules)` computes.
+`keeps_scores(length)` says whether its gradient would keep much more of such rows than what goes in and comes out.
 
 Letters: B rows, T slots, H heads, K key-value heads, C channels of a key, E channels of a value.
 """
@@ -17,8 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from dpo_jax.model.attention import Layout, Rules
-from dpo_jax.model.backends import xla
+from dpo_jax.model.attention import Bounds, Layout, Rules
 
 HEADS = "tensor"
 """Axis of the mesh that heads are shared out over."""
@@ -40,15 +40,18 @@ class Forest:
         windows: Iterable[int | None],
         backend: str = "xla",
         *,
+        bounds: Bounds | None = None,
         activations: NamedSharding | None = None,
         remat: bool = False,
     ) -> "Forest":
         """These rows for layers with these windows; with `remat` the backward pass computes scores again.
 
+        `bounds` are wanted by backends that lay texts out anew.
+
         `activations` says how rows are split: each device then attends within its own, and with its own heads where
         the mesh's `tensor` axis divides them.
         """
-        made = {window: _module(backend).prepare(layout, window) for window in windows}
+        made = {window: _module(backend).prepare(layout, window, bounds) for window in windows}
         return cls(backend, made, activations, remat)
 
     def attend(
@@ -60,12 +63,12 @@ class Forest:
         rules: Rules,
     ) -> Float[Array, "B T H E"]:
         """`softmax(scale query . key)` over what each slot sees of its own tree, times the values."""
-        run = _module(self.backend).attend
+        module = _module(self.backend)
 
         def mix(query, key, value, prepared, sinks, slopes):
-            return run(query, key, value, prepared, window, rules._replace(sinks=sinks, slopes=slopes))
+            return module.attend(query, key, value, prepared, window, rules._replace(sinks=sinks, slopes=slopes))
 
-        if self.remat and self.backend == "xla" and xla.keeps_scores(query.shape[1]):
+        if self.remat and module.keeps_scores(query.shape[1]):
             mix = jax.checkpoint(mix)
         mix = _per_device(mix, query.shape, key.shape[2], self.activations)
         return mix(query, key, value, self.prepared[window], rules.sinks, rules.slopes)
@@ -80,9 +83,10 @@ def attend(
     *,
     window: int | None = None,
     backend: str = "xla",
+    bounds: Bounds | None = None,
 ) -> Float[Array, "B T H E"]:
     """Attention within the trees of each row, for a single layer."""
-    return Forest.of(layout, [window], backend).attend(query, key, value, window, rules)
+    return Forest.of(layout, [window], backend, bounds=bounds).attend(query, key, value, window, rules)
 
 
 def _module(backend: str) -> Any:

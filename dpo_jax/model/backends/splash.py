@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dpo_jax.model.attention import Layout, Rules, visible
+from dpo_jax.model.attention import Bounds, Layout, Rules, visible
 
 LANES = 128
 """Slots, and channels, come in multiples of so many."""
 
 
-def prepare(layout: Layout, window: int | None) -> Any:
+def prepare(layout: Layout, window: int | None, bounds: Bounds | None = None) -> Any:
     """The kernel for each row's mask: a pytree with rows on the first axis."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
@@ -27,6 +27,11 @@ def prepare(layout: Layout, window: int | None) -> Any:
     interpret = jax.default_backend() != "tpu"  # tests run the same kernel on a CPU; settings refuse that
     make = functools.partial(splash.make_splash_mha, head_shards=1, q_seq_shards=1, interpret=interpret)
     return jax.vmap(lambda seen: _marked(make(seen[None]), None))(visible(layout, window))
+
+
+def keeps_scores(length: int) -> bool:
+    """Whether the backward pass finds scores where the forward pass left them: it computes them anew."""
+    return False
 
 
 def attend(

@@ -1,6 +1,9 @@
 """What each backend of attention can do, as data; which one a run takes, and why one cannot be taken."""
 
 import dataclasses
+import importlib
+import importlib.util
+from collections.abc import Iterator
 
 from dpo_jax.model import spec as specs
 
@@ -13,13 +16,35 @@ class Backend:
     dtypes: tuple[str, ...]
     features: frozenset[str] = frozenset()
     """Of `window`, `softcap`, `sinks`, `alibi` and `value width` (other than the key's)."""
+    head_step: int = 1
+    """Channels of a head come in multiples of so many,"""
+    head_most: int | None = None
+    """and are at most so many."""
+    capability: float | None = None
+    """Least compute capability of an NVIDIA GPU; None where that is not what counts."""
+    packages: tuple[str, ...] = ()
+    """What it imports beside JAX."""
+    private: bool = False
+    """Whether it uses what JAX does not promise to keep; its module's `missing` then says what is gone."""
     verified: tuple[str, ...] = ()
     """Platforms on which it was run and held against the plain formula; `auto` chooses it on no other."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What attention runs on."""
+
+    platform: str
+    capability: float | None = None
+    """Compute capability of an NVIDIA GPU."""
 
 
 FLOATS = ("float32", "bfloat16")
 BACKENDS = {
     "splash": Backend(("tpu",), FLOATS, frozenset({"window", "softcap", "sinks", "value width"})),
+    "cudnn": Backend(
+        ("gpu",), ("bfloat16",), frozenset({"window"}), head_step=8, head_most=256, capability=9.0, private=True
+    ),
     "xla": Backend(
         ("cpu", "gpu", "tpu"),
         FLOATS,
@@ -31,7 +56,7 @@ BACKENDS = {
 
 FEATURES = {
     "window": "sliding windows",
-    "softcap": "a soft cap of its scores",
+    "softcap": "soft cap of its scores",
     "sinks": "attention sinks",
     "alibi": "linear position biases (alibi)",
     "value width": "values of another width than its keys",
@@ -53,22 +78,54 @@ def features(spec: specs.DecoderSpec) -> frozenset[str]:
     return frozenset(found)
 
 
-def why_not(name: str, spec: specs.DecoderSpec, dtype: str, platform: str) -> str | None:
+def head_sizes(spec: specs.DecoderSpec) -> set[int]:
+    """Channels of a query's head, of every kind of attention that a decoder has."""
+    found = set()
+    for mixer in {layer.mixer for layer in spec.layers}:
+        match mixer:
+            case specs.Attention():
+                found.add(mixer.head_dim)
+            case specs.Latent():
+                found.add(mixer.plain_dim + mixer.rope_dim)
+    return found
+
+
+def why_not(name: str, spec: specs.DecoderSpec, dtype: str, device: Device) -> str | None:
     """The rule by which a backend cannot compute a decoder's attention; None if it can."""
-    backend = BACKENDS[name]
-    if platform not in backend.platforms:
-        return f"runs on {' and '.join(backend.platforms)} and the devices are of platform {platform}"
+    return next(_broken_rules(name, BACKENDS[name], spec, dtype, device), None)
+
+
+def _broken_rules(name: str, backend: Backend, spec: specs.DecoderSpec, dtype: str, device: Device) -> Iterator[str]:
+    if device.platform not in backend.platforms:
+        yield f"runs on {' and '.join(backend.platforms)} and the devices are of platform {device.platform}"
     if dtype not in backend.dtypes:
-        return f"computes in {' and '.join(backend.dtypes)} and model.compute_dtype is {dtype}"
-    missing = [FEATURES[need] for need in FEATURES if need in features(spec) - backend.features]
-    return f"has no {missing[0]}, and the model does" if missing else None
+        yield f"computes in {' and '.join(backend.dtypes)} and model.compute_dtype is {dtype}"
+    yield from (f"has no {FEATURES[need]}, and the model does" for need in FEATURES if need in lacking(backend, spec))
+    for size in sorted(head_sizes(spec)):
+        if size % backend.head_step:
+            yield f"takes heads of multiples of {backend.head_step} channels, and the model's have {size}"
+        if backend.head_most is not None and size > backend.head_most:
+            yield f"takes heads of up to {backend.head_most} channels, and the model's have {size}"
+    if backend.capability is not None and (device.capability is None or device.capability < backend.capability):
+        found = "no NVIDIA GPU" if device.capability is None else f"of {device.capability}"
+        yield f"takes NVIDIA GPUs of compute capability {backend.capability} or more, and this device is {found}"
+    for package in backend.packages:
+        if importlib.util.find_spec(package) is None:
+            yield f"needs the package {package}, which is not installed"
+    if backend.private and (gone := importlib.import_module(f"dpo_jax.model.backends.{name}").missing()):
+        yield gone
 
 
-def automatic(spec: specs.DecoderSpec, dtype: str, platform: str) -> str:
+def lacking(backend: Backend, spec: specs.DecoderSpec) -> frozenset[str]:
+    """Features that a decoder needs and a backend does not have."""
+    return features(spec) - backend.features
+
+
+def automatic(spec: specs.DecoderSpec, dtype: str, device: Device) -> str:
     """The backend to take where none is asked for: the first that can, and was verified on the platform; or xla."""
     able = (
         name
         for name, backend in BACKENDS.items()
-        if platform in backend.verified and why_not(name, spec, dtype, platform) is None
+        if device.platform in backend.verified and why_not(name, spec, dtype, device) is None
     )
     return next(able, "xla")

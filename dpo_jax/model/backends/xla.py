@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from dpo_jax.model.attention import Layout, Rules, attend_seen, visible
+from dpo_jax.model.attention import Bounds, Layout, Rules, attend_seen, visible
 
 BLOCK = 64
 """Slots of a block. Of 32, 64, 128 and 256, by queries and by keys, this took least CPU time from 256 slots up."""
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     first: Int[Array, "B I"]
 
 
-def prepare(layout: Layout, window: int | None) -> Plan:
+def prepare(layout: Layout, window: int | None, bounds: Bounds | None = None) -> Plan:
     """What is the same for every layer with this window.
 
     No key before the first slot of a tree is seen from within it; nor, as positions rise by one at most from slot to

@@ -1,0 +1,232 @@
+"""Backends for GPUs, without a GPU: what they hand to a kernel, with the kernel's contract computed plainly in its
+place, is the plain formula; the real kernel is lowered for CUDA; and what cannot run is refused."""
+
+import functools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import sharding
+from dpo_jax.data.batches import Batches
+from dpo_jax.model.attention import Bounds, Rules, attend_seen
+from dpo_jax.model.backends import cudnn, table, texts
+from dpo_jax.model.backends.dispatch import Forest, attend
+from dpo_jax.model.decoder import Execution, init_params
+from dpo_jax.model.scoring import score
+from tests.attention import FOREST, as_rules, assert_close, forest, inputs, plainly
+from tests.forests import SPEC, random_encoded
+from tests.specs import plain_spec
+
+BOUNDS = Bounds(texts=6, branches=3)
+"""What the forest has; looser ones are `LOOSE`."""
+LOOSE = Bounds(texts=11, branches=4)
+HOPPER = table.Device("gpu", 9.0)
+
+
+def segments(start, size, places):
+    """Number of the segment of each place, -1 outside of all."""
+    place = jnp.arange(places)[None, :, None]
+    inside = (place >= start[:, None, :]) & (place < (start + size)[:, None, :]) & (start >= 0)[:, None, :]
+    return jnp.where(inside.any(-1), inside.argmax(-1), -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def by_segments(query, key, value, start, size, scale, window):
+    """The contract of cuDNN's packed rows: causal within segments; what lies outside is undefined, so it is NaN."""
+    return _by_segments(query, key, value, start, size, scale, window)[0]
+
+
+def _seen_plainly(query, key, value, number, scale, window):
+    order = jnp.arange(number.shape[1])
+    seen = (number[:, :, None] == number[:, None, :]) & (order[:, None] >= order[None, :])[None]
+    if window is not None:
+        seen = seen & (order[:, None] - order[None, :] < window)[None]
+    return attend_seen(query, key, value, seen, Rules(scale))
+
+
+def _by_segments(query, key, value, start, size, scale, window):
+    number = segments(start, size, query.shape[1])
+    clean = (jnp.where((number < 0)[:, :, None, None], 0, x) for x in (query, key, value))
+    out, back = jax.vjp(functools.partial(_seen_plainly, number=number, scale=scale, window=window), *clean)
+    return _undefined(out, number), (back, number)
+
+
+def _by_segments_back(scale, window, kept, slope):
+    back, number = kept
+    slope = jnp.where((number < 0)[:, :, None, None], 0, slope)
+    return *(_undefined(x, number) for x in back(slope)), None, None
+
+
+def _undefined(x, number):
+    return jnp.where((number < 0)[:, :, None, None], jnp.nan, x)
+
+
+by_segments.defvjp(_by_segments, _by_segments_back)
+
+
+@pytest.fixture
+def plain_kernel(monkeypatch):
+    monkeypatch.setattr(cudnn, "_kernel", by_segments)
+
+
+@pytest.mark.parametrize("bounds", [BOUNDS, LOOSE])
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("shape", ["grouped", "single"])
+def test_texts_in_segments_are_the_plain_formula(plain_kernel, shape, window, bounds):
+    """Also the gradients; of what the kernel leaves undefined nothing comes through."""
+    layout, arrays, slope = inputs(shape)
+
+    def by_texts(arrays):
+        query, key, value, _ = arrays
+        return attend(query, key, value, layout, Rules(0.25), window=window, backend="cudnn", bounds=bounds)
+
+    # sums of 8 to 200 terms of size 1 in another order; a wrong place or segment is off by 1e-2 at least
+    assert_close(by_texts, lambda arrays: plainly(arrays, layout, "plain", window), arrays, slope, 2e-5)
+
+
+def test_padding_is_zeros(plain_kernel):
+    layout, (query, key, value, _), _ = inputs("grouped")
+    found = attend(query, key, value, layout, Rules(0.25), backend="cudnn", bounds=BOUNDS)
+    assert not np.asarray(found)[np.asarray(layout.group) == 0].any()
+
+
+def test_every_text_is_laid_out_once_in_order():
+    layout = forest([[(2, 1, 2), (3,), (1, 1)]], 11)
+    found = texts.lay_out(layout, Bounds(texts=5, branches=2))
+    assert found.start[0].tolist() == [0, 3, 7, 10, -1]
+    assert found.size[0].tolist() == [3, 4, 3, 2, -1]
+    assert found.source[0].tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 8, 9] + [11] * 10
+    assert found.first[0].tolist() == [0, 1, 2, 11, 11, 3, 4, 5, 6, 7, 8, 9] + [11] * 10
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_batches_keep_within_their_bounds(plain_kernel, share):
+    """Real micro-batches, with one to four completions of a prompt, score the same as by blocks of slots."""
+    encoded = random_encoded(completions=(1, 4), seed=3)
+    batch = Batches(encoded, 5, 2, 1, share_prompts=share, micro_tokens=64).at(0)
+    params = init_params(SPEC, jax.random.key(0))
+    run = jax.jit(
+        lambda params, forest, which: score(SPEC, params, forest, execution=Execution(attention=which)).tokens,
+        static_argnums=2,
+    )
+    for micro in range(int(batch.micro_batches)):
+        forest = batch._replace(**{name: x[micro] for name, x in batch._asdict().items() if np.ndim(x)})
+        inside = forest.completion < forest.ids.shape[-1]
+        ours, theirs = (np.asarray(run(params, forest, which))[inside] for which in ("cudnn", "xla"))
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"data": 4}])
+def test_devices_change_nothing(plain_kernel, sizes):
+    layout, arrays, slope = inputs("grouped")
+    layout, arrays, slope = jax.tree.map(
+        lambda x: x if x.ndim == 1 else jnp.concatenate([x, x[:1]]), (layout, arrays, slope)
+    )
+
+    def on_devices(arrays, where):
+        query, key, value, sinks = arrays
+        ready = Forest.of(layout, [7], "cudnn", bounds=BOUNDS, activations=where, remat=True)
+        return ready.attend(query, key, value, 7, as_rules("plain", sinks))
+
+    rows = sharding.rows(sharding.make_mesh(**{"fsdp": 1, **sizes}))
+    # each device's sums are those of a single one
+    assert_close(lambda x: on_devices(x, rows), lambda x: on_devices(x, None), arrays, slope, 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- the real kernel
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """JAX's private module, told that there is an H100 with cuDNN 9.14: it asks while it lowers."""
+    private = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(private, "check_cudnn_version", lambda: 91400)
+    monkeypatch.setattr(private, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(private, "is_cuda_compute_capability_equal", lambda capability: capability == "9.0")
+
+
+def lowered_for_cuda(backend: str, window: int | None, shape: str = "grouped") -> str:
+    layout, arrays, _ = inputs(shape, 2, jnp.bfloat16)
+
+    def total(query, key, value, layout):
+        out = attend(query, key, value, layout, Rules(0.25), window=window, backend=backend, bounds=BOUNDS)
+        return (out.astype(jnp.float32) ** 2).sum()
+
+    run = jax.jit(jax.value_and_grad(total, (0, 1, 2)))
+    return run.trace(*arrays[:3], layout).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("shape", ["grouped", "single"])
+def test_cudnn_lowers_for_cuda(hopper, shape, window):
+    """One call of the kernel forward and one backward, for packed segments, with nothing square in the row."""
+    text = lowered_for_cuda("cudnn", window, shape)
+    assert re.findall(r"custom_call @(__cudnn\S*?)\(", text) == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+    found = [json.loads(one.replace("\\22", '"')) for one in re.findall(r'backend_config = "(\{\S.*?\})"', text)]
+    settings = [one["cudnn_fmha_backend_config"] for one in found]
+    assert [one["mask_type"] for one in settings] == ["PADDING_CAUSAL"] * 2
+    assert {one["max_seg_per_batch"] for one in settings} == {BOUNDS.texts}
+    assert {one["sliding_window_length"] for one in settings} == {window or 0}
+    assert {one["fmha_scale"] for one in settings} == {0.25}
+    assert not re.search(r"tensor<[0-9x]*200x200x", text)
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_offsets_of_keys_count_their_own_heads(hopper, monkeypatch, counts):
+    """Where JAX would count them in heads of the queries, each query's head gets a key of its own."""
+    monkeypatch.setattr(cudnn, "_counts_key_heads", lambda private: counts)
+    text = lowered_for_cuda("cudnn", None)
+    keys = re.search(r"custom_call @__cudnn\$fmhaSoftmax\(.*?:\s*\(tensor<\S+>, tensor<(\S+?)xbf16>", text)
+    assert keys is not None and keys[1] == ("3x600x2x16" if counts else "3x600x4x16")
+
+
+def test_a_single_text_is_still_a_packed_row(hopper):
+    layout = forest([[(3, 4)]], 8)
+    arrays = [jnp.ones((1, 8, 2, 8), jnp.bfloat16)] * 3
+    run = jax.jit(lambda *x: attend(*x, layout, Rules(1.0), backend="cudnn", bounds=Bounds(1, 1)))
+    text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert "max_seg_per_batch\\22: 2" in text
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+def small(head: int = 8, **fields):
+    return plain_spec(width=4 * head, layers=1, heads=4, mlp_width=16, **fields)
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "device", "words"),
+    [
+        (small(), "float32", HOPPER, "computes in bfloat16 and model.compute_dtype is float32"),
+        (small(12), "bfloat16", HOPPER, "takes heads of multiples of 8 channels, and the model's have 12"),
+        (small(264), "bfloat16", HOPPER, "takes heads of up to 256 channels, and the model's have 264"),
+        (small(softcap=30.0), "bfloat16", HOPPER, "has no soft cap of its scores, and the model does"),
+        (small(), "bfloat16", table.Device("gpu", 8.0), "compute capability 9.0 or more, and this device is of 8.0"),
+        (small(), "bfloat16", table.Device("gpu"), "compute capability 9.0 or more, and this device is no NVIDIA GPU"),
+        (small(), "bfloat16", table.Device("cpu"), "runs on gpu and the devices are of platform cpu"),
+    ],
+)
+def test_cudnn_says_why_it_cannot(spec, dtype, device, words):
+    assert words in (table.why_not("cudnn", spec, dtype, device) or "")
+
+
+def test_cudnn_can_where_nothing_is_in_the_way():
+    assert table.why_not("cudnn", small(windows=(4,)), "bfloat16", HOPPER) is None
+    assert table.automatic(small(), "bfloat16", HOPPER) == "xla"  # it ran on no device yet
+
+
+def test_a_private_function_that_changed_is_refused(monkeypatch):
+    private = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(private, "dot_product_attention", lambda query, key, value, *, scale: query)
+    reason = table.why_not("cudnn", small(), "bfloat16", HOPPER)
+    assert reason is not None and re.search("private cuDNN attention, .* takes no q_seqlen", reason)
+
+
+def test_texts_without_bounds_are_refused():
+    with pytest.raises(ValueError, match="give bounds"):
+        Forest.of(FOREST, [None], "cudnn")
