@@ -73,9 +73,9 @@ def make_step(
             directions, moments = optimizer.update(gradient, state["optimizer"], wide(state["params"]))
             rate = jnp.asarray(learning_rate(state["step"]), jnp.float32)
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
-        # Looked at here, directions are arrays of their own. Else XLA computes them twice, and copies all moments at
-        # the start of the step, to have the old ones still when the new ones are in their place.
-        finite = finite & jnp.isfinite(jnp.stack([leaf.ravel()[0] for leaf in jax.tree.leaves(directions)])).all()
+        # Measured here, directions are arrays of their own. Else XLA computes them twice, and copies all moments at the
+        # start of the step, to have the old ones still when the new ones are in their place.
+        finite = finite & jnp.isfinite(optax.tree.norm(directions))
         updated = {"params": descend(state["params"], directions, rate, key), "optimizer": moments}
         updated |= {} if "memory" not in state else {"memory": memory}
         kept = {name: state[name] for name in updated}
