@@ -49,7 +49,8 @@ def test_what_a_model_needs_is_seen(feature):
 
 @pytest.mark.parametrize("name", table.BACKENDS)
 @pytest.mark.parametrize("feature", table.FEATURES)
-def test_what_a_backend_lacks_is_the_reason_that_is_given(name, feature):
+def test_what_a_backend_lacks_is_the_reason_that_is_given(monkeypatch, name, feature):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # as if every package were there
     backend = table.BACKENDS[name]
     reason = table.why_not(name, SPECS[feature], backend.dtypes[0], table.Device(backend.platforms[0], 9.0))
     assert (reason is None) == (feature in backend.features)

@@ -4,6 +4,8 @@ place, is the plain formula; the real kernel is lowered for CUDA; and what canno
 import functools
 import json
 import re
+import warnings
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import pytest
 from dpo_jax import sharding
 from dpo_jax.data.batches import Batches
 from dpo_jax.model.attention import Bounds, Rules, attend_seen
-from dpo_jax.model.backends import cudnn, table, texts
+from dpo_jax.model.backends import cudnn, fa4, table, texts
 from dpo_jax.model.backends.dispatch import Forest, attend
 from dpo_jax.model.decoder import Execution, init_params
 from dpo_jax.model.scoring import score
@@ -68,24 +70,37 @@ def _undefined(x, number):
 by_segments.defvjp(_by_segments, _by_segments_back)
 
 
+def by_trees(query, key, value, offsets, branch, position, scale, window):
+    """The contract of packed sequences with a predicate, whose indices count from the start of a sequence."""
+    slots = jnp.arange(query.shape[0])
+    number = jnp.searchsorted(offsets, slots, side="right") - 1
+    local = slots - offsets[number]
+    mask = SimpleNamespace(offsets=offsets, branch=branch, position=position, window=window)
+    seen = fa4.sees(mask, number[:, None], local[:, None], local[None, :])
+    seen = seen & (number[:, None] == number[None, :]) & (local[:, None] >= local[None, :])
+    return attend_seen(query[None], key[None], value[None], seen[None], Rules(scale))[0]
+
+
 @pytest.fixture
 def plain_kernel(monkeypatch):
     monkeypatch.setattr(cudnn, "_kernel", by_segments)
+    monkeypatch.setattr(fa4, "_kernel", by_trees)
 
 
 @pytest.mark.parametrize("bounds", [BOUNDS, LOOSE])
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("shape", ["grouped", "single"])
-def test_texts_in_segments_are_the_plain_formula(plain_kernel, shape, window, bounds):
+@pytest.mark.parametrize("backend", ["cudnn", "fa4"])
+def test_what_a_kernel_is_given_is_the_plain_formula(plain_kernel, backend, shape, window, bounds):
     """Also the gradients; of what the kernel leaves undefined nothing comes through."""
     layout, arrays, slope = inputs(shape)
 
-    def by_texts(arrays):
+    def by_kernel(arrays):
         query, key, value, _ = arrays
-        return attend(query, key, value, layout, Rules(0.25), window=window, backend="cudnn", bounds=bounds)
+        return attend(query, key, value, layout, Rules(0.25), window=window, backend=backend, bounds=bounds)
 
     # sums of 8 to 200 terms of size 1 in another order; a wrong place or segment is off by 1e-2 at least
-    assert_close(by_texts, lambda arrays: plainly(arrays, layout, "plain", window), arrays, slope, 2e-5)
+    assert_close(by_kernel, lambda arrays: plainly(arrays, layout, "plain", window), arrays, slope, 2e-5)
 
 
 def test_padding_is_zeros(plain_kernel):
@@ -104,7 +119,8 @@ def test_every_text_is_laid_out_once_in_order():
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_batches_keep_within_their_bounds(plain_kernel, share):
+@pytest.mark.parametrize("backend", ["cudnn", "fa4"])
+def test_batches_keep_within_their_bounds(plain_kernel, backend, share):
     """Real micro-batches, with one to four completions of a prompt, score the same as by blocks of slots."""
     encoded = random_encoded(completions=(1, 4), seed=3)
     batch = Batches(encoded, 5, 2, 1, share_prompts=share, micro_tokens=64).at(0)
@@ -116,12 +132,13 @@ def test_batches_keep_within_their_bounds(plain_kernel, share):
     for micro in range(int(batch.micro_batches)):
         forest = batch._replace(**{name: x[micro] for name, x in batch._asdict().items() if np.ndim(x)})
         inside = forest.completion < forest.ids.shape[-1]
-        ours, theirs = (np.asarray(run(params, forest, which))[inside] for which in ("cudnn", "xla"))
+        ours, theirs = (np.asarray(run(params, forest, which))[inside] for which in (backend, "xla"))
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)  # float32 sums in another order
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"data": 4}])
-def test_devices_change_nothing(plain_kernel, sizes):
+@pytest.mark.parametrize("backend", ["cudnn", "fa4"])
+def test_devices_change_nothing(plain_kernel, backend, sizes):
     layout, arrays, slope = inputs("grouped")
     layout, arrays, slope = jax.tree.map(
         lambda x: x if x.ndim == 1 else jnp.concatenate([x, x[:1]]), (layout, arrays, slope)
@@ -129,7 +146,7 @@ def test_devices_change_nothing(plain_kernel, sizes):
 
     def on_devices(arrays, where):
         query, key, value, sinks = arrays
-        ready = Forest.of(layout, [7], "cudnn", bounds=BOUNDS, activations=where, remat=True)
+        ready = Forest.of(layout, [7], backend, bounds=BOUNDS, activations=where, remat=True)
         return ready.attend(query, key, value, 7, as_rules("plain", sinks))
 
     rows = sharding.rows(sharding.make_mesh(**{"fsdp": 1, **sizes}))
@@ -192,6 +209,36 @@ def test_a_single_text_is_still_a_packed_row(hopper):
     assert "max_seg_per_batch\\22: 2" in text
 
 
+@pytest.mark.parametrize("window", [None, 7])
+def test_fa4_is_the_plain_formula(window):
+    """By the package's own plain formula, which it runs on a CPU: the predicate, and the gradients through it."""
+    pytest.importorskip("fa4_jax", reason="the package fa4-jax is not installed")
+    layout, arrays, slope = inputs("grouped")
+
+    def by_package(arrays):
+        return attend(*arrays[:3], layout, Rules(0.25), window=window, backend="fa4", bounds=BOUNDS)
+
+    # float32 sums of 8 to 200 terms in another order
+    assert_close(by_package, lambda arrays: plainly(arrays, layout, "plain", window), arrays, slope, 2e-5)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_fa4_lowers_for_cuda(monkeypatch, tmp_path, window):
+    """The package compiles its kernels, with our predicate in them, while JAX lowers: for an H100, on any machine."""
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    monkeypatch.setenv("CUTEJAX_CACHE_DIR", str(tmp_path))
+    pytest.importorskip("fa4_jax", reason="the package fa4-jax is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the packages below it
+        kernels = pytest.importorskip("fa4_jax.kernels", reason="the compiler below fa4-jax cannot be imported")
+        monkeypatch.setattr(kernels, "_device_arch", lambda: 90)
+        monkeypatch.setattr("fa4_jax.attention._default_backend", lambda: "cute")
+        text = lowered_for_cuda("fa4", window)
+    calls = re.findall(r"custom_call @cutejax\.(\w+)\.", text)
+    assert sum("fwd" in call for call in calls) == 1 and sum("bwd_gqa_varlen" in call for call in calls) == 1
+    assert not re.search(r"tensor<[0-9x]*(200x200|600x600)x", text)
+
+
 # ---------------------------------------------------------------------------------------------- refusals
 
 
@@ -218,6 +265,12 @@ def test_cudnn_says_why_it_cannot(spec, dtype, device, words):
 def test_cudnn_can_where_nothing_is_in_the_way():
     assert table.why_not("cudnn", small(windows=(4,)), "bfloat16", HOPPER) is None
     assert table.automatic(small(), "bfloat16", HOPPER) == "xla"  # it ran on no device yet
+
+
+def test_a_package_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    reason = table.why_not("fa4", small(), "bfloat16", HOPPER)
+    assert reason == "needs the package fa4-jax, which is not installed"
 
 
 def test_a_private_function_that_changed_is_refused(monkeypatch):

@@ -23,7 +23,7 @@ class Backend:
     capability: float | None = None
     """Least compute capability of an NVIDIA GPU; None where that is not what counts."""
     packages: tuple[str, ...] = ()
-    """What it imports beside JAX."""
+    """What it needs beside JAX; imported by the same names with `_` for `-`."""
     private: bool = False
     """Whether it uses what JAX does not promise to keep; its module's `missing` then says what is gone."""
     verified: tuple[str, ...] = ()
@@ -44,6 +44,15 @@ BACKENDS = {
     "splash": Backend(("tpu",), FLOATS, frozenset({"window", "softcap", "sinks", "value width"})),
     "cudnn": Backend(
         ("gpu",), ("bfloat16",), frozenset({"window"}), head_step=8, head_most=256, capability=9.0, private=True
+    ),
+    "fa4": Backend(
+        ("gpu",),
+        ("bfloat16",),
+        frozenset({"window"}),
+        head_step=8,
+        head_most=256,
+        capability=9.0,
+        packages=("fa4-jax",),
     ),
     "xla": Backend(
         ("cpu", "gpu", "tpu"),
@@ -110,7 +119,7 @@ def _broken_rules(name: str, backend: Backend, spec: specs.DecoderSpec, dtype: s
         found = "no NVIDIA GPU" if device.capability is None else f"of {device.capability}"
         yield f"takes NVIDIA GPUs of compute capability {backend.capability} or more, and this device is {found}"
     for package in backend.packages:
-        if importlib.util.find_spec(package) is None:
+        if importlib.util.find_spec(package.replace("-", "_")) is None:
             yield f"needs the package {package}, which is not installed"
     if backend.private and (gone := importlib.import_module(f"dpo_jax.model.backends.{name}").missing()):
         yield gone
