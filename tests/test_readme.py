@@ -8,6 +8,8 @@ import pytest
 from dpo_jax.hf.configs import WRAPPERS
 from dpo_jax.hf.families import FAMILIES
 from tests.conftest import ROOT
+from tools import bench_table
+from tools.benching import records
 from tools.objectives_table import updated
 
 README = (ROOT / "README.md").read_text()
@@ -16,6 +18,10 @@ README = (ROOT / "README.md").read_text()
 def test_the_table_of_objectives_is_the_codes():
     assert "| `sigmoid` |" in README
     assert updated(README) == README, "run python tools/objectives_table.py"
+
+
+def test_the_table_of_timings_is_that_of_the_records():
+    assert bench_table.updated(README, records.read()) == README, "run python tools/bench_table.py"
 
 
 def test_every_family_is_named_and_no_other():
