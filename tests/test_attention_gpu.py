@@ -2,8 +2,10 @@
 place, is the plain formula; the real kernel is lowered for CUDA; and what cannot run is refused."""
 
 import functools
+import importlib
 import json
 import re
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -12,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import sharding
+from dpo_jax import config, models, sharding
 from dpo_jax.data.batches import Batches
 from dpo_jax.model.attention import Bounds, Rules, attend_seen
-from dpo_jax.model.backends import cudnn, fa4, table, texts
+from dpo_jax.model.backends import cudnn, fa4, table, texts, tokamax
 from dpo_jax.model.backends.dispatch import Forest, attend
 from dpo_jax.model.decoder import Execution, init_params
 from dpo_jax.model.scoring import score
+from dpo_jax.settings import UserError
 from tests.attention import FOREST, as_rules, assert_close, forest, inputs, plainly
 from tests.forests import SPEC, random_encoded
 from tests.specs import plain_spec
@@ -26,6 +29,9 @@ from tests.specs import plain_spec
 BOUNDS = Bounds(texts=6, branches=3)
 """What the forest has; looser ones are `LOOSE`."""
 LOOSE = Bounds(texts=11, branches=4)
+BACKENDS = ("cudnn", "fa4", "tokamax")
+PAIRS = forest([[(70, 30, 45), (20, 5), (3, 9, 2)], [(1, 64, 100)], [(150, 40)]], 200)
+"""Trees of one and two branches."""
 HOPPER = table.Device("gpu", 9.0)
 
 
@@ -72,6 +78,7 @@ by_segments.defvjp(_by_segments, _by_segments_back)
 
 def by_trees(query, key, value, offsets, branch, position, scale, window):
     """The contract of packed sequences with a predicate, whose indices count from the start of a sequence."""
+    assert len(branch) == len(position) == query.shape[0] + fa4.BEYOND  # a tile at the end may ask for so many more
     slots = jnp.arange(query.shape[0])
     number = jnp.searchsorted(offsets, slots, side="right") - 1
     local = slots - offsets[number]
@@ -81,16 +88,24 @@ def by_trees(query, key, value, offsets, branch, position, scale, window):
     return attend_seen(query[None], key[None], value[None], seen[None], Rules(scale))[0]
 
 
+def by_ranges(query, key, value, begin, end, scale, softcap):
+    """The contract of a range of keys for each query. No place is outside of all: each sees itself at least."""
+    order = jnp.arange(query.shape[1])[None, None, :]
+    seen = (order >= begin[:, :, None]) & (order < end[:, :, None])
+    return attend_seen(query, key, value, seen, Rules(scale, softcap=softcap))
+
+
 @pytest.fixture
 def plain_kernel(monkeypatch):
     monkeypatch.setattr(cudnn, "_kernel", by_segments)
     monkeypatch.setattr(fa4, "_kernel", by_trees)
+    monkeypatch.setattr(tokamax, "_kernel", by_ranges)
 
 
 @pytest.mark.parametrize("bounds", [BOUNDS, LOOSE])
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("shape", ["grouped", "single"])
-@pytest.mark.parametrize("backend", ["cudnn", "fa4"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_a_kernel_is_given_is_the_plain_formula(plain_kernel, backend, shape, window, bounds):
     """Also the gradients; of what the kernel leaves undefined nothing comes through."""
     layout, arrays, slope = inputs(shape)
@@ -101,6 +116,36 @@ def test_what_a_kernel_is_given_is_the_plain_formula(plain_kernel, backend, shap
 
     # sums of 8 to 200 terms of size 1 in another order; a wrong place or segment is off by 1e-2 at least
     assert_close(by_kernel, lambda arrays: plainly(arrays, layout, "plain", window), arrays, slope, 2e-5)
+
+
+@pytest.mark.parametrize("rules", ["plain", "softcap"])
+def test_turned_pairs_are_the_plain_formula(plain_kernel, rules):
+    """Trees of up to two branches stay in rows of their own length, in another order."""
+    layout, arrays, slope = inputs("grouped", layout=PAIRS)
+    bounds = Bounds(texts=5, branches=2)
+    assert tokamax.prepare(layout, None, bounds).begin.shape == layout.group.shape
+
+    def by_kernel(arrays):
+        return attend(*arrays[:3], layout, as_rules(rules, arrays[3]), backend="tokamax", bounds=bounds)
+
+    # float32 sums of 8 to 200 terms in another order; the soft cap's own slope is in them
+    assert_close(by_kernel, lambda arrays: plainly(arrays, layout, rules, None), arrays, slope, 2e-5)
+
+
+def test_a_range_is_no_longer_than_it_must_be():
+    """A kernel computes the blocks of a range, so a wide one would be right and slow."""
+    turned = tokamax.prepare(forest([[(3, 2, 2), (1, 1)]], 10), None, Bounds(3, 2))
+    assert turned.places.source[0].tolist() == [4, 3, 0, 1, 2, 5, 6, 8, 7, 9]
+    assert turned.begin[0].tolist() == [0, 1, 2, 2, 2, 2, 2, 7, 8, 9]
+    assert turned.end[0].tolist() == [5, 5, 3, 4, 5, 6, 7, 9, 9, 10]
+    texts = tokamax.prepare(forest([[(3, 2, 2)]], 8), 2, Bounds(2, 2))
+    assert texts.begin[0].tolist() == [0, 0, 1, 2, 3, 5, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15]
+    assert texts.end[0].tolist() == list(range(1, 17))
+
+
+def test_trees_and_padding_are_sequences():
+    found = fa4.prepare(forest([[(2, 1), (1, 1)], [(5, 2)]], 7), None, Bounds(texts=2, branches=1))
+    assert found.begin.tolist() == [[0, 3, 5], [0, 7, 7]]
 
 
 def test_padding_is_zeros(plain_kernel):
@@ -114,12 +159,12 @@ def test_every_text_is_laid_out_once_in_order():
     found = texts.lay_out(layout, Bounds(texts=5, branches=2))
     assert found.start[0].tolist() == [0, 3, 7, 10, -1]
     assert found.size[0].tolist() == [3, 4, 3, 2, -1]
-    assert found.source[0].tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 8, 9] + [11] * 10
-    assert found.first[0].tolist() == [0, 1, 2, 11, 11, 3, 4, 5, 6, 7, 8, 9] + [11] * 10
+    assert found.places.source[0].tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 8, 9] + [11] * 10
+    assert found.places.first[0].tolist() == [0, 1, 2, 11, 11, 3, 4, 5, 6, 7, 8, 9] + [11] * 10
 
 
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("backend", ["cudnn", "fa4"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_batches_keep_within_their_bounds(plain_kernel, backend, share):
     """Real micro-batches, with one to four completions of a prompt, score the same as by blocks of slots."""
     encoded = random_encoded(completions=(1, 4), seed=3)
@@ -137,7 +182,7 @@ def test_batches_keep_within_their_bounds(plain_kernel, backend, share):
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"data": 4}])
-@pytest.mark.parametrize("backend", ["cudnn", "fa4"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_devices_change_nothing(plain_kernel, backend, sizes):
     layout, arrays, slope = inputs("grouped")
     layout, arrays, slope = jax.tree.map(
@@ -239,6 +284,51 @@ def test_fa4_lowers_for_cuda(monkeypatch, tmp_path, window):
     assert not re.search(r"tensor<[0-9x]*(200x200|600x600)x", text)
 
 
+@pytest.fixture
+def tokamax_for_hopper(monkeypatch):
+    """The package, told that it compiles for an H100: it asks for the device while it lowers."""
+    monkeypatch.setattr(sys, "argv", sys.argv[:1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the packages below it
+        pytest.importorskip("tokamax", reason="the package tokamax is not installed")
+        utils, settings, gpu = (
+            importlib.import_module(f"tokamax._src.{name}") for name in ("gpu_utils", "config", "mosaic_gpu")
+        )
+    device = SimpleNamespace(platform="gpu", compute_capability="9.0", core_count=132, device_kind="NVIDIA H100")
+    monkeypatch.setattr(utils, "_compute_capability", lambda device=None: 9.0)
+    monkeypatch.setattr(gpu, "backend", SimpleNamespace(get_default_device=lambda: device))
+    with settings.cross_compile(True):
+        yield
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_tokamax_lowers_for_cuda(tokamax_for_hopper, window):
+    """Three calls: forward, and backward for queries and for keys with values. Nothing is square in the row."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the packages below it
+        text = lowered_for_cuda("tokamax", window)
+    assert re.findall(r"custom_call @(mosaic_gpu\w*)\(", text) == ["mosaic_gpu_v2"] * 3
+    assert not re.search(r"tensor<[0-9x]*(200x200|600x600)x", text)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_tokamax_is_the_plain_formula(monkeypatch, window):
+    """By the package's own plain formula of the same masks, which is not as strict as our tests, for its kernel."""
+    with warnings.catch_warnings(), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        warnings.simplefilter("ignore")  # of the packages below it
+        pytest.importorskip("tokamax", reason="the package tokamax is not installed")
+        monkeypatch.setattr(tokamax, "KERNEL", "xla")
+        assert tokamax.missing() is None
+        layout, arrays, slope = inputs("grouped", layout=PAIRS)
+
+        def by_package(arrays):
+            bounds = Bounds(5, 2)
+            return attend(*arrays[:3], layout, Rules(0.25), window=window, backend="tokamax", bounds=bounds)
+
+        # float32 sums of 8 to 200 terms in another order
+        assert_close(by_package, lambda arrays: plainly(arrays, layout, "plain", window), arrays, slope, 2e-5)
+
+
 # ---------------------------------------------------------------------------------------------- refusals
 
 
@@ -267,6 +357,18 @@ def test_cudnn_can_where_nothing_is_in_the_way():
     assert table.automatic(small(), "bfloat16", HOPPER) == "xla"  # it ran on no device yet
 
 
+@pytest.mark.parametrize(("found", "words"), [("9.0", None), ("8.6", "is of 8.6"), ("gfx90a", "is no NVIDIA GPU")])
+def test_the_device_is_asked_what_it_can(monkeypatch, found, words):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=found)])
+    run = config.load(["model.path=x", "data.train=[y]", "output=z", "model.attention=cudnn"])
+    if words is None:
+        assert models.attention_backend(run, small()) == "cudnn"
+    else:
+        with pytest.raises(UserError, match=f"^model.attention: cudnn takes NVIDIA GPUs .* {words}; give auto, or xla"):
+            models.attention_backend(run, small())
+
+
 def test_a_package_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     reason = table.why_not("fa4", small(), "bfloat16", HOPPER)
@@ -280,6 +382,19 @@ def test_a_private_function_that_changed_is_refused(monkeypatch):
     assert reason is not None and re.search("private cuDNN attention, .* takes no q_seqlen", reason)
 
 
-def test_texts_without_bounds_are_refused():
+@pytest.mark.parametrize("backend", ["cudnn", "tokamax"])
+def test_texts_without_bounds_are_refused(backend):
     with pytest.raises(ValueError, match="give bounds"):
-        Forest.of(FOREST, [None], "cudnn")
+        Forest.of(FOREST, [None], backend)
+
+
+def test_a_package_whose_inside_changed_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(tokamax, "BASE", "types")  # a module without masks
+    monkeypatch.setattr(tokamax, "API", "types")
+    assert "masks of k_start and k_end" in (table.why_not("tokamax", small(), "bfloat16", HOPPER) or "")
+
+
+def test_a_gpu_that_a_kernel_was_not_written_for_is_refused():
+    reason = table.why_not("tokamax", small(), "bfloat16", table.Device("gpu", 12.0))
+    assert reason is not None and "compute capability 9.0 to below 10.0, and this device is of 12.0" in reason

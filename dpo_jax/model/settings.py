@@ -63,10 +63,10 @@ class ModelSettings(Section):
         description="what the backward pass keeps of each layer, and does not compute again; from none to block less "
         f"and less: {'; '.join(f'{name} {row.says}' for name, row in REMATS.items())}",
     )
-    attention: Literal["auto", "xla", "splash", "cudnn", "fa4"] = Field(
+    attention: Literal["auto", "xla", "splash", "cudnn", "fa4", "tokamax"] = Field(
         default="auto",
         description="what computes attention; auto: the fastest that was verified on the platform, so far always xla; "
-        "splash is a kernel for TPUs, cudnn and fa4 (package fa4-jax) are for NVIDIA GPUs of "
+        "splash is a kernel for TPUs, cudnn, fa4 (package fa4-jax) and tokamax (that package) are for NVIDIA GPUs of "
         "compute capability 9.0 or more",
     )
     compile_cache: str | None = Field(

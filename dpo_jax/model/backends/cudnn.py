@@ -70,8 +70,8 @@ def attend(
 
     A window counts tokens of a text, whose positions rise by one from each to the next.
     """
-    query, key, value = (spread(x, texts) for x in (query, key, value))
-    return gather(_kernel(query, key, value, texts.start, texts.size, rules.scale, window), texts)
+    query, key, value = (spread(x, texts.places) for x in (query, key, value))
+    return gather(_kernel(query, key, value, texts.start, texts.size, rules.scale, window), texts.places)
 
 
 def _kernel(

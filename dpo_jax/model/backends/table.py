@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import importlib.util
+import math
 from collections.abc import Iterator
 
 from dpo_jax.model import spec as specs
@@ -22,10 +23,12 @@ class Backend:
     """and are at most so many."""
     capability: float | None = None
     """Least compute capability of an NVIDIA GPU; None where that is not what counts."""
+    capability_below: float | None = None
+    """Compute capability from which on it does not run any more."""
     packages: tuple[str, ...] = ()
     """What it needs beside JAX; imported by the same names with `_` for `-`."""
     private: bool = False
-    """Whether it uses what JAX does not promise to keep; its module's `missing` then says what is gone."""
+    """Whether it uses what JAX, or its package, does not promise to keep; its module's `missing` says what is gone."""
     verified: tuple[str, ...] = ()
     """Platforms on which it was run and held against the plain formula; `auto` chooses it on no other."""
 
@@ -53,6 +56,17 @@ BACKENDS = {
         head_most=256,
         capability=9.0,
         packages=("fa4-jax",),
+    ),
+    "tokamax": Backend(
+        ("gpu",),
+        ("bfloat16",),
+        frozenset({"window", "softcap"}),
+        head_step=8,
+        head_most=256,
+        capability=9.0,
+        capability_below=10.0,
+        packages=("tokamax",),
+        private=True,
     ),
     "xla": Backend(
         ("cpu", "gpu", "tpu"),
@@ -115,14 +129,20 @@ def _broken_rules(name: str, backend: Backend, spec: specs.DecoderSpec, dtype: s
             yield f"takes heads of multiples of {backend.head_step} channels, and the model's have {size}"
         if backend.head_most is not None and size > backend.head_most:
             yield f"takes heads of up to {backend.head_most} channels, and the model's have {size}"
-    if backend.capability is not None and (device.capability is None or device.capability < backend.capability):
+    if backend.capability is not None and not _in_range(backend, device.capability):
+        wanted = "or more" if backend.capability_below is None else f"to below {backend.capability_below}"
         found = "no NVIDIA GPU" if device.capability is None else f"of {device.capability}"
-        yield f"takes NVIDIA GPUs of compute capability {backend.capability} or more, and this device is {found}"
+        yield f"takes NVIDIA GPUs of compute capability {backend.capability} {wanted}, and this device is {found}"
     for package in backend.packages:
         if importlib.util.find_spec(package.replace("-", "_")) is None:
             yield f"needs the package {package}, which is not installed"
     if backend.private and (gone := importlib.import_module(f"dpo_jax.model.backends.{name}").missing()):
         yield gone
+
+
+def _in_range(backend: Backend, capability: float | None) -> bool:
+    least, below = backend.capability or 0.0, backend.capability_below or math.inf
+    return capability is not None and least <= capability < below
 
 
 def lacking(backend: Backend, spec: specs.DecoderSpec) -> frozenset[str]:

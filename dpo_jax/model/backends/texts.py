@@ -15,19 +15,25 @@ from jaxtyping import Array, Float, Int
 from dpo_jax.model.attention import Bounds, Layout
 
 
-class Texts(NamedTuple):
-    """Where the texts of each row are, and where each place comes from. What is not there has the number of the end."""
+class Places(NamedTuple):
+    """Where each place of another layout comes from. What is not there has the number of the end."""
 
-    start: Int[Array, "B M"]
-    """Place of each text's first token; -1 where there are no more texts."""
-    size: Int[Array, "B M"]
-    """Tokens of each text; -1 where there are no more texts."""
     source: Int[Array, "B L"]
     """Slot that each place is a copy of, T for none."""
     first: Int[Array, "B L"]
     """The same where the place is the slot's first copy, T elsewhere."""
     copies: Int[Array, "B T W"]
     """Places that are copies of each slot, L for none."""
+
+
+class Texts(NamedTuple):
+    """Where the texts of each row are."""
+
+    places: Places
+    start: Int[Array, "B M"]
+    """Place of each text's first token; -1 where there are no more texts."""
+    size: Int[Array, "B M"]
+    """Tokens of each text; -1 where there are no more texts."""
 
 
 def lay_out(layout: Layout, bounds: Bounds) -> Texts:
@@ -62,25 +68,30 @@ def _lay_out(row: Layout, bounds: Bounds) -> Texts:
     copied = which < jnp.where(branch > 0, 1, count[group])[:, None]
     copies = jnp.where(copied, start[jnp.minimum(text, most - 1)] + inside[:, None], places).astype(jnp.int32)
 
-    nothing = jnp.full(places, length, jnp.int32)
-    source = nothing.at[copies].set(jnp.broadcast_to(slots[:, None], copies.shape), mode="drop")
-    first = nothing.at[copies[:, 0]].set(slots, mode="drop")
     start, size = (jnp.where(real, x, -1).astype(jnp.int32) for x in (start, size))
-    return Texts(start, size, source, first, copies)
+    return Texts(places_of(copies, places), start, size)
+
+
+def places_of(copies: Int[Array, "T W"], places: int) -> Places:
+    """The layout of one row in which each slot has copies at these places, of which no two are the same."""
+    length = copies.shape[0]
+    slots, nothing = jnp.arange(length, dtype=jnp.int32), jnp.full(places, length, jnp.int32)
+    source = nothing.at[copies].set(jnp.broadcast_to(slots[:, None], copies.shape), mode="drop")
+    return Places(source, nothing.at[copies[:, 0]].set(slots, mode="drop"), copies)
 
 
 @jax.custom_vjp
-def spread(x: Float[Array, "B T H X"], texts: Texts) -> Float[Array, "B L H X"]:
+def spread(x: Float[Array, "B T H X"], places: Places) -> Float[Array, "B L H X"]:
     """Each slot's values at all its places, and zeros where nothing is; gradients of copies are added in float32."""
-    return _take(x, texts.source)
+    return _take(x, places.source)
 
 
-def _spread(x, texts):
-    return _take(x, texts.source), texts
+def _spread(x, places):
+    return _take(x, places.source), places
 
 
-def _spread_back(texts, slope):
-    parts = (_take(slope, texts.copies[:, :, w]).astype(jnp.float32) for w in range(texts.copies.shape[2]))
+def _spread_back(places, slope):
+    parts = (_take(slope, places.copies[:, :, w]).astype(jnp.float32) for w in range(places.copies.shape[2]))
     return sum(parts, jnp.float32(0)).astype(slope.dtype), None
 
 
@@ -88,17 +99,17 @@ spread.defvjp(_spread, _spread_back)
 
 
 @jax.custom_vjp
-def gather(x: Float[Array, "B L H X"], texts: Texts) -> Float[Array, "B T H X"]:
+def gather(x: Float[Array, "B L H X"], places: Places) -> Float[Array, "B T H X"]:
     """What each slot's first place has, and zeros for padding. Copies of a prompt have seen the same, and are equal."""
-    return _take(x, texts.copies[:, :, 0])
+    return _take(x, places.copies[:, :, 0])
 
 
-def _gather(x, texts):
-    return _take(x, texts.copies[:, :, 0]), texts
+def _gather(x, places):
+    return _take(x, places.copies[:, :, 0]), places
 
 
-def _gather_back(texts, slope):
-    return _take(slope, texts.first), None
+def _gather_back(places, slope):
+    return _take(slope, places.first), None
 
 
 gather.defvjp(_gather, _gather_back)
