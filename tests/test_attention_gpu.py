@@ -134,10 +134,10 @@ def test_turned_pairs_are_the_plain_formula(plain_kernel, rules):
 
 def test_a_range_is_no_longer_than_it_must_be():
     """A kernel computes the blocks of a range, so a wide one would be right and slow."""
-    turned = tokamax.prepare(forest([[(3, 2, 2), (1, 1)]], 10), None, Bounds(3, 2))
-    assert turned.places.source[0].tolist() == [4, 3, 0, 1, 2, 5, 6, 8, 7, 9]
-    assert turned.begin[0].tolist() == [0, 1, 2, 2, 2, 2, 2, 7, 8, 9]
-    assert turned.end[0].tolist() == [5, 5, 3, 4, 5, 6, 7, 9, 9, 10]
+    turned = tokamax.prepare(forest([[(3, 2, 2), (1, 1)]], 11), None, Bounds(3, 2))
+    assert turned.places.source[0].tolist() == [4, 3, 0, 1, 2, 5, 6, 8, 7, 9, 10]
+    assert turned.begin[0].tolist() == [0, 1, 2, 2, 2, 2, 2, 7, 8, 9, 10]
+    assert turned.end[0].tolist() == [5, 5, 3, 4, 5, 6, 7, 9, 9, 10, 11]
     texts = tokamax.prepare(forest([[(3, 2, 2)]], 8), 2, Bounds(2, 2))
     assert texts.begin[0].tolist() == [0, 0, 1, 2, 3, 5, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15]
     assert texts.end[0].tolist() == list(range(1, 17))
