@@ -196,10 +196,9 @@ def _local(completions: np.ndarray, local: tuple[np.ndarray, np.ndarray]) -> np.
 
 
 def _flat(array: np.ndarray) -> np.ndarray:
-    """The array's own elements in one row."""
-    view = array.view()
-    view.shape = (-1,)  # unlike reshape, never a copy
-    return view
+    """The array's own elements in one row; to be written to, so the array must lie in one piece."""
+    assert array.flags.c_contiguous
+    return array.reshape(-1)
 
 
 def _ranges(start: Int[np.ndarray, " X"], size: Int[np.ndarray, " X"]) -> Int64[np.ndarray, " Y"]:

@@ -37,8 +37,10 @@ def state_items(state: Any, shardings: Any) -> dict[str, int]:
     return found
 
 
-def step_items(problem: Problem, params: Any, shardings: Any, forest: Any, mesh: jax.sharding.Mesh) -> dict[str, int]:
-    """Bytes that a step needs beside its state, at its fullest moment.
+def step_items(
+    problem: Problem, params: Any, shardings: Any, forest: Any, mesh: jax.sharding.Mesh, *, several: bool
+) -> dict[str, int]:
+    """Bytes that a step needs beside its state, at its fullest moment: in a layer's backward pass or in the head's.
 
     Args:
       problem: what is computed.
@@ -46,6 +48,7 @@ def step_items(problem: Problem, params: Any, shardings: Any, forest: Any, mesh:
       shardings: theirs.
       forest: shapes of one micro-batch, all shards of it.
       mesh: whose shards they are.
+      several: whether gradients of several micro-batches are added up.
     """
     dtype = jnp.dtype(problem.compute_dtype)
     narrow = jax.eval_shape(functools.partial(cast, dtype=dtype), params)
@@ -54,14 +57,16 @@ def step_items(problem: Problem, params: Any, shardings: Any, forest: Any, mesh:
     # Of one layer at a time: what is computed again of it, and slopes along all that it has.
     kept, whole = (activation_bytes(problem, forest, mesh, remat=remat) for remat in (None, "none"))
     copy = sum(per_device(leaves[path], places[path]) for path in copied)
+    layer = (2 * whole - kept) // len(problem.spec.layers)
+    head = 0 if problem.spec.scalar_head else _head(problem, forest, mesh)
     return {
         "weights in the dtype of computation": copy,
         "gradient": per_device(params, shardings),
-        "gradient of a micro-batch": per_device(narrow, shardings),
+        "gradient of a micro-batch": per_device(narrow, shardings) if several else 0,
         "activations": kept,
-        "a layer's backward pass": (2 * whole - kept) // len(problem.spec.layers),
+        "a layer's backward pass": layer if layer > head else 0,
         "gathered weights": _gathered(problem, leaves, places, mesh),
-        "head": 0 if problem.spec.scalar_head else _head(problem, forest, mesh),
+        "head": head if head >= layer else 0,
     }
 
 

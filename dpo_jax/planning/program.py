@@ -166,7 +166,8 @@ def predicted(step: Step) -> dict[str, int]:
         found["reference"] = memory.per_device(weights, sharding.param_shardings(weights, step.mesh))
     found["batch"] = memory.per_device(step.blank, sharding.batch_shardings(step.blank, step.mesh))
     params, places = trainer.abstract["params"], trainer.shardings["params"]
-    return found | memory.step_items(step.problem, params, places, step.forest, step.mesh)
+    several = step.blank.real.shape[0] > 1
+    return found | memory.step_items(step.problem, params, places, step.forest, step.mesh, several=several)
 
 
 def reported(compiled: jax.stages.Compiled) -> dict[str, int]:
