@@ -21,8 +21,8 @@ from tests.family_models import KINDS, allowed, our_logits, ours, own
 
 pytest.importorskip("torch")
 SENSITIVE = {"gemma4_text": 3}
-"""Kinds that are allowed a multiple. Rounding the weights of Gemma 4 by half a unit in the last place moves its logits by
-6e-6 of the largest, and up to 1e-4 where they are drawn anew; sharing products out moves them by 1.2e-5."""
+"""Kinds that are allowed a multiple. Rounding the weights of Gemma 4 by half a unit in the last place moves its logits
+by 6e-6 of the largest, and by up to 1e-4 where they are drawn anew; sharing products out moves them by 1.2e-5."""
 MESHES = {
     "tensor 2": {"fsdp": 1, "tensor": 2},
     "fsdp 4": {"fsdp": 4},
