@@ -242,7 +242,7 @@ def attention_length() -> int:
     """Row length at which attention costs as much as the matrix products.
 
     On a CPU it skips what a row's trees do not see of each other, so that a slot of a long row costs hardly more: at
-    4,096 slots 1.3 times what it costs at 512, where it is a tenth of the step.
+    4,096 slots 1.3 times what it costs at 512.
     """
     return 65536 if jax.default_backend() == "cpu" else ATTENTION_LENGTH
 

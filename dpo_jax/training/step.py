@@ -59,7 +59,7 @@ def make_step(
     or where it moves and is part of the state. `steps` is the length of the run, for a beta that is scheduled. `seed`
     and the step's number decide how updates of bfloat16 parameters are rounded.
 
-    A step whose loss or gradient is not finite changes neither weights nor moments; it is counted, and the step number
+    A step whose loss, gradient or update is not finite changes neither weights nor moments; it is counted, and the step number
     goes on, so that the data do too.
     """
 
