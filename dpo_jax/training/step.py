@@ -59,8 +59,8 @@ def make_step(
     or where it moves and is part of the state. `steps` is the length of the run, for a beta that is scheduled. `seed`
     and the step's number decide how updates of bfloat16 parameters are rounded.
 
-    A step whose loss, gradient or update is not finite changes neither weights nor moments; it is counted, and the step number
-    goes on, so that the data do too.
+    A step whose loss, gradient or update is not finite changes neither weights nor moments; it is counted, and the step
+    number goes on, so that the data do too.
     """
 
     def step(state: State, reference: Any, batch: Any) -> tuple[State, dict[str, jax.Array]]:

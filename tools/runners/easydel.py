@@ -19,7 +19,6 @@ Refused here: a precomputed reference (it runs unjitted and fails outside a mesh
 # the package is in an environment of its own
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
-import json
 import os
 import re
 import sys
@@ -27,12 +26,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from padded import longest
+from padded import longest, plain_llama
 from protocol import Events, Spec, spec_of_command_line
 
 PACKAGES = ("easydel", "eformer", "ejkernel", "jax", "jaxlib", "flax", "optax", "numpy")
 NEVER = 10**9
-PLAIN = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 SHAPE = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads rms_norm_eps "
     "max_position_embeddings tie_word_embeddings"
@@ -41,18 +39,12 @@ SHAPE = (
 
 def config_arguments(folder: str) -> dict[str, Any]:
     """Arguments of EasyDeL's `LlamaConfig` from a folder's config.json of either style."""
-    config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    wrong = {key: config.get(key) for key, value in PLAIN.items() if config.get(key, value) != value}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        wrong["rope_type"] = rope
-    if wrong:
-        sys.exit(f"{folder}: this runner has no {wrong}; choose a plain llama")
+    config, theta = plain_llama(folder)
     heads = config["num_attention_heads"]
     return {
         **{key: config[key] for key in SHAPE if key in config},
         "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
+        "rope_theta": theta,
     }
 
 

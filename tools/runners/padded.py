@@ -1,9 +1,12 @@
-"""Batches of one fixed shape, as rivals that pad take them. Needs NumPy only; shared by their runners.
+"""Plain llamas, and batches of one fixed shape, as rivals that pad take them; for their runners. Needs NumPy only.
 
 Import it before anything of the rival: with `protocol` it takes the runners' folder off the path.
 """
 
+import json
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,19 @@ from protocol import Spec
 
 ROUND_TO = 32
 ANSWERS = ("chosen_ids", "rejected_ids")
+PLAIN = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
+
+def plain_llama(folder: str) -> tuple[dict[str, Any], float]:
+    """A folder's config.json, of either style, and the theta of its rotation; exits if it is no plain llama."""
+    config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    wrong = {key: config.get(key) for key, value in PLAIN.items() if config.get(key, value) != value}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        wrong["rope_type"] = rope
+    if wrong:
+        sys.exit(f"{folder}: this runner has no {wrong}; choose a plain llama")
+    return config, rope.get("rope_theta", config.get("rope_theta", 10000.0))
 
 
 def rounded_up(length: int, multiple: int = ROUND_TO) -> int:

@@ -19,22 +19,14 @@ rotations, biases.
 # pyright: reportMissingImports=false
 
 import functools
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
-from padded import longest, padded
+from padded import longest, padded, plain_llama
 from protocol import Events, Spec, spec_of_command_line
 
 PACKAGES = ("google-tunix", "jax", "jaxlib", "flax", "optax", "numpy")
 NEVER = 10**9
-PLAIN = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-}
 
 
 def refuse_unsupported(spec: Spec) -> None:
@@ -47,13 +39,7 @@ def refuse_unsupported(spec: Spec) -> None:
 
 def shape(folder: str) -> tuple[dict[str, Any], float]:
     """Keyword arguments of Tunix's Llama `ModelConfig` from a folder's config.json, and the theta of its rotation."""
-    config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    wrong = {key: config.get(key) for key, value in PLAIN.items() if config.get(key, value) != value}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        wrong["rope_type"] = rope
-    if wrong:
-        sys.exit(f"{folder}: Tunix's Llama has no {wrong}; choose a plain llama")
+    config, theta = plain_llama(folder)
     heads = config["num_attention_heads"]
     arguments = {
         "num_layers": config["num_hidden_layers"],
@@ -66,7 +52,7 @@ def shape(folder: str) -> tuple[dict[str, Any], float]:
         "norm_eps": config["rms_norm_eps"],
         "weight_tying": config.get("tie_word_embeddings", False),
     }
-    return arguments, rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    return arguments, theta
 
 
 def batches(spec: Spec) -> list[Any]:
