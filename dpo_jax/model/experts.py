@@ -26,7 +26,7 @@ from dpo_jax.model import spec as specs
 from dpo_jax.model.grouped import grouped_dot
 from dpo_jax.model.kernels import dense
 from dpo_jax.model.layers import ACTIVATIONS, MLP, Dense, Norm, normal
-from dpo_jax.model.remat import named
+from dpo_jax.model.remat import cheap, named
 
 
 class Routing(NamedTuple):
@@ -244,7 +244,8 @@ def _routed(
     choice = router(router_input)
     pairs = sort_pairs(choice.experts.reshape(-1, choice.experts.shape[-1]), router.spec.count)
     rows = spread(x.reshape(-1, x.shape[-1]), pairs)
-    rows = down(_unit(gate(rows, pairs), up(rows, pairs), router.spec), pairs)
+    unit = cheap(functools.partial(_unit, spec=router.spec))
+    rows = down(unit(gate(rows, pairs), up(rows, pairs)), pairs)
     share = choice.shares.reshape(-1).at[pairs.order].get(mode="promise_in_bounds", unique_indices=True)
     return collect(rows * share.astype(x.dtype)[:, None], pairs).reshape(x.shape), choice
 

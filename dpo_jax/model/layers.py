@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from dpo_jax.model import spec as specs
 from dpo_jax.model.kernels import dense
+from dpo_jax.model.remat import cheap
 
 INITIAL_SCALE = 0.02
 
@@ -44,6 +45,9 @@ class Norm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalised x, in x's dtype."""
+        return cheap(self._normalised)(x)
+
+    def _normalised(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         wide = x.astype(jnp.float32)
         if self.spec.kind == "layer":
             wide = wide - wide.mean(axis=-1, keepdims=True)
@@ -111,5 +115,5 @@ class MLP(nnx.Module):
         """The projections of x, bent and projected back."""
         act = ACTIVATIONS[self.activation] if self.act is None else self.act
         if self.gate is None:
-            return self.down(act(self.up(x)))
-        return self.down(act(self.gate(x)) * self.up(x))
+            return self.down(cheap(act)(self.up(x)))
+        return self.down(cheap(lambda gate, up: act(gate) * up)(self.gate(x), self.up(x)))

@@ -49,8 +49,11 @@ def warmup_steps(settings: OptimizerSettings, steps: int) -> int:
     return int(-(-steps * settings.warmup_fraction // 1))
 
 
-def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
+def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformationExtraArgs:
     """Clipping, the optimizer's direction, and decoupled decay; the caller multiplies by minus the learning rate.
+
+    Its `update` wants the norm of all gradients, `norm=`. If that is finite, so are directions and moments: no gradient
+    is larger, its square is finite too, and no denominator is 0.
 
     Gradients and parameters are given to it in float32 whatever the parameters are kept in (see `wide`). Adafactor
     (arXiv:1804.04235) is without momentum, relative steps and scaling by parameters; a stack of layers is clipped as
@@ -70,18 +73,18 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
     return optax.chain(*parts)
 
 
-def clipped(largest: float) -> optax.GradientTransformation:
-    """Gradients times `min(1, largest / norm)`, the norm being that of all of them together.
+def clipped(largest: float) -> optax.GradientTransformationExtraArgs:
+    """Gradients times `min(1, largest / norm)`, the norm being that of all of them together, which the caller has.
 
     One factor for all, which is multiplied where a gradient is used; optax's own divides, and keeps the quotients.
     """
 
-    def update(updates, state, params=None):
-        del params
-        factor = jnp.minimum(1.0, largest / optax.tree.norm(updates))
+    def update(updates, state, params=None, *, norm, **other):
+        del params, other
+        factor = jnp.minimum(1.0, largest / norm)
         return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), updates), state
 
-    return optax.GradientTransformation(optax.init_empty_state, update)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def wide(params: Any) -> Any:

@@ -207,7 +207,7 @@ class OptimizerSettings(Section):
         lt=1,
         description="decay of the second moment (adamw), or of lion's only one (default 0.99)",
     )
-    epsilon: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    epsilon: float = Field(default=1e-8, ge=1e-30, description="added to the root of the second moment")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay (matrices and embeddings only)")
     clip_norm: float | None = Field(
         default=1.0, gt=0, description="largest global gradient norm; null turns clipping off"

@@ -46,7 +46,7 @@ def fresh_state(
 
 def make_step(
     problem: Problem,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     learning_rate: optax.Schedule,
     *,
     steps: int = 1,
@@ -59,8 +59,8 @@ def make_step(
     or where it moves and is part of the state. `steps` is the length of the run, for a beta that is scheduled. `seed`
     and the step's number decide how updates of bfloat16 parameters are rounded.
 
-    A step whose loss, gradient or update is not finite changes neither weights nor moments; it is counted, and the step
-    number goes on, so that the data do too.
+    A step whose loss or gradient is not finite changes neither weights nor moments; it is counted, and the step number
+    goes on, so that the data do too. The gradient's norm says so, and where that is finite all updates are.
     """
 
     def step(state: State, reference: Any, batch: Any) -> tuple[State, dict[str, jax.Array]]:
@@ -69,20 +69,22 @@ def make_step(
         loss, metrics, gradient, memory = loss_and_gradient(problem, state["params"], batch, reference, moment)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        with jax.numpy_dtype_promotion("standard"):  # optax takes powers of floats by integer counts
-            directions, moments = optimizer.update(gradient, state["optimizer"], wide(state["params"]))
-            rate = jnp.asarray(learning_rate(state["step"]), jnp.float32)
+        rate = jnp.asarray(learning_rate(state["step"]), jnp.float32)
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
-        # Measured here, directions are arrays of their own. Else XLA computes them twice, and copies all moments at the
-        # start of the step, to have the old ones still when the new ones are in their place.
-        finite = finite & jnp.isfinite(optax.tree.norm(directions))
-        updated = {"params": descend(state["params"], directions, rate, key), "optimizer": moments}
-        updated |= {} if "memory" not in state else {"memory": memory}
-        kept = {name: state[name] for name in updated}
+
+        def update(kept: State) -> State:
+            with jax.numpy_dtype_promotion("standard"):  # optax takes powers of floats by integer counts
+                directions, moments = optimizer.update(gradient, kept["optimizer"], wide(kept["params"]), norm=norm)
+            updated = {"params": descend(kept["params"], directions, rate, key), "optimizer": moments}
+            return updated | ({} if "memory" not in kept else {"memory": memory})
+
+        # A branch, not a choice between new and old arrays: XLA then writes the new ones over the old ones.
+        kept = {name: state[name] for name in ("params", "optimizer", "memory") if name in state}
+        updated = lax.cond(finite, update, lambda kept: kept, kept)
         missed = 1 - finite.astype(jnp.int32)
         state = {
             **state,
-            **jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, kept),
+            **updated,
             "step": state["step"] + 1,
             "skipped": state["skipped"] + missed,
             "streak": (state["streak"] + missed) * missed,
