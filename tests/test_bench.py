@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -321,6 +323,14 @@ def test_the_padded_layout_is_the_same_step():
     assert float(loss) == pytest.approx(float(other), rel=1e-6)  # float32 sums of a dozen terms in another order
     for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(its), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_compiled_step_takes_the_memory_that_is_claimed():
+    """In a process of its own: tests leave most of XLA's optimizations out."""
+    command = [sys.executable, ROOT / "tools" / "bench.py", "memory", "--no-record"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no array is larger than the embedding" in done.stdout
 
 
 @pytest.mark.parametrize(("vocabulary", "whole"), [(4096, True), (16384, False)])

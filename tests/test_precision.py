@@ -91,6 +91,25 @@ def test_each_optimizer_is_optaxs(settings, theirs):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), quadratic(ours, KEY), quadratic(theirs, KEY))
 
 
+@pytest.mark.parametrize("kind", ["adamw", "lion", "adafactor"])
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-30, 1.0, 1e17])
+def test_an_update_is_finite_where_the_norm_of_gradients_is(kind, size):
+    """Which is all that a step asks; also for the least gradients that float32 can say, and almost the largest."""
+    settings = OptimizerSettings.model_validate({"name": kind, "weight_decay": 0.1, "clip_norm": None})
+    if kind == "adamw":
+        settings = settings.model_copy(update={"epsilon": 1e-30})
+    params = {"mlp": {"kernel": jax.random.normal(KEY, (160, 130))}, "norm": {"scale": jnp.ones(3)}}
+    optimizer = make_optimizer(settings)
+    state = optimizer.init(params)
+    for number in range(3):
+        gradient = jax.tree.map(lambda leaf, n=number: jnp.cos(leaf * n) * jnp.float32(size), params)
+        norm = optax.tree.norm(gradient)
+        assert jnp.isfinite(norm)
+        with jax.numpy_dtype_promotion("standard"):
+            direction, state = optimizer.update(gradient, state, params, norm=norm)
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((direction, state)))
+
+
 @functools.cache
 def fresh(seed):
     return jax.jit(functools.partial(init_params, SPEC))(jax.random.key(seed))

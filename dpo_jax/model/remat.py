@@ -16,7 +16,6 @@ from jax.ad_checkpoint import checkpoint_name
 from dpo_jax.model.settings import REMATS
 from dpo_jax.settings import UserError
 
-F = TypeVar("F", bound=Callable)
 T = TypeVar("T")
 NAMES = ("qkv", "context", "attention_out", "experts", "mlp_out")
 HOST = "pinned_host"
@@ -28,7 +27,7 @@ def named(x: T, name: str) -> T:
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), x)
 
 
-def cheap(function: F) -> F:
+def cheap(function: Callable[..., T]) -> Callable[..., T]:
     """The same function, whose inside no policy keeps: for what is done element by element, faster than it is read."""
     return jax.checkpoint(function, policy=jax.checkpoint_policies.nothing_saveable)
 

@@ -10,7 +10,7 @@ from dpo_jax.settings import Section
 class Remat(NamedTuple):
     """What of each layer is kept for the backward pass; the rest is computed again.
 
-    `keeps` are names of values (see `model.remat`), or None for everything; `products` keeps every matrix product with
+    `keeps` are names of values (see `model.remat`), or None for all that are not `cheap`; `products` keeps every matrix product with
     weights too. `attention` has the inside of attention computed again where all else is kept. `host` puts what is kept
     into the host's memory.
     """
@@ -24,8 +24,8 @@ class Remat(NamedTuple):
 
 _NAMED = ("qkv", "context", "attention_out")
 REMATS: dict[str, Remat] = {
-    "none": Remat("keeps everything, scores of attention too", keeps=None),
-    "attention": Remat("keeps all but the inside of attention", keeps=None, attention=True),
+    "none": Remat("keeps all but the inside of norms and activations", keeps=None),
+    "attention": Remat("keeps as much, without the inside of attention", keeps=None, attention=True),
     "dots": Remat("keeps products with weights and what attention gives", keeps=("context", "experts"), products=True),
     "names": Remat(
         "keeps queries, keys, values, what attention gives and its projection; MLPs run again", keeps=_NAMED

@@ -59,7 +59,9 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformationE
     (arXiv:1804.04235) is without momentum, relative steps and scaling by parameters; a stack of layers is clipped as
     one block.
     """
-    parts = [] if settings.clip_norm is None else [clipped(settings.clip_norm)]
+    parts: list[optax.GradientTransformation] = []
+    if settings.clip_norm is not None:
+        parts.append(clipped(settings.clip_norm))
     match settings.name:
         case "adamw":
             first = settings.moment_dtype
@@ -79,9 +81,9 @@ def clipped(largest: float) -> optax.GradientTransformationExtraArgs:
     One factor for all, which is multiplied where a gradient is used; optax's own divides, and keeps the quotients.
     """
 
-    def update(updates, state, params=None, *, norm, **other):
-        del params, other
-        factor = jnp.minimum(1.0, largest / norm)
+    def update(updates, state, params=None, **extra):
+        del params
+        factor = jnp.minimum(1.0, largest / extra["norm"])
         return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
