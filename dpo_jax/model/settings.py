@@ -10,9 +10,9 @@ from dpo_jax.settings import Section
 class Remat(NamedTuple):
     """What of each layer is kept for the backward pass; the rest is computed again.
 
-    `keeps` are names of values (see `model.remat`), or None for all that are not `cheap`; `products` keeps every matrix product with
-    weights too. `attention` has the inside of attention computed again where all else is kept. `host` puts what is kept
-    into the host's memory.
+    `keeps` are names of values (see `model.remat`), or None for all that are not `cheap`; `products` keeps every matrix
+    product with weights too. `attention` has the inside of attention computed again where all else is kept. `host` puts
+    what is kept into the host's memory.
     """
 
     says: str
