@@ -17,6 +17,7 @@ import numpy as np
 from dpo_jax import config, sharding
 from dpo_jax.config import Run
 from dpo_jax.data.batches import Batches, Made, pair_tokens, prefetch
+from dpo_jax.data.workers import processes
 from dpo_jax.evaluation import preference, winrate
 from dpo_jax.exchange import Sources, is_policy
 from dpo_jax.mixture import as_measured
@@ -33,6 +34,9 @@ from dpo_jax.training.step import MovingReference, State, fresh_state, make_step
 
 START_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3}
 """How far the first loss may be from the objective's constant, in nats."""
+CORES_A_PROGRAM = 4
+"""Cores that XLA itself keeps busy, roughly, while it compiles one program. On two busy cores, compiling the
+quickstart's four shapes side by side took 19 % longer than one after another, and half as much memory again."""
 
 
 class Trainer:
@@ -86,14 +90,12 @@ class Trainer:
         return sharding.shape_of(self.abstract, self.shardings)
 
     def compile(self, journal: Journal) -> None:
-        """Compile the step for each shape of the run, one after another: XLA itself uses several cores.
-
-        Four shapes of the quickstart at a time on two busy cores took 19 % longer and half as much memory again.
-        """
+        """Compile the step for each shape of the run, one at a time for every `CORES_A_PROGRAM` cores."""
         blanks = self.batches.blanks()
-        for number, blank in enumerate(blanks, 1):
-            journal.phase(f"compiling {number}/{len(blanks)}")
-            self._step.prepare(*self._arguments(blank))
+        kinds = [self._arguments(blank) for blank in blanks]
+        journal.phase(f"compiling 1/{len(kinds)}")
+        for done in self._step.prepare(kinds, workers=max(1, processes(None) // CORES_A_PROGRAM)):
+            journal.phase(f"compiling {min(done + 1, len(kinds))}/{len(kinds)}")
 
     def lower(self, blank: Any) -> jax.stages.Lowered:
         """The step for batches of this shape, lowered but not compiled."""

@@ -209,12 +209,13 @@ def _load(folder: str, dtype: str) -> "Model":
     import jax
     import jax.numpy as jnp
 
-    from dpo_jax import sharding
+    from dpo_jax import compile_cache, sharding
     from dpo_jax.hf.checkpoint import load_hf
     from dpo_jax.hf.configs import read_spec
     from dpo_jax.hf.tensors import local_folder
     from dpo_jax.model.decoder import abstract_params
 
+    compile_cache.use(compile_cache.AUTO)
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     spec = read_spec(local_folder(folder), scalar_head=False)
@@ -231,9 +232,8 @@ def _decoding(options: argparse.Namespace, tokenizer: Any) -> "Decoding":
     from dpo_jax.hf.tokenizer import generation_settings
 
     folder = generation_settings(local_folder(options.folder, SIDE_FILES), tokenizer)
-    temperature = options.temperature
-    if temperature is None:
-        temperature = folder.temperature if folder.do_sample and not options.greedy else 0.0
+    usual = folder.temperature if folder.do_sample and not options.greedy else 0.0
+    temperature = usual if options.temperature is None else options.temperature
     ignored = [name for name, value in (("--top-p", options.top_p), ("--top-k", options.top_k)) if value is not None]
     if temperature == 0 and ignored:
         raise UserError(f"{COMMAND_LINE}: {ignored[0]}: greedy decoding draws nothing; give --temperature too")

@@ -5,7 +5,8 @@ Axes of the mesh: `data` replicates the weights, `fsdp` shares one copy of them,
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
@@ -136,9 +137,20 @@ class Compiled:
         self._ready: dict[Any, Any] = {}
         self.late = 0
 
-    def prepare(self, *args: Any) -> None:
-        """Compile for arguments of these shapes, dtypes and shardings (arrays or jax.ShapeDtypeStruct)."""
-        self._ready[_signature(args)] = self.lower(*args).compile()
+    def prepare(self, kinds: Sequence[tuple], *, workers: int = 1) -> Iterator[int]:
+        """Compile for arguments of each kind: their shapes, dtypes and shardings (arrays or jax.ShapeDtypeStruct).
+
+        So many are compiled at a time, each in a thread, while the next ones are lowered in this one. Yields how many
+        are done as they are; it is this that has them made. What XLA raises is raised here, and the others are dropped.
+        """
+        pool = ThreadPoolExecutor(workers)
+        try:
+            made = {pool.submit(self.lower(*args).compile): _signature(args) for args in kinds}
+            for done, future in enumerate(as_completed(made), 1):
+                self._ready[made[future]] = future.result()
+                yield done
+        finally:
+            pool.shutdown(cancel_futures=True)
         self.late = 0
 
     def lower(self, *args: Any) -> jax.stages.Lowered:

@@ -144,7 +144,7 @@ CONFIGS: dict[str, Config] = {
          "rope_parameters": {SLIDING: {"rope_type": "default", "rope_theta": 500.0},
                              FULL: {"rope_type": "linear", "rope_theta": 7000.0, "factor": 3.0}}},
     ),
-    "gemma4_text": ("gemma4_text", {**GEMMA4, "num_kv_shared_layers": 3, "final_logit_softcapping": 2.0}),
+    "gemma4_text": ("gemma4_text", {**GEMMA4, "num_kv_shared_layers": 3, "final_logit_softcapping": 8.0}),
     "gemma4_keys": (
         "gemma4_text",
         {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 3, "hidden_size_per_layer_input": 0},

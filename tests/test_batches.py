@@ -243,6 +243,15 @@ def test_shapes_leave_room_for_the_scored_tokens_of_their_fullest_micro_batch():
         assert (packed.fits == roomy.fits).all() and (packed.micro == roomy.micro)[packed.fits].all()
 
 
+@pytest.mark.parametrize("size", range(1, 40))
+def test_there_is_a_shape_however_short_all_trees_are(size):
+    lengths, steps = lengths_of([([size], 1)] * 4), np.asarray([[0, 1], [2, 3]])
+    largest = Bundle((size,), 1)
+    chosen = choose_shapes(lengths, steps, largest, 1, micro_tokens=None, attention_length=8192, most=4)
+    assert all(fits(largest, shape) for shape in chosen)
+    assert len(plan(lengths, steps, 1, chosen, 8192)) == 2
+
+
 def test_steps_that_are_planned_together_are_the_same_as_one_by_one(monkeypatch):
     encoded = random_encoded(units=40, completions=(2, 3))
     together = Batches(encoded, 6, 2, 12)

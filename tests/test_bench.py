@@ -278,12 +278,30 @@ def test_the_table_shows_the_newest_and_says_what_was_disturbed():
 
 
 def test_the_readme_is_written_between_its_marks():
-    readme = "before\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nafter\n"
+    readme = "before\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nafter\n<!-- growth -->\n<!-- /growth -->\n"
     once = bench_table.updated(readme, [record([run_of()])])
-    assert once.startswith("before\n") and once.endswith("after\n") and "old" not in once
+    assert once.startswith("before\n") and "after\n<!-- growth -->\n<!-- /growth -->" in once and "old" not in once
     assert bench_table.updated(once, [record([run_of()])]) == once
     with pytest.raises(UserError, match="<!-- benchmarks -->"):
         bench_table.updated("nothing", [])
+
+
+def micro_record(seconds, **changes):
+    rows = [{"row": 256, "CPU-s": seconds, "s": 1.0, "temp MiB": 2.0, "attention": 0.1}, {"what": "whole process"}]
+    about = {
+        "time": "2026-11-24T22:00:00+00:00",
+        "commit": "abc",
+        "dirty": False,
+        "hardware": {"processor": "Some CPU"},
+    }
+    return {"kind": "micro", "name": "rows", "quick": False, **about, "rows": rows, **changes}
+
+
+def test_growth_is_that_of_the_newest_records_at_full_size():
+    text = bench_table.growth([micro_record(3.0), micro_record(4.0), micro_record(5.0, quick=True), record([run_of()])])
+    assert "| 256 | 4 | 1 | 2 | 0.1 |" in text and "whole process" not in text and "Some CPU; commit abc" in text
+    assert text.count("| 256 |") == 1
+    assert "uncommitted" in bench_table.growth([micro_record(3.0, dirty=True)])
 
 
 def test_a_line_that_is_no_record_is_named(tmp_path):

@@ -75,15 +75,28 @@ def test_a_folder_that_jax_was_told_to_use_is_left_as_it_is(tmp_path):
     assert not list((tmp_path / "told").glob(".lockfile"))
 
 
-def test_what_is_compiled_ahead_is_not_compiled_again():
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_is_compiled_ahead_is_not_compiled_again(workers):
     double = sharding.Compiled(lambda x: 2 * x)
-    for size in (3, 4, 5):
-        double.prepare(jax.ShapeDtypeStruct((size,), jnp.float32))
+    kinds = [(jax.ShapeDtypeStruct((size,), jnp.float32),) for size in (3, 4, 5)]
+    assert list(double.prepare(kinds, workers=workers)) == [1, 2, 3]
     for size in (5, 3, 4):
         assert double(jnp.ones(size)).tolist() == [2.0] * size
     assert double.late == 0
     double(jnp.ones(6))
     assert double.late == 1
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_cannot_be_compiled_is_said(workers):
+    def refuse(x):
+        if x.shape == (4,):
+            raise ValueError("not four")
+        return x
+
+    kinds = [(jax.ShapeDtypeStruct((size,), jnp.float32),) for size in (3, 4, 5)]
+    with pytest.raises(ValueError, match="not four"):
+        list(sharding.Compiled(refuse).prepare(kinds, workers=workers))
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):

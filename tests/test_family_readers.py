@@ -141,6 +141,21 @@ def test_keys_of_other_families_are_not_passed_over(name, tmp_path):
             assert is_seen(write(tmp_path / "added", {**config, key: another(value)}), name), key
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("falcon_new_one_norm", "parallel_attn", False),
+        ("falcon_heads", "num_kv_heads", 2),
+        ("deepseek_v3", "num_key_value_heads", 2),
+    ],
+)
+def test_what_no_model_of_pytorchs_can_run_is_refused_by_key(name, key, value, tmp_path):
+    folder = write(tmp_path / "odd", {**raw_config(own(name).path), key: value})
+    with pytest.raises(UserError, match=f"{key} = {json.dumps(value)}: "):
+        read_spec(folder)
+    assert theirs_as(folder, name) is None
+
+
 @by_family
 def test_an_unknown_key_is_refused_by_name(name, tmp_path):
     config = raw_config(own(name).path)

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from dpo_jax import evaluate, train
+from dpo_jax.loop import Trainer
 from dpo_jax.losses import Outcome
 from dpo_jax.objectives import OBJECTIVES, Objective, Setting
 from dpo_jax.training import reference as references
@@ -215,6 +216,38 @@ def test_devices_and_the_kind_of_reference_are_invisible(world, plain, tmp_path,
     """Six steps of Adam amplify the float32 reassociation of 1e-6 that devices make; 1e-4 holds with room."""
     assert train.main(arguments(world, tmp_path / "run", "evaluation.every=null", "data.eval=null", *more)) == 0
     assert same_losses(plain[0], tmp_path / "run", 1e-4)
+
+
+def test_a_step_leaves_nothing_of_the_old_state(world, tmp_path, monkeypatch):
+    """Weights and moments are written over the old ones; of a state that is kept, a device would hold two."""
+    original, left = Trainer.step, []
+
+    def step(self, state, batch):
+        found = original(self, state, batch)
+        left.extend(path for path, leaf in jax.tree.leaves_with_path(state) if not leaf.is_deleted())
+        return found
+
+    monkeypatch.setattr(Trainer, "step", step)
+    assert train.main(arguments(world, tmp_path / "run", "evaluation.every=null", "data.eval=null", "steps=2")) == 0
+    assert left == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "rel"),
+    [
+        (("optimizer.name=lion", "optimizer.learning_rate=1e-4"), 1e-4),
+        (("optimizer.name=adafactor", "optimizer.param_dtype=bfloat16"), 1e-3),
+    ],
+    ids=["lion", "adafactor, bfloat16 weights"],
+)
+def test_devices_are_invisible_to_other_optimizers_too(world, tmp_path, settings, rel):
+    """As above; a weight in bfloat16 may be rounded the other way where a gradient differs at all: 2^-8 of it."""
+    found = {"replicated": ("mesh.data=4", "mesh.fsdp=1"), "split": ("mesh.fsdp=2", "mesh.tensor=2")}
+    for name, mesh in found.items():
+        argv = arguments(world, tmp_path / name, "evaluation.every=null", "data.eval=null", *mesh, *settings)
+        assert train.main(argv) == 0
+    losses = [record["loss"] for record in steps_of(tmp_path / "split")]
+    assert same_losses(tmp_path / "replicated", tmp_path / "split", rel) and losses[-1] < losses[0]
 
 
 def test_evaluate_measures_what_training_measured(world, finished, capsys):

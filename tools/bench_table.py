@@ -1,7 +1,8 @@
-"""Writes the README's table of timings from tools/benchmarks.jsonl: `python tools/bench_table.py [--check]`.
+"""Writes the README's tables of timings from tools/benchmarks.jsonl: `python tools/bench_table.py [--check]`.
 
 Between `<!-- benchmarks -->` and `<!-- /benchmarks -->` stand the newest comparisons, one row for each program. The
 newest of those that are alike in workload, dtype, reference, pairs in a step and machine is shown, whatever it says.
+Between `<!-- growth -->` and `<!-- /growth -->` stand the newest measurements of how cost grows.
 """
 
 import argparse
@@ -15,15 +16,20 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dpo_jax.settings import UserError  # noqa: E402
-from tools.benching import records  # noqa: E402
+from tools.benching import micro, records  # noqa: E402
 from tools.benching.compare import OURS, QUIET  # noqa: E402
 
 README = ROOT / "README.md"
-BLOCK = re.compile(r"(<!-- benchmarks -->\n).*(<!-- /benchmarks -->)", re.DOTALL)
 HEAD = (
     "| workload | program | pairs/s | CPU-s per pair | peak memory | first step after | dpo_jax is faster by | CPU | "
     "with reference | losses |"
 )
+GROWTH = {
+    "pairs": ("pairs a step", "CPU-s/pair", "s/pair", "temp MiB"),
+    "rows": ("row", "CPU-s", "s", "temp MiB", "attention"),
+    "growth": ("pairs", "tokenise us/pair", "plan us/pair", "pack us/pair"),
+}
+"""Measurements of `bench.py micro` that show how cost grows, and what is shown of each."""
 
 
 def table(found: Iterable[Mapping[str, Any]]) -> str:
@@ -97,27 +103,52 @@ def _note(record: Mapping[str, Any]) -> str:
     )
 
 
+def growth(found: Iterable[Mapping[str, Any]]) -> str:
+    """A table for each of `GROWTH`, of its newest record at full size, with what it is, machine and commit."""
+    newest = {record["name"]: record for record in found if record["kind"] == "micro" and not record["quick"]}
+    parts = []
+    for name, columns in GROWTH.items():
+        if name not in newest:
+            continue
+        record = newest[name]
+        rows = [row for row in record["rows"] if columns[0] in row]
+        lines = [_joined(list(columns)), "|" + " --- |" * len(columns)]
+        lines += [_joined([micro.shown(row[column]) for column in columns]) for row in rows]
+        stale = ", with uncommitted changes" if record["dirty"] else ""
+        about = f"{record['hardware']['processor']}; commit {record['commit']}{stale}, {record['time'][:10]}"
+        parts.append("\n".join([f"`{name}`: {micro.NAMES[name][1]} ({about})", "", *lines]) + "\n")
+    return "\n".join(parts)
+
+
+BLOCKS = {"benchmarks": table, "growth": growth}
+
+
 def updated(readme: str, found: Iterable[Mapping[str, Any]]) -> str:
-    """The README with the table as it is now.
+    """The README with the tables as they are now.
 
     Raises:
-      UserError: it has no place for it.
+      UserError: it has no place for one.
     """
-    if not BLOCK.search(readme):
-        raise UserError("README.md has no lines <!-- benchmarks --> and <!-- /benchmarks -->; put them where it goes")
-    return BLOCK.sub(lambda place: place[1] + table(found) + place[2], readme)
+    found = list(found)
+    for name, written in BLOCKS.items():
+        block = re.compile(f"(<!-- {name} -->\n).*(<!-- /{name} -->)", re.DOTALL)
+        if not block.search(readme):
+            raise UserError(f"README.md has no lines <!-- {name} --> and <!-- /{name} -->; put them where it goes")
+        text = written(found)
+        readme = block.sub(lambda place, text=text: place[1] + text + place[2], readme)
+    return readme
 
 
 def main() -> int:
     """Write, or with `--check` tell by the exit code whether there is anything to write."""
-    parser = argparse.ArgumentParser(description="The README's table of timings.")
+    parser = argparse.ArgumentParser(description="The README's tables of timings.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the README is stale")
-    parser.add_argument("--show", action="store_true", help="print the table and write nothing")
+    parser.add_argument("--show", action="store_true", help="print the tables and write nothing")
     options = parser.parse_args()
     try:
         found = records.read()
         if options.show:
-            print(table(found), end="")
+            print(*(written(found) for written in BLOCKS.values()), sep="\n", end="")
             return 0
         old = README.read_text("utf-8")
         new = updated(old, found)

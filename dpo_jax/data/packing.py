@@ -296,7 +296,7 @@ def choose_shapes(
 def row_lengths(longest: int, limit: int) -> list[int]:
     """Row lengths worth trying from `longest` to `limit`: multiples of 32, then of an eighth of their power of two."""
     lengths, length = [], 32
-    while length < max(2 * longest, limit + 1):
+    while length < max(2 * longest, limit + 1, 33):
         lengths.append(length)
         length += max(32, 1 << max(length.bit_length() - 3, 0))
     return [length for length in lengths if longest <= length <= max(limit, _first_at_least(lengths, longest))]

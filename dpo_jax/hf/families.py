@@ -179,7 +179,8 @@ def _deepseek_v3(k: Keys) -> DecoderSpec:
 
 def _latent(k: Keys) -> Latent:
     heads, plain, turning_dim = (k.size(n) for n in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim"))
-    for name in ("hidden_size", "num_key_value_heads", "head_dim", "num_nextn_predict_layers"):
+    k.agree({"num_key_value_heads": "num_attention_heads"})
+    for name in ("hidden_size", "head_dim", "num_nextn_predict_layers"):
         k.take(name)  # what other keys say too, or what is not computed
     turns = read.rope(k, turning_dim, interleaved=k.flag("rope_interleave", True))
     stretched, table = turns.factor if turns.kind == "yarn" else 1.0, k.peek("rope_parameters")
@@ -327,11 +328,12 @@ def _falcon(k: Keys) -> DecoderSpec:
     k.require({"alibi": False})  # transformers rounds Falcon's biases to bfloat16 by absolute position
     k.rename({"ffn_hidden_size": "intermediate_size", "activation": "hidden_act"})
     new, one, bias = k.flag("new_decoder_architecture"), k.flag("multi_query"), k.flag("bias")
+    k.require({"parallel_attn": True} if new else {})
+    k.agree({} if new or one else {"num_kv_heads": "num_attention_heads"})
     parallel, norms = k.flag("parallel_attn"), k.size("num_ln_in_parallel_attn", 2)
-    every = k.peek("num_attention_heads")
-    grouped = k.size("num_kv_heads", every)
+    grouped = k.size("num_kv_heads", k.peek("num_attention_heads"))
     place = "parallel2" if new and norms == 2 else "parallel" if new or parallel else "pre"
-    mixer = attention(k, kv_heads=grouped if new else 1 if one else every, qkv_bias=bias, output_bias=bias)
+    mixer = attention(k, kv_heads=1 if one and not new else grouped, qkv_bias=bias, output_bias=bias)
     norm = read.layer_norm(k, "layer_norm_epsilon")
     return decoder(k, mixer, mlp(k, gated=False, bias=bias), norm, layer={"place": place})
 

@@ -45,10 +45,8 @@ def _scaling(kind: str, table: Keys, longest: Any) -> dict[str, Any]:
         case "default":
             table.require({"factor": 1.0})
             return {}
-        case "linear":
-            return {"factor": table.positive("factor")}
-        case "proportional":
-            return {"factor": table.positive("factor", 1.0)}
+        case "linear" | "proportional":
+            return {"factor": table.positive("factor", None if kind == "linear" else 1.0)}
         case "llama3":
             return _llama3(table)
         case "yarn":

@@ -65,7 +65,7 @@ TIME_FIELDS = (*"step_seconds input_wait time_to_first_step pairs_per_second tok
 TERMINAL = (
     ("loss", "loss", "{:.4f}"),
     ("rewards/accuracies", "accuracy", "{:.3f}"),
-    ("rewards/margins", "margin", "{:+.3f}"),
+    ("rewards/margins", "margin", "{:+z.3f}"),
     ("grad_norm", "grad", "{:.2f}"),
     ("pairs_per_second", "pairs/s", "{:.1f}"),
 )
@@ -74,7 +74,7 @@ TERMINAL = (
 SUMMARY = (
     ("rewards/accuracies", "held-out accuracy", "{:.1%}"),
     ("logps/accuracies", "chosen more likely", "{:.1%}"),
-    ("rewards/margins", "held-out margin", "{:+.3f}"),
+    ("rewards/margins", "held-out margin", "{:+z.3f}"),
     ("loss", "held-out loss", "{:.4f}"),
     ("good_answers", "good answers", "{:.1%}"),
 )

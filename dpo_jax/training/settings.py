@@ -199,12 +199,12 @@ class OptimizerSettings(Section):
     warmup_steps: int | None = Field(default=None, ge=0, description="steps over which the rate rises from 0")
     warmup_fraction: float = Field(default=0.1, ge=0, le=1, description="the same as a share of all steps")
     beta1: float = Field(
-        default=0.9, ge=0, lt=1, description="decay of the first moment (of its part of a step, for lion)"
+        default=0.9, ge=0, le=0.999999, description="decay of the first moment (of its part of a step, for lion)"
     )
     beta2: float = Field(
         default=0.999,
         ge=0,
-        lt=1,
+        le=0.999999,
         description="decay of the second moment (adamw), or of lion's only one (default 0.99)",
     )
     epsilon: float = Field(default=1e-8, ge=1e-30, description="added to the root of the second moment")

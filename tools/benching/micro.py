@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = {
     "head": ("micro_compute", "log-probabilities of scored tokens: fused head against whole logits"),
     "layouts": ("micro_compute", "loss and gradient of the same pairs: shared prompts, packed, padded"),
+    "pairs": ("micro_compute", "loss and gradient of the same pairs in steps of 4, 16 and 64"),
     "rows": ("micro_compute", "loss and gradient of the same tokens in rows of 256 to 4096, and attention's share"),
     "packing": ("micro_data", "planning and packing a million pairs"),
     "growth": ("micro_data", "tokenising, planning and packing 1x, 4x and 16x pairs"),

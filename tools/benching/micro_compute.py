@@ -1,4 +1,4 @@
-"""Measurements of what the device computes: the head, the layouts of a batch, and rows of growing length."""
+"""Measurements of what the device computes: the head, the layouts of a batch, and steps and rows that grow."""
 
 import dataclasses
 import functools
@@ -194,7 +194,25 @@ def padded(encoded: Encoded, pairs: np.ndarray, like: Batch) -> Batch:
     )
 
 
-# ---------------------------------------------------------------------------------------------- rows
+# ---------------------------------------------------------------------------------------------- growth
+
+
+def pairs(options: Options) -> list[Row]:
+    """Loss and gradient of the same 64 pairs of hh-rlhf's lengths, in steps of 4, 16 and 64 pairs."""
+    _float32_is_float32()
+    shape = dataclasses.replace(SMALL, layers=2, **({"width": 64, "inner": 128} if options.quick else {}))
+    total, sizes = (16, (1, 4, 16)) if options.quick else (64, (4, 16, 64))
+    encoded = encoded_of(np.minimum(hh_lengths(total, np.random.default_rng(0)), 400), shape.vocabulary)
+    reference = np.zeros(encoded.num_scored, np.float32)
+    found = []
+    for size in sizes:
+        steps = total // size
+        batches = Batches(
+            encoded, size, 1, steps, order="file", attention_length=attention_length(), reference=reference
+        )
+        cost = _step_cost(shape, "float32", [batches.at(step) for step in range(steps)], total)
+        found.append({"pairs a step": size, **cost})
+    return found
 
 
 def rows(options: Options) -> list[Row]:
