@@ -6,7 +6,7 @@ import math
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,21 +19,20 @@ from dpo_jax.config import Run
 from dpo_jax.data.batches import Batches, Made, pair_tokens, prefetch
 from dpo_jax.data.workers import processes
 from dpo_jax.evaluation import preference, winrate
-from dpo_jax.exchange import Sources, is_policy
+from dpo_jax.exchange import Sources
 from dpo_jax.mixture import as_measured
 from dpo_jax.model.decoder import Model, cast
 from dpo_jax.model.preference import Problem, evaluate_batch
 from dpo_jax.models import shares
 from dpo_jax.settings import UserError
-from dpo_jax.stages import Data, Reference, cache_folder, sweep
+from dpo_jax.stages import Data, Reference, sweep
+from dpo_jax.start import check_start, known_start, preference_loss
 from dpo_jax.training.alarms import Alarms
 from dpo_jax.training.checkpoints import Checkpoints
 from dpo_jax.training.journal import Journal, read_records
 from dpo_jax.training.optimizer import make_optimizer, schedule, state_shardings, warmup_steps, wide
 from dpo_jax.training.step import MovingReference, State, fresh_state, make_step
 
-START_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3}
-"""How far the first loss may be from the objective's constant, in nats."""
 CORES_A_PROGRAM = 4
 """Cores that XLA itself keeps busy, roughly, while it compiles one program. On two busy cores, compiling the
 quickstart's four shapes side by side took 19 % longer than one after another, and half as much memory again."""
@@ -298,39 +297,6 @@ def memory_in_use() -> int:
     return max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def known_start(run: Run, problem: Problem, data: Data) -> float | None:
-    """The first loss, if it is known: policy and reference are the same, and no row has a margin or weight of its own.
-
-    A label does not matter where both are equally likely, except to KTO.
-    """
-    if not problem.uses_reference or not is_policy(run):
-        return None
-    plain = not (data.train.margin != 0).any() and (data.train.weight == 1).all()
-    return problem.start_constant if plain else None
-
-
-def preference_loss(problem: Problem, metrics: Mapping[str, Any]) -> float:
-    """The loss of a step without the part that balances experts."""
-    return float(metrics["loss"]) - problem.router_aux * float(metrics.get("aux_loss", 0.0))
-
-
-def check_start(run: Run, problem: Problem, data: Data, loss: float) -> None:
-    """Where the first loss is known, any other means that something is wrong.
-
-    Raises:
-      UserError: the loss of the first step is not the objective's constant.
-    """
-    expected, tolerance = known_start(run, problem, data), START_TOLERANCE[problem.compute_dtype]
-    if expected is None:
-        return
-    tolerance *= max(1.0, abs(expected))
-    if not abs(loss - expected) <= tolerance:
-        raise UserError(
-            f"step 1: policy and reference are the same weights, so the loss must be {expected:.6f} and is {loss:.6f}; "
-            f"the cached reference may be of other weights: remove {cache_folder(run)} and start again"
-        )
-
-
 def make_alarms(run: Run, trainer: Trainer, data: Data, folder: Path) -> Alarms | None:
     """What watches the metrics, having seen the records of the steps that were already made."""
     if not run.alarms.enabled:
@@ -418,7 +384,7 @@ def loop(
             step = made.step + 1
             recorder.take(step, metrics, waited=made.waited)
             if step == 1:
-                check_start(run, trainer.problem, data, preference_loss(trainer.problem, metrics))
+                check_start(run, trainer.problem, data, metrics)
             if evaluator.due(step, last):
                 recorder.flush()
                 progress = (step - 1) / max(last - 1, 1)

@@ -372,7 +372,7 @@ def test_the_device_is_asked_what_it_can(monkeypatch, found, words):
 def test_a_package_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     reason = table.why_not("fa4", small(), "bfloat16", HOPPER)
-    assert reason == "needs the package fa4-jax, which is not installed"
+    assert reason == "needs the package fa4-jax, which is not installed (pip install 'dpo_jax[kernels]', Python 3.12)"
 
 
 def test_a_private_function_that_changed_is_refused(monkeypatch):

@@ -93,7 +93,7 @@ def _kernel(
     if query.size >= OFFSETS:
         raise ValueError(
             f"cudnn counts {query.size} elements of queries in 32 bits, of which {OFFSETS - 1} fit; "
-            "set data.micro_tokens to less"
+            "set batch.micro_tokens to less"
         )
     if key.shape[2] != query.shape[2] and not _counts_key_heads(private):
         key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))

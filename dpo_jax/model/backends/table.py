@@ -135,7 +135,7 @@ def _broken_rules(name: str, backend: Backend, spec: specs.DecoderSpec, dtype: s
         yield f"takes NVIDIA GPUs of compute capability {backend.capability} {wanted}, and this device is {found}"
     for package in backend.packages:
         if importlib.util.find_spec(package.replace("-", "_")) is None:
-            yield f"needs the package {package}, which is not installed"
+            yield f"needs the package {package}, which is not installed (pip install 'dpo_jax[kernels]', Python 3.12)"
     if backend.private and (gone := importlib.import_module(f"dpo_jax.model.backends.{name}").missing()):
         yield gone
 
