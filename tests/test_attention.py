@@ -37,23 +37,35 @@ def test_a_row_of_one_block_is_the_plain_formula():
     np.testing.assert_array_equal(found, want)  # it is the same computation
 
 
+def blocks_of(plan):
+    """The numbers of the blocks of keys that each block of queries needs, by row."""
+    keys, count = np.asarray(plan.keys), np.asarray(plan.count)
+    return [[keys[row, i, :n].tolist() for i, n in enumerate(counts)] for row, counts in enumerate(count)]
+
+
 @pytest.mark.parametrize("window", [None, 1, 20, 64])
 def test_only_blocks_with_something_to_see_are_computed(window):
     layout, *_ = inputs("grouped")
     plan = xla.prepare(layout, window)
-    length = plan.layout.group.shape[1]
-    seen = np.asarray(visible(plan.layout, window)).reshape(3, -1, xla.BLOCK, length).any(axis=2)
-    earliest = seen.argmax(axis=-1) // xla.BLOCK
-    if window is None:
-        np.testing.assert_array_equal(plan.first, earliest)
-        assert (np.asarray(plan.first) > 0).sum() >= 3
-    assert (np.asarray(plan.first) <= earliest).all()
+    count = plan.layout.group.shape[1] // xla.BLOCK
+    seen = np.asarray(visible(plan.layout, window)).reshape(3, count, xla.BLOCK, count, xla.BLOCK).any(axis=(2, 4))
+    for row, found in enumerate(blocks_of(plan)):
+        for block, keys in enumerate(found):
+            wanted = np.flatnonzero(seen[row, block]).tolist()
+            assert keys == sorted(keys) and set(wanted) <= set(keys)
+            assert window is not None or keys == wanted
+
+
+def test_a_branch_skips_the_branch_before_it():
+    plan = xla.prepare(forest([[(128, 128, 128)], [(100, 300)]], 448), None)
+    assert blocks_of(plan)[0][:6] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5]]
+    assert blocks_of(plan)[1][:7] == [list(range(n)) for n in range(1, 8)]
 
 
 def test_a_window_skips_what_lies_before_it_in_a_long_prompt():
     """Completions of a prompt of 300, seen through 20 tokens, need the end of it, or their own start."""
     plan = xla.prepare(forest([[(300, 20, 80)]], 400), 20)
-    assert np.asarray(plan.first)[0].tolist() == [0, 0, 1, 2, 3, 4, 5]
+    assert blocks_of(plan)[0] == [[0], [0, 1], [1, 2], [2, 3], [3, 4], [4, 5], [5, 6]]
 
 
 @functools.cache

@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 class Layout(NamedTuple):
     """Where each slot of a row stands: its tree, its branch of that tree, and its position in the text.
 
-    A tree's slots stand together, its prompt first, and positions rise by one at most from slot to slot. Trees are
-    numbered from 1 to T at most.
+    A tree's slots stand together, its prompt first and then branch after branch, and positions rise by one at most from
+    slot to slot. Trees are numbered from 1 to T at most.
 
     tokens     p0 p1 p2 | c0 c1 | r0 r1 || p0 p1 | c0 | pad
     group       1  1  1    1  1    1  1     2  2    2     0

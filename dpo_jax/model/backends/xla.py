@@ -1,10 +1,10 @@
 """Attention over packed forests in plain XLA: exact on every platform, and what other backends are held against.
 
-Queries go in blocks, and a row packs many trees: a block needs the keys from the first slot of its earliest tree to its
-own last slot, so one loop goes over blocks of queries and an inner one over those blocks of keys, as often as the data
-says. Scores and masks exist for one pair of blocks at a time. The softmax is put together block by block, and the
-backward pass computes scores anew from each query's log-sum-exp (arXiv:2205.14135). The order of all sums is fixed, so
-the same inputs give the same bits.
+Queries go in blocks, and a row packs many trees: a block needs the keys of its trees' prompts and of its own branches.
+So one loop goes over blocks of queries and an inner one over those blocks of keys, as often as the data says. Scores and
+masks exist for one pair of blocks at a time. The softmax is put together block by block, and the backward pass computes
+scores anew from each query's log-sum-exp (arXiv:2205.14135). The order of all sums is fixed, so the same inputs give the
+same bits.
 
 Letters: B rows, T slots, K key-value heads, G queries for each of them, H = K G heads, C channels of a key, E channels
 of a value, X either of them, I blocks of a row, N = BLOCK slots of a block, M = B I blocks of all rows, Q = G N.
@@ -28,26 +28,50 @@ UNSEEN = float(np.finfo(np.float32).min)
 
 
 class Plan(NamedTuple):
-    """The rows filled up to whole blocks, and the first block of keys that each block of queries needs."""
+    """The rows filled up to whole blocks, and which blocks of keys each block of queries needs.
+
+    Attributes:
+      layout: the rows.
+      keys: numbers of blocks of keys, those that are needed first, in their order.
+      count: how many are needed.
+    """
 
     layout: Layout
-    first: Int[Array, "B I"]
+    keys: Int[Array, "B I I"]
+    count: Int[Array, "B I"]
 
 
 def prepare(layout: Layout, window: int | None, bounds: Bounds | None = None) -> Plan:
-    """What is the same for every layer with this window.
-
-    No key before the first slot of a tree is seen from within it; nor, as positions rise by one at most from slot to
-    slot, one before that slot + (the query's distance from it - window + 1).
-    """
+    """What is the same for every layer with this window."""
     layout = Layout(*(_filled(x) for x in layout))
-    group, _, position = layout
-    slots = jnp.broadcast_to(jnp.arange(group.shape[1], dtype=jnp.int32), group.shape)
-    first = jax.vmap(lambda slot, group: jax.ops.segment_min(slot, group, slot.shape[0] + 1)[group])(slots, group)
-    if window is not None:
-        begins = jnp.take_along_axis(position, first, axis=1)
-        first = first + jnp.maximum(position - begins - window + 1, 0)
-    return Plan(layout, first.reshape(first.shape[0], -1, BLOCK).min(axis=-1) // BLOCK)
+    needed = jax.vmap(functools.partial(_needed, window))(*layout)
+    keys = jnp.argsort(~needed, axis=-1, stable=True).astype(jnp.int32)
+    return Plan(layout, keys, needed.sum(axis=-1, dtype=jnp.int32))
+
+
+def _needed(
+    window: int | None, group: Int[Array, " T"], branch: Int[Array, " T"], position: Int[Array, " T"]
+) -> Bool[Array, "I I"]:
+    """Which blocks of queries (first axis) may see anything of which blocks of keys.
+
+    A slot sees two stretches of its row: its tree's prompt, and its own branch up to itself. As positions rise by one
+    at most from slot to slot, what a stretch begins with is out of sight for as many slots as its first position is
+    away from the window.
+    """
+    length = group.shape[0]
+    slots = jnp.arange(length, dtype=jnp.int32)
+    tree = jax.ops.segment_min(slots, group, length + 1)[group]
+    prompt_end = jax.ops.segment_max(jnp.where(branch == 0, slots, -1), group, length + 1)[group]
+    new = (group != jnp.roll(group, 1)) | (branch != jnp.roll(branch, 1))
+    own = lax.cummax(jnp.where(new, slots, 0))
+    change = jnp.zeros((length // BLOCK, length // BLOCK + 1), jnp.int32)
+    for begin, end in ((tree, jnp.minimum(prompt_end, slots)), (own, slots)):
+        if window is not None:
+            begin = begin + jnp.maximum(position - position[begin] - window + 1, 0)
+        there = (begin <= end).astype(jnp.int32)
+        change = change.at[slots // BLOCK, begin // BLOCK].add(there, mode="drop")
+        change = change.at[slots // BLOCK, end // BLOCK + 1].add(-there, mode="drop")
+    return jnp.cumsum(change, axis=1)[:, :-1] > 0
 
 
 def keeps_scores(length: int) -> bool:
@@ -99,15 +123,16 @@ def _forward(how: _How, query, key, value, sinks, slopes, plan: Plan):
     """The result, and what the backward pass needs: besides the inputs, the result by block and log-sum-exps."""
     batch, length, heads, _ = query.shape
     blocks = _blocks(query, key, value)
-    count = plan.first.shape[1]
+    count = plan.count.shape[1]
     rows = blocks.query.shape[:3]
 
     def one_block(number, found):
         row, block = number // count, number % count
         begin = _nothing_yet(blocks, sinks)
 
-        def one_tile(other, sofar):
+        def one_tile(turn, sofar):
             top, total, mixed = sofar
+            other = plan.keys[row, block, turn]
             key, value = (_at(x, row * count + other) for x in (blocks.key, blocks.value))
             scores, _ = _scores(how, _at(blocks.query, number), key, _tile(how, plan, row, block, other), slopes)
             higher = jnp.maximum(top, scores.max(axis=-1))
@@ -116,7 +141,7 @@ def _forward(how: _How, query, key, value, sinks, slopes, plan: Plan):
             more = _product(weights.astype(value.dtype), value, 2, 1)
             return higher, total * shrunk + weights.sum(axis=-1), mixed * shrunk[..., None] + more
 
-        top, total, mixed = lax.fori_loop(plan.first[row, block], block + 1, one_tile, begin)
+        top, total, mixed = lax.fori_loop(0, plan.count[row, block], one_tile, begin)
         out, lse = found
         return _put(out, mixed / total[..., None], number), _put(lse, top + jnp.log(total), number)
 
@@ -129,15 +154,16 @@ def _backward(how: _How, kept, slope):
     query, key, value, sinks, slopes, plan, out, lse = kept
     batch, length, heads, _ = query.shape
     blocks, slope = _blocks(query, key, value), _by_block(_filled(slope), key.shape[2])
-    count = plan.first.shape[1]
+    count = plan.count.shape[1]
     drop = (slope.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
 
     def one_block(number, found):
         row, block = number // count, number % count
         query, slope_here, lse_here, drop_here = (_at(x, number) for x in (blocks.query, slope, lse, drop))
 
-        def one_tile(other, sofar):
+        def one_tile(turn, sofar):
             to_query, to_key, to_value = sofar
+            other = plan.keys[row, block, turn]
             place = row * count + other
             key, value = _at(blocks.key, place), _at(blocks.value, place)
             scores, tame = _scores(how, query, key, _tile(how, plan, row, block, other), slopes)
@@ -150,7 +176,7 @@ def _backward(how: _How, kept, slope):
             return to_query + _product(change, key, 2, 1), to_key, to_value
 
         begin = jnp.zeros(query.shape, jnp.float32), *found[1:]
-        to_query, to_key, to_value = lax.fori_loop(plan.first[row, block], block + 1, one_tile, begin)
+        to_query, to_key, to_value = lax.fori_loop(0, plan.count[row, block], one_tile, begin)
         return _put(found[0], to_query, number), to_key, to_value
 
     blank = jnp.zeros_like(blocks.query), *(jnp.zeros(x.shape, jnp.float32) for x in blocks[1:])
