@@ -27,7 +27,7 @@ FLOORS = (
     (("planning.program",), 6, "stages"),
     (("planning",), 4, "planning"),
     (("config", "foreign"), 5, "config"),
-    (("stages", "loop", "models", "exchange", "compile_cache"), 6, "stages"),
+    (("stages", "loop", "start", "models", "exchange", "compile_cache"), 6, "stages"),
     *(((name,), 7, name) for name in ("train", "evaluate", "sample", "convert", "preview", "doctor", "plan")),
 )
 NUMERIC = {"jax", "jaxtyping", "numpy"}
