@@ -34,8 +34,8 @@ from dpo_jax.training.optimizer import make_optimizer, schedule, state_shardings
 from dpo_jax.training.step import MovingReference, State, fresh_state, make_step
 
 CORES_A_PROGRAM = 4
-"""Cores that XLA itself keeps busy, roughly, while it compiles one program. On two busy cores, compiling the
-quickstart's four shapes side by side took 19 % longer than one after another, and half as much memory again."""
+"""Cores for each program that is compiled at a time, as XLA itself uses several. A guess: more than two were not at
+hand, and on two busy ones the quickstart's four shapes side by side took 19 % longer, and half as much memory again."""
 
 
 class Trainer:

@@ -96,11 +96,15 @@ def _note(record: Mapping[str, Any]) -> str:
     where = ", ".join([f"{machine['processor']}, {spec['threads']} threads", *machine["gpus"]])
     repeats = 1 + max((run["repeat"] for run in record["runs"]), default=0)
     counted = spec["steps"] - spec["warmup"]
-    stale = ", with uncommitted changes" if record["dirty"] else ""
     return (
-        f"{where}; commit {record['commit']}{stale}, {record['time'][:10]}; {counted} steps of "
+        f"{where}; {_commit(record)}; {counted} steps of "
         f"{spec['pairs_per_step']} pairs, {repeats} runs of each in turn; median (least to greatest)"
     )
+
+
+def _commit(record: Mapping[str, Any]) -> str:
+    stale = ", with uncommitted changes" if record["dirty"] else ""
+    return f"commit {record['commit']}{stale}, {record['time'][:10]}"
 
 
 def growth(found: Iterable[Mapping[str, Any]]) -> str:
@@ -114,8 +118,7 @@ def growth(found: Iterable[Mapping[str, Any]]) -> str:
         rows = [row for row in record["rows"] if columns[0] in row]
         lines = [_joined(list(columns)), "|" + " --- |" * len(columns)]
         lines += [_joined([micro.shown(row[column]) for column in columns]) for row in rows]
-        stale = ", with uncommitted changes" if record["dirty"] else ""
-        about = f"{record['hardware']['processor']}; commit {record['commit']}{stale}, {record['time'][:10]}"
+        about = f"{record['hardware']['processor']}; {_commit(record)}"
         parts.append("\n".join([f"`{name}`: {micro.NAMES[name][1]} ({about})", "", *lines]) + "\n")
     return "\n".join(parts)
 

@@ -29,7 +29,7 @@ def named(x: T, name: str) -> T:
 
 def cheap(function: Callable[..., T]) -> Callable[..., T]:
     """The same function, whose inside no policy keeps: for what is done element by element, faster than it is read."""
-    return jax.checkpoint(function, policy=jax.checkpoint_policies.nothing_saveable)
+    return jax.checkpoint(function)
 
 
 def recomputed(layer: Callable, policy: str) -> Callable:
