@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_jax import config
-from dpo_jax.config import Parser, Run, command, quiet_libraries
+from dpo_jax.config import run as config
+from dpo_jax.config.run import Parser, Run, command, quiet_libraries
 
 PACKAGES = (
     "jax",
@@ -78,7 +78,7 @@ def host(folder: Path) -> dict[str, Any]:
 
 
 def _compile_cache() -> str | None:
-    from dpo_jax.compile_cache import AUTO, folder_for
+    from dpo_jax.run.compile_cache import AUTO, folder_for
 
     folder = folder_for(AUTO)
     return None if folder is None else str(folder)
@@ -222,8 +222,7 @@ def fit(run: Run) -> dict[str, Any]:
     Raises:
       UserError: training would refuse the settings, the model, the data or the mesh.
     """
-    from dpo_jax import models
-    from dpo_jax.planning import program
+    from dpo_jax.run import models, program
 
     sources = program.find_config(run)
     mesh = models.make_mesh(run)

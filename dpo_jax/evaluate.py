@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from dpo_jax import config
+from dpo_jax.config import run as config
 from dpo_jax.settings import UserError
 
 SHOWN = (
@@ -40,8 +40,11 @@ def main(argv: Sequence[str]) -> int:
 
 def evaluate(run: config.Run, quiet: bool = False) -> tuple[dict[str, float], int]:
     """Metrics of `run.model` against `run.reference` over the pairs of `run.data.train`, and how many these are."""
-    from dpo_jax import compile_cache, exchange, loop, models, stages
     from dpo_jax.hf.tokenizer import load_tokenizer
+    from dpo_jax.run import compile_cache, models
+    from dpo_jax.run import folder as stages
+    from dpo_jax.run import sources as exchange
+    from dpo_jax.run import trainer as loop
 
     compile_cache.use(run.model.compile_cache)
     folder = Path(run.output)

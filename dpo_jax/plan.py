@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_jax import config
-from dpo_jax.config import Parser, Run
+from dpo_jax.config import run as config
+from dpo_jax.config.run import Parser, Run
 from dpo_jax.planning.chips import CHIPS, Chip
 from dpo_jax.settings import UserError
 
@@ -91,8 +91,7 @@ def make_plan(
     except RuntimeError as error:
         raise UserError(f"--devices: {devices}: JAX is running with other devices; plan in a new process") from error
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from it leaves no text of the program
-    from dpo_jax import models
-    from dpo_jax.planning import program
+    from dpo_jax.run import models, program
 
     sources = program.find_config(run)
     mesh = models.make_mesh(run)
@@ -103,7 +102,8 @@ def make_plan(
 
 def _measured(run: Run, step: Any, data: str, hosts: int, chip: Chip) -> dict[str, Any]:
     from dpo_jax import trees
-    from dpo_jax.planning import costs, estimate, hlo, program, report
+    from dpo_jax.planning import costs, estimate, hlo, report
+    from dpo_jax.run import program
 
     mesh, spec, devices = step.mesh, step.problem.spec, step.mesh.size
     predicted = program.predicted(step)

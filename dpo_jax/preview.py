@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from dpo_jax import config
+from dpo_jax.config import run as config
 from dpo_jax.data.encode import collect
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.data.report import BAD, Report, clean
@@ -44,9 +44,9 @@ DEFAULTS = {"weight": 1.0, "margin": 0.0, "label": 1.0}
 @config.command
 def main(argv: Sequence[str]) -> int:
     """Print the report, the lengths, and some pairs or completions of the training data and of the held-out data."""
-    from dpo_jax.exchange import find
     from dpo_jax.hf.tensors import SIDE_FILES
     from dpo_jax.hf.tokenizer import load_tokenizer
+    from dpo_jax.run.sources import find
 
     pairs, rest = _pairs(argv)
     run = config.load(rest, "preview")

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from dpo_jax.config import COMMAND_LINE, Parser, command, quiet_libraries
+from dpo_jax.config.run import COMMAND_LINE, Parser, command, quiet_libraries
 from dpo_jax.settings import UserError
 
 if TYPE_CHECKING:
@@ -209,11 +209,12 @@ def _load(folder: str, dtype: str) -> "Model":
     import jax
     import jax.numpy as jnp
 
-    from dpo_jax import compile_cache, sharding
+    from dpo_jax import sharding
     from dpo_jax.hf.checkpoint import load_hf
     from dpo_jax.hf.configs import read_spec
     from dpo_jax.hf.tensors import local_folder
     from dpo_jax.model.decoder import abstract_params
+    from dpo_jax.run import compile_cache
 
     compile_cache.use(compile_cache.AUTO)
     if dtype == "auto":

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from dpo_jax import config
+from dpo_jax.config import run as config
 
 
 @config.command
@@ -18,8 +18,11 @@ def main(argv: Sequence[str]) -> int:
 def train(run: config.Run) -> int:
     """The whole job. Running it again goes on where it stopped; exit code 0 when done, 75 or 130 when stopped early."""
     began = time.perf_counter()
-    from dpo_jax import compile_cache, exchange, loop, models, stages
     from dpo_jax.hf.tokenizer import load_tokenizer
+    from dpo_jax.run import compile_cache, models
+    from dpo_jax.run import folder as stages
+    from dpo_jax.run import sources as exchange
+    from dpo_jax.run import trainer as loop
     from dpo_jax.training.checkpoints import Checkpoints
 
     with stages.opened(run) as folder:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.losses import Ranking, make_pairs
-from dpo_jax.objectives import OBJECTIVES
+from dpo_jax.objectives.pairwise import Ranking, make_pairs
+from dpo_jax.objectives.table import OBJECTIVES
 from tests.formulas import FORMULAS, PAIR_FIELDS
 
 PAIRS, WIDTH = 12, 5

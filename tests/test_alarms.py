@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dpo_jax.training.alarms import Alarms, Course, Smooth
-from dpo_jax.training.settings import AlarmSettings
+from dpo_jax.reporting.health import Alarms, Course, Smooth
+from dpo_jax.reporting.settings import AlarmSettings
 
 LN2 = math.log(2)
 KINDS = {

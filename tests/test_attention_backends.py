@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 
-from dpo_jax import config, models
+from dpo_jax.config import run as config
 from dpo_jax.model import spec as specs
 from dpo_jax.model.backends import table
 from dpo_jax.model.backends.dispatch import attend
 from dpo_jax.model.settings import ModelSettings
+from dpo_jax.run import models
 from dpo_jax.settings import UserError
 from tests.attention import as_rules, assert_close, inputs, plainly
 from tests.specs import plain_spec

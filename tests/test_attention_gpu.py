@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import config, models, sharding
+from dpo_jax import sharding
+from dpo_jax.config import run as config
 from dpo_jax.data.batches import Batches
 from dpo_jax.model.attention import Bounds, Rules, attend_seen
 from dpo_jax.model.backends import cudnn, fa4, table, texts, tokamax
 from dpo_jax.model.backends.dispatch import Forest, attend
 from dpo_jax.model.decoder import Execution, init_params
-from dpo_jax.model.scoring import score
+from dpo_jax.preference.scoring import score
+from dpo_jax.run import models
 from dpo_jax.settings import UserError
 from tests.attention import FOREST, as_rules, assert_close, forest, inputs, plainly
 from tests.forests import SPEC, random_encoded

@@ -14,7 +14,7 @@ import pytest
 
 from dpo_jax.data.batches import Batches
 from dpo_jax.model.decoder import init_params
-from dpo_jax.model.preference import Problem, loss_and_gradient
+from dpo_jax.preference.loss import Problem, loss_and_gradient
 from dpo_jax.settings import UserError
 from tools import bench, bench_table
 from tools.benching import compare, memory, records, workloads

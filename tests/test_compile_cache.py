@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dpo_jax import compile_cache, sharding
+from dpo_jax import sharding
+from dpo_jax.run import compile_cache
 from dpo_jax.settings import UserError
 
 PROGRAM = """
 import json, sys
-from dpo_jax import compile_cache
+from dpo_jax.run import compile_cache
 folder = compile_cache.use(sys.argv[1])
 import jax, jax.numpy as jnp
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

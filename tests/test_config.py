@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dpo_jax import config
-from dpo_jax.config import CHANGES_MATHEMATICS, FIELDS, KEEPS_MATHEMATICS, Run, changed_mathematics, dump
-from dpo_jax.foreign import FOREIGN
-from dpo_jax.objectives import KNOWN_AS
+from dpo_jax.config import run as config
+from dpo_jax.config.elsewhere import FOREIGN
+from dpo_jax.config.run import CHANGES_MATHEMATICS, FIELDS, KEEPS_MATHEMATICS, Run, changed_mathematics, dump
+from dpo_jax.objectives.table import KNOWN_AS
 from dpo_jax.settings import UserError
 
 GOOD = textwrap.dedent(
@@ -44,7 +44,7 @@ GOOD = textwrap.dedent(
     """
 )
 ROOT = Path(__file__).resolve().parents[1]
-PREAMBLE = "import sys\nfrom dpo_jax.config import *\n@command\n"
+PREAMBLE = "import sys\nfrom dpo_jax.config.run import *\n@command\n"
 COMMAND = PREAMBLE + "def main(argv): print(load(argv).seed)\nsys.exit(main())"
 
 
@@ -426,7 +426,7 @@ def test_every_setting_has_a_description():
 
 def test_help_lists_every_setting_and_imports_nothing_heavy():
     code = "try: load(['--help'])\nfinally: sys.stderr.write(' '.join(sys.modules))"
-    done = python("-c", f"import sys\nfrom dpo_jax.config import load\n{code}")
+    done = python("-c", f"import sys\nfrom dpo_jax.config.run import load\n{code}")
     assert done.returncode == 0
     assert not {"jax", "transformers", "numpy", "flax", "torch"} & set(done.stderr.split())
     for key in FIELDS:

@@ -314,7 +314,7 @@ def test_a_kind_that_there_is_not_is_an_error():
 
 
 def test_every_kind_of_entry_that_an_objective_wants_is_known():
-    from dpo_jax.objectives import OBJECTIVES
+    from dpo_jax.objectives.table import OBJECTIVES
 
     for kind in {row.data for row in OBJECTIVES.values()}:
         assert sound(entries(random_encoded(completions=(2, 3)), kind))

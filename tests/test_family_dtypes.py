@@ -16,7 +16,7 @@ from dpo_jax.data.batches import Batches
 from dpo_jax.hf.checkpoint import load_hf, save_hf
 from dpo_jax.hf.tensors import Tensors
 from dpo_jax.model.decoder import Model
-from dpo_jax.model.preference import Problem
+from dpo_jax.preference.loss import Problem
 from dpo_jax.training.optimizer import make_optimizer
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import fresh_state, make_step

@@ -13,8 +13,8 @@ import pytest
 from dpo_jax.data.batches import Batches
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.hf.configs import read_spec
-from dpo_jax.model import scoring
 from dpo_jax.model.decoder import Execution, Model
+from dpo_jax.preference import scoring
 from tests.family_configs import CONFIGS
 from tests.family_models import LENGTH, ROWS, allowed, our_logits, ours, own
 from tests.forests import random_encoded

@@ -10,7 +10,7 @@ from dpo_jax.hf.checkpoint import scheme_of
 from dpo_jax.hf.configs import quiet
 from dpo_jax.hf.mapping import claim
 from dpo_jax.hf.tensors import Tensors
-from dpo_jax.model import scoring
+from dpo_jax.preference import scoring
 from tests.family_models import KINDS, LENGTH, ours, own, read, reloaded, weights_of
 from tests.forests import random_encoded
 

@@ -12,10 +12,11 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 
-from dpo_jax import config, preview, train
-from dpo_jax.exchange import check_export, find_models
+from dpo_jax import preview, train
+from dpo_jax.config import run as config
 from dpo_jax.hf import tensors
-from dpo_jax.training.journal import Journal, read_records
+from dpo_jax.reporting.journal import Journal, read_records
+from dpo_jax.run.sources import check_export, find_models
 from tests.conftest import ROOT
 from tests.hub_stand_in import READ_ONLY, TOKEN, Hub, Repository, serving
 from tests.test_hub import at_hub, contents, use

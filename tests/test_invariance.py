@@ -11,13 +11,13 @@ import pytest
 from dpo_jax import logits, sharding, trees
 from dpo_jax.data.batches import Batches
 from dpo_jax.data.entries import as_entries
-from dpo_jax.losses import Pairs, Ranking, Sums
-from dpo_jax.mixture import Moment
 from dpo_jax.model.attention import causal
 from dpo_jax.model.decoder import Execution, cast, hidden, init_params, scalar_scores
-from dpo_jax.model.preference import Problem, loss_and_gradient, measure
-from dpo_jax.objectives import OBJECTIVES
-from dpo_jax.terms import make_terms
+from dpo_jax.objectives.mixture import Moment
+from dpo_jax.objectives.pairwise import Pairs, Ranking, Sums
+from dpo_jax.objectives.table import OBJECTIVES
+from dpo_jax.objectives.terms import make_terms
+from dpo_jax.preference.loss import Problem, loss_and_gradient, measure
 from tests.forests import SPEC, random_encoded
 
 SCALAR = dataclasses.replace(SPEC, scalar_head=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import linear_logprobs, sequence_logprobs, token_logprobs
-from dpo_jax.logprobs import linear_scores
+from dpo_jax.logprobs.tokens import linear_scores
 
 
 def problem(n=7, width=16, vocab=97, dtype=jnp.float32, seed=0):

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.losses import Pairs
-from dpo_jax.metrics import Mean, means, merge, quantile
-from dpo_jax.mixture import START, Moment, beta_of, labels_of, outcomes, start_constant
-from dpo_jax.model.preference import measure
-from dpo_jax.terms import make_terms
+from dpo_jax.objectives.metrics import Mean, means, merge, quantile
+from dpo_jax.objectives.mixture import START, Moment, beta_of, labels_of, outcomes, start_constant
+from dpo_jax.objectives.pairwise import Pairs
+from dpo_jax.objectives.terms import make_terms
+from dpo_jax.preference.loss import measure
 
 SIGMOID = make_terms([{"name": "sigmoid", "beta": 0.2}])
 

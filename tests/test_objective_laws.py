@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import group_losses, losses
-from dpo_jax.losses import Sums, make_pairs
-from dpo_jax.objectives import OBJECTIVES
+from dpo_jax.objectives import pairwise as losses
+from dpo_jax.objectives import stepwise as group_losses
+from dpo_jax.objectives.pairwise import Sums, make_pairs
+from dpo_jax.objectives.table import OBJECTIVES
 from tests import formulas
 from tests.formulas import PAIR_FIELDS
 from tests.steps import (

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import losses
-from dpo_jax.objectives import OBJECTIVES, RECIPES
+from dpo_jax.objectives import pairwise as losses
+from dpo_jax.objectives.table import OBJECTIVES, RECIPES
 from tests import formulas
 from tests.formulas import FORMULAS, PAIR_FIELDS, RECIPE_FORMULAS
 from tests.steps import (

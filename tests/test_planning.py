@@ -13,12 +13,14 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax import config, doctor, models, plan, sharding, trees
+from dpo_jax import doctor, plan, sharding, trees
+from dpo_jax.config import run as config
 from dpo_jax.data.batches import Batches
 from dpo_jax.model.decoder import init_params
-from dpo_jax.planning import costs, estimate, hlo, program, report
+from dpo_jax.planning import costs, estimate, hlo, report
 from dpo_jax.planning.chips import CHIPS
 from dpo_jax.planning.lengths import made_up
+from dpo_jax.run import models, program
 from tests.conftest import ROOT
 from tests.tiny_folders import write_config
 

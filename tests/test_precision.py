@@ -9,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from dpo_jax import config, sharding, trees
+from dpo_jax import sharding, trees
+from dpo_jax.config import run as config
 from dpo_jax.data.batches import Batches
 from dpo_jax.model.decoder import cast, init_params
-from dpo_jax.model.preference import Problem
+from dpo_jax.preference.loss import Problem
 from dpo_jax.settings import UserError
 from dpo_jax.training.optimizer import descend, make_optimizer, state_shardings, stochastically_rounded, wide
 from dpo_jax.training.settings import OptimizerSettings

@@ -12,12 +12,12 @@ from dpo_jax import trees
 from dpo_jax.data.batches import Batches
 from dpo_jax.hf.checkpoint import load_hf
 from dpo_jax.hf.configs import quiet
-from dpo_jax.loop import preference_loss
 from dpo_jax.model.attention import causal
 from dpo_jax.model.decoder import Execution, hidden_and_routing, init_params
 from dpo_jax.model.experts import load_balance
-from dpo_jax.model.preference import Problem, loss_and_gradient
 from dpo_jax.model.spec import MLP, Experts
+from dpo_jax.preference.loss import Problem, loss_and_gradient
+from dpo_jax.run.trainer import preference_loss
 from tests.forests import SPEC, random_encoded
 
 MIXED = dataclasses.replace(SPEC.layers[1], mlp=None, experts=Experts(4, 2, 12, shared=MLP(8), shared_gate=True))

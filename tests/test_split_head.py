@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax import linear_logprobs, sharding
-from dpo_jax.logprobs import linear_scores
-from dpo_jax.vocabulary import Split, TokenScores
+from dpo_jax.logprobs.fused import Split, TokenScores
+from dpo_jax.logprobs.tokens import linear_scores
 
 MESHES = {"tensor 2, fsdp 2": (1, 2, 2), "tensor 4": (1, 1, 4), "fsdp 4": (1, 4, 1), "data 2, fsdp 2": (2, 2, 1)}
 COTANGENT = jnp.linspace(-1.0, 2.0, 8)

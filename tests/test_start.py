@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from dpo_jax import config, start
-from dpo_jax.model.preference import Problem
+from dpo_jax.config import run as config
+from dpo_jax.objectives.terms import make_terms
+from dpo_jax.preference.loss import Problem
+from dpo_jax.run import first_step as start
+from dpo_jax.run.folder import Data
 from dpo_jax.settings import UserError
-from dpo_jax.stages import Data
-from dpo_jax.terms import make_terms
 from tests.forests import SPEC, random_encoded
 
 RUN = config.load(["model.path=m", "data.train=d", "output=o", "batch.pairs=8"])

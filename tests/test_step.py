@@ -13,14 +13,14 @@ from safetensors.numpy import load_file
 from dpo_jax import logits, sharding, trees
 from dpo_jax.data.batches import Batches
 from dpo_jax.data.entries import as_entries
-from dpo_jax.evaluation import preference
 from dpo_jax.hf.checkpoint import entries_of
-from dpo_jax.mixture import as_measured
 from dpo_jax.model.decoder import init_params
-from dpo_jax.model.preference import Problem, evaluate_batch, loss_and_gradient
-from dpo_jax.model.scoring import score_batch
-from dpo_jax.objectives import OBJECTIVES
-from dpo_jax.terms import make_terms
+from dpo_jax.objectives.mixture import as_measured
+from dpo_jax.objectives.table import OBJECTIVES
+from dpo_jax.objectives.terms import make_terms
+from dpo_jax.preference import heldout as preference
+from dpo_jax.preference.loss import Problem, evaluate_batch, loss_and_gradient
+from dpo_jax.preference.scoring import score_batch
 from dpo_jax.training.optimizer import decay_mask, make_optimizer, schedule
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import MovingReference, fresh_state, make_step

@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from dpo_jax.losses import Outcome
-from dpo_jax.objectives import KNOWN_AS, MODIFIERS, OBJECTIVES, RECIPES, SCHEDULED, Setting
-from dpo_jax.terms import data_of, make_terms, names, takes, with_defaults
+from dpo_jax.objectives.pairwise import Outcome
+from dpo_jax.objectives.table import KNOWN_AS, MODIFIERS, OBJECTIVES, RECIPES, SCHEDULED, Setting
+from dpo_jax.objectives.terms import data_of, make_terms, names, takes, with_defaults
 from tests.formulas import RECIPE_FORMULAS
 from tests.steps import PAIRS, by_name, evaluate, exact, numbers, random_step
 

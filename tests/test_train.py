@@ -11,12 +11,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from dpo_jax import evaluate, train
-from dpo_jax.loop import Trainer
-from dpo_jax.losses import Outcome
-from dpo_jax.objectives import OBJECTIVES, Objective, Setting
+from dpo_jax.objectives.pairwise import Outcome
+from dpo_jax.objectives.table import OBJECTIVES, Objective, Setting
+from dpo_jax.reporting.journal import TIME_FIELDS, Journal, read_records
+from dpo_jax.run.trainer import Trainer
 from dpo_jax.training import reference as references
 from dpo_jax.training.checkpoints import Checkpoints
-from dpo_jax.training.journal import TIME_FIELDS, Journal, read_records
 from tests.tiny_folders import write_folder
 from tests.tiny_rows import assistant, byte_tokenizer, user, write
 

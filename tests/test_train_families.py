@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dpo_jax import train
-from dpo_jax.training.journal import read_records
+from dpo_jax.reporting.journal import read_records
 from tests.tiny_folders import SIZES, write_config, write_folder
 from tests.tiny_rows import byte_tokenizer, write
 
@@ -117,6 +117,6 @@ def test_what_the_model_cannot_do_is_refused_before_weights_are_read(
     plain = world / "plain"
     if not plain.exists():
         write_config(plain, "llama", vocab_size=300)
-    monkeypatch.setattr("dpo_jax.models.load_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("dpo_jax.run.models.load_model", lambda *_, **__: pytest.fail("weights were read"))
     assert train.main(arguments(world, family, "refused", setting.replace("PLAIN", str(plain)))) == 2
     assert message in capsys.readouterr().err

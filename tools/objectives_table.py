@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from dpo_jax.objectives import OBJECTIVES, RECIPES
+from dpo_jax.objectives.table import OBJECTIVES, RECIPES
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCK = re.compile(r"(<!-- objectives -->\n).*(<!-- /objectives -->)", re.DOTALL)

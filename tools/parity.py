@@ -24,9 +24,9 @@ from dpo_jax.data.settings import DataSettings
 from dpo_jax.hf.checkpoint import load_hf
 from dpo_jax.hf.tokenizer import load_tokenizer
 from dpo_jax.model.decoder import Model
-from dpo_jax.model.preference import Problem, loss_and_gradient
-from dpo_jax.model.scoring import score_batch
-from dpo_jax.terms import make_terms, takes
+from dpo_jax.objectives.terms import make_terms, takes
+from dpo_jax.preference.loss import Problem, loss_and_gradient
+from dpo_jax.preference.scoring import score_batch
 from dpo_jax.training.optimizer import make_optimizer, schedule
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import fresh_state, make_step

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dpo_jax.evaluation.generate import check_prompts, check_room, rounded
-from dpo_jax.logprobs import linear_scores
+from dpo_jax.logprobs.tokens import linear_scores
 from dpo_jax.model.attention import causal
 from dpo_jax.model.decoder import Params, head_of, hidden
 from dpo_jax.model.spec import DecoderSpec

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dpo_jax import trees
+from dpo_jax.logprobs.fused import Split
 from dpo_jax.model import spec as specs
 from dpo_jax.model.attention import Bounds, Layout, causal
 from dpo_jax.model.blocks import Block, Carry, Context, Ends
@@ -24,7 +25,6 @@ from dpo_jax.model.mixers import Cached, KeyValue, Packed
 from dpo_jax.model.remat import recomputed
 from dpo_jax.model.settings import REMATS
 from dpo_jax.model.spec import DecoderSpec
-from dpo_jax.vocabulary import Split
 
 Params = dict[str, Any]
 FLOAT32 = re.compile(r".*/(scale|decay_rate|decay_bias|scalar|router/(correction|channel_scale|expert_scale))")

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax import trees
-from dpo_jax.logprobs import CHUNK
+from dpo_jax.logprobs.tokens import CHUNK
 from dpo_jax.model.attention import Layout
 from dpo_jax.model.decoder import cast, hidden_and_routing, init_params
-from dpo_jax.model.preference import Problem
-from dpo_jax.model.scoring import bounds_of
+from dpo_jax.preference.loss import Problem
+from dpo_jax.preference.scoring import bounds_of
 
 LOGITS = 3
 """Arrays of a chunk's size, float32, that the head holds at a time: logits, their exponentials, their slope."""

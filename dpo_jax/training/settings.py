@@ -1,126 +1,12 @@
-"""Settings of the objective, the reference, the optimizer, and of what a run measures, saves and logs."""
+"""Settings of the reference, the optimizer and the checkpoints."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from dpo_jax.objectives.settings import ObjectiveSettings
 from dpo_jax.settings import Section
-from dpo_jax.terms import Term, make_terms, names, with_defaults
-
-
-class ObjectiveSettings(Section):
-    """Which loss is minimised; a list of such blocks is a mixture. Each objective takes only some of these settings."""
-
-    name: str = Field(default="sigmoid", description=f"sigmoid is DPO; one of {', '.join(names())}")
-    weight: float | None = Field(default=None, ge=0, description="factor of this objective in a mixture (default 1)")
-    beta: float | None = Field(default=None, gt=0, description="strength of the pull towards the reference")
-    beta_end: float | None = Field(default=None, gt=0, description="beta at the last step, where it changes on the way")
-    beta_schedule: Literal["linear", "cosine"] | None = Field(
-        default=None, description="how beta goes from beta to beta_end (default linear)"
-    )
-    label_smoothing: float | None = Field(
-        default=None, ge=0, lt=0.5, description="chance that a pair is labelled the wrong way round"
-    )
-    reference_free: bool | None = Field(default=None, description="leave the reference out of a loss that has one")
-    divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] | None = Field(
-        default=None, description="f-divergence that holds the policy to the reference (f-DPO)"
-    )
-    divergence_alpha: float | None = Field(
-        default=None,
-        ge=0,
-        le=1,
-        description="alpha of alpha_divergence, as in TRL: 0 is the forward KL, 1 the reverse KL",
-    )
-    ld_alpha: float | None = Field(
-        default=None, ge=0, le=1, description="weight of tokens beyond the length that both completions have (LD-DPO)"
-    )
-    weighting: Literal["none", "wpo", "wpo_clamped"] | None = Field(
-        default=None, description="weigh a pair by how likely the policy is to say it (WPO), at most 1 if clamped"
-    )
-    tau: float | None = Field(default=None, gt=0, le=1, description="temperature of discopop's gate")
-    gamma: float | None = Field(default=None, ge=0, description="simpo's target margin")
-    length_penalty: float | None = Field(default=None, ge=0, description="rdpo's cost of a token, in nats")
-    calibration_weight: float | None = Field(default=None, ge=0, description="weight of cal_dpo's calibration")
-    adapt: float | None = Field(default=None, ge=0, description="how much beta_dpo's beta follows the step's gaps")
-    keep_fraction: float | None = Field(default=None, gt=0, le=1, description="share of pairs that beta_dpo keeps")
-    momentum: float | None = Field(default=None, ge=0, lt=1, description="of beta_dpo's running mean of gaps")
-    desirable_weight: float | None = Field(default=None, ge=0, description="kto's weight of desirable completions")
-    undesirable_weight: float | None = Field(default=None, ge=0, description="kto's weight of undesirable completions")
-    center: float | None = Field(default=None, ge=0, description="pulls a reward model's scores towards 0 on average")
-    sft_weight: float | None = Field(default=None, ge=0, description="weight of sft in rpo and cpo")
-    odds_weight: float | None = Field(default=None, ge=0, description="weight of the odds ratio in orpo")
-    mixture: tuple[dict[str, Any], ...] | None = Field(
-        default=None, description="several objectives at once: objective is then a list of blocks, each with a weight"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _with_defaults(cls, data: Any) -> Any:
-        if isinstance(data, list | tuple):
-            return {"mixture": tuple(data)}
-        if isinstance(data, Mapping) and data.get("mixture") is None:
-            return with_defaults(data)
-        return data
-
-    @property
-    def blocks(self) -> tuple[Mapping[str, Any], ...]:
-        """The objectives, one block of settings each."""
-        if self.mixture is not None:
-            return self.mixture
-        return (self.model_dump(exclude={"mixture"}, exclude_none=True),)
-
-    @property
-    def terms(self) -> tuple[Term, ...]:
-        """The terms of the loss.
-
-        Raises:
-          ValueError: a line for each thing that is wrong (see `terms.make_terms`).
-        """
-        return make_terms(self.blocks)
-
-    @property
-    def compares(self) -> bool | None:
-        """Whether any term compares with a reference; None where the settings are wrong."""
-        try:
-            return any(term.uses_reference for term in self.terms)
-        except ValueError:
-            return None
-
-    @property
-    def trains_reward_model(self) -> bool:
-        """Whether a scalar head is trained in place of a language model."""
-        try:
-            return any(term.row.model == "reward" for term in self.terms)
-        except ValueError:
-            return False
-
-    def problems(self) -> list[str]:
-        """A line `key: remedy` for each thing that is wrong."""
-        if self.mixture is not None and (beside := sorted(self.model_fields_set - {"mixture"})):
-            return [f"objective.{beside[0]}: stands beside a list of objectives; put it into a block of the list"]
-        if self.mixture == ():
-            return ["objective.mixture: names no objective"]
-        try:
-            self.terms  # noqa: B018 (asked for what it raises)
-        except ValueError as error:
-            return [self._problem(line) for line in str(error).splitlines()]
-        return []
-
-    def _problem(self, line: str) -> str:
-        key, _, remedy = line.partition(": ")
-        if self.mixture is None:
-            return f"objective.{key}: {remedy}"
-        number, dot, inner = key.rpartition(".")
-        return f"objective.mixture: {f'block {int(number) + 1}, {inner}' if dot else inner}: {remedy}"
-
-
-def as_written(objective: Any) -> ObjectiveSettings | None:
-    """The settings that the values of `objective` give; None where they are wrong, which is reported elsewhere."""
-    try:
-        return ObjectiveSettings.model_validate(objective or {})
-    except ValueError:
-        return None
 
 
 def fitting_mode(objective: ObjectiveSettings | None, reference: Mapping[str, Any]) -> str:
@@ -222,19 +108,6 @@ class OptimizerSettings(Section):
         return data
 
 
-class EvaluationSettings(Section):
-    """What is measured on held-out data. Nothing is, unless data.eval or evaluation.answers is given."""
-
-    every: int | None = Field(
-        default=None, gt=0, description="evaluate every this many steps (always at the start and the end)"
-    )
-    answers: str | None = Field(
-        default=None,
-        description='JSONL of {"prompt", "good"}: the model answers; good is a pattern that a good answer matches',
-    )
-    max_new_tokens: int = Field(default=64, gt=0, description="longest answer, in tokens")
-
-
 class CheckpointSettings(Section):
     """What is saved so that a run can go on where it stopped."""
 
@@ -244,32 +117,3 @@ class CheckpointSettings(Section):
         default=None, gt=0, description="also keep, for ever, each checkpoint at a multiple of this"
     )
     allow_change: tuple[str, ...] = Field(default=(), description="settings whose change a resumed run accepts")
-
-
-class LogSettings(Section):
-    """What is written while a run goes on."""
-
-    every: int = Field(default=1, gt=0, description="steps between records in metrics.jsonl")
-    tensorboard: bool = Field(default=True, description="also write TensorBoard event files")
-    loggers: tuple[Literal["wandb", "trackio"], ...] = Field(
-        default=(), description="also send metrics to these services"
-    )
-    token_statistics: bool = Field(
-        default=True, description="measure entropy, mean logits and top-1 accuracy of the tokens"
-    )
-    max_nonfinite: int = Field(default=3, ge=0, description="stop after more than this many non-finite steps in a row")
-
-
-class AlarmSettings(Section):
-    """What is said, once, when the metrics look unhealthy while a run goes on. Nothing is ever done about it."""
-
-    enabled: bool = Field(default=True, description="say so when the metrics of the steps look unhealthy")
-    # That chosen completions fall a little is normal; at 0.5 each of their tokens is 0.6 times as likely as it was.
-    # The quickstart stays within 0.08 of its start; with 20 times its learning rate it passes 0.5 and ends at 1.1.
-    chosen_drift: float = Field(
-        default=0.5, gt=0, description="remark when chosen completions lost more than this, in nats per token"
-    )
-    # Chosen unchanged and each rejected token 4.5 times less likely give 1. The quickstart ends at 0.1.
-    kl: float = Field(
-        default=1.0, gt=0, description="remark when the divergence from the reference is above this and grows"
-    )

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from dpo_jax.mixture import Moment
-from dpo_jax.model.preference import Problem, loss_and_gradient
+from dpo_jax.objectives.mixture import Moment
+from dpo_jax.preference.loss import Problem, loss_and_gradient
 from dpo_jax.training.optimizer import descend, wide
 
 State = dict[str, Any]

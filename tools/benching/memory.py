@@ -76,7 +76,7 @@ def compile_step(shape: Shape) -> tuple[Any, int]:
 
     from dpo_jax.data.batches import Batches
     from dpo_jax.model.decoder import Execution, abstract_params
-    from dpo_jax.model.preference import Problem
+    from dpo_jax.preference.loss import Problem
     from dpo_jax.training.optimizer import make_optimizer, schedule
     from dpo_jax.training.settings import OptimizerSettings
     from dpo_jax.training.step import fresh_state, make_step

@@ -11,10 +11,10 @@ import numpy as np
 
 from dpo_jax.data.batches import Batch, Batches
 from dpo_jax.data.encoded import Encoded
-from dpo_jax.logprobs import linear_logprobs
+from dpo_jax.logprobs.tokens import linear_logprobs
 from dpo_jax.model.decoder import Execution, init_params
-from dpo_jax.model.preference import Problem, loss_and_gradient
-from dpo_jax.stages import attention_length
+from dpo_jax.preference.loss import Problem, loss_and_gradient
+from dpo_jax.run.folder import attention_length
 from tools.benching.inputs import encoded_of
 from tools.benching.memory import Shape, llama
 from tools.benching.micro import Options, Row, timed

@@ -67,14 +67,17 @@ class Unsaved:
 
 def run(spec: Spec, events: Events, folder: Path) -> None:
     """The stages of `dpo_jax.train.train`, up to the last step."""
-    from dpo_jax import config
+    from dpo_jax.config import run as config
 
     settled = config.load(settings(spec, folder))
     config.quiet_libraries()
 
-    from dpo_jax import exchange, loop, models, stages
     from dpo_jax.hf.tokenizer import load_tokenizer
-    from dpo_jax.training.journal import Journal
+    from dpo_jax.reporting.journal import Journal
+    from dpo_jax.run import folder as stages
+    from dpo_jax.run import models
+    from dpo_jax.run import sources as exchange
+    from dpo_jax.run import trainer as loop
 
     class Timed(Journal):
         """A journal that also tells the stopwatch."""

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dpo_jax.losses import Outcome, Pairs, Scalar, desensitized, policy_weights
-from dpo_jax.objectives import OBJECTIVES
-from dpo_jax.terms import Term, make_terms, takes
+from dpo_jax.objectives.pairwise import Outcome, Pairs, Scalar, desensitized, policy_weights
+from dpo_jax.objectives.table import OBJECTIVES
+from dpo_jax.objectives.terms import Term, make_terms, takes
 
 
 class Moment(NamedTuple):

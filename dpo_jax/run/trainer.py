@@ -14,22 +14,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import config, sharding
-from dpo_jax.config import Run
+from dpo_jax import sharding
+from dpo_jax.config import run as config
+from dpo_jax.config.run import Run
 from dpo_jax.data.batches import Batches, Made, pair_tokens, prefetch
 from dpo_jax.data.workers import processes
-from dpo_jax.evaluation import preference, winrate
-from dpo_jax.exchange import Sources
-from dpo_jax.mixture import as_measured
+from dpo_jax.evaluation import winrate
 from dpo_jax.model.decoder import Model, cast
-from dpo_jax.model.preference import Problem, evaluate_batch
-from dpo_jax.models import shares
+from dpo_jax.objectives.mixture import as_measured
+from dpo_jax.preference import heldout as preference
+from dpo_jax.preference.loss import Problem, evaluate_batch
+from dpo_jax.reporting.health import Alarms
+from dpo_jax.reporting.journal import Journal, read_records
+from dpo_jax.run.first_step import check_start, known_start, preference_loss
+from dpo_jax.run.folder import Data, Reference, sweep
+from dpo_jax.run.models import shares
+from dpo_jax.run.sources import Sources
 from dpo_jax.settings import UserError
-from dpo_jax.stages import Data, Reference, sweep
-from dpo_jax.start import check_start, known_start, preference_loss
-from dpo_jax.training.alarms import Alarms
 from dpo_jax.training.checkpoints import Checkpoints
-from dpo_jax.training.journal import Journal, read_records
 from dpo_jax.training.optimizer import make_optimizer, schedule, state_shardings, warmup_steps, wide
 from dpo_jax.training.step import MovingReference, State, fresh_state, make_step
 

@@ -4,11 +4,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_jax.config import Run
-from dpo_jax.exchange import is_policy
-from dpo_jax.model.preference import Problem
+from dpo_jax.config.run import Run
+from dpo_jax.preference.loss import Problem
+from dpo_jax.run.folder import Data, cache_folder
+from dpo_jax.run.sources import is_policy
 from dpo_jax.settings import UserError
-from dpo_jax.stages import Data, cache_folder
 
 START_TOLERANCE = 1e-4
 """How far the first loss may be from the objective's constant in float32, in nats."""

@@ -9,10 +9,10 @@ import numpy as np
 
 from dpo_jax.data.batches import Batches
 from dpo_jax.data.encoded import Encoded
-from dpo_jax.losses import Pairs
-from dpo_jax.mixture import Moment
-from dpo_jax.model.preference import measure
-from dpo_jax.terms import Term
+from dpo_jax.objectives.mixture import Moment
+from dpo_jax.objectives.pairwise import Pairs
+from dpo_jax.objectives.terms import Term
+from dpo_jax.preference.loss import measure
 
 
 def evaluate(

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dpo_jax.losses import Outcome, Pairs, per_token, rewards
-from dpo_jax.mixture import Moment, beta_of, counts_of, labels_of, leading, modified
-from dpo_jax.terms import Term, data_of
+from dpo_jax.objectives.mixture import Moment, beta_of, counts_of, labels_of, leading, modified
+from dpo_jax.objectives.pairwise import Outcome, Pairs, per_token, rewards
+from dpo_jax.objectives.terms import Term, data_of
 
 Values = dict[str, Float[Array, ""]]
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}

@@ -22,8 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column, Table
 from rich.text import Text
 
+from dpo_jax.reporting.settings import LogSettings
 from dpo_jax.settings import UserError, printable
-from dpo_jax.training.settings import LogSettings
 
 METRICS_FILE = "metrics.jsonl"
 

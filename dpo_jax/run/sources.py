@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_jax import config
-from dpo_jax.config import Run
+from dpo_jax.config import run as config
+from dpo_jax.config.run import Run
 from dpo_jax.hf import hub, tensors
 from dpo_jax.hf.push import check_push, push
 from dpo_jax.settings import UserError

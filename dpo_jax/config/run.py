@@ -22,24 +22,16 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from dpo_jax import terms
+from dpo_jax.config.elsewhere import FOREIGN
 from dpo_jax.data.settings import BatchSettings, DataSettings
-from dpo_jax.foreign import FOREIGN
+from dpo_jax.evaluation.settings import EvaluationSettings
 from dpo_jax.hf.settings import ExportSettings
 from dpo_jax.model.settings import MeshSettings, ModelSettings
+from dpo_jax.objectives import terms
+from dpo_jax.objectives.settings import ObjectiveSettings, as_written
+from dpo_jax.reporting.settings import AlarmSettings, LogSettings
 from dpo_jax.settings import COMMAND_LINE, Section, Sources, UserError, allowed, printable, short
-from dpo_jax.training.settings import (
-    UNUSED,
-    AlarmSettings,
-    CheckpointSettings,
-    EvaluationSettings,
-    LogSettings,
-    ObjectiveSettings,
-    OptimizerSettings,
-    ReferenceSettings,
-    as_written,
-    fitting_mode,
-)
+from dpo_jax.training.settings import UNUSED, CheckpointSettings, OptimizerSettings, ReferenceSettings, fitting_mode
 
 
 class Run(Section):

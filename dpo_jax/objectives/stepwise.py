@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dpo_jax.losses import Outcome, Pairs, Ranking, Scalar, cross_entropy, log_ratios, rewards
+from dpo_jax.objectives.pairwise import Outcome, Pairs, Ranking, Scalar, cross_entropy, log_ratios, rewards
 
 SMALLEST_BETA = 1e-3
 """Least beta that beta-DPO adapts to (as in its authors' code)."""

@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dpo_jax.losses import Pairs
-from dpo_jax.metrics import Means, means, merge, preference_metrics
-from dpo_jax.mixture import START, Moment, counts_of, outcomes, start_constant, total
 from dpo_jax.model.decoder import DEFAULT_EXECUTION, Execution, cast
 from dpo_jax.model.experts import Routing, added, load_balance
-from dpo_jax.model.scoring import Scores, Wanted, fold, pairs_of, score, token_metrics
 from dpo_jax.model.spec import DecoderSpec
-from dpo_jax.objectives import Kind
-from dpo_jax.terms import Term, data_of, make_terms
+from dpo_jax.objectives.metrics import Means, means, merge, preference_metrics
+from dpo_jax.objectives.mixture import START, Moment, counts_of, outcomes, start_constant, total
+from dpo_jax.objectives.pairwise import Pairs
+from dpo_jax.objectives.table import Kind
+from dpo_jax.objectives.terms import Term, data_of, make_terms
+from dpo_jax.preference.scoring import Scores, Wanted, fold, pairs_of, score, token_metrics
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,23 +14,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import config, exchange, sharding
-from dpo_jax.config import Run
+from dpo_jax import sharding
+from dpo_jax.config import run as config
+from dpo_jax.config.run import Run
 from dpo_jax.data.batches import Batches
 from dpo_jax.data.encode import Encoded, encode
 from dpo_jax.data.entries import as_entries
-from dpo_jax.evaluation import preference
-from dpo_jax.exchange import Sources, is_policy
 from dpo_jax.hf import checkpoint as hf
 from dpo_jax.model.decoder import Model, cast
-from dpo_jax.model.preference import Problem
-from dpo_jax.model.scoring import score_batch
 from dpo_jax.model.spec import DecoderSpec
-from dpo_jax.models import load_model, shares, weights_digest
+from dpo_jax.objectives.terms import data_of
+from dpo_jax.preference import heldout as preference
+from dpo_jax.preference.loss import Problem
+from dpo_jax.preference.scoring import score_batch
+from dpo_jax.reporting.journal import Journal, read_records, summary
+from dpo_jax.run import sources as exchange
+from dpo_jax.run.models import load_model, shares, weights_digest
+from dpo_jax.run.sources import Sources, is_policy
 from dpo_jax.settings import UserError
-from dpo_jax.terms import data_of
 from dpo_jax.training import reference as references
-from dpo_jax.training.journal import Journal, read_records, summary
 from dpo_jax.training.step import State
 
 RUN_FILE = "run.json"

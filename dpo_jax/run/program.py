@@ -10,22 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import exchange, models, sharding, stages
-from dpo_jax.config import Run
+from dpo_jax import sharding
+from dpo_jax.config.run import Run
 from dpo_jax.data.batches import Batch, Batches
 from dpo_jax.data.encode import encode
 from dpo_jax.data.encoded import Encoded
-from dpo_jax.exchange import Sources, is_policy
 from dpo_jax.hf.configs import read_spec
-from dpo_jax.loop import Trainer
 from dpo_jax.model.decoder import Model, abstract_params, cast
-from dpo_jax.model.preference import Problem
+from dpo_jax.objectives.terms import data_of
 from dpo_jax.planning import costs, hlo, memory
 from dpo_jax.planning.costs import Load
 from dpo_jax.planning.estimate import Moved
 from dpo_jax.planning.lengths import COMPLETION_TOKENS, PROMPT_TOKENS, UNITS_PER_STEP, made_up
+from dpo_jax.preference.loss import Problem
+from dpo_jax.run import folder as stages
+from dpo_jax.run import models
+from dpo_jax.run import sources as exchange
+from dpo_jax.run.sources import Sources, is_policy
+from dpo_jax.run.trainer import Trainer
 from dpo_jax.settings import UserError
-from dpo_jax.terms import data_of
 
 CONFIG_ONLY = ("config.json",)
 LOOKED_AT = 4

@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax import sharding
-from dpo_jax.config import Run
-from dpo_jax.exchange import Sources, is_policy
+from dpo_jax.config.run import Run
 from dpo_jax.hf import checkpoint as hf
 from dpo_jax.hf import tensors
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.model import remat
 from dpo_jax.model.backends import table
 from dpo_jax.model.decoder import Execution, Model, abstract_params, held_in
-from dpo_jax.model.preference import Problem
 from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.preference.loss import Problem
+from dpo_jax.run.sources import Sources, is_policy
 from dpo_jax.settings import UserError
 
 

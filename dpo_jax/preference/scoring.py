@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dpo_jax.logprobs import linear_scores
-from dpo_jax.losses import Pairs, Ranking, Sums
-from dpo_jax.metrics import Mean, Means
+from dpo_jax.logprobs.tokens import linear_scores
 from dpo_jax.model.attention import Bounds, Layout
 from dpo_jax.model.decoder import (
     DEFAULT_EXECUTION,
@@ -26,6 +24,8 @@ from dpo_jax.model.decoder import (
 )
 from dpo_jax.model.experts import Routing
 from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.objectives.metrics import Mean, Means
+from dpo_jax.objectives.pairwise import Pairs, Ranking, Sums
 
 
 class Wanted(NamedTuple):

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dpo_jax.objectives import KNOWN_AS, OBJECTIVES, RECIPES, SCHEDULED, WEIGHT, Kind, Objective, Setting
+from dpo_jax.objectives.table import KNOWN_AS, OBJECTIVES, RECIPES, SCHEDULED, WEIGHT, Kind, Objective, Setting
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dpo_jax.vocabulary import CHUNK, Plan, Shape, Split, TokenScores, scored
+from dpo_jax.logprobs.fused import CHUNK, Plan, Shape, Split, TokenScores, scored
 
 
 @jax.jit

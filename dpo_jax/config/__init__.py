@@ -1,0 +1,1 @@
+"""One run's settings: YAML, overrides, help, and the names used elsewhere."""

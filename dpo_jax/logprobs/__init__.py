@@ -1,0 +1,1 @@
+"""Log-probabilities of tokens, from logits or without them."""

@@ -1,0 +1,1 @@
+"""Packed batches of completions to losses, gradients and metrics."""
