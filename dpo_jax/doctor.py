@@ -224,15 +224,15 @@ def fit(run: Run) -> dict[str, Any]:
     """
     from dpo_jax.run import models, program
 
-    sources = program.find_config(run)
-    mesh = models.make_mesh(run)
+    mesh = models.make_mesh(run.mesh, run.model)
+    sources = program.find_config(run, mesh)
     encoded, data, run = program.data_for(run, sources)
-    step = program.describe(run, sources, encoded, mesh, accelerator=False)
-    compiled = step.trainer.lower(step.blank).compile()
+    step = program.describe(run, sources, encoded, mesh)
+    compiled = step.trainer.lower(step.dummy).compile()
     return {
         "data": data,
         "devices": mesh.size,
-        "compute_dtype": step.problem.compute_dtype,
+        "compute_dtype": step.objective.compute_dtype,
         "predicted": program.predicted(step),
         "compiler": program.reported(compiled),
         "capacity": memory_of_a_device(),

@@ -9,13 +9,20 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
 from dpo_jax.config import run as config
-from dpo_jax.settings import UserError
+from dpo_jax.data.settings import BatchSettings, DataSettings
+from dpo_jax.model.settings import MeshSettings, ModelSettings
+from dpo_jax.objectives.settings import ObjectiveSettings
+from dpo_jax.reporting.settings import LogSettings
+from dpo_jax.settings import Section, UserError
+from dpo_jax.training.settings import ReferenceSettings
+
+Block = TypeVar("Block", bound=Section)
 
 SHOWN = (
     ("rewards/accuracies", "preference accuracy", "{:.1%}"),
@@ -33,35 +40,50 @@ def main(argv: Sequence[str]) -> int:
     options = _options(argv)
     config.quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="dpo_jax-") as folder:
-        found, pairs = evaluate(_run(options, folder), quiet=options.json)
+        found, pairs = evaluate(_settings(options), Path(folder), quiet=options.json)
     print(json.dumps({"pairs": pairs, **found}) if options.json else "\n".join(_lines(found, pairs)))
     return 0
 
 
-def evaluate(run: config.Run, quiet: bool = False) -> tuple[dict[str, float], int]:
-    """Metrics of `run.model` against `run.reference` over the pairs of `run.data.train`, and how many these are."""
-    from dpo_jax.hf.tokenizer import load_tokenizer
-    from dpo_jax.run import compile_cache, models
-    from dpo_jax.run import folder as stages
-    from dpo_jax.run import sources as exchange
-    from dpo_jax.run import trainer as loop
+class Settings(NamedTuple):
+    """The blocks of settings that an evaluation needs."""
 
-    compile_cache.use(run.model.compile_cache)
-    folder = Path(run.output)
-    mesh = models.make_mesh(run)
-    sources = exchange.find_models(run, {})
-    tokenizer = load_tokenizer(sources.policy, run.data.template)
-    data = stages.load_data(run, tokenizer, folder, _silent if quiet else print)
-    models.check_models(run, sources)
-    policy = models.load_model(sources.policy, mesh, scalar_head=run.objective.trains_reward_model)
-    problem = models.make_problem(run, policy, mesh)
-    with stages.make_journal(run, folder, 1, None, process=int(quiet)) as journal:
-        reference = stages.make_reference(run, sources, policy, problem, data, mesh, journal)
-        held_out = stages.Data(data.train, data.train, data.dropped, data.report)
-        logps = replace(reference, held_out=reference.train)
-        measure = loop.Evaluator(run, problem, held_out, logps, tokenizer, mesh, None)
+    model: ModelSettings
+    reference: ReferenceSettings
+    data: DataSettings
+    batch: BatchSettings
+    objective: ObjectiveSettings
+
+
+def evaluate(settings: Settings, folder: Path, quiet: bool = False) -> tuple[dict[str, float], int]:
+    """Metrics of a model against a reference over pairs, and how many these are; the folder is for what is cached."""
+    from dpo_jax.hf.tokenizer import load_tokenizer
+    from dpo_jax.model.decoder import Model
+    from dpo_jax.model.weights import Weights
+    from dpo_jax.reporting.journal import Journal
+    from dpo_jax.run import compile_cache, models
+    from dpo_jax.run.data import Packing, load_data
+    from dpo_jax.run.evaluator import Evaluator
+    from dpo_jax.run.reference import ReferenceScorer, make_reference
+    from dpo_jax.run.sources import find_models
+
+    model, reference, rows, batch, objective = settings
+    scalar_head, length = objective.trains_reward_model, rows.max_length
+    compile_cache.use(model.compile_cache)
+    mesh = models.make_mesh(MeshSettings(), model)
+    sources = find_models(model, reference, {})
+    tokenizer = load_tokenizer(sources.policy, rows.template)
+    data = load_data(rows, objective.terms, tokenizer, folder, _silent if quiet else print)
+    models.check_models(sources, mesh, model=model, reference=reference, max_length=length, scalar_head=scalar_head)
+    policy: Model = models.load_model(sources.policy, mesh, scalar_head=scalar_head)
+    problem = models.make_objective(model, objective.terms, policy.spec, mesh)
+    packing = Packing.of(batch, length, objective.terms, mesh)
+    with Journal(folder, 1, LogSettings(tensorboard=False), process=int(quiet)) as journal:
+        scorer = ReferenceScorer(mesh, packing, folder, journal)
+        logps = make_reference(reference, sources, policy, problem, data, scorer).train
+        measure = Evaluator(problem, mesh, held_out=packing.sweep(data.train, policy.spec, logps))
         journal.phase("evaluating")
-        return measure(policy.params, folder, 0), data.train.num_pairs
+        return measure(Weights(policy.params), folder, 0), data.train.num_pairs
 
 
 def _options(argv: Sequence[str]) -> Namespace:
@@ -78,29 +100,30 @@ def _options(argv: Sequence[str]) -> Namespace:
     return parser.parse_args(list(argv))
 
 
-def _run(options: Namespace, folder: str) -> config.Run:
-    """The settings that the stages take; what they write goes to the folder."""
+def _settings(options: Namespace) -> Settings:
+    """The arguments as blocks of settings."""
     scores = _is_reward_model(options.model)
     if scores and (options.reference is not None or options.beta is not None):
         raise UserError("command line: a reward model has scores of its own; leave --reference and --beta out")
     if not scores and options.reference is None:
         raise UserError("command line: --reference is missing; name the folder that MODEL is measured against")
+    rows = {"train": tuple(options.pairs), "max_length": options.max_length, "ending": "template" if scores else None}
     objective = {"name": "reward"} if scores else {"beta": 0.1 if options.beta is None else options.beta}
+    return Settings(
+        _block(ModelSettings, "model", path=options.model),
+        _block(ReferenceSettings, "reference", **({"mode": "none"} if scores else {"path": options.reference})),
+        _block(DataSettings, "data", **rows),
+        _block(BatchSettings, "batch", pairs=options.batch),
+        _block(ObjectiveSettings, "objective", **objective),
+    )
+
+
+def _block(kind: type[Block], name: str, **values: Any) -> Block:
     try:
-        return config.Run.model_validate(
-            {
-                "model": {"path": options.model},
-                "reference": {} if scores else {"path": options.reference},
-                "data": {"train": tuple(options.pairs), "max_length": options.max_length},
-                "batch": {"pairs": options.batch},
-                "objective": objective,
-                "log": {"tensorboard": False},
-                "output": folder,
-            }
-        )
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "arguments"
+        key = ".".join((name, *(str(part) for part in first["loc"])))
         raise UserError(f"command line: {key}: {first['msg']}") from error
 
 

@@ -93,10 +93,10 @@ def make_plan(
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from it leaves no text of the program
     from dpo_jax.run import models, program
 
-    sources = program.find_config(run)
-    mesh = models.make_mesh(run)
+    mesh = models.make_mesh(run.mesh, run.model)
+    sources = program.find_config(run, mesh)
     encoded, data, run = program.data_for(run, sources, lengths)
-    step = program.describe(run, sources, encoded, mesh, accelerator=True)
+    step = program.describe(run, sources, encoded, mesh, platform="gpu")
     return _measured(run, step, data, hosts, chip)
 
 
@@ -105,7 +105,7 @@ def _measured(run: Run, step: Any, data: str, hosts: int, chip: Chip) -> dict[st
     from dpo_jax.planning import costs, estimate, hlo, report
     from dpo_jax.run import program
 
-    mesh, spec, devices = step.mesh, step.problem.spec, step.mesh.size
+    mesh, spec, devices = step.mesh, step.objective.spec, step.mesh.size
     predicted = program.predicted(step)
     compiled, text = program.compile_step(step)
     found_program = program.program_of(step, text)
@@ -122,8 +122,8 @@ def _measured(run: Run, step: Any, data: str, hosts: int, chip: Chip) -> dict[st
     return {
         "model": {
             "path": run.model.path,
-            "parameters": trees.num_parameters(step.trainer.abstract["params"]),
-            "compute_dtype": step.problem.compute_dtype,
+            "parameters": trees.num_parameters(step.trainer.weights(step.trainer.abstract).params),
+            "compute_dtype": step.objective.compute_dtype,
             "remat": run.model.remat,
         },
         "devices": devices,
@@ -143,7 +143,7 @@ def _measured(run: Run, step: Any, data: str, hosts: int, chip: Chip) -> dict[st
         "memory": {
             "predicted": predicted,
             "compiler": program.reported(compiled),
-            "note": ON_CPU if step.problem.compute_dtype == "bfloat16" else "",
+            "note": ON_CPU if step.objective.compute_dtype == "bfloat16" else "",
             "capacity": chip.memory,
         },
         "flops": {"useful": useful, "device": flops, "note": note},

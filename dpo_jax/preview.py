@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
 
     pairs, rest = _pairs(argv)
     run = config.load(rest, "preview")
-    tokenizer = load_tokenizer(find(run, "model", SIDE_FILES), run.data.template)
+    tokenizer = load_tokenizer(find("model", run.model.path, run.model.revision, SIDE_FILES), run.data.template)
     console = console_for(sys.stdout)
     given = {"train": (run.data.train, run.data.first), "eval": (run.data.eval, None)}
     reports = []

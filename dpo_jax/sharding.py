@@ -80,6 +80,11 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[Any]
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def platform(mesh: Mesh) -> str:
+    """Of the mesh's devices: cpu, gpu or tpu."""
+    return mesh.devices.flat[0].platform
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Parts that a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH)

@@ -3,8 +3,15 @@
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dpo_jax.config import run as config
+
+if TYPE_CHECKING:
+    from dpo_jax.run.checkpoints import Saver
+    from dpo_jax.run.recorder import Recorder
+    from dpo_jax.run.trainer import Trainer
+    from dpo_jax.training.step import State
 
 
 @config.command
@@ -18,44 +25,52 @@ def main(argv: Sequence[str]) -> int:
 def train(run: config.Run) -> int:
     """The whole job. Running it again goes on where it stopped; exit code 0 when done, 75 or 130 when stopped early."""
     began = time.perf_counter()
-    from dpo_jax.hf.tokenizer import load_tokenizer
-    from dpo_jax.run import compile_cache, models
-    from dpo_jax.run import folder as stages
-    from dpo_jax.run import sources as exchange
-    from dpo_jax.run import trainer as loop
-    from dpo_jax.training.checkpoints import Checkpoints
+    from dpo_jax.run import checkpoints, compile_cache, output, result, sources
+    from dpo_jax.run.prepare import Job
 
-    with stages.opened(run) as folder:
-        if stages.is_finished(folder):
-            return stages.show_result(run, folder, "this run is finished already")
-        exchange.check_export(run)
+    with output.opened(run) as folder:
+        if result.is_finished(folder):
+            return result.show(run, folder, "this run is finished already")
+        sources.check_export(run.export)
         compile_cache.use(run.model.compile_cache)
-        sources = exchange.find_models(run, stages.recorded(folder))
-        mesh = models.make_mesh(run)
-        tokenizer = load_tokenizer(sources.policy, run.data.template)
-        data = stages.load_data(run, tokenizer, folder, print)
-        steps = stages.number_of_steps(run, data)
-        exam = loop.read_exam(run, sources, tokenizer)
-        models.check_models(run, sources)
-        kind = run.optimizer.param_dtype
-        policy = models.load_model(sources.policy, mesh, kind, scalar_head=run.objective.trains_reward_model)
-        problem = models.make_problem(run, policy, mesh)
-        with Checkpoints(folder / "checkpoints", run.checkpoint) as checkpoints:
-            start = checkpoints.latest()
-            with stages.make_journal(run, folder, steps, start, began=began) as journal:
-                resumes = start is not None
-                reference = stages.make_reference(run, sources, policy, problem, data, mesh, journal, resumes=resumes)
-                batches = stages.training_batches(run, data, steps, mesh, policy, reference)
-                trainer = loop.Trainer(run, policy, problem, batches, reference, mesh)
-                evaluator = loop.Evaluator(run, problem, data, reference, tokenizer, mesh, exam)
-                stages.record_run(run, folder, stages.facts(sources, data, steps))
-                state = loop.start_or_resume(trainer, policy, checkpoints, start, evaluator, folder, journal)
-                del policy
-                state, stopped = loop.loop(run, trainer, state, evaluator, checkpoints, data, folder, journal)
-                if stopped:
-                    return stages.say_stopped(stopped, state, journal)
-                stages.export(run, sources, problem.spec, state, folder, journal)
-        return stages.show_result(run, folder, "done")
+        job = Job.read(run, folder)
+        spec, weights = job.load_policy()
+        objective = job.objective(spec)
+        with checkpoints.opened(run, folder) as saver, job.journal(saver.start, began) as journal:
+            reference = job.reference(objective, weights, journal, resumes=saver.start is not None)
+            trainer = job.trainer(objective, weights, reference)
+            evaluator = job.evaluator(objective, reference)
+            output.record_run(run, folder, job.facts())
+            recorder = job.recorder(trainer, evaluator, journal, after=saver.start or 0)
+            state = saver.restored(trainer, weights, journal) or recorder.begin(weights)
+            del weights
+            state, stopped = advance(trainer, state, recorder, saver)
+            if stopped:
+                return result.say_stopped(stopped, state, journal)
+            result.export(run, job.sources, trainer.model(state), journal)
+        return result.show(run, folder, "done")
+
+
+def advance(trainer: "Trainer", state: "State", recorder: "Recorder", saver: "Saver") -> tuple["State", int | None]:
+    """Every step that is left. Returns the last state, and the signal that stopped it early, if one did."""
+    from dpo_jax.run.interrupts import Interrupts
+
+    first, last = int(state["step"]), trainer.batches.steps
+    if first < last:
+        trainer.compile(recorder.journal)
+    recorder.start()
+    with Interrupts() as interrupts:
+        for made in trainer.placed_batches(first):
+            state, metrics = trainer.step(state, made.value)
+            step = made.step + 1
+            recorder.take(step, metrics, waited=made.waited)
+            recorder.evaluate(step, state)
+            asked = interrupts.asked
+            saver.save(step, state, recorder, last=last, at_once=asked is not None)
+            if asked and step < last:
+                return state, asked
+    recorder.end()
+    return state, None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Every objective as its paper prints it, in float64 NumPy and without any care for large numbers.
 
-Written from the papers (and, where TRL is what the project follows, from TRL 1.16's trainer), not from losses.py.
+Written from the papers (and, where TRL is what the project follows, from TRL 1.16's trainer), not from the code.
 `FORMULAS[name](pairs, **settings)` is one loss per pair; `pairs` has the fields of `Pairs` as flat float64 arrays, real
 entries only. Where a paper takes a number without gradient, it is taken from `fixed` if that is given, so that finite
 differences see it as constant.

@@ -168,7 +168,7 @@ CHANGES_MATHEMATICS = frozenset(
     reference.path reference.revision reference.update_every reference.update_rate optimizer.learning_rate
     optimizer.schedule optimizer.warmup_steps optimizer.warmup_fraction optimizer.beta1 optimizer.beta2
     optimizer.epsilon optimizer.weight_decay optimizer.clip_norm steps epochs seed model.router_aux
-    optimizer.name optimizer.param_dtype optimizer.moment_dtype
+    optimizer.name optimizer.param_dtype optimizer.moment_dtype model.freeze
     """.split()
 ) | {f"objective.{name}" for name in ObjectiveSettings.model_fields}
 KEEPS_MATHEMATICS = frozenset(
@@ -341,6 +341,8 @@ def dump(run: Run) -> dict[str, Any]:
         section, name = key.split(".")
         if ignores(run):
             settings[section].pop(name)
+    if not run.model.freeze:
+        settings["model"].pop("freeze")
     return settings
 
 

@@ -1,7 +1,7 @@
 """Log-probabilities of tokens and of completions, in nats and float32 whatever the model computes in.
 
 Letters: B rows, T positions, V vocabulary, N scored tokens, D width. The scan behind the linear form is in
-`vocabulary.py`.
+`fused.py`.
 """
 
 import functools

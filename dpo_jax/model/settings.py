@@ -69,6 +69,11 @@ class ModelSettings(Section):
         "splash is a kernel for TPUs, cudnn, fa4 (package fa4-jax) and tokamax (that package) are for NVIDIA GPUs of "
         "compute capability 9.0 or more",
     )
+    freeze: tuple[str, ...] = Field(
+        default=(),
+        description="regular expressions; leaves whose whole name matches one are not trained, such as "
+        "embed/embedding, layers/[0-3]/.* (layers 0 to 3) or layers/\\d+/mlp/.*; they come back bit for bit",
+    )
     compile_cache: str | None = Field(
         default="auto",
         description="folder of compiled programs that later runs start from; auto: JAX_COMPILATION_CACHE_DIR, or "

@@ -1,6 +1,6 @@
 """Preference objectives: pure functions of log-probabilities to one value per pair. Nothing here knows a model.
 
-`objectives.py` has the table of them: names, settings, papers. `group_losses.py` has those that look at more than one
+`table.py` has the table of them: names, settings, papers. `stepwise.py` has those that look at more than one
 pair at a time, `mixture.py` adds objectives up.
 
 Letters: P pairs, C completions, W completions of a ranking. Log-probabilities are sums over a completion's tokens, in

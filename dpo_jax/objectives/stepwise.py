@@ -1,6 +1,6 @@
 """Objectives that look beyond the pair: at all ranked completions of a prompt, or at all the pairs of a step.
 
-Letters and names as in losses.py; a step's arrays may have any shape, and hold entries that are not real.
+Letters and names as in pairwise.py; a step's arrays may have any shape, and hold entries that are not real.
 """
 
 from typing import Any

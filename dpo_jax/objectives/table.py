@@ -1,7 +1,7 @@
 """The table of objectives: what `objective.name` may be, the settings each takes, and the paper behind it.
 
 A row is an objective; a recipe is a sum of rows with a name of its own. To add one, write a function of `Pairs` (see
-losses.py) and a row, here or in a script of your own that then calls `dpo_jax.train.main`:
+pairwise.py) and a row, here or in a script of your own that then calls `dpo_jax.train.main`:
 
     def mine(pairs, *, beta, slack):
         gap = beta * (pairs.policy_chosen - pairs.policy_rejected)
@@ -71,8 +71,8 @@ class Objective:
     """A row of the table.
 
     Attributes:
-      value: `(pairs, **settings) -> Outcome`, or module and name of such a function, "losses.sigmoid".
-      equation: the loss of one pair, in the letters of losses.py.
+      value: `(pairs, **settings) -> Outcome`, or module and name of such a function, "pairwise.sigmoid".
+      equation: the loss of one pair, in the letters of pairwise.py.
       paper: where it comes from.
       when: what it is for, in a few words.
       settings: what it takes beside the modifiers.
@@ -113,7 +113,7 @@ class Objective:
         if callable(self.value):
             return self.value
         module, _, name = self.value.partition(".")
-        return getattr(importlib.import_module(f"dpo_jax.{module}"), name)
+        return getattr(importlib.import_module(f"dpo_jax.objectives.{module}"), name)
 
     @property
     def takes(self) -> dict[str, Setting]:
@@ -159,7 +159,7 @@ def _exo(label_smoothing: float, **_: Any) -> float:
 
 OBJECTIVES: dict[str, Objective] = {
     "sigmoid": Objective(
-        value="losses.sigmoid",
+        value="pairwise.sigmoid",
         equation="-log S(beta (u_w - u_l))",
         paper="DPO, arXiv:2305.18290; label_smoothing: conservative DPO",
         when="first, and as the baseline; label_smoothing where labels are noisy",
@@ -169,7 +169,7 @@ OBJECTIVES: dict[str, Objective] = {
         at_start=_ln2,
     ),
     "hinge": Objective(
-        value="losses.hinge",
+        value="pairwise.hinge",
         equation="max(0, 1 - beta (u_w - u_l))",
         paper="SLiC, arXiv:2305.10425; RSO, arXiv:2309.06657",
         when="pairs that are already told apart should stop pushing",
@@ -179,7 +179,7 @@ OBJECTIVES: dict[str, Objective] = {
         at_start=lambda **_: 1.0,
     ),
     "ipo": Objective(
-        value="losses.ipo",
+        value="pairwise.ipo",
         equation="(u_w/n_w - u_l/n_l - 1/(2 beta))^2",
         paper="IPO, arXiv:2310.12036",
         when="few or deterministic preferences, where DPO overfits",
@@ -188,7 +188,7 @@ OBJECTIVES: dict[str, Objective] = {
         at_start=lambda beta, **_: 0.25 / beta**2,
     ),
     "exo_pair": Objective(
-        value="losses.exo_pair",
+        value="pairwise.exo_pair",
         equation="KL(S(h) || 1-e), h = beta (u_w - u_l)",
         paper="EXO, arXiv:2402.00856",
         when="the reverse KL to soft labels is wanted in place of the forward one",
@@ -196,7 +196,7 @@ OBJECTIVES: dict[str, Objective] = {
         at_start=_exo,
     ),
     "nca_pair": Objective(
-        value="losses.nca_pair",
+        value="pairwise.nca_pair",
         equation="-log S(beta u_w) - (log S(-beta u_w) + log S(-beta u_l))/2",
         paper="NCA, arXiv:2402.05369",
         when="the chosen answers' likelihood falls under DPO",
@@ -204,7 +204,7 @@ OBJECTIVES: dict[str, Objective] = {
         at_start=lambda **_: 2 * LN2,
     ),
     "robust": Objective(
-        value="losses.robust",
+        value="pairwise.robust",
         equation="(-(1-e) log S(h) + e log S(-h)) / (1-2e)",
         paper="Robust DPO, arXiv:2403.00409",
         when="a known share of labels is the wrong way round",
@@ -212,7 +212,7 @@ OBJECTIVES: dict[str, Objective] = {
         at_start=_ln2,
     ),
     "bco_pair": Objective(
-        value="losses.bco_pair",
+        value="pairwise.bco_pair",
         equation="-log S(beta u_w) - log S(-beta u_l)",
         paper="BCO, arXiv:2404.04656",
         when="answers should be good or bad by themselves; part of MPO",
@@ -220,7 +220,7 @@ OBJECTIVES: dict[str, Objective] = {
         at_start=lambda **_: 2 * LN2,
     ),
     "sppo_hard": Objective(
-        value="losses.sppo_hard",
+        value="pairwise.sppo_hard",
         equation="(u_w - 1/(2 beta))^2 + (u_l + 1/(2 beta))^2",
         paper="SPPO, arXiv:2405.00675",
         when="self-play: each iteration aims at a fixed gain",
@@ -228,7 +228,7 @@ OBJECTIVES: dict[str, Objective] = {
         at_start=lambda beta, **_: 0.5 / beta**2,
     ),
     "aot": Objective(
-        value="group_losses.aot",
+        value="stepwise.aot",
         equation="-(1-e) log S(beta q) - e log S(-beta q), q of sorted log-odds",
         paper="AOT, arXiv:2406.05882",
         when="the whole distribution of margins should rise, not only their mean",
@@ -238,7 +238,7 @@ OBJECTIVES: dict[str, Objective] = {
         at_start=_ln2,
     ),
     "aot_unpaired": Objective(
-        value="group_losses.aot_unpaired",
+        value="stepwise.aot_unpaired",
         equation="as aot, q = sort(u_w) - sort(u_l)",
         paper="AOT, arXiv:2406.05882",
         when="the same for good and bad answers that do not belong together",
@@ -248,7 +248,7 @@ OBJECTIVES: dict[str, Objective] = {
         at_start=_ln2,
     ),
     "apo_zero": Objective(
-        value="losses.apo_zero",
+        value="pairwise.apo_zero",
         equation="1 - S(beta u_w) + S(beta u_l)",
         paper="APO, arXiv:2408.06266",
         when="chosen answers are better than what the model says now",
@@ -256,7 +256,7 @@ OBJECTIVES: dict[str, Objective] = {
         at_start=lambda **_: 1.0,
     ),
     "apo_down": Objective(
-        value="losses.apo_down",
+        value="pairwise.apo_down",
         equation="S(beta u_w) + 1 - S(beta (u_w - u_l))",
         paper="APO, arXiv:2408.06266",
         when="chosen answers are worse than what the model says now",
@@ -264,7 +264,7 @@ OBJECTIVES: dict[str, Objective] = {
         at_start=lambda **_: 1.0,
     ),
     "discopop": Objective(
-        value="losses.discopop",
+        value="pairwise.discopop",
         equation="-(1-g) log S(h) + g exp(-h), g = S(h/tau)",
         paper="DiscoPOP, arXiv:2406.08414",
         when="a loss found by search, between logistic and exponential",
@@ -272,7 +272,7 @@ OBJECTIVES: dict[str, Objective] = {
         at_start=lambda **_: 0.5 * LN2 + 0.5,
     ),
     "sft": Objective(
-        value="losses.sft",
+        value="pairwise.sft",
         equation="-log pi(y_w), per token of the step",
         paper="maximum likelihood on the chosen answers",
         when="a first stage before DPO (the paper's way to a reference), or a term that holds the chosen answers",
@@ -282,7 +282,7 @@ OBJECTIVES: dict[str, Objective] = {
         modifiers=("weighting",),
     ),
     "sigmoid_norm": Objective(
-        value="losses.sigmoid_norm",
+        value="pairwise.sigmoid_norm",
         equation="-log S(beta (u_w/n_w - u_l/n_l))",
         paper="Tulu 3, arXiv:2411.15124",
         when="lengths differ much; beta is then 1 to 10, not 0.1",
@@ -292,7 +292,7 @@ OBJECTIVES: dict[str, Objective] = {
         at_start=_ln2,
     ),
     "rdpo": Objective(
-        value="losses.rdpo",
+        value="pairwise.rdpo",
         equation="-log S(beta (u_w - u_l) + length_penalty (n_w - n_l))",
         paper="R-DPO, arXiv:2403.19159",
         when="answers grow longer in training",
@@ -300,7 +300,7 @@ OBJECTIVES: dict[str, Objective] = {
         uses=("margin", "label"),
     ),
     "cal_dpo": Objective(
-        value="losses.cal_dpo",
+        value="pairwise.cal_dpo",
         equation="-log S(u_w - u_l) + calibration_weight ((u_w - 1/(2 beta))^2 + (u_l + 1/(2 beta))^2)",
         paper="Cal-DPO, arXiv:2412.14516",
         when="rewards should keep their scale, and chosen answers their likelihood",
@@ -308,7 +308,7 @@ OBJECTIVES: dict[str, Objective] = {
         at_start=lambda beta, calibration_weight, **_: LN2 + calibration_weight * 0.5 / beta**2,
     ),
     "beta_dpo": Objective(
-        value="group_losses.beta_dpo",
+        value="stepwise.beta_dpo",
         equation="-log S(beta_step (u_w - u_l)), beta_step from the step's gaps",
         paper="beta-DPO, arXiv:2407.08639",
         when="pairs differ much in how hard they are, and some are outliers",
@@ -325,7 +325,7 @@ OBJECTIVES: dict[str, Objective] = {
         remembers=2,
     ),
     "simpo": Objective(
-        value="losses.simpo",
+        value="pairwise.simpo",
         equation="-log S(beta (log pi(y_w)/n_w - log pi(y_l)/n_l) - gamma)",
         paper="SimPO, arXiv:2405.14734",
         when="no reference is wanted and lengths should not matter",
@@ -335,7 +335,7 @@ OBJECTIVES: dict[str, Objective] = {
         reward="average",
     ),
     "odds_ratio": Objective(
-        value="losses.odds_ratio",
+        value="pairwise.odds_ratio",
         equation="-log S(log odds(y_w) - log odds(y_l))",
         paper="ORPO's preference term, arXiv:2403.07691",
         when="as a term beside sft (see orpo)",
@@ -343,7 +343,7 @@ OBJECTIVES: dict[str, Objective] = {
         reward="average",
     ),
     "plackett_luce": Objective(
-        value="group_losses.plackett_luce",
+        value="stepwise.plackett_luce",
         equation="sum_k log sum_{j = k or ranked below} exp(beta u_j) - beta u_k",
         paper="DPO, arXiv:2305.18290, appendix A.3",
         when="prompts have three or more ranked answers",
@@ -353,7 +353,7 @@ OBJECTIVES: dict[str, Objective] = {
         modifiers=(),
     ),
     "kto": Objective(
-        value="group_losses.kto",
+        value="stepwise.kto",
         equation="1 - S(beta (u - z)) if desirable, 1 - S(beta (z - u)) if not",
         paper="KTO, arXiv:2402.01306",
         when="single answers are marked good or bad; no pairs needed",
@@ -367,7 +367,7 @@ OBJECTIVES: dict[str, Objective] = {
         ),
     ),
     "reward": Objective(
-        value="losses.reward",
+        value="pairwise.reward",
         equation="-log S(r_w - r_l) + center (r_w + r_l)^2",
         paper="Bradley-Terry reward model, arXiv:2203.02155",
         when="a reward model is wanted, or the classic pipeline to compare with",

@@ -29,7 +29,7 @@ def per_device(tree: Any, shardings: Any) -> int:
 
 def state_items(state: Any, shardings: Any) -> dict[str, int]:
     """Bytes of the state's parts: weights, the optimizer's moments, a reference that moves, and counters."""
-    named = {"params": "parameters", "optimizer": "optimizer", "reference": "reference"}
+    named = {"trained": "parameters", "optimizer": "optimizer", "reference": "reference"}
     found: dict[str, int] = {}
     for part, tree in state.items():
         name = named.get(part, "counters")

@@ -13,6 +13,7 @@ from jax import lax
 from dpo_jax.model.decoder import DEFAULT_EXECUTION, Execution, cast
 from dpo_jax.model.experts import Routing, added, load_balance
 from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.metrics import Means, means, merge, preference_metrics
 from dpo_jax.objectives.mixture import START, Moment, counts_of, outcomes, start_constant, total
 from dpo_jax.objectives.pairwise import Pairs
@@ -99,11 +100,12 @@ def _reference_tokens(problem: Problem, reference: Any, forest: Any) -> jax.Arra
     return score(problem.spec, lax.stop_gradient(reference), forest, execution=problem.execution).tokens
 
 
-def _computing(problem: Problem, params: Any, reference: Any) -> tuple[Any, Any]:
+def _computing(problem: Problem, weights: Weights, reference: Any) -> tuple[Weights, Any]:
     """Weights of the policy, and of a live reference that any term looks at, in the dtype of computation."""
     dtype = jnp.dtype(problem.compute_dtype)
     live = cast(reference, dtype) if reference is not None and problem.uses_reference else None
-    return cast(params, dtype), live
+    narrow = dataclasses.replace(weights, trained=cast(weights.trained, dtype), frozen=cast(weights.frozen, dtype))
+    return narrow, live
 
 
 def _token_means(problem: Problem, scores: Scores, forest: Any) -> Means:
@@ -116,17 +118,19 @@ def _token_means(problem: Problem, scores: Scores, forest: Any) -> Means:
 
 
 def loss_and_gradient(
-    problem: Problem, params: Any, batch: Any, reference: Any = None, moment: Moment = START
+    problem: Problem, weights: Weights, batch: Any, reference: Any = None, moment: Moment = START
 ) -> tuple[Any, Any, Any, Any]:
     """Loss, metrics, float32 gradient and memory over the whole batch, summed micro-batch by micro-batch.
+
+    The gradient is that of the trained weights, and has their structure.
 
     The denominators are those of the whole batch, so neither micro-batches nor devices change the value. Where a pair's
     loss depends on the step's other pairs, all of them are scored first, and once more with a gradient; so too where
     experts are balanced over a step of several micro-batches.
     """
-    compute, reference = _computing(problem, params, reference)
+    compute, reference = _computing(problem, weights, reference)
     solve = _two_passes if problem.step_wide or (problem.balances and batch.real.shape[0] > 1) else _one_pass
-    seen, gradient = solve(problem, params, compute, batch, reference, moment)
+    seen, gradient = solve(problem, compute, batch, reference, moment)
     loss, metrics, memory = measure(problem.terms, seen.pairs, moment)
     metrics = metrics | means(seen.statistics)
     if seen.routing is not None:
@@ -143,26 +147,26 @@ def measure(terms: tuple[Term, ...], pairs: Pairs, moment: Moment) -> tuple[Any,
     return loss, preference_metrics(terms, pairs, found, moment), memory
 
 
-def _one_pass(problem: Problem, params: Any, compute: Any, batch: Any, reference: Any, moment: Moment) -> Any:
+def _one_pass(problem: Problem, compute: Weights, batch: Any, reference: Any, moment: Moment) -> Any:
     """Every micro-batch with its gradient."""
     counts = counts_of(batch.real, jnp.take_along_axis(batch.lengths, batch.chosen, axis=-1))
 
-    def micro(weights, forest):
-        seen = micro_pairs(problem, weights, forest, reference)
+    def micro(trained, forest):
+        seen = micro_pairs(problem, dataclasses.replace(compute, trained=trained).params, forest, reference)
         loss = total(problem.terms, outcomes(problem.terms, seen.pairs, moment), counts)
         return loss + _balance(problem, seen.routing, seen.routing), seen
 
     def visit(state, forest, number):
         sofar, gradient = state
-        (_, seen), slope = jax.value_and_grad(micro, has_aux=True)(compute, forest)
+        (_, seen), slope = jax.value_and_grad(micro, has_aux=True)(compute.trained, forest)
         return _absorbed(sofar, seen, number), _added(gradient, slope)
 
-    return fold(visit, (_nothing(problem, batch), _no_gradient(params)), batch)
+    return fold(visit, (_nothing(problem, batch), _no_gradient(compute.trained)), batch)
 
 
-def _two_passes(problem: Problem, params: Any, compute: Any, batch: Any, reference: Any, moment: Moment) -> Any:
+def _two_passes(problem: Problem, compute: Weights, batch: Any, reference: Any, moment: Moment) -> Any:
     """The step's pairs, then the gradient along the slope of the step's loss at each of them."""
-    seen = all_pairs(problem, compute, batch, reference)
+    seen = all_pairs(problem, compute.params, batch, reference)
     pairs = seen.pairs
     counts = counts_of(pairs.real, pairs.chosen_length)
 
@@ -172,16 +176,17 @@ def _two_passes(problem: Problem, params: Any, compute: Any, batch: Any, referen
 
     slopes = jax.grad(loss)(_policy_of(pairs))
 
-    def micro(weights, forest, slope):
-        part = micro_pairs(problem, weights, forest, reference, quick=True)
+    def micro(trained, forest, slope):
+        params = dataclasses.replace(compute, trained=trained).params
+        part = micro_pairs(problem, params, forest, reference, quick=True)
         products = jax.tree.map(lambda x, y: (x * y).sum(), _policy_of(part.pairs), slope)
         return sum(jax.tree.leaves(products), _balance(problem, part.routing, seen.routing))
 
     def visit(gradient, forest, number):
         slope = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, number, 0, keepdims=False), slopes)
-        return _added(gradient, jax.grad(micro)(compute, forest, slope))
+        return _added(gradient, jax.grad(micro)(compute.trained, forest, slope))
 
-    return seen, fold(visit, _no_gradient(params), batch)
+    return seen, fold(visit, _no_gradient(compute.trained), batch)
 
 
 def _balance(problem: Problem, part: Routing | None, whole: Routing | None) -> jax.Array:
@@ -201,10 +206,10 @@ def all_pairs(problem: Problem, compute: Any, batch: Any, reference: Any) -> See
     return fold(visit, _nothing(problem, batch), batch)
 
 
-def evaluate_batch(problem: Problem, params: Any, batch: Any, reference: Any = None) -> tuple[Pairs, Means]:
+def evaluate_batch(problem: Problem, weights: Weights, batch: Any, reference: Any = None) -> tuple[Pairs, Means]:
     """Pairs and statistics from the weights as they are trained: what `evaluation.preference` puts together."""
-    compute, reference = _computing(problem, params, reference)
-    seen = all_pairs(problem, compute, batch, reference)
+    compute, reference = _computing(problem, weights, reference)
+    seen = all_pairs(problem, compute.params, batch, reference)
     return seen.pairs, seen.statistics
 
 

@@ -349,13 +349,13 @@ class Journal:
         began: float | None = None,
     ):
         """Write into `folder`, from the start (-1) or after step `resume_step`; the command `began` then, or now."""
-        self.began = time.perf_counter() if began is None else began
+        self.began, self.folder = time.perf_counter() if began is None else began, Path(folder)
         self._every, self._total = settings.every, total_steps
         self._writers: list[Writer] = []
         self._terminal: PlainTerminal | LiveTerminal | Silent = Silent()
         if process != 0:
             return
-        folder = Path(folder)
+        folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
         screen = console or Console()
         self._terminal = (

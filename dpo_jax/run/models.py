@@ -1,50 +1,91 @@
-"""The models of a run: read onto their devices, checked before that, and put together with the objective."""
+"""The models of a run: checked before any weights, read onto their devices, and put together with the objective."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from dpo_jax import sharding
-from dpo_jax.config.run import Run
-from dpo_jax.hf import checkpoint as hf
-from dpo_jax.hf import tensors
+from dpo_jax.hf import checkpoint, tensors
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.model import remat
 from dpo_jax.model.backends import table
 from dpo_jax.model.decoder import Execution, Model, abstract_params, held_in
+from dpo_jax.model.settings import MeshSettings, ModelSettings
 from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.model.weights import Weights, divided, what_is_trained
+from dpo_jax.objectives.terms import Term
 from dpo_jax.preference.loss import Problem
-from dpo_jax.run.sources import Sources, is_policy
+from dpo_jax.run.sources import Sources
 from dpo_jax.settings import UserError
+from dpo_jax.training.settings import ReferenceSettings
 
 
-def make_mesh(run: Run) -> jax.sharding.Mesh:
+def make_mesh(mesh: MeshSettings, model: ModelSettings) -> jax.sharding.Mesh:
     """The mesh of this machine's devices; float32 means float32 also where matrix units round by default."""
-    if compute_dtype(run) == "float32":
+    made = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+    if compute_dtype(model, made) == "float32":
         jax.config.update("jax_default_matmul_precision", "highest")
-    mesh = sharding.make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
-    remat.check(run.model.remat, mesh.local_devices)
-    return mesh
+    remat.check(model.remat, made.local_devices)
+    return made
 
 
-def compute_dtype(run: Run) -> str:
+def compute_dtype(model: ModelSettings, mesh: jax.sharding.Mesh) -> str:
     """dtype of activations and matrix products."""
-    if run.model.compute_dtype != "auto":
-        return run.model.compute_dtype
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if model.compute_dtype != "auto":
+        return model.compute_dtype
+    return "float32" if sharding.platform(mesh) == "cpu" else "bfloat16"
 
 
-def load_model(folder: Path, mesh: jax.sharding.Mesh, dtype: str = "float32", *, scalar_head: bool = False) -> Model:
+def load_model(
+    folder: Path,
+    mesh: jax.sharding.Mesh,
+    dtype: str = "float32",
+    *,
+    scalar_head: bool = False,
+    held: Callable[[str], DTypeLike] | None = None,
+) -> Model:
     """A folder's model, straight onto its shardings; with a scalar head, from a language model or a reward model.
 
-    Leaves that are used in float32 whatever the dtype of computation (norm scales) are read in float32.
+    Leaves that are used in float32 whatever the dtype of computation (norm scales) are read in float32. `held` gives
+    the dtype of each leaf by its path, in place of `dtype`.
     """
     spec = read_spec(folder, scalar_head=scalar_head)
     shardings = sharding.param_shardings(abstract_params(spec), mesh)
-    held = functools.partial(held_in, dtype=jnp.dtype(dtype))
-    return hf.load_hf(folder, dtype=held, shardings=shardings, spec=spec)
+    held = held or functools.partial(held_in, dtype=jnp.dtype(dtype))
+    return checkpoint.load_hf(folder, dtype=held, shardings=shardings, spec=spec)
+
+
+def load_policy(
+    model: ModelSettings, folder: Path, mesh: jax.sharding.Mesh, param_dtype: str, *, scalar_head: bool
+) -> tuple[DecoderSpec, Weights]:
+    """The policy, divided into what is trained and what is frozen.
+
+    A leaf of which nothing is trained is held in float32 whatever `param_dtype` is, so that it comes back exactly.
+    """
+    spec = read_spec(folder, scalar_head=scalar_head)
+    trained = what_is_trained(spec, model.freeze)
+
+    def held(path: str) -> DTypeLike:
+        return held_in(path, jnp.dtype(param_dtype if trained[path] is True else "float32"))
+
+    found = load_model(folder, mesh, scalar_head=scalar_head, held=held)
+    weights = divided(found.params, trained)
+    return spec, Weights(_held(weights.trained, param_dtype), weights.frozen, weights.rows)
+
+
+def _held(trained: Any, param_dtype: str) -> Any:
+    """Trained weights in the dtype that they are kept in; a leaf that has it is left as it is."""
+    if param_dtype == "float32":
+        return trained
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(held_in(jax.tree_util.keystr(path, simple=True, separator="/"), param_dtype)),
+        trained,
+    )
 
 
 @functools.cache
@@ -53,41 +94,50 @@ def weights_digest(folder: Path) -> str:
     return tensors.weights_digest(folder)
 
 
-def check_models(run: Run, sources: Sources) -> None:
+def check_models(
+    sources: Sources,
+    mesh: jax.sharding.Mesh,
+    *,
+    model: ModelSettings,
+    reference: ReferenceSettings,
+    max_length: int,
+    scalar_head: bool,
+) -> None:
     """Read the configs of the policy and of another reference, before any weights.
 
     Raises:
       UserError: a folder or its config is not as it must be, or the two models know different tokens.
     """
-    policy = read_spec(sources.policy, scalar_head=run.objective.trains_reward_model)
-    _check_length(run, "model.path", policy)
-    attention_backend(run, policy)
-    if run.model.router_aux and policy.experts is None:
-        raise UserError(f"model.router_aux: {run.model.router_aux} balances experts, and there are none; leave it out")
-    if run.reference.mode == "none" or is_policy(run):
+    policy = read_spec(sources.policy, scalar_head=scalar_head)
+    _check_length("model.path", policy, max_length)
+    attention_backend(model, policy, mesh)
+    what_is_trained(policy, model.freeze)
+    if model.router_aux and policy.experts is None:
+        raise UserError(f"model.router_aux: {model.router_aux} balances experts, and there are none; leave it out")
+    if reference.mode == "none" or sources.reference_is_policy:
         return
-    reference = read_spec(sources.reference, scalar_head=False)
-    if reference.vocab_size != policy.vocab_size:
+    other = read_spec(sources.reference, scalar_head=False)
+    if other.vocab_size != policy.vocab_size:
         raise UserError(
-            f"reference.path: {run.reference.path} knows {reference.vocab_size} tokens and the policy "
+            f"reference.path: {reference.path} knows {other.vocab_size} tokens and the policy "
             f"{policy.vocab_size}; give a reference with the policy's tokenizer"
         )
-    _check_length(run, "reference.path", reference)
-    attention_backend(run, reference)
-    if run.reference.mode == "live" and reference != policy:
+    _check_length("reference.path", other, max_length)
+    attention_backend(model, other, mesh)
+    if reference.mode == "live" and other != policy:
         raise UserError(
             "reference.mode: live computes the reference as it computes the policy, and "
-            f"reference.path {run.reference.path} is another kind of model; give mode: cached"
+            f"reference.path {reference.path} is another kind of model; give mode: cached"
         )
 
 
-def attention_backend(run: Run, spec: DecoderSpec) -> str:
+def attention_backend(model: ModelSettings, spec: DecoderSpec, mesh: jax.sharding.Mesh) -> str:
     """What computes the attention of this model.
 
     Raises:
       UserError: the one that the settings ask for cannot; says by which rule.
     """
-    name, dtype, device = run.model.attention, compute_dtype(run), _device()
+    name, dtype, device = model.attention, compute_dtype(model, mesh), _device(mesh)
     if name == "auto":
         return table.automatic(spec, dtype, device)
     reason = table.why_not(name, spec, dtype, device)
@@ -96,36 +146,40 @@ def attention_backend(run: Run, spec: DecoderSpec) -> str:
     return name
 
 
-def _device() -> table.Device:
+def _device(mesh: jax.sharding.Mesh) -> table.Device:
     """What the run computes on."""
-    platform = jax.default_backend()
-    capability = str(getattr(jax.local_devices()[0], "compute_capability", "")) if platform == "gpu" else ""
+    platform = sharding.platform(mesh)
+    capability = str(getattr(mesh.devices.flat[0], "compute_capability", "")) if platform == "gpu" else ""
     number = capability.replace(".", "", 1).isdecimal()  # that of an AMD GPU is a name
     return table.Device(platform, float(capability) if number else None)
 
 
-def _check_length(run: Run, setting: str, spec: DecoderSpec) -> None:
-    if spec.positions is not None and run.data.max_length > spec.positions:
+def _check_length(setting: str, spec: DecoderSpec, max_length: int) -> None:
+    if spec.positions is not None and max_length > spec.positions:
         raise UserError(
-            f"data.max_length: {run.data.max_length} is more than the {spec.positions} positions that {setting} "
+            f"data.max_length: {max_length} is more than the {spec.positions} positions that {setting} "
             f"knows; set it to {spec.positions} or less"
         )
 
 
-def make_problem(run: Run, model: Model, mesh: jax.sharding.Mesh) -> Problem:
+def make_objective(
+    model: ModelSettings,
+    terms: tuple[Term, ...],
+    spec: DecoderSpec,
+    mesh: jax.sharding.Mesh,
+    *,
+    statistics: bool = True,
+) -> Problem:
     """The objective on this model."""
-    where, split, attention = sharding.rows(mesh), sharding.head_split(mesh), attention_backend(run, model.spec)
-    execution = Execution(run.model.scan_layers, run.model.remat, where, attention, split)
+    where, split, attention = sharding.rows(mesh), sharding.head_split(mesh), attention_backend(model, spec, mesh)
+    head = "embed/embedding" if spec.tied else "head/embedding"
+    frozen_head = not spec.scalar_head and what_is_trained(spec, model.freeze)[head] is False
+    execution = Execution(model.scan_layers, model.remat, where, attention, split, frozen_head)
     return Problem(
-        spec=model.spec,
-        terms=run.objective.terms,
-        compute_dtype=compute_dtype(run),
+        spec=spec,
+        terms=terms,
+        compute_dtype=compute_dtype(model, mesh),
         execution=execution,
-        statistics=run.log.token_statistics,
-        router_aux=model.spec.router_aux if run.model.router_aux is None else run.model.router_aux,
+        statistics=statistics,
+        router_aux=spec.router_aux if model.router_aux is None else model.router_aux,
     )
-
-
-def shares(run: Run, spec: DecoderSpec) -> bool:
-    """Whether prompts are laid out once for all their completions."""
-    return run.batch.share_prompts and spec.shares_trunk(run.data.max_length)

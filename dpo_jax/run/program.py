@@ -16,17 +16,18 @@ from dpo_jax.data.batches import Batch, Batches
 from dpo_jax.data.encode import encode
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.hf.configs import read_spec
-from dpo_jax.model.decoder import Model, abstract_params, cast
+from dpo_jax.model.decoder import abstract_params, cast
+from dpo_jax.model.weights import divided, what_is_trained
 from dpo_jax.objectives.terms import data_of
 from dpo_jax.planning import costs, hlo, memory
 from dpo_jax.planning.costs import Load
 from dpo_jax.planning.estimate import Moved
 from dpo_jax.planning.lengths import COMPLETION_TOKENS, PROMPT_TOKENS, UNITS_PER_STEP, made_up
 from dpo_jax.preference.loss import Problem
-from dpo_jax.run import folder as stages
 from dpo_jax.run import models
-from dpo_jax.run import sources as exchange
-from dpo_jax.run.sources import Sources, is_policy
+from dpo_jax.run.data import Packing, examples, number_of_steps
+from dpo_jax.run.reference import Reference, moving_reference
+from dpo_jax.run.sources import Sources, find_models
 from dpo_jax.run.trainer import Trainer
 from dpo_jax.settings import UserError
 
@@ -39,14 +40,13 @@ LOOKED_AT = 4
 class Step:
     """A run's step on a mesh, described but not compiled."""
 
-    run: Run
-    problem: Problem
+    objective: Problem
     trainer: Trainer
-    blank: Batch
+    dummy: Batch
     load: Load
     micro_batches: float
     shapes: tuple[tuple[int, int], ...]
-    """Rows and slots of each shape that steps come in; `blank` has the one with the most slots."""
+    """Rows and slots of each shape that steps come in; `dummy` has the one with the most slots."""
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
@@ -58,22 +58,27 @@ class Step:
         """Shapes of one micro-batch."""
         arrays = {
             name: jax.ShapeDtypeStruct(np.shape(leaf)[1:], leaf.dtype)
-            for name, leaf in self.blank._asdict().items()
+            for name, leaf in self.dummy._asdict().items()
             if np.ndim(leaf)
         }
-        return self.blank._replace(**arrays)
+        return self.dummy._replace(**arrays)
 
 
-def find_config(run: Run) -> Sources:
+def find_config(run: Run, mesh: jax.sharding.Mesh) -> Sources:
     """Folders with at least the `config.json` of the run's models.
 
     Raises:
       UserError: there is none, or training would refuse the models.
     """
-    policy = exchange.find(run, "model", CONFIG_ONLY)
-    other = run.reference.mode != "none" and not is_policy(run)
-    sources = Sources(policy, exchange.find(run, "reference", CONFIG_ONLY) if other else policy, {})
-    models.check_models(run, sources)
+    sources = find_models(run.model, run.reference, {}, CONFIG_ONLY)
+    models.check_models(
+        sources,
+        mesh,
+        model=run.model,
+        reference=run.reference,
+        max_length=run.data.max_length,
+        scalar_head=run.objective.trains_reward_model,
+    )
     return sources
 
 
@@ -88,7 +93,7 @@ def read_data(run: Run, sources: Sources) -> Encoded:
     tokenizer = load_tokenizer(sources.policy, run.data.template)
     with tempfile.TemporaryDirectory() as folder:
         found, _ = encode(run.data.train, tokenizer, run.data, run.data.cache or folder, first=run.data.first)
-    return stages.entries(run, found)
+    return examples(found, run.objective.terms, run.data.max_length)
 
 
 def data_for(
@@ -112,11 +117,13 @@ def data_for(
     if lengths == (None, None):
         what += f", as data.train {names[0]} is not here"
     sizes = {"prompt_tokens": prompt, "completion_tokens": completion, "max_length": run.data.max_length}
-    pairs = stages.entries(run, made_up(run.batch.pairs, **sizes))
+    pairs = examples(made_up(run.batch.pairs, **sizes), run.objective.terms, run.data.max_length)
     return pairs, what, run.model_copy(update={"steps": UNITS_PER_STEP, "epochs": None})
 
 
-def describe(run: Run, sources: Sources, encoded: Encoded, mesh: jax.sharding.Mesh, *, accelerator: bool) -> Step:
+def describe(
+    run: Run, sources: Sources, encoded: Encoded, mesh: jax.sharding.Mesh, *, platform: str | None = None
+) -> Step:
     """The step that `train` would compile for this data on this mesh: the same functions, with shapes for arrays.
 
     Args:
@@ -124,37 +131,37 @@ def describe(run: Run, sources: Sources, encoded: Encoded, mesh: jax.sharding.Me
       sources: from `find_config`.
       encoded: from `read_data`, or made up.
       mesh: of any devices, virtual ones too.
-      accelerator: lay rows out as for one; else as the devices of the mesh want it.
+      platform: lay rows out as for this one; None is that of the mesh.
     """
     spec = read_spec(sources.policy, scalar_head=run.objective.trains_reward_model)
-    policy = Model(spec, abstract_params(spec))
-    problem = models.make_problem(run, policy, mesh)
-    data = stages.Data(encoded, None, 0, {})
-    steps = stages.number_of_steps(run, data)
-    reference = _reference(run, problem, policy, mesh)
-    batches = stages.training_batches(run, data, steps, mesh, policy, reference)
-    if accelerator:
-        batches = dataclasses.replace(batches, attention_length=stages.ATTENTION_LENGTH)
-    trainer = Trainer(run, policy, problem, batches, reference, mesh)
-    blanks = sorted(batches.blanks(), key=lambda blank: -blank.tokens.size)
+    weights = divided(abstract_params(spec), what_is_trained(spec, run.model.freeze))
+    terms, objective = run.objective.terms, models.make_objective(run.model, run.objective.terms, spec, mesh)
+    objective = dataclasses.replace(objective, statistics=run.log.token_statistics)
+    steps = number_of_steps(encoded.num_pairs, run.batch.pairs, steps=run.steps, epochs=run.epochs)
+    reference = _reference(run, objective, weights.params, mesh)
+    packing = Packing.of(run.batch, run.data.max_length, terms, mesh, platform=platform)
+    batches = packing.steps(encoded, spec, steps, shuffle=run.data.shuffle, seed=run.seed)
+    trainer = Trainer(objective, weights, batches, reference, mesh, optimizer=run.optimizer, seed=run.seed)
+    dummies = sorted(batches.blanks(), key=lambda dummy: -dummy.tokens.size)
     made = _some(batches)
     load = costs.mean_load([costs.load_of(batch, costs.windows_of(spec)) for batch in made])
     micro = float(np.mean([int(batch.micro_batches) for batch in made]))
-    shapes = tuple(blank.tokens.shape[2:] for blank in blanks)
-    return Step(run, problem, trainer, blanks[0], load, micro, shapes)
+    shapes = tuple(dummy.tokens.shape[2:] for dummy in dummies)
+    return Step(objective, trainer, dummies[0], load, micro, shapes)
 
 
 def _some(batches: Batches) -> list[Batch]:
     return [batches.at(int(step)) for step in np.unique(np.linspace(0, batches.steps - 1, LOOKED_AT).astype(int))]
 
 
-def _reference(run: Run, problem: Problem, policy: Model, mesh: jax.sharding.Mesh) -> stages.Reference:
+def _reference(run: Run, objective: Problem, params: Any, mesh: jax.sharding.Mesh) -> Reference:
     """Shapes of a live reference's weights."""
+    moving = moving_reference(run.reference)
     if run.reference.mode != "live":
-        return stages.Reference()
-    dtype = jnp.dtype("float32" if run.reference.update_every else problem.compute_dtype)
-    weights = jax.eval_shape(functools.partial(cast, dtype=dtype), policy.params)
-    return stages.Reference(weights=sharding.shape_of(weights, sharding.param_shardings(weights, mesh)))
+        return Reference(moving=moving)
+    dtype = jnp.dtype("float32" if moving else objective.compute_dtype)
+    weights = jax.eval_shape(functools.partial(cast, dtype=dtype), params)
+    return Reference(weights=sharding.shape_of(weights, sharding.param_shardings(weights, mesh)), moving=moving)
 
 
 # ---------------------------------------------------------------------------------------------- what it takes
@@ -167,10 +174,10 @@ def predicted(step: Step) -> dict[str, int]:
     if trainer.reference is not None:
         weights = trainer.reference
         found["reference"] = memory.per_device(weights, sharding.param_shardings(weights, step.mesh))
-    found["batch"] = memory.per_device(step.blank, sharding.batch_shardings(step.blank, step.mesh))
+    found["batch"] = memory.per_device(step.dummy, sharding.batch_shardings(step.dummy, step.mesh))
     params, places = trainer.abstract["params"], trainer.shardings["params"]
-    several = step.blank.real.shape[0] > 1
-    return found | memory.step_items(step.problem, params, places, step.forest, step.mesh, several=several)
+    several = step.dummy.real.shape[0] > 1
+    return found | memory.step_items(step.objective, params, places, step.forest, step.mesh, several=several)
 
 
 def reported(compiled: jax.stages.Compiled) -> dict[str, int]:
@@ -184,7 +191,7 @@ def reported(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 def compile_step(step: Step) -> tuple[jax.stages.Compiled, str]:
     """The compiled step, and the text of its program for one device (see hlo.py)."""
-    return compile_with_text(step.trainer.lower(step.blank), step.mesh.size)
+    return compile_with_text(step.trainer.lower(step.dummy), step.mesh.size)
 
 
 def compile_with_text(lowered: jax.stages.Lowered, devices: int) -> tuple[jax.stages.Compiled, str]:
@@ -212,7 +219,7 @@ def program_of(step: Step, text: str) -> hlo.Program:
 def moved_by(step: Step) -> Moved:
     """What the traffic to a device's memory is made of."""
     params, places = step.trainer.abstract["params"], step.trainer.shardings["params"]
-    narrow = jax.eval_shape(functools.partial(cast, dtype=jnp.dtype(step.problem.compute_dtype)), params)
+    narrow = jax.eval_shape(functools.partial(cast, dtype=jnp.dtype(step.objective.compute_dtype)), params)
     shard = memory.per_device(narrow, places)
-    kept = memory.activation_bytes(step.problem, step.forest, step.mesh, remat="none")
+    kept = memory.activation_bytes(step.objective, step.forest, step.mesh, remat="none")
     return Moved(shard * step.mesh.shape["fsdp"], shard, memory.per_device(params, places), kept)

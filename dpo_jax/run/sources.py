@@ -4,16 +4,16 @@ import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from dpo_jax.config import run as config
-from dpo_jax.config.run import Run
 from dpo_jax.hf import hub, tensors
 from dpo_jax.hf.push import check_push, push
+from dpo_jax.hf.settings import ExportSettings
+from dpo_jax.model.settings import ModelSettings
 from dpo_jax.settings import UserError
+from dpo_jax.training.settings import ReferenceSettings
 
 EVERYTHING = ("*.safetensors", *tensors.SIDE_FILES)
-Part = Literal["model", "reference"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,55 +27,57 @@ class Sources:
     policy: Path
     reference: Path
     commits: dict[str, str]
+    reference_is_policy: bool
+    """Whether the reference is the policy's own starting weights."""
 
     def facts(self) -> dict[str, str]:
         """The commits as a run's record has them."""
         return {_fact(part): commit for part, commit in self.commits.items()}
 
 
-def find_models(run: Run, record: Mapping[str, Any]) -> Sources:
+def find_models(
+    model: ModelSettings,
+    reference: ReferenceSettings,
+    record: Mapping[str, Any],
+    patterns: Sequence[str] = EVERYTHING,
+) -> Sources:
     """Finds the models that a run starts from, and downloads those that are hub ids.
 
     Args:
-      run: names them.
+      model: names the policy.
+      reference: names the reference.
       record: what the run has written down so far: `settings` and `facts`, or nothing.
+      patterns: the files that are needed, at least.
 
     Raises:
       UserError: one cannot be had, or a folder is given a revision.
     """
-    commits = _recorded(run, record)
-    policy = find(run, "model", EVERYTHING, commits.get("model"))
-    other = run.reference.mode != "none" and not is_policy(run)
-    reference = find(run, "reference", EVERYTHING, commits.get("reference")) if other else policy
-    paths = {"model": policy} | ({"reference": reference} if other else {})
-    return Sources(policy, reference, {part: _commit(path) for part, path in paths.items() if _is_hub_id(run, part)})
+    named: dict[str, tuple[str, str | None]] = {"model": (model.path, model.revision)}
+    is_policy = reference.path is None or (reference.path, reference.revision) == named["model"]
+    if reference.path is not None and not is_policy and reference.mode != "none":
+        named["reference"] = (reference.path, reference.revision)
+    known = _recorded(named, record)
+    paths = {part: find(part, *name, patterns, known.get(part)) for part, name in named.items()}
+    commits = {part: _commit(path) for part, path in paths.items() if _is_hub_id(named[part][0])}
+    return Sources(paths["model"], paths.get("reference", paths["model"]), commits, is_policy)
 
 
-def find(run: Run, part: Part, patterns: Sequence[str], commit: str | None = None) -> Path:
+def find(
+    part: str, path: str, revision: str | None, patterns: Sequence[str] = EVERYTHING, commit: str | None = None
+) -> Path:
     """The folder of one model, with at least those of its files that match; `commit` goes before its revision.
 
     Raises:
       UserError: it cannot be had, or is a folder and given a revision.
     """
-    path, revision = _named(run, part)
     try:
-        return tensors.local_folder(path, patterns, commit if commit and _is_hub_id(run, part) else revision)
+        return tensors.local_folder(path, patterns, commit if commit and _is_hub_id(path) else revision)
     except UserError as error:
         raise UserError(f"{part}.path: {error}") from error
 
 
-def is_policy(run: Run) -> bool:
-    """Whether the reference is the policy's own starting weights."""
-    return run.reference.path is None or _named(run, "reference") == _named(run, "model")
-
-
-def _named(run: Run, part: str) -> tuple[str, str | None]:
-    section = run.model if part == "model" else run.reference
-    return section.path or run.model.path, section.revision
-
-
-def _is_hub_id(run: Run, part: str) -> bool:
-    return not Path(_named(run, part)[0]).expanduser().is_dir()
+def _is_hub_id(path: str) -> bool:
+    return not Path(path).expanduser().is_dir()
 
 
 def _commit(folder: Path) -> str:
@@ -89,42 +91,38 @@ def _fact(part: str) -> str:
     return f"commit of {part}.path"
 
 
-def _recorded(run: Run, record: Mapping[str, Any]) -> dict[str, str]:
+def _recorded(named: Mapping[str, tuple[str, str | None]], record: Mapping[str, Any]) -> dict[str, str]:
     """The commits that a run began with, of those models that its settings still name the same."""
-    old, new, facts = record.get("settings", {}), config.dump(run), record.get("facts", {})
-    same = (
-        part
-        for part in ("model", "reference")
-        if all(old.get(part, {}).get(key) == new[part].get(key) for key in ("path", "revision"))
-    )
-    return {part: facts[_fact(part)] for part in same if _fact(part) in facts}
+    old, facts = record.get("settings", {}), record.get("facts", {})
+    before = {part: (old.get(part, {}).get("path"), old.get(part, {}).get("revision")) for part in named}
+    return {part: facts[_fact(part)] for part in named if named[part] == before[part] and _fact(part) in facts}
 
 
-def check_export(run: Run) -> None:
+def check_export(export: ExportSettings) -> None:
     """Whether the result could be pushed now, if it is to be: asked before the hours of training, not after them.
 
     Raises:
       UserError: it could not.
     """
-    if run.export.push is not None:
+    if export.push is not None:
         try:
-            check_push(run.export.push, private=run.export.private)
+            check_push(export.push, private=export.private)
         except UserError as error:
             raise UserError(f"export.push: {error}") from error
 
 
-def send(run: Run, folder: Path) -> str:
+def send(export: ExportSettings, folder: Path) -> str:
     """Pushes the result of a run, and returns where it is to be seen.
 
     Raises:
       UserError: it was not pushed; the folder stays as it is, and the line has the command that pushes it again.
     """
-    name = run.export.push or ""
+    name = export.push or ""
     try:
-        return push(folder, name, private=run.export.private, message="Trained by dpo_jax")
+        return push(folder, name, private=export.private, message="Trained by dpo_jax")
     except UserError as error:
         again = f"python -m dpo_jax.convert push {shlex.quote(str(folder))} {name}"
-        again += "" if run.export.private else " --public"
+        again += "" if export.private else " --public"
         raise UserError(
             f"export.push: {error}; the run is finished and its model is whole, so only push it again: {again}"
         ) from error

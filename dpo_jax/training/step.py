@@ -1,5 +1,6 @@
 """One optimizer step: loss, gradient and update over exactly the pairs of a batch, compiled as one program."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,14 +9,29 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.mixture import Moment
 from dpo_jax.preference.loss import Problem, loss_and_gradient
 from dpo_jax.training.optimizer import descend, wide
 
 State = dict[str, Any]
-"""`params` (float32, or bfloat16 but for small leaves), `optimizer` (float32, its first moment maybe bfloat16), `step`,
-and `skipped` and `streak`: non-finite steps, all and in a row. Where the reference moves also its weights, `reference`
-(float32); where an objective remembers earlier steps also `memory`."""
+"""`trained` (the trained weights: float32, or bfloat16 but for small leaves), `optimizer` (float32, its first moment
+maybe bfloat16), `step`, and `skipped` and `consecutive_nonfinite`: non-finite steps, all and in a row. Where the
+reference moves also its weights, `reference` (float32); where an objective remembers earlier steps also `memory`."""
+
+ON_DISK = {"trained": "params", "consecutive_nonfinite": "streak"}
+"""Names in checkpoints, of those entries that have others there."""
+
+
+def as_saved(state: State) -> State:
+    """The state under the names of checkpoints."""
+    return {ON_DISK.get(name, name): value for name, value in state.items()}
+
+
+def from_saved(saved: State) -> State:
+    """The state of a checkpoint."""
+    names = {on_disk: name for name, on_disk in ON_DISK.items()}
+    return {names.get(name, name): value for name, value in saved.items()}
 
 
 class MovingReference(NamedTuple):
@@ -29,16 +45,16 @@ class MovingReference(NamedTuple):
 
 
 def fresh_state(
-    params: Any, optimizer: optax.GradientTransformation, *, reference: Any = None, remembers: int = 0
+    trained: Any, optimizer: optax.GradientTransformation, *, reference: Any = None, remembers: int = 0
 ) -> State:
     """The state before the first step; `reference` are the starting weights of one that will move."""
     zero = jnp.zeros((), jnp.int32)
     state = {
-        "params": params,
-        "optimizer": optimizer.init(wide(params)),
+        "trained": trained,
+        "optimizer": optimizer.init(wide(trained)),
         "step": zero,
         "skipped": zero,
-        "streak": zero,
+        "consecutive_nonfinite": zero,
     }
     state |= {} if reference is None else {"reference": reference}
     return state | ({"memory": jnp.zeros(remembers, jnp.float32)} if remembers else {})
@@ -52,21 +68,24 @@ def make_step(
     steps: int = 1,
     moving: MovingReference | None = None,
     seed: int = 0,
-) -> Callable[[State, Any, Any], tuple[State, dict[str, jax.Array]]]:
-    """The step function `(state, reference, batch) -> (state, metrics)`, to be jitted with the state donated.
+) -> Callable[[State, Weights, Any, Any], tuple[State, dict[str, jax.Array]]]:
+    """The step function `(state, frozen, reference, batch) -> (state, metrics)`, to be jitted with the state donated.
 
-    `reference` holds the frozen weights of a live reference, or is None where the batch brings its log-probabilities
-    or where it moves and is part of the state. `steps` is the length of the run, for a beta that is scheduled. `seed`
-    and the step's number decide how updates of bfloat16 parameters are rounded.
+    `frozen` are the weights that are not trained: a `Weights` whose trained tree is empty. `reference` holds the
+    weights of a live reference that stays, or is None where the batch brings its log-probabilities or where it moves
+    and is part of the state. `steps` is the length of the run, for a beta that is scheduled. `seed` and the step's
+    number decide how updates of bfloat16 parameters are rounded.
 
     A step whose loss or gradient is not finite changes neither weights nor moments; it is counted, and the step number
     goes on, so that the data do too. The gradient's norm says so, and where that is finite all updates are.
     """
 
-    def step(state: State, reference: Any, batch: Any) -> tuple[State, dict[str, jax.Array]]:
+    def step(state: State, frozen: Weights, reference: Any, batch: Any) -> tuple[State, dict[str, jax.Array]]:
         moment = moment_of(state, steps)
         reference = state.get("reference", reference)
-        loss, metrics, gradient, memory = loss_and_gradient(problem, state["params"], batch, reference, moment)
+        loss, metrics, gradient, memory = loss_and_gradient(
+            problem, with_trained(frozen, state["trained"]), batch, reference, moment
+        )
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         rate = jnp.asarray(learning_rate(state["step"]), jnp.float32)
@@ -74,12 +93,12 @@ def make_step(
 
         def update(kept: State) -> State:
             with jax.numpy_dtype_promotion("standard"):  # optax takes powers of floats by integer counts
-                directions, moments = optimizer.update(gradient, kept["optimizer"], wide(kept["params"]), norm=norm)
-            updated = {"params": descend(kept["params"], directions, rate, key), "optimizer": moments}
+                directions, moments = optimizer.update(gradient, kept["optimizer"], wide(kept["trained"]), norm=norm)
+            updated = {"trained": descend(kept["trained"], directions, rate, key), "optimizer": moments}
             return updated | ({} if "memory" not in kept else {"memory": memory})
 
         # A branch, not a choice between new and old arrays: XLA then writes the new ones over the old ones.
-        kept = {name: state[name] for name in ("params", "optimizer", "memory") if name in state}
+        kept = {name: state[name] for name in ("trained", "optimizer", "memory") if name in state}
         updated = lax.cond(finite, update, lambda kept: kept, kept)
         missed = 1 - finite.astype(jnp.int32)
         state = {
@@ -87,14 +106,20 @@ def make_step(
             **updated,
             "step": state["step"] + 1,
             "skipped": state["skipped"] + missed,
-            "streak": (state["streak"] + missed) * missed,
+            "consecutive_nonfinite": (state["consecutive_nonfinite"] + missed) * missed,
         }
         if moving is not None:
-            state["reference"] = moved(state["reference"], state["params"], state["step"], moving)
+            policy = with_trained(frozen, state["trained"]).params
+            state["reference"] = moved(state["reference"], policy, state["step"], moving)
         extra = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "skipped_steps": state["skipped"]}
-        return state, {**extra, **metrics, "nonfinite_streak": state["streak"]}
+        return state, {**extra, **metrics, "nonfinite_streak": state["consecutive_nonfinite"]}
 
     return step
+
+
+def with_trained(frozen: Weights, trained: Any) -> Weights:
+    """The whole model's weights."""
+    return dataclasses.replace(frozen, trained=trained)
 
 
 def moment_of(state: State, steps: int) -> Moment:

@@ -14,7 +14,7 @@ from dpo_jax.data.encoded import Encoded
 from dpo_jax.logprobs.tokens import linear_logprobs
 from dpo_jax.model.decoder import Execution, init_params
 from dpo_jax.preference.loss import Problem, loss_and_gradient
-from dpo_jax.run.folder import attention_length
+from dpo_jax.run.data import attention_length
 from tools.benching.inputs import encoded_of
 from tools.benching.memory import Shape, llama
 from tools.benching.micro import Options, Row, timed
@@ -110,7 +110,7 @@ def layouts(options: Options) -> list[Row]:
         1,
         steps,
         order="file",
-        attention_length=attention_length(),
+        attention_length=attention_length(jax.devices()[0].platform),
         reference=np.zeros(encoded.num_scored, np.float32),
     )
     shared, alone = make(share_prompts=True), make(share_prompts=False)
@@ -208,7 +208,13 @@ def pairs(options: Options) -> list[Row]:
     for size in sizes:
         steps = total // size
         batches = Batches(
-            encoded, size, 1, steps, order="file", attention_length=attention_length(), reference=reference
+            encoded,
+            size,
+            1,
+            steps,
+            order="file",
+            attention_length=attention_length(jax.devices()[0].platform),
+            reference=reference,
         )
         cost = _step_cost(shape, "float32", [batches.at(step) for step in range(steps)], total)
         found.append({"pairs a step": size, **cost})

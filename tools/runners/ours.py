@@ -61,7 +61,7 @@ class Compiling:
 class Unsaved:
     """Stands where the checkpoints do and keeps nothing: no rival saves anything either."""
 
-    def save(self, *_: Any) -> None:
+    def save(self, *_: Any, **__: Any) -> None:
         """Save nothing."""
 
 
@@ -72,12 +72,10 @@ def run(spec: Spec, events: Events, folder: Path) -> None:
     settled = config.load(settings(spec, folder))
     config.quiet_libraries()
 
-    from dpo_jax.hf.tokenizer import load_tokenizer
     from dpo_jax.reporting.journal import Journal
-    from dpo_jax.run import folder as stages
-    from dpo_jax.run import models
-    from dpo_jax.run import sources as exchange
-    from dpo_jax.run import trainer as loop
+    from dpo_jax.run import output
+    from dpo_jax.run.prepare import Job
+    from dpo_jax.train import advance
 
     class Timed(Journal):
         """A journal that also tells the stopwatch."""
@@ -92,37 +90,31 @@ def run(spec: Spec, events: Events, folder: Path) -> None:
             events.step(step - 1, float(metrics["loss"]), spec.pairs_per_step)
 
     compiling = Compiling()
-    with stages.opened(settled) as output:
-        sources = exchange.find_models(settled, {})
-        mesh = models.make_mesh(settled)
-        tokenizer = load_tokenizer(sources.policy, settled.data.template)
-        data = stages.load_data(settled, tokenizer, output, print)
+    with output.opened(settled) as made:
+        job = Job.read(settled, made)
         wanted = spec.steps * spec.pairs_per_step
-        if data.train.num_pairs != wanted:
-            raise ValueError(
-                f"{spec.pairs}: {data.train.num_pairs} of {wanted} pairs can be used; leave the others out"
-            )
-        models.check_models(settled, sources)
-        policy = models.load_model(sources.policy, mesh)
-        problem = models.make_problem(settled, policy, mesh)
-        with Timed(output, spec.steps, settled.log) as journal:
+        if job.data.train.num_pairs != wanted:
+            found = job.data.train.num_pairs
+            raise ValueError(f"{spec.pairs}: {found} of {wanted} pairs can be used; leave the others out")
+        model, weights = job.load_policy()
+        objective = job.objective(model)
+        with Timed(made, spec.steps, settled.log) as journal:
             wall, cpu, compiled = time.perf_counter(), cpu_seconds(), compiling.seconds
-            reference = stages.make_reference(settled, sources, policy, problem, data, mesh, journal)
+            reference = job.reference(objective, weights, journal, resumes=False)
             compiled = compiling.seconds - compiled
             events.reference(time.perf_counter() - wall, cpu_seconds() - cpu, wanted, compiled)
-            batches = stages.training_batches(settled, data, spec.steps, mesh, policy, reference)
-            trainer = loop.Trainer(settled, policy, problem, batches, reference, mesh)
-            evaluator = loop.Evaluator(settled, problem, data, reference, tokenizer, mesh, None)
-            state = trainer.fresh(policy.params)
-            del policy
+            trainer = job.trainer(objective, weights, reference)
+            recorder = job.recorder(trainer, job.evaluator(objective, reference), journal, after=0)
+            state = trainer.fresh(weights.trained)
+            del weights
             unsaved: Any = Unsaved()
-            loop.loop(settled, trainer, state, evaluator, unsaved, data, output, journal)
-    shapes = [f"{shape.rows}x{shape.length}" for shape in batches.shapes]
+            advance(trainer, state, recorder, unsaved)
+    shapes = [f"{shape.rows}x{shape.length}" for shape in trainer.batches.shapes]
     events.done(
         PACKAGES,
         device_peak(),
         compile_wall=compiling.seconds,
-        late_compilations=trainer.late_compilations,
+        late_compilations=trainer.recompilations,
         row_shapes=shapes,
     )
 

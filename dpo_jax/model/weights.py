@@ -1,0 +1,154 @@
+"""What of a model is trained, and what is not: two trees, and the model as one function of both.
+
+Layers of one kind are stacked on a leading axis of one leaf, so a leaf may be trained in some layers and frozen in the
+others. It is then in both trees, each with its own layers, and `Weights.rows` says which are whose.
+
+    blocks/0/mlp/up/kernel of 4 layers, the first two frozen:
+    frozen   [2, I, O]   layers 0 1
+    trained  [2, I, O]   layers     2 3
+    rows     ("blocks/0/mlp/up/kernel", (False, False, True, True))
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax import trees
+from dpo_jax.model.decoder import Params, abstract_params, stacks
+from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.settings import UserError
+
+Trained = Mapping[str, bool | tuple[bool, ...]]
+"""By leaf path whether it is trained, or for a stack of layers which of them are."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["trained", "frozen"], meta_fields=["rows"])
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Leaves that are trained and leaves that are not; together they are the model's parameters."""
+
+    trained: Params
+    frozen: Params = dataclasses.field(default_factory=dict)
+    rows: tuple[tuple[str, tuple[bool, ...]], ...] = ()
+    """Of the leaves that are in both trees: which layers are trained."""
+
+    @property
+    def params(self) -> Params:
+        """The model's parameters; the trained tree itself where nothing is frozen."""
+        if not self.frozen:
+            return self.trained
+        trained, frozen, rows = trees.paths(self.trained), trees.paths(self.frozen), dict(self.rows)
+        table = {**frozen, **trained}
+        return trees.from_paths(
+            {
+                path: _joined(trained[path], frozen[path], rows[path]) if path in rows else leaf
+                for path, leaf in table.items()
+            }
+        )
+
+
+def _joined(trained: jax.Array, frozen: jax.Array, rows: Sequence[bool]) -> jax.Array:
+    """The stack of all layers, of the trained and of the frozen ones; one concatenation of runs of layers."""
+    dtype = jnp.promote_types(trained.dtype, frozen.dtype)
+    parts, taken = [], {True: 0, False: 0}
+    for whose, count in _runs(rows):
+        start = taken[whose]
+        part = (trained if whose else frozen)[start : start + count]
+        parts.append(part.astype(dtype))
+        taken[whose] += count
+    return jnp.concatenate(parts)
+
+
+def _runs(rows: Sequence[bool]) -> list[tuple[bool, int]]:
+    found: list[tuple[bool, int]] = []
+    for row in rows:
+        if found and found[-1][0] == row:
+            found[-1] = (row, found[-1][1] + 1)
+        else:
+            found.append((row, 1))
+    return found
+
+
+def divided(params: Params, trained: Trained) -> Weights:
+    """The two trees of a tree of parameters (arrays or shapes), by what is trained."""
+    kept, frozen, rows = {}, {}, []
+    for path, leaf in trees.paths(params).items():
+        match trained.get(path, True):
+            case True:
+                kept[path] = leaf
+            case False:
+                frozen[path] = leaf
+            case layers:
+                kept[path], frozen[path] = _taken(leaf, layers, True), _taken(leaf, layers, False)
+                rows.append((path, tuple(layers)))
+    return Weights(trees.from_paths(kept), trees.from_paths(frozen), tuple(rows))
+
+
+def _taken(leaf: Any, layers: Sequence[bool], whose: bool) -> Any:
+    numbers = [number for number, trained in enumerate(layers) if trained == whose]
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((len(numbers), *leaf.shape[1:]), leaf.dtype)
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return leaf[numbers[0] : numbers[-1] + 1]
+    return leaf[np.asarray(numbers)]
+
+
+def layer_paths(spec: DecoderSpec) -> dict[str, list[str]]:
+    """Names of a model's leaves as settings have them, by leaf path: `layers/N/...` for each layer N of a stack.
+
+    `blocks/0/mlp/up/kernel` of two layers is `layers/0/mlp/up/kernel` and `layers/1/mlp/up/kernel`.
+    """
+    numbers = {name: layers for name, _, layers in stacks(spec)}
+    found = {}
+    for path in trees.paths(abstract_params(spec)):
+        folder, _, rest = path.partition("/")
+        stack, _, inner = rest.partition("/")
+        found[path] = [f"layers/{n}/{inner}" for n in numbers[stack]] if folder == "blocks" else [path]
+    return found
+
+
+def what_is_trained(spec: DecoderSpec, freeze: Sequence[str]) -> Trained:
+    """By leaf path what is trained where leaves that match any of these patterns, as a whole, are frozen.
+
+    Args:
+      spec: of the model.
+      freeze: regular expressions over the names of `layer_paths`.
+
+    Raises:
+      UserError: a pattern is none, or matches no leaf, or nothing is left to train.
+    """
+    paths = layer_paths(spec)
+    names = [name for group in paths.values() for name in group]
+    compiled = [_pattern(text, names) for text in freeze]
+    found: dict[str, bool | tuple[bool, ...]] = {}
+    for path, group in paths.items():
+        layers = tuple(not any(pattern.fullmatch(name) for pattern in compiled) for name in group)
+        found[path] = layers[0] if len(set(layers)) == 1 else layers
+    if not any(found.values()):
+        raise UserError(f"model.freeze: {list(freeze)} freezes all of the model; leave something to train")
+    return found
+
+
+def _pattern(text: str, names: Sequence[str]) -> re.Pattern[str]:
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise UserError(f"model.freeze: {text!r} is no regular expression ({error}); layers/[0-3]/.* is one") from None
+    if not any(pattern.fullmatch(name) for name in names):
+        kinds = sorted({re.sub(r"layers/\d+/", "layers/N/", name) for name in names})
+        raise UserError(
+            f"model.freeze: {text!r} matches no leaf; patterns match whole names, which are {', '.join(kinds)}"
+        )
+    return pattern
+
+
+def frozen_share(weights: Weights) -> float:
+    """Share of the parameters that is not trained."""
+    trained, frozen = trees.num_parameters(weights.trained), trees.num_parameters(weights.frozen)
+    return frozen / (trained + frozen)

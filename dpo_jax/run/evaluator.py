@@ -1,0 +1,106 @@
+"""What is measured on held-out data while a run goes on, and after it."""
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpo_jax import sharding
+from dpo_jax.data.batches import Batches
+from dpo_jax.evaluation import winrate
+from dpo_jax.evaluation.settings import EvaluationSettings
+from dpo_jax.model.decoder import cast
+from dpo_jax.model.weights import Weights
+from dpo_jax.objectives.mixture import as_measured
+from dpo_jax.preference import heldout
+from dpo_jax.preference.loss import Problem, evaluate_batch
+
+
+class EvaluationPrompts(NamedTuple):
+    """Questions for the model, what ends its answers, and how long these may be, in tokens."""
+
+    questions: list[winrate.Question]
+    tokenizer: Any
+    stop: tuple[int, ...]
+    max_new_tokens: int
+
+
+def read_prompts(settings: EvaluationSettings, folder: Path, tokenizer: Any) -> EvaluationPrompts | None:
+    """The questions of `evaluation.answers`, if there are any to ask; `folder` is the policy's."""
+    if settings.answers is None:
+        return None
+    stop = winrate.stop_tokens(folder, tokenizer)
+    return EvaluationPrompts(winrate.read_questions(settings.answers), tokenizer, stop, settings.max_new_tokens)
+
+
+class Evaluator:
+    """Everything that is measured on held-out data, compiled once."""
+
+    def __init__(
+        self,
+        objective: Problem,
+        mesh: jax.sharding.Mesh,
+        *,
+        held_out: Batches | None,
+        reference: Any = None,
+        prompts: EvaluationPrompts | None = None,
+        every: int | None = None,
+    ):
+        """Set up; compiles at its first use. `reference` are the weights of a live one, `every` counts steps."""
+        self._objective, self._mesh, self._held_out, self._reference = objective, mesh, held_out, reference
+        self._prompts, self._every = prompts, every
+        self._collect = sharding.Compiled(lambda weights, live, batch: evaluate_batch(objective, weights, batch, live))
+        self._measure = heldout.measurement(as_measured(objective.terms))
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether to evaluate after this many steps."""
+        wanted = self._held_out is not None or self._prompts is not None
+        return wanted and (step in (0, last) or (self._every is not None and step % self._every == 0))
+
+    def __call__(
+        self, weights: Weights, folder: Path, step: int, *, progress: float = 0.0, moved: Any = None
+    ) -> dict[str, float]:
+        """Metrics of these weights after this many steps; answers go to `answers/STEP.jsonl`.
+
+        `progress` is the share of the run that is done, `moved` the weights of a reference that moves.
+        """
+        found: dict[str, float] = {}
+        if self._held_out is not None:
+            live = self._reference if moved is None else moved
+            collect = functools.partial(_collected, self._collect, live)
+            place = functools.partial(sharding.place, mesh=self._mesh)
+            measured = heldout.evaluate(collect, weights, self._held_out, place, self._measure, progress)
+            found |= counted(self._objective, measured)
+        if self._prompts is not None:
+            found["good_answers"] = self._answer(self._prompts, weights.params, folder / "answers" / f"{step}.jsonl")
+        return found
+
+    def _answer(self, prompts: EvaluationPrompts, params: Any, path: Path) -> float:
+        answers = winrate.answer(
+            self._objective.spec,
+            cast(params, jnp.dtype(self._objective.compute_dtype)),
+            prompts.questions,
+            prompts.tokenizer,
+            stop=prompts.stop,
+            max_new_tokens=prompts.max_new_tokens,
+            mesh=self._mesh,
+        )
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+        return winrate.share_of_good_answers(answers)
+
+
+def _collected(collect: Callable, live: Any, weights: Weights, batch: Any) -> Any:
+    return collect(weights, live, batch)
+
+
+def counted(objective: Problem, metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics, less those that are nan because a step of single completions has none that is (un)desirable."""
+    if objective.data != "unpaired" or not math.isfinite(metrics["loss"]):
+        return metrics
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}

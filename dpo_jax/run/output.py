@@ -1,0 +1,101 @@
+"""The output folder of a run: locked, held against its record, and what the record says."""
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.config import run as config
+from dpo_jax.config.run import Run
+from dpo_jax.data.settings import DataSettings
+from dpo_jax.settings import UserError
+
+RUN_FILE = "run.json"
+OURS = (".lock", RUN_FILE, "metrics.jsonl", "tensorboard", "checkpoints", "model", "cache", "data.json", "answers")
+"""What a run's folder holds."""
+
+
+@contextlib.contextmanager
+def opened(run: Run) -> Iterator[Path]:
+    """The output folder, made if need be and locked while the run lasts.
+
+    Raises:
+      UserError: it belongs to something else, to a run with other mathematics, or to one that is still going on.
+    """
+    folder = Path(run.output)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output: {folder} is a file; name a folder")
+    strangers = [] if not folder.exists() else [entry.name for entry in folder.iterdir() if entry.name not in OURS]
+    if strangers and not (folder / RUN_FILE).exists():
+        raise UserError(
+            f"output: {folder} holds other things ({sorted(strangers)[0]}, ...); name a new or empty folder"
+        )
+    _refuse_changes(run, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"output: {folder} is in use by another run; wait for it or name another folder") from None
+        yield folder
+
+
+def _refuse_changes(run: Run, folder: Path) -> None:
+    """Stop if the folder's run would lead to another model than this one."""
+    path = folder / RUN_FILE
+    if not path.exists():
+        return
+    try:
+        old = json.loads(path.read_text())["settings"]
+    except (ValueError, KeyError):
+        raise UserError(f"{path} is damaged; name another output folder") from None
+    changes = [
+        c
+        for c in config.changed_mathematics(old, config.dump(run))
+        if c.split(":")[0] not in run.checkpoint.allow_change
+    ]
+    if changes:
+        raise UserError(
+            "\n".join(
+                f"output: {folder} holds a run with another setting, {change}; change it back, name another output, or "
+                f"accept it with checkpoint.allow_change=[{change.split(':')[0]}]"
+                for change in changes
+            )
+        )
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """What the folder's run has written down: `settings`, `facts`, whether it is `finished`; empty before it began."""
+    path = folder / RUN_FILE
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def record_run(run: Run, folder: Path, facts: dict[str, Any]) -> None:
+    """Write down what this run is; refuse if the same settings now mean other data or other weights."""
+    known = recorded(folder).get("facts", {})
+    for name, value in facts.items():
+        if known.get(name, value) != value:
+            raise UserError(
+                f"output: {folder} holds a run whose {name} was {known[name]} and is now {value}; restore it, or "
+                "name another output"
+            )
+    write_json(folder / RUN_FILE, {"settings": config.dump(run), "facts": facts})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file in one move."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    temporary.replace(path)
+
+
+def mark(folder: Path, **more: Any) -> None:
+    """Add to what the folder's run has written down."""
+    write_json(folder / RUN_FILE, {**recorded(folder), **more})
+
+
+def cache_folder(data: DataSettings, output: Path) -> Path:
+    """Where tokenised data and reference log-probabilities are kept."""
+    return Path(data.cache) if data.cache else output / "cache"

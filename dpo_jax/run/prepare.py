@@ -1,0 +1,142 @@
+"""What a run computes with: read from its settings and folders in order, before and after there are weights."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dpo_jax.config.run import Run
+from dpo_jax.hf.tokenizer import load_tokenizer
+from dpo_jax.model.decoder import Model
+from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.model.weights import Weights
+from dpo_jax.preference.loss import Problem
+from dpo_jax.reporting.journal import Journal
+from dpo_jax.run import models, output, result
+from dpo_jax.run.data import Data, Packing, load_data, number_of_steps
+from dpo_jax.run.evaluator import EvaluationPrompts, Evaluator, read_prompts
+from dpo_jax.run.first_step import FirstStep
+from dpo_jax.run.recorder import Recorder, make_alarms
+from dpo_jax.run.reference import Reference, ReferenceScorer, make_reference
+from dpo_jax.run.sources import Sources, find_models
+from dpo_jax.run.trainer import Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run's settings with everything that they name, but for weights: models found and checked, data tokenised."""
+
+    run: Run
+    folder: Path
+    sources: Sources
+    mesh: jax.sharding.Mesh
+    tokenizer: Any
+    data: Data
+    steps: int
+    packing: Packing
+    prompts: EvaluationPrompts | None
+
+    @classmethod
+    def read(cls, run: Run, folder: Path) -> "Job":
+        """Find the models, read and check the data and what is asked in evaluations.
+
+        Raises:
+          UserError: any of it is not as it must be.
+        """
+        sources = find_models(run.model, run.reference, output.recorded(folder))
+        mesh = models.make_mesh(run.mesh, run.model)
+        tokenizer = load_tokenizer(sources.policy, run.data.template)
+        terms, cache = run.objective.terms, output.cache_folder(run.data, Path(run.output))
+        data = load_data(run.data, terms, tokenizer, cache, print)
+        output.write_json(folder / "data.json", data.report)
+        steps = number_of_steps(data.train.num_pairs, run.batch.pairs, steps=run.steps, epochs=run.epochs)
+        prompts = read_prompts(run.evaluation, sources.policy, tokenizer)
+        models.check_models(
+            sources,
+            mesh,
+            model=run.model,
+            reference=run.reference,
+            max_length=run.data.max_length,
+            scalar_head=run.objective.trains_reward_model,
+        )
+        packing = Packing.of(run.batch, run.data.max_length, terms, mesh)
+        return cls(run, folder, sources, mesh, tokenizer, data, steps, packing, prompts)
+
+    @property
+    def cache(self) -> Path:
+        """Where tokenised data and reference log-probabilities are kept."""
+        return output.cache_folder(self.run.data, Path(self.run.output))
+
+    def load_policy(self) -> tuple[DecoderSpec, Weights]:
+        """The policy's starting weights on the mesh, divided into trained and frozen."""
+        run = self.run
+        scores = run.objective.trains_reward_model
+        return models.load_policy(
+            run.model, self.sources.policy, self.mesh, run.optimizer.param_dtype, scalar_head=scores
+        )
+
+    def objective(self, spec: DecoderSpec) -> Problem:
+        """What is minimised, on this model."""
+        run = self.run
+        statistics = run.log.token_statistics
+        return models.make_objective(run.model, run.objective.terms, spec, self.mesh, statistics=statistics)
+
+    def journal(self, start: int | None, began: float) -> Journal:
+        """The journal of a command that `began` then; what it has of steps after the checkpoint `start` is dropped."""
+        after = -1 if start is None else start
+        return Journal(self.folder, self.steps, self.run.log, after, process=jax.process_index(), began=began)
+
+    def reference(self, objective: Problem, weights: Weights, journal: Journal, *, resumes: bool) -> Reference:
+        """The reference, computed or kept live."""
+        return make_reference(
+            self.run.reference,
+            self.sources,
+            Model(objective.spec, weights.params),
+            objective,
+            self.data,
+            ReferenceScorer(self.mesh, self.packing, self.cache, journal),
+            resumes=resumes,
+        )
+
+    def trainer(self, objective: Problem, weights: Weights, reference: Reference) -> Trainer:
+        """The step, and the batches that it takes."""
+        run = self.run
+        order = {"shuffle": run.data.shuffle, "seed": run.seed}
+        batches = self.packing.steps(self.data.train, objective.spec, self.steps, **order, reference=reference.train)
+        return Trainer(objective, weights, batches, reference, self.mesh, optimizer=run.optimizer, seed=run.seed)
+
+    def evaluator(self, objective: Problem, reference: Reference) -> Evaluator:
+        """What is measured on held-out data."""
+        held_out = self.data.held_out
+        rows = None if held_out is None else self.packing.sweep(held_out, objective.spec, reference.held_out)
+        every, live = self.run.evaluation.every, reference.weights
+        return Evaluator(objective, self.mesh, held_out=rows, reference=live, prompts=self.prompts, every=every)
+
+    def recorder(self, trainer: Trainer, evaluator: Evaluator, journal: Journal, *, after: int) -> Recorder:
+        """What is written down of each step `after` so many."""
+        run = self.run
+        same = self.sources.reference_is_policy
+        first = FirstStep.of(trainer.objective, self.data.train, run.batch.pairs, self.cache, reference_is_policy=same)
+        alarms = make_alarms(
+            run.alarms,
+            trainer,
+            self.folder,
+            known_loss=first.known_loss,
+            optimizer=run.optimizer,
+            every=run.log.every,
+        )
+        return Recorder(
+            trainer,
+            evaluator,
+            self.data,
+            journal,
+            after=after,
+            first_step=first,
+            alarms=alarms,
+            max_nonfinite=run.log.max_nonfinite,
+        )
+
+    def facts(self) -> dict[str, object]:
+        """What the run depends on beside its settings."""
+        return result.facts(self.sources, self.data.train, self.steps)

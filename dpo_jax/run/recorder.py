@@ -1,0 +1,189 @@
+"""What a run writes down of each step, and what it measures, checks and saves between steps."""
+
+import resource
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dpo_jax.data.batches import pair_tokens
+from dpo_jax.model.weights import Weights
+from dpo_jax.reporting.health import Alarms
+from dpo_jax.reporting.journal import Journal, read_records
+from dpo_jax.reporting.settings import AlarmSettings
+from dpo_jax.run.data import Data
+from dpo_jax.run.evaluator import Evaluator, counted
+from dpo_jax.run.first_step import FirstStep, preference_loss
+from dpo_jax.run.trainer import Trainer
+from dpo_jax.settings import UserError
+from dpo_jax.training.optimizer import warmup_steps
+from dpo_jax.training.settings import OptimizerSettings
+from dpo_jax.training.step import State
+
+
+class Recorder:
+    """Writes each step's metrics to the journal once the device has them, one step late, so that it never waits; and
+    measures held-out data where that is due."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        evaluator: Evaluator,
+        data: Data,
+        journal: Journal,
+        *,
+        after: int,
+        first_step: FirstStep,
+        alarms: Alarms | None,
+        max_nonfinite: int,
+    ):
+        """Go on `after` so many steps."""
+        self._trainer, self._evaluator, self._data, self.journal = trainer, evaluator, data, journal
+        self._first_step, self._alarms, self._max_nonfinite = first_step, alarms, max_nonfinite
+        self._objective, self._batches = trainer.objective, trainer.batches
+        train = data.train
+        self._lengths = pair_tokens(train)
+        # A single completion's `rejected` is itself, or for KTO one of another prompt, cut to fit.
+        single = self._objective.data in ("unpaired", "chosen")
+        self._cut = train.truncated[train.chosen] | (not single and train.truncated[train.rejected])
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._seen = self._batches.total_before(after, self._lengths)
+        self._is_first, self._once = True, {}
+        self.restart_clock()
+
+    def begin(self, weights: Weights) -> State:
+        """The state before the first step, whose weights are measured if there is anything to measure."""
+        if self._evaluator.due(0, self._batches.steps):
+            self.journal.phase("evaluating")
+            self.journal.evaluation(0, self._evaluator(weights, self.journal.folder, 0))
+        return self._trainer.fresh(weights.trained)
+
+    def start(self) -> None:
+        """Say that training begins, and time it from now."""
+        self.journal.phase("training")
+        self.restart_clock()
+
+    def end(self) -> None:
+        """Write what is pending, and say what ought not to have happened."""
+        self.flush()
+        if self._trainer.recompilations:
+            self.journal.note(f"{self._trainer.recompilations} compilations happened after warm-up")
+
+    def take(self, step: int, metrics: dict[str, jax.Array], *, waited: float) -> None:
+        """Take over the metrics of step (from 1), which `waited` for its batch; those before are written now."""
+        self._waited += waited
+        self.flush()
+        self._pending = (step, metrics)
+        if self._is_first:
+            jax.block_until_ready(metrics)
+            self._once = {"time_to_first_step": time.perf_counter() - self.journal.began}
+            self.journal.note(f"first step done {self._once['time_to_first_step']:.1f} s after the start")
+            self._is_first = False
+        if step == 1:
+            self._first_step.check(metrics)
+
+    def evaluate(self, step: int, state: State) -> None:
+        """Measure the weights after this step, if that is due."""
+        last = self._batches.steps
+        if not self._evaluator.due(step, last):
+            return
+        self.flush()
+        weights, moved = self._trainer.weights(state), state.get("reference")
+        progress = (step - 1) / max(last - 1, 1)
+        found = self._evaluator(weights, self.journal.folder, step, progress=progress, moved=moved)
+        self.journal.evaluation(step, found)
+        self.restart_clock()
+
+    def flush(self) -> None:
+        """Write what is pending.
+
+        Raises:
+          UserError: too many steps in a row were not finite.
+        """
+        if self._pending is None:
+            return
+        step, metrics = self._pending[0], {k: float(v) for k, v in jax.device_get(self._pending[1]).items()}
+        self._pending = None
+        seconds, waited = time.perf_counter() - self._clock, self._waited
+        self.restart_clock()
+        consecutive_nonfinite = metrics.pop("nonfinite_streak")
+        metrics = counted(self._objective, metrics)
+        tokens = self._tokens(step - 1)
+        self._seen += int(tokens.sum())
+        pairs = self._batches.pairs_of(step - 1)
+        if self.journal.due(step):
+            self.journal.step(
+                step,
+                metrics
+                | {
+                    "epoch": step * self._batches.pairs / self._data.train.num_pairs,
+                    "num_tokens": self._seen,
+                    "truncated": int(self._cut[pairs].sum()),
+                    "dropped": self._data.dropped,
+                    "step_seconds": seconds,
+                    "input_wait": waited / seconds,
+                    **self._once,
+                    "pairs_per_second": len(pairs) / seconds,
+                    "tokens_per_second": float(tokens.sum()) / seconds,
+                    "memory_bytes": memory_in_use(),
+                },
+            )
+            self._once = {}
+            plain = metrics | {"loss": preference_loss(self._objective, metrics)}
+            for line in self._alarms.take(step, plain) if self._alarms else ():
+                self.journal.note(line)
+        if consecutive_nonfinite > self._max_nonfinite:
+            raise UserError(self._diverged(step, int(consecutive_nonfinite), pairs))
+
+    def restart_clock(self) -> None:
+        """Time the next step from now."""
+        self._clock, self._waited = time.perf_counter(), 0.0
+
+    def _tokens(self, step: int) -> np.ndarray:
+        """Tokens of each pair of a step, as TRL counts them: the prompt once for each completion."""
+        return self._lengths[self._batches.pairs_of(step)]
+
+    def _diverged(self, step: int, count: int, pairs: np.ndarray) -> str:
+        rows = [self._data.train.origin(int(pair)) for pair in pairs[:8]]
+        return (
+            f"step {step}: the loss or gradient was not finite for {count} steps in a row; the last checkpoint stays;"
+            f" lower optimizer.learning_rate or look at the rows of this step: {', '.join(rows)}"
+        )
+
+
+def memory_in_use() -> int:
+    """Bytes: the most on one accelerator so far; on a CPU, the most of the whole process."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [found["peak_bytes_in_use"] for found in stats if found and "peak_bytes_in_use" in found]
+    return max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def make_alarms(
+    settings: AlarmSettings,
+    trainer: Trainer,
+    folder: Path,
+    *,
+    known_loss: float | None,
+    optimizer: OptimizerSettings,
+    every: int,
+) -> Alarms | None:
+    """What watches the metrics, having seen the records of the steps that were already made.
+
+    `known_loss` is the first loss where it is known, `every` the number of steps from record to record.
+    """
+    if not settings.enabled:
+        return None
+    steps = trainer.batches.steps
+    alarms = Alarms(
+        start=None if trainer.moving else known_loss,  # a move brings the loss back to it
+        warmup_steps=warmup_steps(optimizer, steps),
+        total_steps=steps,
+        pairs=trainer.batches.pairs,
+        chosen_drift=settings.chosen_drift,
+        kl=settings.kl,
+        every=every,
+    )
+    records = read_records(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+    alarms.replay(record for record in records if "loss" in record)
+    return alarms

@@ -1,0 +1,133 @@
+"""The reference of a run: log-probabilities as data, or weights that are kept live, or neither."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax import sharding
+from dpo_jax.data.batches import Batches
+from dpo_jax.data.encode import Encoded
+from dpo_jax.model.decoder import Model, cast
+from dpo_jax.preference import heldout
+from dpo_jax.preference.loss import Problem
+from dpo_jax.preference.scoring import score_batch
+from dpo_jax.reporting.journal import Journal
+from dpo_jax.run.data import Data, Packing
+from dpo_jax.run.models import load_model, weights_digest
+from dpo_jax.run.sources import Sources
+from dpo_jax.training import reference as references
+from dpo_jax.training.settings import ReferenceSettings
+from dpo_jax.training.step import MovingReference
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Log-probabilities by scored token of the training and of the held-out data; or live weights; or neither."""
+
+    train: np.ndarray | None = None
+    held_out: np.ndarray | None = None
+    weights: Any = None
+    moving: MovingReference | None = None
+
+
+def moving_reference(settings: ReferenceSettings) -> MovingReference | None:
+    """How the reference moves, if it does."""
+    return MovingReference(settings.update_every, settings.update_rate) if settings.update_every else None
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceScorer:
+    """Computes a reference's log-probabilities where they are not in the cache folder yet."""
+
+    mesh: jax.sharding.Mesh
+    packing: Packing
+    cache: Path
+    journal: Journal
+
+    def logps(self, model: Model, objective: Problem, encoded: Encoded, digest: str, kind: str) -> np.ndarray:
+        """Log-probability of each scored token, in nats.
+
+        Args:
+          model: the reference.
+          objective: says in which dtype, and how, it is computed.
+          encoded: the data.
+          digest: of the reference's weights.
+          kind: what it is computed in; with the digest and the data the key of the cached file.
+        """
+
+        def compute() -> np.ndarray:
+            self.journal.phase("compiling the reference")
+            batches = self.packing.sweep(encoded, model.spec)
+            return score_all(objective, model, batches, self.mesh, self.journal)
+
+        key = references.cache_key(digest, encoded, kind)
+        return references.cached(self.cache, key, encoded.num_scored, compute)
+
+
+def make_reference(
+    settings: ReferenceSettings,
+    sources: Sources,
+    policy: Model,
+    objective: Problem,
+    data: Data,
+    scorer: ReferenceScorer,
+    *,
+    resumes: bool = False,
+) -> Reference:
+    """The reference as the settings want it. Cached: its weights are gone when this returns.
+
+    There are none where the run resumes with a reference that moves: its weights are in the checkpoint.
+    """
+    moving = moving_reference(settings)
+    if settings.mode == "none" or (moving and resumes):
+        return Reference(moving=moving)
+    dtype = "float32" if moving else objective.compute_dtype  # one that moves is kept in float32
+    own = sources.reference_is_policy
+    model = policy if own else load_model(sources.reference, scorer.mesh, dtype)
+    if settings.mode == "live":
+        weights = _copied(model.params, dtype) if own else cast(model.params, jnp.dtype(dtype))
+        return Reference(weights=weights, moving=moving)
+    digest, kind = (
+        weights_digest(sources.reference),
+        _computed_in(policy, objective) if own else objective.compute_dtype,
+    )
+    train, held_out = (
+        None if encoded is None else scorer.logps(model, objective, encoded, digest, kind)
+        for encoded in (data.train, data.held_out)
+    )
+    return Reference(train=train, held_out=held_out)
+
+
+def _copied(params: Any, dtype: str) -> Any:
+    """The policy's parameters in this dtype, none in the policy's own buffers: its first step gives those away."""
+    cast_ = cast(params, jnp.dtype(dtype))
+    return jax.tree.map(lambda new, old: jnp.copy(new) if new.dtype == old.dtype else new, cast_, params)
+
+
+def _computed_in(policy: Model, objective: Problem) -> str:
+    """What the policy's own log-probabilities are computed in, for the key of the cache: weights that are kept in fewer
+    digits are rounded before they are computed with."""
+    held = {leaf.dtype.name for leaf in jax.tree.leaves(policy.params)} - {"float32"}
+    kind = objective.compute_dtype
+    return f"{kind} of {min(held)}" if held and kind == "float32" else kind
+
+
+def score_all(
+    objective: Problem, model: Model, batches: Batches, mesh: jax.sharding.Mesh, journal: Journal
+) -> np.ndarray:
+    """Log-probability of each scored token under a model, in nats."""
+    params = cast(model.params, jnp.dtype(objective.compute_dtype))
+    scorer = sharding.Compiled(
+        lambda params, batch: score_batch(model.spec, params, batch, execution=objective.execution)
+    )
+
+    def progress(done: int, total: int) -> None:
+        journal.phase(f"reference log-probabilities {done}/{total}")
+
+    place = functools.partial(sharding.place, mesh=mesh)
+    return heldout.token_logprobs(scorer, params, batches, place, progress)
