@@ -27,6 +27,7 @@ from tests.support.family_models import (
     theirs,
     torch_logits,
 )
+from tests.support.tiers import one_of_each_kind
 
 pytest.importorskip("torch")
 GOLDEN = (
@@ -37,15 +38,21 @@ GOLDEN = (
 ).split()
 
 
-@pytest.fixture(params=GOLDEN)
+@pytest.fixture(params=one_of_each_kind(GOLDEN))
 def kept(request, shared) -> Folder:
     """A folder that was written once, by another version of this test's generator."""
     return golden(shared / "families" / request.param)
 
 
-@pytest.fixture(params=list(CONFIGS))
+@pytest.fixture(params=one_of_each_kind(CONFIGS))
 def fresh(request) -> Folder:
     """A folder that PyTorch has just written."""
+    return own(request.param)
+
+
+@pytest.fixture(params=list(CONFIGS))
+def any_fresh(request) -> Folder:
+    """The same of every config by day too, for what compiles nothing and has a table for each family."""
     return own(request.param)
 
 
@@ -90,15 +97,15 @@ def test_every_family_is_among_them():
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def test_every_leaf_is_claimed_once(fresh):
+def test_every_leaf_is_claimed_once(any_fresh):
     """By a sharding rule, a rule for weight decay, and exactly one place in the folder; nothing is left over."""
-    spec = read_spec(fresh.path)
+    spec = read_spec(any_fresh.path)
     params = abstract_params(spec)
     leaves = trees.paths(params)
     assert trees.paths(sharding.param_shardings(params, sharding.make_mesh())).keys() == leaves.keys()
     decays = trees.paths(decay_mask(params))
     assert decays.keys() == leaves.keys()
-    claims = mapping.claim(spec, Tensors(fresh.path).infos, "", scheme_of(spec, fresh.path))
+    claims = mapping.claim(spec, Tensors(any_fresh.path).infos, "", scheme_of(spec, any_fresh.path))
     assert claims.carried == ()
     held = dict.fromkeys(leaves, 0)
     for part in (part for entry in claims.entries.values() for part in entry.parts):
@@ -106,9 +113,9 @@ def test_every_leaf_is_claimed_once(fresh):
     assert held == {leaf: math.prod(value.shape) for leaf, value in leaves.items()}
 
 
-def test_matrices_decay_and_vectors_do_not(fresh):
+def test_matrices_decay_and_vectors_do_not(any_fresh):
     """As in transformers' Trainer, which leaves out biases and norms; here also all other vectors of a layer."""
-    params = abstract_params(read_spec(fresh.path))
+    params = abstract_params(read_spec(any_fresh.path))
     decays = trees.paths(decay_mask(params))
     for leaf, value in trees.paths(params).items():
         depth = value.ndim - leaf.startswith("blocks/")
@@ -116,19 +123,19 @@ def test_matrices_decay_and_vectors_do_not(fresh):
         assert decays[leaf] != vector, leaf
 
 
-def test_packing_inverts_unpacking(fresh):
+def test_packing_inverts_unpacking(any_fresh):
     """For the rows of the table alone, with numbers that name each element's place."""
-    spec = read_spec(fresh.path)
-    for entry in mapping.names(spec, scheme_of(spec, fresh.path).naming):
+    spec = read_spec(any_fresh.path)
+    for entry in mapping.names(spec, scheme_of(spec, any_fresh.path).naming):
         whole = np.arange(math.prod(entry.shape)).reshape(entry.shape)
         parts = [entry.unpack(whole, number) for number in range(len(entry.parts))]
         assert [part.shape for part in parts] == [part.shape for part in entry.parts], entry.name
         np.testing.assert_array_equal(entry.pack(parts), whole, err_msg=entry.name)
 
 
-def test_a_tensor_too_many_and_one_too_few_are_named(fresh):
-    spec, infos = read_spec(fresh.path), Tensors(fresh.path).infos
-    scheme = scheme_of(spec, fresh.path)
+def test_a_tensor_too_many_and_one_too_few_are_named(any_fresh):
+    spec, infos = read_spec(any_fresh.path), Tensors(any_fresh.path).infos
+    scheme = scheme_of(spec, any_fresh.path)
     last = list(infos)[-1]
     for changed, name in (
         ({key: info for key, info in infos.items() if key != last}, last),

@@ -16,6 +16,7 @@ from dpo_jax.hf.keys import REQUIRED
 from dpo_jax.settings import UserError
 from tests.support.family_configs import CONFIGS, FULL, SLIDING
 from tests.support.family_models import LOGITS, our_logits, own, raw_config, theirs, torch_logits
+from tests.support.tiers import by_day
 
 pytest.importorskip("torch")
 SAME = 2e-5
@@ -46,7 +47,7 @@ ROPES = {
 }
 TURNED = "llama cohere gpt_neox glm stablelm deepseek_v3 qwen3_5_text gemma3_text gemma4_text olmo3".split()
 """Families whose readers take rotations in ways of their own, and one of the rest."""
-by_config = pytest.mark.parametrize("name", CONFIGS)
+by_config = pytest.mark.parametrize("name", by_day(CONFIGS, FAMILIES.values()))
 by_family = pytest.mark.parametrize("name", FAMILIES.values(), ids=FAMILIES)
 
 

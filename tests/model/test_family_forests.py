@@ -18,6 +18,7 @@ from dpo_jax.preference import scoring
 from tests.support.family_configs import CONFIGS
 from tests.support.family_models import LENGTH, ROWS, allowed, our_logits, ours, own
 from tests.support.forests import random_encoded
+from tests.support.tiers import one_of_each_kind
 
 pytest.importorskip("torch")
 ENCODED = random_encoded(units=5, completions=(2, 3), vocab=88, seed=37, longest=13)
@@ -75,7 +76,7 @@ def test_the_texts_are_long_enough():
     assert 20 < longest() <= LENGTH
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", one_of_each_kind(CONFIGS))
 def test_a_forest_is_its_texts(name):
     """Prompts are shared where the spec says that they may be."""
     model = ours(own(name).path)

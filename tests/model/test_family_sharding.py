@@ -18,6 +18,7 @@ from dpo_jax.model import decoder
 from dpo_jax.model.attention import causal
 from dpo_jax.model.decoder import Execution, Model, abstract_params
 from tests.support.family_models import KINDS, allowed, our_logits, ours, own
+from tests.support.tiers import by_day
 
 pytest.importorskip("torch")
 MESHES = {
@@ -63,7 +64,7 @@ def mesh_of(sizes: dict[str, int]):
     return sharding.make_mesh(**sizes, devices=jax.devices()[: int(np.prod(list(sizes.values())))])
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", by_day(MESHES, {"data 2, tensor 2"}))
 @pytest.mark.parametrize("name", KINDS)
 def test_a_mesh_changes_nothing(name, mesh):
     found = sharded_logits(own(name).path, four_rows(name), mesh_of(MESHES[mesh]))
@@ -104,6 +105,7 @@ def on_eight() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {name: (np.load(folder / "eight.npy"), wanted_of(name)) for name, folder in folders.items()}
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ON_EIGHT)
 def test_eight_devices_change_nothing(name):
     found, wanted = on_eight()[name]

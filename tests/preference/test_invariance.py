@@ -19,6 +19,7 @@ from dpo_jax.objectives.table import OBJECTIVES
 from dpo_jax.objectives.terms import make_terms
 from dpo_jax.preference.loss import Problem, loss_and_gradient, measure
 from tests.support.forests import SPEC, random_encoded
+from tests.support.tiers import by_day
 
 SCALAR = dataclasses.replace(SPEC, scalar_head=True)
 ENCODED = random_encoded(units=70, completions=(2, 3), seed=3, soft=True, longest=18)
@@ -229,7 +230,9 @@ LAYOUTS = [  # every two of: micro-batches 1, 2, 4; devices 1, 2, 4; prompts sha
 
 
 @pytest.mark.parametrize(
-    "layout", LAYOUTS, ids=lambda x: f"{x[0]}_micro-{x[1]}_devices-{'shared' if x[2] else 'whole'}"
+    "layout",
+    by_day(LAYOUTS, [(4, 1, True), (1, 2, False), (1, 4, True)]),
+    ids=lambda x: f"{x[0]}_micro-{x[1]}_devices-{'shared' if x[2] else 'whole'}",
 )
 @pytest.mark.parametrize("name", KINDS)
 def test_every_objective_is_that_of_padded_rows(name, layout):
