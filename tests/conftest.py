@@ -8,6 +8,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also for the processes that tes
 
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # nor do they keep or find compiled programs
 
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")  # a core has its own pytest worker
+
 import jax
 import pytest
 

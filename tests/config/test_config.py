@@ -1,0 +1,510 @@
+"""Settings: what is right comes through as it was written, and what is wrong is named by file, line and key."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from dpo_jax.config import run as config
+from dpo_jax.config.elsewhere import FOREIGN
+from dpo_jax.config.run import CHANGES_MATHEMATICS, FIELDS, KEEPS_MATHEMATICS, Run, changed_mathematics, dump
+from dpo_jax.objectives.table import KNOWN_AS
+from dpo_jax.settings import UserError
+
+GOOD = textwrap.dedent(
+    """\
+    # a comment
+    model:
+      path: models/tiny
+    data:
+      train: [a.jsonl, "b.jsonl"]
+      eval: held_out.jsonl
+      max_length: 512
+    batch: {pairs: 32}
+    objective:
+      beta: 0.2
+    optimizer:
+      learning_rate: 5e-7
+      warmup_fraction: 0.05
+    evaluation:
+      every: 10
+    log:
+      tensorboard: false
+    steps: 100
+    seed: 7
+    output: runs/tiny
+    """
+)
+ROOT = Path(__file__).resolve().parents[2]
+PREAMBLE = "import sys\nfrom dpo_jax.config.run import *\n@command\n"
+COMMAND = PREAMBLE + "def main(argv): print(load(argv).seed)\nsys.exit(main())"
+
+
+@pytest.fixture
+def good(tmp_path, monkeypatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(GOOD)
+    return "run.yaml"
+
+
+def problems(*argv: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        config.load(list(argv))
+    return str(caught.value).splitlines()
+
+
+def python(*arguments: str, **options) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=60, env=environment, **options
+    )
+
+
+# ---------------------------------------------------------------------------------------------- what is right
+
+
+def test_values_come_through(good):
+    run = config.load([good])
+    assert (run.model.path, run.data.train, run.batch.pairs) == ("models/tiny", ("a.jsonl", "b.jsonl"), 32)
+    assert run.optimizer.learning_rate == 5e-7 and run.log.tensorboard is False
+    assert (run.steps, run.epochs, run.seed) == (100, None, 7)
+
+
+def test_later_files_and_overrides_win(good):
+    Path("more.yaml").write_text("optimizer: {learning_rate: 1e-6}\nbatch.pairs: 16\n")
+    run = config.load([good, "more.yaml", "seed=1", "--seed", "2", "--optimizer.weight-decay=0.1", "data.train=[c, d]"])
+    assert (run.optimizer.learning_rate, run.optimizer.warmup_fraction, run.optimizer.weight_decay) == (1e-6, 0.05, 0.1)
+    assert (run.batch.pairs, run.seed, run.data.train) == (16, 2, ("c", "d"))
+    assert config.load([good, "mesh.data=2", "--mesh.fsdp", "-1"]).mesh.data == 2
+    assert config.load([good, "optimizer={schedule: cosine, clip_norm: null}"]).optimizer.clip_norm is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("5e-7", 5e-7), ("1E3", 1000.0), (".5", 0.5), ("2.", 2.0), ("+1.5e+2", 150.0), ("3", 3.0), ("010", 10.0)],
+)
+def test_numbers_are_read_as_people_write_them(good, text, value):
+    assert config.load([good, f"optimizer.weight_decay={text}"]).optimizer.weight_decay == value
+
+
+@pytest.mark.parametrize("text", ["no", "on", "2024-01-01", "'7'", "1:30", "0x10", "~/runs", "a#b", "true.d"])
+def test_text_stays_text(good, text):
+    assert config.load([good, f"output={text}"]).output == text.strip("'")
+
+
+def test_a_run_without_a_length_is_one_epoch(good):
+    assert config.load([good, "steps=null"]).epochs == 1.0
+    assert config.load([good, "steps=null", "epochs=2"]).epochs == 2.0
+
+
+def plain_run(*overrides: str) -> Run:
+    return config.load(["model.path=m", "data.train=d", "output=o", *overrides])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("epochs=0.5", "data.eval=[a, b]", "evaluation.every=3"),
+        ("optimizer.warmup_steps=3",),
+        ("objective.name=sft",),
+        ("objective=[{name: sigmoid, weight: 0.8, beta: 0.2}, {name: sft}]",),
+        ("objective.name=simpo", "objective.beta=2.5"),
+        ("reference.update_every=10",),
+        ("evaluation={answers: a.jsonl, max_new_tokens: 3}", "checkpoint.allow_change=[seed, data.train]"),
+    ],
+)
+def test_what_is_dumped_or_printed_gives_the_same_run_again(tmp_path, capsys, overrides):
+    run = plain_run(*overrides)
+    assert Run.model_validate(json.loads(json.dumps(dump(run)))) == run
+    with pytest.raises(SystemExit) as done:
+        config.load(["model.path=m", "data.train=d", "output=o", *overrides, "--print-config"])
+    assert not done.value.code
+    (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
+    assert config.load([str(tmp_path / "again.yaml")]) == run
+    assert config.digest(config.load([str(tmp_path / "again.yaml")])) == config.digest(run)
+
+
+def test_the_digest_tells_runs_apart():
+    seen = {config.digest(plain_run(*change)) for change in ((), ("seed=1",), ("output=p",), ("log.every=2",))}
+    assert len(seen) == 4
+
+
+# ---------------------------------------------------------------------------------------------- what is wrong
+
+BAD = {
+    # the whole text of a config, or a change to the good one (old, new): place, key, part of the remedy
+    "unknown section": (("seed: 7", "sed: 7"), ":19: sed: ", "did you mean seed?"),
+    "unknown key": (("  learning_rate", "  learning_rat"), ":12: optimizer.learning_rat: ", "optimizer.learning_rate?"),
+    "trl name": (("seed: 7", "num_train_epochs: 7"), ":19: num_train_epochs: ", "here it is epochs"),
+    "trl name in a section": (
+        ("batch: {pairs: 32}", "batch: {per_device_train_batch_size: 8}"),
+        ":8: batch.per_device_train_batch_size: ",
+        "here it is batch.pairs",
+    ),
+    "name of another section": (("seed: 7", "beta: 0.1"), ":19: beta: ", "did you mean objective.beta?"),
+    "three of that name": (("seed: 7", "every: 5"), ":19: every: ", "evaluation.every or checkpoint.every or log"),
+    "no such feature": (("seed: 7", "use_peft: true"), ":19: use_peft: ", "all weights are trained"),
+    "secret": (("seed: 7", "hub_token: hf_abc"), ":19: hub_token: ", "read from the environment"),
+    "text for a number": (("5e-7", "fast"), ":12: optimizer.learning_rate: ", '"fast": must be a number >= 0'),
+    "fraction for a whole number": (("pairs: 32", "pairs: 1.5"), ":8: batch.pairs: ", "1.5: must be a whole number"),
+    "boolean for a number": (("steps: 100", "steps: true"), ":18: steps: ", "true: must be a whole number > 0"),
+    "number for a boolean": (("tensorboard: false", "tensorboard: 1"), ":17: log.tensorboard: ", "1: must be true or"),
+    "no for a boolean": (("tensorboard: false", "tensorboard: no"), ":17: log.tensorboard: ", '"no": must be true'),
+    "number for text": (("output: runs/tiny", "output: 7"), ":20: output: ", "7: must be text"),
+    "list for text": (("path: models/tiny", "path: [a]"), ":3: model.path: ", '["a"]: must be text'),
+    "number in a list of text": (("[a.jsonl, ", "[3, "), ":5: data.train: ", "must be text or a list of text"),
+    "block in a list of text": (("[a.jsonl, ", "[{a: b}, "), ":5: data.train: ", "must be text or a list of text"),
+    "block for a value": (("beta: 0.2", "beta: {a: 1}"), ":10: objective.beta.a: ", "takes a number > 0 or null, not"),
+    "value for a block": (("batch: {pairs: 32}", "batch: 32"), ":8: batch: ", "a block of settings, such as batch."),
+    "not one of": (("beta: 0.2", "name: ippo"), ":10: objective.name: ", "no objective 'ippo'; did you mean ipo?"),
+    "too small": (("beta: 0.2", "beta: 0"), ":10: objective.beta: ", "0: must be a number > 0"),
+    "too large": (("beta: 0.2", "label_smoothing: 0.5"), ":10: objective.label_smoothing: ", ">= 0 and < 0.5"),
+    "infinite": (("5e-7", ".inf"), ":12: optimizer.learning_rate: ", "must be a number"),
+    "too large for a number": (("5e-7", "1e999"), ":12: optimizer.learning_rate: ", "must be a number"),
+    "not a number": (("5e-7", ".nan"), ":12: optimizer.learning_rate: ", "must be a number"),
+    "null": (("pairs: 32", "pairs: null"), ":8: batch.pairs: ", "null: must be a whole number > 0"),
+    "empty text": (("output: runs/tiny", "output: ''"), ":20: output: ", "is empty"),
+    "empty list": (("[a.jsonl, \"b.jsonl\"]", "[]"), ":5: data.train: ", "at least one"),
+    "missing": (("output: runs/tiny", ""), ": output: ", "not given: folder of everything"),
+    "given twice": (("seed: 7", "steps: 7"), ":19: steps: ", "is given twice, first at bad.yaml:18"),
+    "section twice": (("seed: 7", "model: {}"), ":19: model: ", "is given twice, first at bad.yaml:2"),
+    "anchor": (("steps: 100", "steps: &a 100"), ":18: ", "anchors and aliases"),
+    "alias": (("seed: 7", "seed: *a"), ":19: ", "anchors and aliases"),
+    "tag": (("seed: 7", "seed: !!python/object/apply:os.system [ls]"), ":19: ", "tags (!) are refused"),
+    "tab": (("  path: models/tiny", "\tpath: models/tiny"), ":3: ", "a tab where YAML wants spaces"),
+    "syntax": (("batch: {pairs: 32}", "batch: {pairs: 32"), ":9: ", "not valid YAML"),
+    "two documents": (("seed: 7", "---"), ":19: ", "not valid YAML"),
+    "list at the top": ("- a\n- b\n", ": ", "the top level must be `section:` blocks"),
+    "nothing": ("", ": ", "holds no settings"),
+    "not text": (b"model: \xff\xfe", ": ", "is not UTF-8 text (byte 7)"),
+    "control character": ("model: \x00", ":1: ", "not valid YAML"),
+    "too large a file": ("#" * (1 << 20) + "\n", ": ", "larger than 1 MiB"),
+    "too deep": ("a: " + "[" * 500_000, ":1: ", "nested too deeply"),
+    "too many values": ("a: 1\n" * 100_000, ":5000: ", "more than 10,000 values"),
+    "steps and epochs": (("seed: 7", "epochs: 2"), ":18: steps: ", "100: give steps or epochs, not both"),
+    "both warm-ups": (("beta: 0.2", "beta: 1\noptimizer.warmup_steps: 3"), ":14: optimizer.warmup_fraction: ", "not"),
+    "warm-up too long": (("warmup_fraction: 0.05", "warmup_steps: 101"), ":13: optimizer.warmup_steps: ", "not be"),
+    "nothing to evaluate": (("  eval: held_out.jsonl\n", ""), ":14: evaluation.every: ", "nothing to evaluate"),
+    "nothing to generate": (("every: 10", "max_new_tokens: 10"), ":15: evaluation.max_new_tokens: ", "leave it"),
+    "sft with a reference": (
+        ("beta: 0.2", "name: sft\nreference: {mode: live}"),
+        ":11: reference.mode: ",
+        "reference.mode: none",
+    ),
+    "a setting of another objective": (("beta: 0.2", "gamma: 1"), ":10: objective.gamma: ", "sigmoid does not use it"),
+    "out of an objective's own range": (
+        ("beta: 0.2", "{name: exo_pair, label_smoothing: 0}"),
+        ":10: objective.label_smoothing: ",
+        "a number > 0 and < 0.5 for objective exo_pair",
+    ),
+    "a schedule of nothing": (("beta: 0.2", "beta_schedule: cosine"), ":10: objective.beta_schedule: ", "beta_end"),
+    "a moving reference kept on disk": (
+        ("seed: 7", "reference: {mode: cached, update_every: 3}"),
+        ":19: reference.mode: ",
+        "cannot be cached",
+    ),
+    "a reward model that answers": (
+        ("beta: 0.2", "name: reward\nevaluation.answers: a.jsonl"),
+        ":11: evaluation.answers: ",
+        "answers nothing",
+    ),
+    "dpo without one": (("seed: 7", "reference: {mode: none}"), ":19: reference.mode: ", "compares with a reference"),
+    "two rests": (("seed: 7", "mesh: {data: -1}"), ":19: mesh.data: ", "only one axis"),
+    "no devices": (("seed: 7", "mesh: {tensor: 0}"), ":19: mesh.tensor: ", "0: must be > 0, or -1"),
+    "keeps what is not there": (("seed: 7", "checkpoint.keep_every: 150"), ":19: checkpoint.keep_every: ", "a multi"),
+    "output over the model": (("runs/tiny", "models/../models/tiny"), ":20: output: ", "must differ from model.path"),
+    "unknown change": (("seed: 7", "checkpoint.allow_change: [sed]"), ":19: checkpoint.allow_change: ", "'sed' is not"),
+    "harmless change": (("seed: 7", "checkpoint.allow_change: [output]"), ":19: checkpoint.allow_change: ", "leave it"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "place", "remedy"), BAD.values(), ids=BAD)
+def test_each_mistake_has_its_line(good, capsys, change, place, remedy):
+    if isinstance(change, tuple):
+        assert GOOD.count(change[0]) == 1
+        change = GOOD.replace(*change)
+    Path("bad.yaml").write_bytes(change if isinstance(change, bytes) else change.encode())
+    lines = problems("bad.yaml")
+    named = [line for line in lines if line.startswith(f"bad.yaml{place}") and remedy in line]
+    assert len(named) == 1, lines
+    assert all(line.isprintable() and len(line) < 300 for line in lines)
+    assert config.command(config.load)(["bad.yaml"]) == 2
+    assert capsys.readouterr().err.splitlines() == [f"error: {line}" for line in lines]
+
+
+COMMAND_LINE = {
+    "seed": "its value is missing; write seed=VALUE",
+    "seed=": "seed: null: must be a whole number >= 0",
+    "seed=[": "seed: not valid YAML",
+    "seed=*a": "seed: not valid YAML: anchors and aliases",
+    "sed=3": "sed: no such setting; did you mean seed?",
+    "=3": "no such setting",
+    "batch=3": "batch: must be a block of settings",
+    "evaluation.evry=3": "did you mean evaluation.every?",
+    "--output": "its value is missing",
+    "output=a\x1b[2J=b\udc80": "not valid YAML",
+    "x" * 5000 + "=3": "no such setting",
+    "a." * 3000 + "=3": "no such setting",
+}
+
+
+@pytest.mark.parametrize("word", COMMAND_LINE, ids=lambda word: ascii(word)[:20])
+def test_mistakes_of_the_command_line_are_named_so(good, word):
+    lines = problems(good, "--seed" if word == "seed" else word)
+    assert len(lines) == 1 and lines[0].startswith("command line: ") and COMMAND_LINE[word] in lines[0]
+    assert lines[0].isprintable() and len(lines[0]) < 300
+
+
+def test_a_missing_file_is_named_with_its_neighbours(good):
+    assert problems("rum.yaml") == ["rum.yaml: No such file or directory; did you mean run.yaml?"]
+    assert problems("zzzzzzzzz") == [
+        "zzzzzzzzz: No such file or directory; settings are given as FILE.yaml or section.key=value"
+    ]
+    Path("folder").mkdir()
+    assert problems("folder")[0].startswith("folder: Is a directory")
+
+
+def test_everything_that_is_wrong_is_said_at_once(good):
+    Path("bad.yaml").write_text("model: {pth: m}\nbatch: {pairs: 0}\nsteps: 1\nsteps: x\n")
+    lines = problems("bad.yaml", "objective.beta=-1", "nothing.yaml")
+    places = ["nothing.yaml: ", "bad.yaml:4: steps: is given", "bad.yaml:1: model.pth: ", "bad.yaml:2: batch.pairs: "]
+    places += ["bad.yaml:4: steps: ", "command line: objective.beta: "]
+    assert len(lines) == len(places)
+    for place in places:
+        assert any(line.startswith(place) for line in lines), (place, lines)
+
+
+def mixture(text):
+    return problems("model.path=m", "data.train=d", "output=o", f"objective={text}")
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("[{name: sigmoid}, {nmae: sft}]", "block 2, nmae: objective sigmoid does not use it"),
+        ("[{name: sigmoid}, {name: sfft}]", "block 2, name: no objective 'sfft'; did you mean sft?"),
+        ("[{name: sigmoid, beta: -1}, {name: sft}]", "block 1, beta: must be a number > 0 for objective sigmoid"),
+        ("[{name: sft, weight: x}]", "weight: must be a number >= 0"),
+        ("[{name: kto}, {name: sigmoid}]", "name: kto and sigmoid want different data; train them one by one"),
+        ("[{name: reward}, {name: sigmoid}]", "name: reward trains a scalar head"),
+        ("[]", "names no objective"),
+        ("[sigmoid, sft]", "a list of blocks is wanted"),
+    ],
+)
+def test_what_is_wrong_with_a_mixture_is_named_with_its_block(good, text, remedy):
+    (line,) = mixture(text)
+    assert line.startswith("command line: objective") and remedy in line, line
+
+
+def test_a_mixture_beside_settings_of_one_objective_is_refused(good):
+    (line,) = problems(good, "objective=[{name: sigmoid}, {name: sft}]")
+    assert line.startswith("run.yaml:10: objective.beta: 0.2: stands beside a list of objectives")
+
+
+@pytest.mark.parametrize("name", ["dpo", "R-DPO", "Bradley_Terry", "nll"])
+def test_objectives_are_known_by_their_other_names(good, name):
+    (line,) = problems("model.path=m", "data.train=d", "output=o", f"objective.name={name}")
+    assert KNOWN_AS[name.lower().replace("-", "_")] in line
+
+
+def test_the_reference_is_what_the_objective_asks_for():
+    modes = {"sigmoid": "cached", "simpo": "none", "sft": "none", "orpo": "none", "mpo": "cached", "reward": "none"}
+    for name, mode in modes.items():
+        assert plain_run(f"objective.name={name}").reference.mode == mode
+    assert plain_run("objective.reference_free=true").reference.mode == "none"
+    assert plain_run("reference.update_every=5").reference.mode == "live"
+
+
+def test_several_contradictions_are_said_at_once(good):
+    lines = problems(good, "objective.name=sft", "epochs=1", "output=models/tiny")
+    assert [line.split(": ")[1] for line in lines] == ["steps", "output", "objective.beta"]
+
+
+@pytest.mark.parametrize("name", [name for name in FOREIGN if name not in {key.split(".")[-1] for key in FIELDS}])
+def test_names_from_elsewhere_lead_to_ours(good, name):
+    (line,) = problems(good, f"{name}=1")
+    assert FOREIGN[name] in FIELDS or len(FOREIGN[name]) > 20
+    assert FOREIGN[name] in line
+
+
+SECRETS = ("hf_abcdefghijklmnopqrstuvwxyz", "ghp_abcdefghijklmnopqrstuvwxyz", "https://me:hunter2@host/x", "swordfish")
+UNKNOWN = ("wandb_api_key", "model.token", "password", "hf_token")
+
+
+@pytest.mark.parametrize(
+    ("key", "secret"),
+    [(key, secret) for key in (*UNKNOWN, "seed", "data.layout") for secret in SECRETS[: 4 if key in UNKNOWN else 3]],
+)
+def test_no_secret_is_printed(good, capsys, key, secret):
+    assert config.command(config.load)([good, f"{key}={secret}"]) == 2
+    assert config.command(config.load)([good, f"{key}=[{secret}"]) == 2
+    printed = capsys.readouterr()
+    assert secret not in printed.err + printed.out and "hunter2" not in printed.err
+
+
+def test_no_secret_is_printed_with_the_settings(good, capsys):
+    with pytest.raises(SystemExit):
+        config.load([good, f"data.train={SECRETS[2]}", "--print-config"])
+    assert "hunter2" not in capsys.readouterr().out
+
+
+def test_five_hundred_mutations_never_give_a_traceback(good, capsys):
+    generator = random.Random(20)
+    pieces = "\t,\n,: ,- ,{,},[,],',\",&a ,*a,!!set ,? ,|,#,\\,<<: ,%,null,1e-3,-1,true,model:,\x00,\u202e,,".split(",")
+    pieces += ["---\n", "...", "@", "9" * 30]
+    refused = 0
+    for _ in range(500):
+        text = GOOD
+        for _ in range(generator.randint(1, 4)):
+            at, length = generator.randrange(len(text)), generator.choice([0, 0, 1, 3, 20])
+            text = text[:at] + generator.choice(pieces) + text[at + length :]
+        Path("mutant.yaml").write_text(text)
+        try:
+            config.load(["mutant.yaml"])
+        except UserError as error:
+            refused += 1
+            for line in str(error).splitlines():
+                assert line.startswith("mutant.yaml:") and line.isprintable() and len(line) < 400
+    assert refused > 300
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(max_size=30), max_size=4))
+def test_no_command_line_gives_a_traceback(tmp_path_factory, words):
+    words = [word for word in words if "\x00" not in word and word not in ("-h", "--help")]
+    with pytest.raises(UserError):
+        config.load(["data.train=d", *words])
+
+
+# ---------------------------------------------------------------------------------------------- the mathematics
+
+
+def test_every_setting_is_claimed():
+    assert not CHANGES_MATHEMATICS & KEEPS_MATHEMATICS
+    assert CHANGES_MATHEMATICS | KEEPS_MATHEMATICS == set(FIELDS)
+
+
+def test_a_change_of_the_mathematics_is_named():
+    old, new = dump(plain_run()), dump(plain_run("optimizer.learning_rate=1e-6", "steps=3", "log.every=5", "output=p"))
+    assert changed_mathematics(old, new) == [
+        "optimizer.learning_rate: 5e-07 -> 1e-06",
+        "steps: null -> 3",
+        "epochs: 1.0 -> null",
+    ]
+    assert changed_mathematics(old, json.loads(json.dumps(old))) == []
+
+
+def test_a_dump_of_another_version_is_compared_by_defaults():
+    new = dump(plain_run())
+    old = json.loads(json.dumps(new))
+    del old["optimizer"]["beta2"]
+    assert changed_mathematics(old, new) == []
+    old["optimizer"]["nesterov"] = True
+    assert changed_mathematics(old, new) == ["optimizer.nesterov: true -> null"]
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+def test_in_python_a_run_is_checked_as_well():
+    with pytest.raises(ValidationError, match="give steps or epochs"):
+        Run.model_validate({"model": {"path": "m"}, "data": {"train": "d"}, "output": "o", "steps": 1, "epochs": 1})
+
+
+def test_every_setting_has_a_description():
+    assert [key for key, field in FIELDS.items() if not field.description] == []
+
+
+def test_help_lists_every_setting_and_imports_nothing_heavy():
+    code = "try: load(['--help'])\nfinally: sys.stderr.write(' '.join(sys.modules))"
+    done = python("-c", f"import sys\nfrom dpo_jax.config.run import load\n{code}")
+    assert done.returncode == 0
+    assert not {"jax", "transformers", "numpy", "flax", "torch"} & set(done.stderr.split())
+    for key in FIELDS:
+        assert f"\n  {key}  (" in done.stdout
+
+
+def test_the_schema_needs_no_config(capsys):
+    with pytest.raises(SystemExit):
+        config.load(["--print-schema"])
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["properties"].keys() == {key.split(".")[0] for key in FIELDS}
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "err"),
+    [
+        (["run.yaml"], 0, ""),
+        (["run.yaml", "steps=x"], 2, 'error: command line: steps: "x": must be a whole number > 0 or null\n'),
+        (["none.yaml"], 2, "error: none.yaml: No such file or directory; did you mean run.yaml?\n"),
+    ],
+)
+def test_a_command_prints_one_line_and_no_traceback(good, argv, code, err):
+    done = python("-c", COMMAND, *argv, cwd=".")
+    assert (done.returncode, done.stderr) == (code, err)
+
+
+@pytest.mark.parametrize("argv", [["run.yaml", "optimizer.lr=1"], ["run.yaml", "steps=0"], ["nothing.yaml"]])
+def test_train_refuses_settings_in_one_line(good, argv):
+    done = python("-m", "dpo_jax.train", *argv, cwd=".")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+
+
+def test_a_reader_that_goes_away_is_no_error(good):
+    code = PREAMBLE + "def main(argv):\n    while True: print('x' * 100)\nsys.exit(main())"
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ) as process:
+        assert process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_faults_of_ours_keep_their_traceback(capsys):
+    def main(argv):
+        raise {"k": KeyboardInterrupt, "b": BrokenPipeError, "v": ValueError}[argv[0]]
+
+    assert config.command(main)(["k"]) == 130
+    assert capsys.readouterr().err == "stopped from the keyboard\n"
+    with pytest.raises(ValueError):
+        config.command(main)(["v"])
+
+
+def test_a_pipe_of_ours_that_broke_is_a_fault():
+    code = PREAMBLE + "def main(argv): raise BrokenPipeError('worker')\nsys.exit(main())"
+    done = python("-c", code)
+    assert done.returncode == 1 and "BrokenPipeError: worker" in done.stderr
+
+
+def test_arguments_of_other_commands_are_refused_in_one_line():
+    parser = config.Parser("sample", "Answer.")
+    parser.add_argument("folder")
+    with pytest.raises(UserError, match=r"command line: .*folder.*; see python -m dpo_jax.sample --help"):
+        parser.parse_args([])
+
+
+def test_messages_cannot_forge_lines_or_move_the_cursor(capsys):
+    def main(argv):
+        raise UserError("row \x1b[2J\x9b \u202e hf_abcdefghijklmnopqrstuvwxyz\nsecond")
+
+    assert config.command(main)([]) == 2
+    assert capsys.readouterr().err == "error: row \\x1b[2J\\x9b \\u202e ***\nerror: second\n"
+
+
+def test_configs_of_the_repository_load():
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        config.load([str(path)])

@@ -1,0 +1,147 @@
+"""The folder that keeps encoded data: hits, misses, and damage."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from dpo_jax.data import encode as encode_module
+from dpo_jax.data.encode import collect, encode
+from dpo_jax.data.encoded import SETTINGS, Encoded
+from dpo_jax.data.report import Report
+from dpo_jax.data.settings import DataSettings
+from dpo_jax.settings import UserError
+from tests.support.forests import random_encoded
+from tests.support.tiny_rows import CHAT, CHATML, GOOD, byte_tokenizer, write
+
+
+def settings(**changes) -> DataSettings:
+    return DataSettings(train="x", **{"max_length": 512, **changes})
+
+
+@pytest.fixture
+def cached(tmp_path):
+    path = write(tmp_path / "rows.jsonl", CHAT, GOOD, {**GOOD, "prompt": "p" * 30, "label": 0.3}, b"{")
+    tokenizer = byte_tokenizer()
+
+    def run(tokenizer=tokenizer, first=None, path=path, **changes):
+        return collect(str(path), tokenizer, settings(**changes), tmp_path / "cache", first=first)
+
+    return run, path, tmp_path / "cache"
+
+
+def assert_equal(one: tuple[Encoded, Report], other: tuple[Encoded, Report]) -> None:
+    for field in dataclasses.fields(Encoded):
+        first, second = getattr(one[0], field.name), getattr(other[0], field.name)
+        assert np.array_equal(first, second) and getattr(first, "dtype", 0) == getattr(second, "dtype", 0), field.name
+    reports = [{**report.to_dict(), "cache": ""} for _, report in (one, other)]
+    assert reports[0] == reports[1]
+
+
+def test_a_cached_result_is_the_same_and_is_not_made_again(cached, monkeypatch):
+    run, _, folder = cached
+    made = run()
+    monkeypatch.setattr(encode_module, "codec", None)  # nothing may be tokenised
+    read = run()
+    assert_equal(made, read)
+    assert made[1].cache.startswith("made, kept in") and read[1].cache.startswith("read from")
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".npz"]
+
+
+def test_everything_that_the_result_depends_on_makes_a_new_entry(cached, tmp_path):
+    run, path, folder = cached
+    template = tmp_path / "template.jinja"
+    template.write_text(CHATML + " ", "utf-8")
+    changed = {
+        "layout": {"layout": "pair"},
+        "max_length": {"max_length": 20},
+        "truncation": {"truncation": "keep_end"},
+        "ending": {"ending": "template"},
+        "control_tokens": {"control_tokens": "tokens"},
+        "max_characters": {"max_characters": 20},
+    }
+    assert sorted(changed) == sorted(SETTINGS)
+    # Settings that are left: which sources and where the cache is (arguments here), and what acts after encoding.
+    others = {"train", "eval", "cache", "first", "shuffle", "max_bad_fraction", "template", "workers"}
+    assert set(DataSettings.model_fields) == {*SETTINGS, *others}
+    runs = [*changed.values(), {"template": str(template)}, {"first": 2}, {"tokenizer": byte_tokenizer(bos=True)}]
+    entries = 0
+    for change in ({}, *runs):
+        assert run(**change)[1].cache.startswith("made, kept in"), change
+        entries += 2
+        assert len(list(folder.iterdir())) == entries
+    assert run(max_bad_fraction=0.5)[1].cache.startswith("read from")
+    path.write_bytes(path.read_bytes().replace(b"yes", b"yep"))
+    assert run()[1].cache.startswith("made, kept in")
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
+def test_a_damaged_entry_is_made_again_and_said_so(cached, suffix, damage):
+    run, _, folder = cached
+    made = run()
+    path = next(folder.glob(f"*{suffix}"))
+    data = bytearray(path.read_bytes())
+    if damage == "gone":
+        path.unlink()
+    else:
+        at = data.index(b'"sha256": "') + 15 if suffix == ".json" else len(data) // 2
+        data[at] ^= 1
+        path.write_bytes({"flip": bytes(data), "cut": bytes(data[: at // 2]), "empty": b""}[damage])
+    again = run()
+    assert again[1].cache.startswith("made again, the one kept in") and "damaged" in again[1].cache
+    assert_equal(made, again)
+    assert run()[1].cache.startswith("read from")
+
+
+def test_a_cache_that_cannot_be_written_is_refused(cached, tmp_path):
+    run, _, folder = cached
+    folder.write_text("a file")
+    with pytest.raises(UserError, match=r"data.cache=.*cannot be written"):
+        run()
+
+
+def test_a_cached_result_is_checked_against_the_fraction_of_today(tmp_path):
+    path = str(write(tmp_path / "rows.jsonl", GOOD, b"{"))
+    encode(path, byte_tokenizer(), settings(max_bad_fraction=0.5), tmp_path / "cache")
+    with pytest.raises(UserError, match="1 of 2 rows are bad"):
+        encode(path, byte_tokenizer(), settings(max_bad_fraction=0.4), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"prompt": "p", "completion": "a", "label": True}, {"prompt": "p", "completion": "a", "label": False}],
+        [{"messages": CHAT["prompt"] + CHAT["chosen"]}] * 2,
+        [{"prompt": "p", "completions": ["a", "b", "c"], "scores": [1, 1, 2], "label": 0.7, "margin": 2}],
+    ],
+)
+def test_a_round_trip_keeps_labels_ranks_and_counts(tmp_path, rows):
+    path = str(write(tmp_path / "rows.jsonl", *rows))
+    made, read = (collect(path, byte_tokenizer(), settings(), tmp_path / "cache") for _ in range(2))
+    assert read[1].cache.startswith("read from")
+    assert_equal(made, read)
+    assert read[1].pairs + read[1].singles == read[0].num_pairs == 2
+
+
+def test_each_completion_has_its_own_part_of_the_list_of_scored_tokens(tmp_path):
+    path = str(write(tmp_path / "rows.jsonl", CHAT, GOOD, {"prompt": "p", "completions": ["a"] * 2, "ranks": [1, 2]}))
+    encoded, _ = collect(path, byte_tokenizer(), settings())
+    parts = [range(start, start + length) for start, length in zip(*starts_and_lengths(encoded), strict=True)]
+    assert [place for part in parts for place in part] == list(range(encoded.num_scored))
+    assert encoded.scored_start.dtype == np.int64 and encoded.scored_start is encoded.scored_start
+
+
+def starts_and_lengths(encoded: Encoded) -> tuple[list[int], list[int]]:
+    return encoded.scored_start.tolist(), encoded.completion_length.tolist()
+
+
+def test_the_list_of_scored_tokens_may_be_longer_than_an_int32_counts():
+    encoded = random_encoded(units=3)
+    long = dataclasses.replace(encoded, completion_length=np.full_like(encoded.completion_length, 2**30))
+    assert long.scored_start.tolist() == [number * 2**30 for number in range(6)] and long.num_scored == 6 * 2**30
+
+
+def test_a_pair_comes_from_the_row_of_its_unit():
+    encoded = random_encoded(units=4, completions=(3, 3))
+    assert [encoded.origin(pair) for pair in (0, 2, 3, 11)] == [f"made up:{line}" for line in (1, 1, 2, 4)]

@@ -1,0 +1,82 @@
+"""Kernels for accelerators against the plain formula, where they can be run at all; and which backend a run takes."""
+
+import dataclasses
+
+import pytest
+
+from dpo_jax.config import run as config
+from dpo_jax.model import spec as specs
+from dpo_jax.model.backends import table
+from dpo_jax.model.backends.dispatch import attend
+from dpo_jax.model.settings import ModelSettings
+from dpo_jax.run import models
+from dpo_jax.settings import UserError
+from tests.support.attention import as_rules, assert_close, inputs, plainly
+from tests.support.specs import plain_spec
+
+PLAIN = dict(width=16, layers=2, heads=2, mlp_width=24)
+SPECS = {
+    "window": plain_spec(**PLAIN, windows=(None, 4)),
+    "softcap": plain_spec(**PLAIN, softcap=30.0),
+    "sinks": plain_spec(**PLAIN, sinks=True),
+    "alibi": plain_spec(**PLAIN, alibi=1.0),
+}
+LATENT = specs.Latent(4, None, 8, 8, 4, 8, 0.3, specs.Rope(), specs.Norm())
+SPECS["value width"] = dataclasses.replace(
+    SPECS["window"], layers=(specs.Layer(LATENT, specs.MLP(24)), *SPECS["window"].layers[:1])
+)
+
+
+@pytest.mark.parametrize(
+    ("rules", "window", "shape"),
+    [("plain", None, "grouped"), ("softcap", 7, "grouped"), ("sinks", None, "single"), ("plain", 7, "wide values")],
+)
+def test_splash_is_the_plain_formula(rules, window, shape):
+    """The kernel itself, interpreted on a CPU. Its gradients too, of sinks where there are any."""
+    layout, arrays, slope = inputs(shape)
+
+    def by_kernel(arrays):
+        query, key, value, sinks = arrays
+        return attend(query, key, value, layout, as_rules(rules, sinks), window=window, backend="splash")
+
+    # float32 sums of 8 to 200 terms in another order
+    assert_close(by_kernel, lambda arrays: plainly(arrays, layout, rules, window), arrays, slope, 2e-5)
+
+
+@pytest.mark.parametrize("feature", table.FEATURES)
+def test_what_a_model_needs_is_seen(feature):
+    assert table.features(SPECS[feature]) == {feature}
+
+
+@pytest.mark.parametrize("name", table.BACKENDS)
+@pytest.mark.parametrize("feature", table.FEATURES)
+def test_what_a_backend_lacks_is_the_reason_that_is_given(monkeypatch, name, feature):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # as if every package were there
+    backend = table.BACKENDS[name]
+    if backend.private:
+        monkeypatch.setattr(f"dpo_jax.model.backends.{name}.missing", lambda: None)
+    reason = table.why_not(name, SPECS[feature], backend.dtypes[0], table.Device(backend.platforms[0], 9.0))
+    assert (reason is None) == (feature in backend.features)
+    assert reason is None or table.FEATURES[feature] in reason
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_auto_takes_nothing_that_was_not_verified(platform):
+    found = table.automatic(SPECS["window"], "float32", table.Device(platform, 9.0))
+    assert found == "xla" or platform in table.BACKENDS[found].verified
+
+
+def run_with(attention: str):
+    return config.load(["model.path=x", "data.train=[y]", "output=z", f"model.attention={attention}"])
+
+
+def test_asking_for_what_cannot_run_here_is_refused():
+    with pytest.raises(UserError, match=r"^model.attention: splash runs on tpu and .* platform cpu; give auto, or xla"):
+        models.attention_backend(run_with("splash"), SPECS["window"])
+    assert models.attention_backend(run_with("xla"), SPECS["alibi"]) == "xla"
+    assert models.attention_backend(run_with("auto"), SPECS["alibi"]) == "xla"
+
+
+def test_every_backend_can_be_asked_for():
+    choices = ModelSettings.model_fields["attention"].annotation.__args__
+    assert set(choices) == {"auto", *table.BACKENDS}

@@ -1,0 +1,402 @@
+"""Backends for GPUs, without a GPU: what they hand to a kernel, with the kernel's contract computed plainly in its
+place, is the plain formula; the real kernel is lowered for CUDA; and what cannot run is refused."""
+
+import functools
+import importlib
+import json
+import re
+import sys
+import warnings
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import sharding
+from dpo_jax.config import run as config
+from dpo_jax.data.batches import Batches
+from dpo_jax.model.attention import Bounds, Rules, attend_seen
+from dpo_jax.model.backends import cudnn, fa4, table, texts, tokamax
+from dpo_jax.model.backends.dispatch import Forest, attend
+from dpo_jax.model.decoder import Execution, init_params
+from dpo_jax.preference.scoring import score
+from dpo_jax.run import models
+from dpo_jax.settings import UserError
+from tests.support.attention import FOREST, as_rules, assert_close, forest, inputs, plainly
+from tests.support.forests import SPEC, random_encoded
+from tests.support.specs import plain_spec
+
+BOUNDS = Bounds(texts=6, branches=3)
+"""What the forest has; looser ones are `LOOSE`."""
+LOOSE = Bounds(texts=11, branches=4)
+BACKENDS = ("cudnn", "fa4", "tokamax")
+PAIRS = forest([[(70, 30, 45), (20, 5), (3, 9, 2)], [(1, 64, 100)], [(150, 40)]], 200)
+"""Trees of one and two branches."""
+HOPPER = table.Device("gpu", 9.0)
+
+
+def segments(start, size, places):
+    """Number of the segment of each place, -1 outside of all."""
+    place = jnp.arange(places)[None, :, None]
+    inside = (place >= start[:, None, :]) & (place < (start + size)[:, None, :]) & (start >= 0)[:, None, :]
+    return jnp.where(inside.any(-1), inside.argmax(-1), -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def by_segments(query, key, value, start, size, scale, window):
+    """The contract of cuDNN's packed rows: causal within segments; what lies outside is undefined, so it is NaN."""
+    return _by_segments(query, key, value, start, size, scale, window)[0]
+
+
+def _seen_plainly(query, key, value, number, scale, window):
+    order = jnp.arange(number.shape[1])
+    seen = (number[:, :, None] == number[:, None, :]) & (order[:, None] >= order[None, :])[None]
+    if window is not None:
+        seen = seen & (order[:, None] - order[None, :] < window)[None]
+    return attend_seen(query, key, value, seen, Rules(scale))
+
+
+def _by_segments(query, key, value, start, size, scale, window):
+    number = segments(start, size, query.shape[1])
+    clean = (jnp.where((number < 0)[:, :, None, None], 0, x) for x in (query, key, value))
+    out, back = jax.vjp(functools.partial(_seen_plainly, number=number, scale=scale, window=window), *clean)
+    return _undefined(out, number), (back, number)
+
+
+def _by_segments_back(scale, window, kept, slope):
+    back, number = kept
+    slope = jnp.where((number < 0)[:, :, None, None], 0, slope)
+    return *(_undefined(x, number) for x in back(slope)), None, None
+
+
+def _undefined(x, number):
+    return jnp.where((number < 0)[:, :, None, None], jnp.nan, x)
+
+
+by_segments.defvjp(_by_segments, _by_segments_back)
+
+
+def by_trees(query, key, value, offsets, branch, position, scale, window):
+    """The contract of packed sequences with a predicate, whose indices count from the start of a sequence."""
+    assert len(branch) == len(position) == query.shape[0] + fa4.BEYOND  # a tile at the end may ask for so many more
+    slots = jnp.arange(query.shape[0])
+    number = jnp.searchsorted(offsets, slots, side="right") - 1
+    local = slots - offsets[number]
+    mask = SimpleNamespace(offsets=offsets, branch=branch, position=position, window=window)
+    seen = fa4.sees(mask, number[:, None], local[:, None], local[None, :])
+    seen = seen & (number[:, None] == number[None, :]) & (local[:, None] >= local[None, :])
+    return attend_seen(query[None], key[None], value[None], seen[None], Rules(scale))[0]
+
+
+def by_ranges(query, key, value, begin, end, scale, softcap):
+    """The contract of a range of keys for each query. No place is outside of all: each sees itself at least."""
+    order = jnp.arange(query.shape[1])[None, None, :]
+    seen = (order >= begin[:, :, None]) & (order < end[:, :, None])
+    return attend_seen(query, key, value, seen, Rules(scale, softcap=softcap))
+
+
+@pytest.fixture
+def plain_kernel(monkeypatch):
+    monkeypatch.setattr(cudnn, "_kernel", by_segments)
+    monkeypatch.setattr(fa4, "_kernel", by_trees)
+    monkeypatch.setattr(tokamax, "_kernel", by_ranges)
+
+
+@pytest.mark.parametrize("bounds", [BOUNDS, LOOSE])
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("shape", ["grouped", "single"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_kernel_is_given_is_the_plain_formula(plain_kernel, backend, shape, window, bounds):
+    """Also the gradients; of what the kernel leaves undefined nothing comes through."""
+    layout, arrays, slope = inputs(shape)
+
+    def by_kernel(arrays):
+        query, key, value, _ = arrays
+        return attend(query, key, value, layout, Rules(0.25), window=window, backend=backend, bounds=bounds)
+
+    # sums of 8 to 200 terms of size 1 in another order; a wrong place or segment is off by 1e-2 at least
+    assert_close(by_kernel, lambda arrays: plainly(arrays, layout, "plain", window), arrays, slope, 2e-5)
+
+
+@pytest.mark.parametrize("rules", ["plain", "softcap"])
+def test_turned_pairs_are_the_plain_formula(plain_kernel, rules):
+    """Trees of up to two branches stay in rows of their own length, in another order."""
+    layout, arrays, slope = inputs("grouped", layout=PAIRS)
+    bounds = Bounds(texts=5, branches=2)
+    assert tokamax.prepare(layout, None, bounds).begin.shape == layout.group.shape
+
+    def by_kernel(arrays):
+        return attend(*arrays[:3], layout, as_rules(rules, arrays[3]), backend="tokamax", bounds=bounds)
+
+    # float32 sums of 8 to 200 terms in another order; the soft cap's own slope is in them
+    assert_close(by_kernel, lambda arrays: plainly(arrays, layout, rules, None), arrays, slope, 2e-5)
+
+
+def test_a_range_is_no_longer_than_it_must_be():
+    """A kernel computes the blocks of a range, so a wide one would be right and slow."""
+    turned = tokamax.prepare(forest([[(3, 2, 2), (1, 1)]], 11), None, Bounds(3, 2))
+    assert turned.places.source[0].tolist() == [4, 3, 0, 1, 2, 5, 6, 8, 7, 9, 10]
+    assert turned.begin[0].tolist() == [0, 1, 2, 2, 2, 2, 2, 7, 8, 9, 10]
+    assert turned.end[0].tolist() == [5, 5, 3, 4, 5, 6, 7, 9, 9, 10, 11]
+    texts = tokamax.prepare(forest([[(3, 2, 2)]], 8), 2, Bounds(2, 2))
+    assert texts.begin[0].tolist() == [0, 0, 1, 2, 3, 5, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15]
+    assert texts.end[0].tolist() == list(range(1, 17))
+
+
+def test_trees_and_padding_are_sequences():
+    found = fa4.prepare(forest([[(2, 1), (1, 1)], [(5, 2)]], 7), None, Bounds(texts=2, branches=1))
+    assert found.begin.tolist() == [[0, 3, 5], [0, 7, 7]]
+
+
+def test_padding_is_zeros(plain_kernel):
+    layout, (query, key, value, _), _ = inputs("grouped")
+    found = attend(query, key, value, layout, Rules(0.25), backend="cudnn", bounds=BOUNDS)
+    assert not np.asarray(found)[np.asarray(layout.group) == 0].any()
+
+
+def test_every_text_is_laid_out_once_in_order():
+    layout = forest([[(2, 1, 2), (3,), (1, 1)]], 11)
+    found = texts.lay_out(layout, Bounds(texts=5, branches=2))
+    assert found.start[0].tolist() == [0, 3, 7, 10, -1]
+    assert found.size[0].tolist() == [3, 4, 3, 2, -1]
+    assert found.places.source[0].tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 8, 9] + [11] * 10
+    assert found.places.first[0].tolist() == [0, 1, 2, 11, 11, 3, 4, 5, 6, 7, 8, 9] + [11] * 10
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batches_keep_within_their_bounds(plain_kernel, backend, share):
+    """Real micro-batches, with one to four completions of a prompt, score the same as by blocks of slots."""
+    encoded = random_encoded(completions=(1, 4), seed=3)
+    batch = Batches(encoded, 5, 2, 1, share_prompts=share, micro_tokens=64).at(0)
+    params = init_params(SPEC, jax.random.key(0))
+    run = jax.jit(
+        lambda params, forest, which: score(SPEC, params, forest, execution=Execution(attention=which)).tokens,
+        static_argnums=2,
+    )
+    for micro in range(int(batch.micro_batches)):
+        forest = batch._replace(**{name: x[micro] for name, x in batch._asdict().items() if np.ndim(x)})
+        inside = forest.completion < forest.ids.shape[-1]
+        ours, theirs = (np.asarray(run(params, forest, which))[inside] for which in (backend, "xla"))
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"data": 4}])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_devices_change_nothing(plain_kernel, backend, sizes):
+    layout, arrays, slope = inputs("grouped")
+    layout, arrays, slope = jax.tree.map(
+        lambda x: x if x.ndim == 1 else jnp.concatenate([x, x[:1]]), (layout, arrays, slope)
+    )
+
+    def on_devices(arrays, where):
+        query, key, value, sinks = arrays
+        ready = Forest.of(layout, [7], backend, bounds=BOUNDS, activations=where, remat=True)
+        return ready.attend(query, key, value, 7, as_rules("plain", sinks))
+
+    rows = sharding.rows(sharding.make_mesh(**{"fsdp": 1, **sizes}))
+    # each device's sums are those of a single one
+    assert_close(lambda x: on_devices(x, rows), lambda x: on_devices(x, None), arrays, slope, 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- the real kernel
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """JAX's private module, told that there is an H100 with cuDNN 9.14: it asks while it lowers."""
+    private = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(private, "check_cudnn_version", lambda: 91400)
+    monkeypatch.setattr(private, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(private, "is_cuda_compute_capability_equal", lambda capability: capability == "9.0")
+
+
+def lowered_for_cuda(backend: str, window: int | None, shape: str = "grouped") -> str:
+    layout, arrays, _ = inputs(shape, 2, jnp.bfloat16)
+
+    def total(query, key, value, layout):
+        out = attend(query, key, value, layout, Rules(0.25), window=window, backend=backend, bounds=BOUNDS)
+        return (out.astype(jnp.float32) ** 2).sum()
+
+    run = jax.jit(jax.value_and_grad(total, (0, 1, 2)))
+    return run.trace(*arrays[:3], layout).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("shape", ["grouped", "single"])
+def test_cudnn_lowers_for_cuda(hopper, shape, window):
+    """One call of the kernel forward and one backward, for packed segments, with nothing square in the row."""
+    text = lowered_for_cuda("cudnn", window, shape)
+    assert re.findall(r"custom_call @(__cudnn\S*?)\(", text) == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+    found = [json.loads(one.replace("\\22", '"')) for one in re.findall(r'backend_config = "(\{\S.*?\})"', text)]
+    settings = [one["cudnn_fmha_backend_config"] for one in found]
+    assert [one["mask_type"] for one in settings] == ["PADDING_CAUSAL"] * 2
+    assert {one["max_seg_per_batch"] for one in settings} == {BOUNDS.texts}
+    assert {one["sliding_window_length"] for one in settings} == {window or 0}
+    assert {one["fmha_scale"] for one in settings} == {0.25}
+    assert not re.search(r"tensor<[0-9x]*200x200x", text)
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_offsets_of_keys_count_their_own_heads(hopper, monkeypatch, counts):
+    """Where JAX would count them in heads of the queries, each query's head gets a key of its own."""
+    monkeypatch.setattr(cudnn, "_counts_key_heads", lambda private: counts)
+    text = lowered_for_cuda("cudnn", None)
+    keys = re.search(r"custom_call @__cudnn\$fmhaSoftmax\(.*?:\s*\(tensor<\S+>, tensor<(\S+?)xbf16>", text)
+    assert keys is not None and keys[1] == ("3x600x2x16" if counts else "3x600x4x16")
+
+
+def test_a_single_text_is_still_a_packed_row(hopper):
+    layout = forest([[(3, 4)]], 8)
+    arrays = [jnp.ones((1, 8, 2, 8), jnp.bfloat16)] * 3
+    run = jax.jit(lambda *x: attend(*x, layout, Rules(1.0), backend="cudnn", bounds=Bounds(1, 1)))
+    text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert "max_seg_per_batch\\22: 2" in text
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_fa4_is_the_plain_formula(window):
+    """By the package's own plain formula, which it runs on a CPU: the predicate, and the gradients through it."""
+    pytest.importorskip("fa4_jax", reason="the package fa4-jax is not installed")
+    layout, arrays, slope = inputs("grouped")
+
+    def by_package(arrays):
+        return attend(*arrays[:3], layout, Rules(0.25), window=window, backend="fa4", bounds=BOUNDS)
+
+    # float32 sums of 8 to 200 terms in another order
+    assert_close(by_package, lambda arrays: plainly(arrays, layout, "plain", window), arrays, slope, 2e-5)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_fa4_lowers_for_cuda(monkeypatch, tmp_path, window):
+    """The package compiles its kernels, with our predicate in them, while JAX lowers: for an H100, on any machine."""
+    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
+    monkeypatch.setenv("CUTEJAX_CACHE_DIR", str(tmp_path))
+    pytest.importorskip("fa4_jax", reason="the package fa4-jax is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the packages below it
+        kernels = pytest.importorskip("fa4_jax.kernels", reason="the compiler below fa4-jax cannot be imported")
+        monkeypatch.setattr(kernels, "_device_arch", lambda: 90)
+        monkeypatch.setattr("fa4_jax.attention._default_backend", lambda: "cute")
+        text = lowered_for_cuda("fa4", window)
+    calls = re.findall(r"custom_call @cutejax\.(\w+)\.", text)
+    assert sum("fwd" in call for call in calls) == 1 and sum("bwd_gqa_varlen" in call for call in calls) == 1
+    assert not re.search(r"tensor<[0-9x]*(200x200|600x600)x", text)
+
+
+@pytest.fixture
+def tokamax_for_hopper(monkeypatch):
+    """The package, told that it compiles for an H100: it asks for the device while it lowers."""
+    monkeypatch.setattr(sys, "argv", sys.argv[:1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the packages below it
+        pytest.importorskip("tokamax", reason="the package tokamax is not installed")
+        utils, settings, gpu = (
+            importlib.import_module(f"tokamax._src.{name}") for name in ("gpu_utils", "config", "mosaic_gpu")
+        )
+    device = SimpleNamespace(platform="gpu", compute_capability="9.0", core_count=132, device_kind="NVIDIA H100")
+    monkeypatch.setattr(utils, "_compute_capability", lambda device=None: 9.0)
+    monkeypatch.setattr(gpu, "backend", SimpleNamespace(get_default_device=lambda: device))
+    with settings.cross_compile(True):
+        yield
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_tokamax_lowers_for_cuda(tokamax_for_hopper, window):
+    """Three calls: forward, and backward for queries and for keys with values. Nothing is square in the row."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the packages below it
+        text = lowered_for_cuda("tokamax", window)
+    assert re.findall(r"custom_call @(mosaic_gpu\w*)\(", text) == ["mosaic_gpu_v2"] * 3
+    assert not re.search(r"tensor<[0-9x]*(200x200|600x600)x", text)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_tokamax_is_the_plain_formula(monkeypatch, window):
+    """By the package's own plain formula of the same masks, which is not as strict as our tests, for its kernel."""
+    with warnings.catch_warnings(), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        warnings.simplefilter("ignore")  # of the packages below it
+        pytest.importorskip("tokamax", reason="the package tokamax is not installed")
+        monkeypatch.setattr(tokamax, "KERNEL", "xla")
+        assert tokamax.missing() is None
+        layout, arrays, slope = inputs("grouped", layout=PAIRS)
+
+        def by_package(arrays):
+            bounds = Bounds(5, 2)
+            return attend(*arrays[:3], layout, Rules(0.25), window=window, backend="tokamax", bounds=bounds)
+
+        # float32 sums of 8 to 200 terms in another order
+        assert_close(by_package, lambda arrays: plainly(arrays, layout, "plain", window), arrays, slope, 2e-5)
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+def small(head: int = 8, **fields):
+    return plain_spec(width=4 * head, layers=1, heads=4, mlp_width=16, **fields)
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "device", "words"),
+    [
+        (small(), "float32", HOPPER, "computes in bfloat16 and model.compute_dtype is float32"),
+        (small(12), "bfloat16", HOPPER, "takes heads of multiples of 8 channels, and the model's have 12"),
+        (small(264), "bfloat16", HOPPER, "takes heads of up to 256 channels, and the model's have 264"),
+        (small(softcap=30.0), "bfloat16", HOPPER, "has no soft cap of its scores, and the model does"),
+        (small(), "bfloat16", table.Device("gpu", 8.0), "compute capability 9.0 or more, and this device is of 8.0"),
+        (small(), "bfloat16", table.Device("gpu"), "compute capability 9.0 or more, and this device is no NVIDIA GPU"),
+        (small(), "bfloat16", table.Device("cpu"), "runs on gpu and the devices are of platform cpu"),
+    ],
+)
+def test_cudnn_says_why_it_cannot(spec, dtype, device, words):
+    assert words in (table.why_not("cudnn", spec, dtype, device) or "")
+
+
+def test_cudnn_can_where_nothing_is_in_the_way():
+    assert table.why_not("cudnn", small(windows=(4,)), "bfloat16", HOPPER) is None
+    assert table.automatic(small(), "bfloat16", HOPPER) == "xla"  # it ran on no device yet
+
+
+@pytest.mark.parametrize(("found", "words"), [("9.0", None), ("8.6", "is of 8.6"), ("gfx90a", "is no NVIDIA GPU")])
+def test_the_device_is_asked_what_it_can(monkeypatch, found, words):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=found)])
+    run = config.load(["model.path=x", "data.train=[y]", "output=z", "model.attention=cudnn"])
+    if words is None:
+        assert models.attention_backend(run, small()) == "cudnn"
+    else:
+        with pytest.raises(UserError, match=f"^model.attention: cudnn takes NVIDIA GPUs .* {words}; give auto, or xla"):
+            models.attention_backend(run, small())
+
+
+def test_a_package_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    reason = table.why_not("fa4", small(), "bfloat16", HOPPER)
+    assert reason == "needs the package fa4-jax, which is not installed (pip install 'dpo_jax[kernels]', Python 3.12)"
+
+
+def test_a_private_function_that_changed_is_refused(monkeypatch):
+    private = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(private, "dot_product_attention", lambda query, key, value, *, scale: query)
+    reason = table.why_not("cudnn", small(), "bfloat16", HOPPER)
+    assert reason is not None and re.search("private cuDNN attention, .* takes no q_seqlen", reason)
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "tokamax"])
+def test_texts_without_bounds_are_refused(backend):
+    with pytest.raises(ValueError, match="give bounds"):
+        Forest.of(FOREST, [None], backend)
+
+
+def test_a_package_whose_inside_changed_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(tokamax, "BASE", "types")  # a module without masks
+    monkeypatch.setattr(tokamax, "API", "types")
+    assert "masks of k_start and k_end" in (table.why_not("tokamax", small(), "bfloat16", HOPPER) or "")
+
+
+def test_a_gpu_that_a_kernel_was_not_written_for_is_refused():
+    reason = table.why_not("tokamax", small(), "bfloat16", table.Device("gpu", 12.0))
+    assert reason is not None and "compute capability 9.0 to below 10.0, and this device is of 12.0" in reason

@@ -1,0 +1,129 @@
+"""The decoder as a function: its options change nothing, and a forest is what its separate texts are."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import logits, trees
+from dpo_jax.model import decoder
+from dpo_jax.model.attention import Layout, causal
+from dpo_jax.model.decoder import Execution, abstract_params, cast, empty_cache, init_params
+from dpo_jax.model.kernels import dense
+from dpo_jax.model.spec import HeadNorm, Norm
+from tests.support.specs import plain_spec
+
+SPEC = plain_spec(
+    width=16,
+    layers=3,
+    heads=4,
+    mlp_width=24,
+    head_dim=8,
+    qkv_bias=True,
+    head_norm=HeadNorm(Norm(1e-6)),
+    windows=(None, 4, None),
+)
+hidden = jax.jit(decoder.hidden, static_argnums=(0, 4))
+extend = jax.jit(decoder.extend, static_argnums=0)
+TOLERANCE = dict(rtol=2e-5, atol=2e-5)  # float32 sums of 16 to 24 terms in another order, over three layers
+
+
+@pytest.fixture(scope="module")
+def params():
+    noise = jax.tree.map(
+        lambda leaf: 0.2 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), abstract_params(SPEC)
+    )
+    return jax.tree.map(jnp.add, init_params(SPEC, jax.random.key(0)), noise)
+
+
+def tokens(batch, length, seed=0):
+    return jax.random.randint(jax.random.key(seed), (batch, length), 0, SPEC.vocab_size)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("remat", ["none", "attention", "dots", "names", "block", "offload"])
+def test_execution_changes_neither_value_nor_gradient(params, scan, remat):
+    ids = tokens(2, 9)
+
+    def total(params, execution):
+        return (decoder.hidden(SPEC, params, ids, causal(2, 9), execution) ** 2).sum()
+
+    measured = jax.jit(jax.value_and_grad(total), static_argnums=1)
+    want, gradient = measured(params, Execution())
+    value, ours = measured(params, Execution(scan, remat))
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    for name, leaf in trees.paths(ours).items():
+        scale = float(jnp.abs(trees.paths(gradient)[name]).max())
+        np.testing.assert_allclose(leaf, trees.paths(gradient)[name], rtol=1e-4, atol=1e-5 * scale, err_msg=name)
+
+
+def test_a_forest_is_its_texts(params):
+    """Prompt p with branches a and b, and a second tree, equal four separate rows; also under a sliding window."""
+    p, a, b, q = (tokens(1, n, seed=n)[0] for n in (6, 5, 7, 3))
+    row = jnp.concatenate([p, a, b, q, jnp.zeros(2, jnp.int32)])[None]
+    group = jnp.asarray([[1] * 18 + [2] * 3 + [0] * 2])
+    branch = jnp.asarray([[0] * 6 + [1] * 5 + [2] * 7 + [0] * 5])
+    position = jnp.asarray([[*range(6), *range(6, 11), *range(6, 13), *range(3), 0, 1]])
+    packed = hidden(SPEC, params, row, Layout(group, branch, position))[0]
+    for text, slots in (
+        (jnp.concatenate([p, a]), slice(6, 11)),
+        (jnp.concatenate([p, b]), slice(11, 18)),
+        (q, slice(18, 21)),
+    ):
+        alone = hidden(SPEC, params, text[None], causal(1, len(text)))[0]
+        np.testing.assert_allclose(packed[slots], alone[-(slots.stop - slots.start) :], **TOLERANCE)
+
+
+def test_a_cache_remembers_what_was_read(params):
+    ids = tokens(2, 10)
+    whole = hidden(SPEC, params, ids, causal(2, 10))
+    cache = empty_cache(SPEC, 2, 12, jnp.float32)
+    positions = causal(2, 10).position
+    parts = []
+    for start, stop in ((0, 6), (6, 7), (7, 10)):
+        states, cache = extend(SPEC, params, ids[:, start:stop], positions[:, start:stop], cache)
+        parts.append(states)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, **TOLERANCE)
+
+
+def test_padding_before_a_prompt_is_not_seen(params):
+    ids = tokens(1, 5)
+    padded = jnp.concatenate([jnp.full((1, 3), 7, jnp.int32), ids], axis=1)
+    positions = jnp.asarray([[-1, -1, -1, 0, 1, 2, 3, 4]])
+    states, _ = extend(SPEC, params, padded, positions, empty_cache(SPEC, 1, 8, jnp.float32))
+    np.testing.assert_allclose(states[:, 3:], hidden(SPEC, params, ids, causal(1, 5)), **TOLERANCE)
+
+
+def test_later_tokens_change_nothing_before_them(params):
+    ids = tokens(1, 8)
+    changed = ids.at[0, 5].set((ids[0, 5] + 1) % SPEC.vocab_size)
+    one, other = logits(SPEC, params, ids), logits(SPEC, params, changed)
+    np.testing.assert_array_equal(one[:, :5], other[:, :5])
+    assert (one[:, 5:] != other[:, 5:]).any()
+
+
+def test_a_tied_head_is_the_embedding(params):
+    tied = dataclasses.replace(SPEC, tied=True)
+    copied = {**params, "head": {"embedding": params["embed"]["embedding"]}}
+    without = {name: leaf for name, leaf in params.items() if name != "head"}
+    np.testing.assert_allclose(logits(tied, without, tokens(1, 4)), logits(SPEC, copied, tokens(1, 4)), rtol=1e-6)
+
+
+def test_a_soft_cap_bounds_the_logits(params):
+    capped = dataclasses.replace(SPEC, logit_softcap=0.5)
+    assert float(jnp.abs(logits(capped, params, tokens(1, 4))).max()) < 0.5
+
+
+def test_casting_leaves_norm_scales(params):
+    dtypes = {name: leaf.dtype for name, leaf in trees.paths(cast(params, jnp.bfloat16)).items()}
+    assert all((dtype == jnp.float32) == name.endswith("/scale") for name, dtype in dtypes.items())
+
+
+def test_dense_has_the_gradients_of_a_matrix_product():
+    x, kernel = jax.random.normal(jax.random.key(0), (2, 3, 4)), jax.random.normal(jax.random.key(1), (4, 5))
+    ours = jax.grad(lambda x, k: (dense(x, k) ** 2).sum(), (0, 1))(x, kernel)
+    theirs = jax.grad(lambda x, k: (jnp.einsum("bti,io->bto", x, k) ** 2).sum(), (0, 1))(x, kernel)
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)

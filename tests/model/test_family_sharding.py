@@ -1,0 +1,121 @@
+"""Every kind of layer computes the same on one device, two, four and eight, however the mesh splits its weights."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import sharding
+from dpo_jax.hf.checkpoint import load_hf
+from dpo_jax.hf.configs import read_spec
+from dpo_jax.model import decoder
+from dpo_jax.model.attention import causal
+from dpo_jax.model.decoder import Execution, Model, abstract_params
+from tests.support.family_models import KINDS, allowed, our_logits, ours, own
+from tests.support.tiers import by_day
+
+pytest.importorskip("torch")
+MESHES = {
+    "tensor 2": {"fsdp": 1, "tensor": 2},
+    "fsdp 4": {"fsdp": 4},
+    "data 2, tensor 2": {"data": 2, "fsdp": 1, "tensor": 2},
+}
+ON_EIGHT = ("gpt_oss", "deepseek_v3", "qwen3_5_text", "bloom", "opt_narrow", "gemma4_everything")
+EIGHT = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)
+import numpy as np
+from pathlib import Path
+from dpo_jax import sharding
+from tests.model.test_family_sharding import sharded_logits
+mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+for folder in map(Path, sys.argv[1:]):
+    np.save(folder / "eight.npy", sharded_logits(folder, np.load(folder / "ids.npy"), mesh))
+"""
+
+
+def placed(folder: Path, mesh) -> Model:
+    """The folder's model, each device's part read for it alone."""
+    spec = read_spec(folder)
+    return load_hf(folder, shardings=sharding.param_shardings(abstract_params(spec), mesh), spec=spec)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def shared_out(spec, params, ids, where):
+    states = decoder.hidden(spec, params, ids, causal(*ids.shape), Execution(activations=where))
+    return decoder.head_logits(spec, params, states.reshape(-1, spec.head_width)).reshape(*ids.shape, -1)
+
+
+def sharded_logits(folder: Path, ids: np.ndarray, mesh) -> np.ndarray:
+    """Logits of rows that are split over the mesh, with weights that are split too."""
+    model, where = placed(folder, mesh), sharding.rows(mesh)
+    return np.asarray(shared_out(model.spec, model.params, jax.device_put(jnp.asarray(ids), where), where))
+
+
+def mesh_of(sizes: dict[str, int]):
+    return sharding.make_mesh(**sizes, devices=jax.devices()[: int(np.prod(list(sizes.values())))])
+
+
+@pytest.mark.parametrize("mesh", by_day(MESHES, {"data 2, tensor 2"}))
+@pytest.mark.parametrize("name", KINDS)
+def test_a_mesh_changes_nothing(name, mesh):
+    found = sharded_logits(own(name).path, four_rows(name), mesh_of(MESHES[mesh]))
+    np.testing.assert_allclose(found, wanted_of(name), rtol=0, atol=allowed(wanted_of(name)))
+
+
+def four_rows(name: str) -> np.ndarray:
+    """The folder's rows, and the same backwards."""
+    return np.concatenate([own(name).ids, own(name).ids[:, ::-1]])
+
+
+@functools.cache
+def wanted_of(name: str) -> np.ndarray:
+    """Their logits on one device."""
+    model, ids = ours(own(name).path), four_rows(name)
+    return np.concatenate([our_logits(model, ids[:2]), our_logits(model, ids[2:])])
+
+
+@functools.cache
+def on_eight() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Logits found on eight devices and wanted, by name.
+
+    In a process of its own, as the number of devices is settled when JAX starts; one row for each part of the batch,
+    and no two alike, so that it shows if they are mixed up.
+    """
+    folders = {name: own(name).path for name in ON_EIGHT}
+    for name, folder in folders.items():
+        np.save(folder / "ids.npy", four_rows(name))
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", EIGHT, *map(str, folders.values())],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return {name: (np.load(folder / "eight.npy"), wanted_of(name)) for name, folder in folders.items()}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ON_EIGHT)
+def test_eight_devices_change_nothing(name):
+    found, wanted = on_eight()[name]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=allowed(wanted))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_matrices_are_split(name):
+    """Over four devices no device holds more than half of the weights; what is whole is small."""
+    model = placed(own(name).path, mesh_of({"fsdp": 2, "tensor": 2}))
+    leaves = jax.tree.leaves(model.params)
+    own_part = sum(leaf.addressable_shards[0].data.size for leaf in leaves)
+    assert own_part < 0.5 * sum(leaf.size for leaf in leaves)

@@ -1,0 +1,22 @@
+"""Which parameters of a test wait for the night: the rule is said here once.
+
+A law of kinds holds for every config if it holds for one model of each kind of structure, as all are computed by the
+same decoder from a spec. So by day it is asked of one model of each kind, and of all configs by night.
+"""
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pytest
+
+from tests.support.family_models import KINDS
+
+
+def by_day(values: Iterable[Any], day: Collection[Any]) -> list[Any]:
+    """All values as parameters; those that are not among `day` are `nightly`, whether or not they are there."""
+    return [value if value in day else pytest.param(value, marks=pytest.mark.nightly) for value in values]
+
+
+def one_of_each_kind(names: Iterable[str], also: Collection[str] = ()) -> list[Any]:
+    """All names of models as parameters; by day one of each kind, and `also`."""
+    return by_day(names, {*KINDS, *also})

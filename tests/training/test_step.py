@@ -1,0 +1,260 @@
+"""A step is its pairs: what a step measures, moves and remembers; and TRL steps the same way."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dpo_jax import logits, sharding, trees
+from dpo_jax.data.batches import Batches
+from dpo_jax.data.entries import as_entries
+from dpo_jax.hf.checkpoint import entries_of
+from dpo_jax.model.decoder import init_params
+from dpo_jax.objectives.mixture import as_measured
+from dpo_jax.objectives.table import OBJECTIVES
+from dpo_jax.objectives.terms import make_terms
+from dpo_jax.preference import heldout as preference
+from dpo_jax.preference.loss import Problem, evaluate_batch, loss_and_gradient
+from dpo_jax.preference.scoring import score_batch
+from dpo_jax.training.optimizer import decay_mask, make_optimizer, schedule
+from dpo_jax.training.settings import OptimizerSettings
+from dpo_jax.training.step import MovingReference, fresh_state, make_step
+from tests.conftest import ROOT
+from tests.support.forests import SPEC, random_encoded
+from tools import parity
+
+ENCODED = random_encoded(units=9, completions=(2, 4), seed=3)
+MANY = random_encoded(units=40, completions=(2, 3), seed=4)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.tree.map(lambda leaf: 3 * leaf, init_params(SPEC, jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return init_params(SPEC, jax.random.key(1))
+
+
+def text_logprobs(params, encoded):
+    """Each completion's log-probability from its own row, by the plainest route: all logits, log-softmax, sum."""
+    values = []
+    for completion in range(encoded.num_completions):
+        prompt, answer = encoded.prompt(completion), encoded.completion(completion)
+        ids = np.zeros((1, 24), np.int32)  # padded behind, which a causal model does not see
+        ids[0, : len(prompt) + len(answer)] = [*prompt, *answer]
+        logs = jax.nn.log_softmax(logits(SPEC, params, jnp.asarray(ids))[0])
+        values.append(sum(float(logs[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)))
+    return np.asarray(values)
+
+
+@functools.cache
+def small():
+    return random_encoded(units=4, completions=(2, 3), seed=5, longest=8)
+
+
+def test_packed_scores_are_those_of_separate_rows(params):
+    batches = Batches(small(), small().num_pairs, 2, 1, micro_tokens=64)
+    mesh = sharding.make_mesh(devices=jax.devices()[:2])
+    score = jax.jit(functools.partial(score_batch, SPEC))
+    tokens = preference.token_logprobs(score, params, batches.sweep(), functools.partial(sharding.place, mesh=mesh))
+    sums = np.add.reduceat(tokens.astype(np.float64), small().scored_start)
+    np.testing.assert_allclose(sums, text_logprobs(params, small()), rtol=1e-5, atol=1e-4)
+
+
+def one_step(problem, params, reference, encoded=None, pairs=12, **layout):
+    batch = Batches(encoded or ENCODED, pairs, 1, 2, **layout).at(1)
+    loss, metrics, gradient, _ = jax.jit(functools.partial(loss_and_gradient, problem))(params, batch, reference)
+    return float(loss), jax.device_get(metrics), jax.device_get(gradient)
+
+
+def test_metrics_do_not_depend_on_the_layout(params, reference):
+    problem = Problem(SPEC, make_terms([{"name": "rpo", "beta": 0.3, "label_smoothing": 0.1}]))
+    layouts = {"micro_tokens": 4096}, {"micro_tokens": 64, "share_prompts": False}
+    assert [int(Batches(MANY, 40, 1, 2, **layout).at(1).micro_batches) > 1 for layout in layouts] == [False, True]
+    (_, whole, _), (_, parts, _) = (one_step(problem, params, reference, MANY, 40, **layout) for layout in layouts)
+    assert {"entropy", "kl", "drift/chosen", "rewards/margins_p50", "objective/sft"} <= set(whole)
+    for name, value in whole.items():
+        np.testing.assert_allclose(parts[name], value, rtol=5e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("block", "kind"), [({"name": "sigmoid", "ld_alpha": 0.3}, "pairs"), ({"name": "plackett_luce"}, "rankings")]
+)
+def test_two_passes_are_one_pass(params, reference, monkeypatch, block, kind):
+    """What looks at the whole step is scored first, then again with a gradient; a loss of pairs may go either way."""
+    encoded = as_entries(MANY, kind, objective=block["name"], max_length=64)
+    problem = Problem(SPEC, make_terms([block]))
+    layout = {"micro_tokens": 64, "rankings": kind == "rankings"}
+    loss, _, gradient = one_step(problem, params, reference, encoded, 20, **layout)
+    wide = dataclasses.replace(OBJECTIVES[block["name"]], scope="step")
+    monkeypatch.setitem(OBJECTIVES, block["name"], wide)
+    assert problem.step_wide
+    again, _, slope = one_step(problem, params, reference, encoded, 20, **layout)
+    assert again == pytest.approx(loss, rel=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), slope, gradient)
+
+
+def test_evaluation_measures_the_loss_of_training(params, reference):
+    """Also where the loss sorts all pairs, and where the sweep takes them in several batches."""
+    problem = Problem(SPEC, make_terms([{"name": "aot", "beta": 0.3}, {"name": "sft", "weight": 0.1}]))
+    everything = ENCODED.num_pairs
+    step = jax.jit(functools.partial(loss_and_gradient, problem))
+    loss, metrics, _, _ = step(params, Batches(ENCODED, everything, 1, 1).at(0), reference)
+    collect = jax.jit(functools.partial(evaluate_batch, problem))
+    found = preference.evaluate(
+        lambda weights, batch: collect(weights, batch, reference),
+        params,
+        Batches(ENCODED, 5, 1, 1).sweep(),
+        lambda batch: batch,
+        preference.measurement(as_measured(problem.terms)),
+    )
+    assert found["loss"] == pytest.approx(float(loss), rel=1e-5)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(found[name], value, rtol=5e-5, atol=1e-6, err_msg=name)
+
+
+def test_a_reference_computed_ahead_is_the_live_one(params, reference):
+    problem = Problem(SPEC, make_terms([{"name": "sigmoid", "ld_alpha": 0.5}]))
+    score = jax.jit(functools.partial(score_batch, SPEC))
+    tokens = preference.token_logprobs(score, reference, Batches(ENCODED, 5, 1, 1).sweep(), lambda batch: batch)
+    assert np.isfinite(tokens).all()
+    live, _, _ = one_step(problem, params, reference)
+    batch = Batches(ENCODED, 12, 1, 2, reference=tokens).at(1)
+    assert float(jax.jit(functools.partial(loss_and_gradient, problem))(params, batch)[0]) == pytest.approx(
+        live, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.6])
+def test_a_moving_reference_moves_when_it_is_due_and_only_then(params, reference, rate):
+    """TR-DPO: reference <- rate * policy + (1 - rate) * reference."""
+    optimizer = make_optimizer(OptimizerSettings())
+    moving = MovingReference(every=2, rate=rate)
+    step = jax.jit(make_step(Problem(SPEC), optimizer, lambda step: 1e-2, steps=4, moving=moving))
+    state, batches = fresh_state(params, optimizer, reference=reference), Batches(ENCODED, 12, 1, 4)
+    for number in range(4):
+        before = state["reference"]
+        state, _ = step(state, None, batches.at(number))
+        wanted = before
+        if number % 2:
+            wanted = jax.tree.map(lambda old, new: (1 - rate) * old + rate * new, before, state["params"])
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), state["reference"], wanted)
+
+
+def test_what_an_objective_remembers_goes_from_step_to_step(params, reference):
+    problem = Problem(SPEC, make_terms([{"name": "beta_dpo", "momentum": 0.75, "keep_fraction": 1.0}]))
+    optimizer = make_optimizer(OptimizerSettings(learning_rate=0.0))
+    step = jax.jit(make_step(problem, optimizer, lambda step: 0.0))
+    state, batch = fresh_state(params, optimizer, remembers=problem.remembers), Batches(ENCODED, 12, 1, 2).at(1)
+    pairs = jax.jit(functools.partial(evaluate_batch, problem))(params, batch, reference)[0]
+    gaps = (pairs.policy_chosen - pairs.reference_chosen - pairs.policy_rejected + pairs.reference_rejected)[pairs.real]
+    for remembered in (0.25, 0.25 * 0.75 + 0.25):
+        state, _ = step(state, reference, batch)
+        np.testing.assert_allclose(
+            state["memory"], [remembered * gaps.mean(), remembered * gaps.std(ddof=1)], rtol=1e-4
+        )
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(params, reference):
+    settings = OptimizerSettings(learning_rate=1e-2, weight_decay=0.1)
+    optimizer = make_optimizer(settings)
+    step = jax.jit(make_step(Problem(SPEC), optimizer, schedule(settings, 10)))
+    state = fresh_state(params, optimizer)
+    good = Batches(ENCODED, 12, 1, 2).at(0)
+    state, _ = step(state, reference, good)
+    bad = good._replace(weight=np.where(good.real, np.float32(np.nan), good.weight))
+    after, metrics = step(state, reference, bad)
+    for name in ("params", "optimizer"):
+        jax.tree.map(np.testing.assert_array_equal, after[name], state[name])
+    assert (int(after["step"]), int(after["skipped"]), int(after["streak"])) == (2, 1, 1)
+    assert float(metrics["nonfinite_streak"]) == 1
+    again, _ = step(after, reference, good)
+    assert int(again["streak"]) == 0 and not np.array_equal(
+        again["params"]["embed"]["embedding"], state["params"]["embed"]["embedding"]
+    )
+
+
+def test_every_leaf_decays_or_not_and_norms_and_biases_do_not(params):
+    mask = trees.paths(decay_mask(params))
+    assert all(decays == name.endswith(("kernel", "embedding")) for name, decays in mask.items())
+    with pytest.raises(ValueError, match="weight decay.*'blocks/new'"):
+        decay_mask({"blocks": {"new": jnp.zeros(1)}})
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"), [("constant", [0, 0.5, 1, 1, 1, 1]), ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]), ("cosine", None)]
+)
+def test_schedules(name, rates):
+    rate = schedule(OptimizerSettings(learning_rate=1.0, schedule=name, warmup_steps=2), 6)
+    found = [float(rate(step)) for step in range(6)]
+    if rates is None:
+        rates = [0, 0.5, *(0.5 * (1 + np.cos(np.pi * np.arange(4) / 4)))]
+    np.testing.assert_allclose(found, rates, rtol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- TRL's own numbers
+
+
+@pytest.fixture(scope="module")
+def trl(shared, tmp_path_factory):
+    return parity.open_folder(shared / "trl_parity", tmp_path_factory.mktemp("parity"))
+
+
+def cases(name):
+    """Cases of the shared folder's file, to be had when tests are collected; none where there is no such folder."""
+    found = [folder / "trl_parity" / name for folder in (ROOT.parent / "shared", ROOT / "shared")]
+    table = next((json.loads(path.read_text()) for path in found if path.is_file()), {})
+    return [case for case in table.get("traj", table) if not case.startswith("_")] or ["no folder"]
+
+
+@pytest.mark.parametrize("case", cases("golden.json"))
+def test_loss_gradient_and_every_metric_are_trls(trl, case):
+    """Tolerances and their reasons stand in tools/parity.py."""
+    golden = json.loads((trl.path / "golden.json").read_text())[case]
+    lines = list(parity.compare_case(trl, case, golden))
+    assert lines and [line for line in lines if line.missed] == []
+
+
+@pytest.mark.parametrize("loss_type", cases("trajectory.json"))
+def test_eight_steps_of_adamw_are_trls(trl, loss_type):
+    log = json.loads((trl.path / "trajectory.json").read_text())["traj"][loss_type]
+    lines = list(parity.compare_trajectory(trl, loss_type, log))
+    assert len(lines) == 8 and [line for line in lines if line.missed] == []
+
+
+def test_a_wrong_number_is_a_miss():
+    assert parity.Line("", "loss", 1.0, 1.0 + 2e-5, parity.LOSS).missed
+    assert parity.Line("", "loss", 1.0, float("nan"), parity.LOSS).missed
+    assert not parity.Line("", "loss", 1.0, 1.0 + 5e-6, parity.LOSS).missed
+
+
+def test_the_whole_gradient_is_trls(trl):
+    encoded = parity.encoded_rows(trl, {})
+    batch = Batches(encoded, 6, 1, 1, order="file").at(0)
+    run = jax.jit(functools.partial(loss_and_gradient, Problem(trl.policy.spec)))
+    ours = trees.paths(run(trl.policy.params, batch, trl.reference.params)[2])
+    theirs = load_file(trl.path / "grad_sigmoid.safetensors")
+    for entry in entries_of(trl.policy.spec, trl.path / "model"):
+        want = theirs[entry.name]
+        np.testing.assert_allclose(entry.of(ours), want, rtol=1e-4, atol=1e-4 * np.abs(want).max(), err_msg=entry.name)
+
+
+def test_the_weights_after_eight_steps_are_trls(trl):
+    settings = OptimizerSettings.model_validate(parity.TRAJECTORY)
+    optimizer, encoded = make_optimizer(settings), parity.encoded_rows(trl, {})
+    step = jax.jit(make_step(Problem(trl.policy.spec), optimizer, schedule(settings, 8), steps=8))
+    state = fresh_state(trl.policy.params, optimizer)
+    for number in range(8):
+        state, _ = step(state, trl.reference.params, Batches(encoded, 6, 1, 8, order="file").at(number))
+    final, leaves = load_file(trl.path / "final_sigmoid_8steps.safetensors"), trees.paths(state["params"])
+    for entry in entries_of(trl.policy.spec, trl.path / "model"):
+        # Adam divides by the root of tiny second moments, so a rounding of the gradient becomes a visible step:
+        # weights move by up to 8 x 5e-3, and 1e-3 of one step is 5e-6
+        np.testing.assert_allclose(entry.of(leaves), final[entry.name], atol=5e-5, err_msg=entry.name)
