@@ -122,7 +122,7 @@ def _measured(run: Run, step: Any, data: str, hosts: int, chip: Chip) -> dict[st
     return {
         "model": {
             "path": run.model.path,
-            "parameters": trees.num_parameters(step.trainer.weights(step.trainer.abstract).params),
+            "parameters": trees.num_parameters(step.trainer.weights(step.trainer.abstract)),
             "compute_dtype": step.objective.compute_dtype,
             "remat": run.model.remat,
         },

@@ -24,6 +24,7 @@ from dpo_jax.data.settings import DataSettings
 from dpo_jax.hf.checkpoint import load_hf
 from dpo_jax.hf.tokenizer import load_tokenizer
 from dpo_jax.model.decoder import Model
+from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.terms import make_terms, takes
 from dpo_jax.preference.loss import Problem, loss_and_gradient
 from dpo_jax.preference.scoring import score_batch
@@ -123,7 +124,7 @@ def measure(folder: Folder, kwargs: Mapping[str, Any]) -> dict[str, float]:
     batch = Batches(encoded, encoded.num_pairs, 1, 1, order="file").at(0)
     problem = Problem(folder.policy.spec, make_terms(blocks_of(kwargs)))
     run = jax.jit(functools.partial(loss_and_gradient, problem))
-    loss, metrics, gradient, _ = run(folder.policy.params, batch, folder.reference.params)
+    loss, metrics, gradient, _ = run(Weights(folder.policy.params), batch, folder.reference.params)
     found = {"loss": loss, "grad_norm": optax.tree.norm(gradient), **metrics}
     tokens = float(pair_tokens(encoded).sum())
     return {name: float(value) for name, value in found.items()} | {"num_tokens": tokens}
@@ -167,7 +168,7 @@ def compare_trajectory(folder: Folder, loss_type: str, log: list[Mapping[str, fl
     state = fresh_state(folder.policy.params, optimizer)
     for number, theirs in enumerate(log):
         batch = Batches(encoded, encoded.num_pairs, 1, len(log), order="file").at(number)
-        state, found = step(state, folder.reference.params, batch)
+        state, found = step(state, Weights({}), folder.reference.params, batch)
         yield Line(f"{loss_type}, step {number + 1}", "loss", theirs["loss"], float(found["loss"]), STEP)
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import trees
+from dpo_jax import sharding, trees
 from dpo_jax.logprobs.tokens import CHUNK
 from dpo_jax.model.attention import Layout
 from dpo_jax.model.decoder import cast, hidden_and_routing, init_params
+from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import Problem
 from dpo_jax.preference.scoring import bounds_of
 
@@ -38,20 +39,21 @@ def state_items(state: Any, shardings: Any) -> dict[str, int]:
 
 
 def step_items(
-    problem: Problem, params: Any, shardings: Any, forest: Any, mesh: jax.sharding.Mesh, *, several: bool
+    problem: Problem, weights: Weights, forest: Any, mesh: jax.sharding.Mesh, *, several: bool
 ) -> dict[str, int]:
     """Bytes that a step needs beside its state, at its fullest moment: in a layer's backward pass or in the head's.
 
     Args:
       problem: what is computed.
-      params: shapes of the weights.
-      shardings: theirs.
+      weights: shapes of what is trained and what is not.
       forest: shapes of one micro-batch, all shards of it.
       mesh: whose shards they are.
       several: whether gradients of several micro-batches are added up.
     """
-    dtype = jnp.dtype(problem.compute_dtype)
-    narrow = jax.eval_shape(functools.partial(cast, dtype=dtype), params)
+    dtype, trained = jnp.dtype(problem.compute_dtype), weights.trained
+    params = jax.eval_shape(lambda weights: weights.params, weights)
+    shardings, places_of_trained = (sharding.param_shardings(tree, mesh) for tree in (params, trained))
+    narrow, narrow_trained = (jax.eval_shape(functools.partial(cast, dtype=dtype), tree) for tree in (params, trained))
     copied = {path for path, leaf in trees.paths(params).items() if leaf.dtype != trees.paths(narrow)[path].dtype}
     places, leaves = trees.paths(shardings), trees.paths(narrow)
     # Of one layer at a time: what is computed again of it, and slopes along all that it has.
@@ -61,8 +63,8 @@ def step_items(
     head = 0 if problem.spec.scalar_head else _head(problem, forest, mesh)
     return {
         "weights in the dtype of computation": copy,
-        "gradient": per_device(params, shardings),
-        "gradient of a micro-batch": per_device(narrow, shardings) if several else 0,
+        "gradient": per_device(trained, places_of_trained),
+        "gradient of a micro-batch": per_device(narrow_trained, places_of_trained) if several else 0,
         "activations": kept,
         "a layer's backward pass": layer if layer > head else 0,
         "gathered weights": _gathered(problem, leaves, places, mesh),

@@ -137,7 +137,7 @@ def attention_backend(model: ModelSettings, spec: DecoderSpec, mesh: jax.shardin
     Raises:
       UserError: the one that the settings ask for cannot; says by which rule.
     """
-    name, dtype, device = model.attention, compute_dtype(model, mesh), _device(mesh)
+    name, dtype, device = model.attention, compute_dtype(model, mesh), device_of(mesh.devices.flat[0])
     if name == "auto":
         return table.automatic(spec, dtype, device)
     reason = table.why_not(name, spec, dtype, device)
@@ -146,12 +146,11 @@ def attention_backend(model: ModelSettings, spec: DecoderSpec, mesh: jax.shardin
     return name
 
 
-def _device(mesh: jax.sharding.Mesh) -> table.Device:
-    """What the run computes on."""
-    platform = sharding.platform(mesh)
-    capability = str(getattr(mesh.devices.flat[0], "compute_capability", "")) if platform == "gpu" else ""
+def device_of(device: Any) -> table.Device:
+    """What attention needs to know of one of JAX's devices."""
+    capability = str(getattr(device, "compute_capability", "")) if device.platform == "gpu" else ""
     number = capability.replace(".", "", 1).isdecimal()  # that of an AMD GPU is a name
-    return table.Device(platform, float(capability) if number else None)
+    return table.Device(device.platform, float(capability) if number else None)
 
 
 def _check_length(setting: str, spec: DecoderSpec, max_length: int) -> None:

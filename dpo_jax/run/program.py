@@ -175,9 +175,10 @@ def predicted(step: Step) -> dict[str, int]:
         weights = trainer.reference
         found["reference"] = memory.per_device(weights, sharding.param_shardings(weights, step.mesh))
     found["batch"] = memory.per_device(step.dummy, sharding.batch_shardings(step.dummy, step.mesh))
-    params, places = trainer.abstract["params"], trainer.shardings["params"]
-    several = step.dummy.real.shape[0] > 1
-    return found | memory.step_items(step.objective, params, places, step.forest, step.mesh, several=several)
+    if frozen := trainer.frozen.frozen:
+        found["frozen parameters"] = memory.per_device(frozen, sharding.param_shardings(frozen, step.mesh))
+    weights, several = trainer.weights(trainer.abstract), step.dummy.real.shape[0] > 1
+    return found | memory.step_items(step.objective, weights, step.forest, step.mesh, several=several)
 
 
 def reported(compiled: jax.stages.Compiled) -> dict[str, int]:
@@ -218,7 +219,9 @@ def program_of(step: Step, text: str) -> hlo.Program:
 
 def moved_by(step: Step) -> Moved:
     """What the traffic to a device's memory is made of."""
-    params, places = step.trainer.abstract["params"], step.trainer.shardings["params"]
+    weights = step.trainer.weights(step.trainer.abstract)
+    params = jax.eval_shape(lambda weights: weights.params, weights)
+    places = sharding.param_shardings(params, step.mesh)
     narrow = jax.eval_shape(functools.partial(cast, dtype=jnp.dtype(step.objective.compute_dtype)), params)
     shard = memory.per_device(narrow, places)
     kept = memory.activation_bytes(step.objective, step.forest, step.mesh, remat="none")

@@ -152,7 +152,8 @@ def test_a_main_that_moves_does_not_move_a_run(world, far, tmp_path, monkeypatch
     assert record(parted)["facts"] == record(whole)["facts"] == began
     weights = [(output / "model" / "model.safetensors").read_bytes() for output in (whole, parted)]
     assert weights[0] == weights[1]
-    assert find_models(config.load(arguments(world, tmp_path / "new", *more)), {}).commits == moved
+    new = config.load(arguments(world, tmp_path / "new", *more))
+    assert find_models(new.model, new.reference, {}).commits == moved
 
 
 def test_a_run_goes_on_without_the_hub(world, far, tmp_path, monkeypatch):
@@ -233,7 +234,7 @@ def test_a_push_that_cannot_be_is_refused_before_anything_is_read(world, far, tm
     far.repositories["ada/open"] = Repository(private=False)
     far.repositories["ada/open"].commit({})
     assert "the repository is public" in run("ada/open")
-    check_export(config.load(arguments(world, tmp_path / "run", "export.push=ada/open", "export.private=false")))
+    check_export(config.load(arguments(world, tmp_path / "run", "export.push=ada/open", "export.private=false")).export)
     monkeypatch.setenv("HF_TOKEN", READ_ONLY)
     assert "may only read" in run()
     monkeypatch.delenv("HF_TOKEN")

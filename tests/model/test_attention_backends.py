@@ -2,9 +2,10 @@
 
 import dataclasses
 
+import jax
 import pytest
 
-from dpo_jax.config import run as config
+from dpo_jax import sharding
 from dpo_jax.model import spec as specs
 from dpo_jax.model.backends import table
 from dpo_jax.model.backends.dispatch import attend
@@ -66,15 +67,18 @@ def test_auto_takes_nothing_that_was_not_verified(platform):
     assert found == "xla" or platform in table.BACKENDS[found].verified
 
 
+MESH = sharding.make_mesh(devices=jax.devices()[:1])
+
+
 def run_with(attention: str):
-    return config.load(["model.path=x", "data.train=[y]", "output=z", f"model.attention={attention}"])
+    return ModelSettings(path="x", attention=attention)
 
 
 def test_asking_for_what_cannot_run_here_is_refused():
     with pytest.raises(UserError, match=r"^model.attention: splash runs on tpu and .* platform cpu; give auto, or xla"):
-        models.attention_backend(run_with("splash"), SPECS["window"])
-    assert models.attention_backend(run_with("xla"), SPECS["alibi"]) == "xla"
-    assert models.attention_backend(run_with("auto"), SPECS["alibi"]) == "xla"
+        models.attention_backend(run_with("splash"), SPECS["window"], MESH)
+    assert models.attention_backend(run_with("xla"), SPECS["alibi"], MESH) == "xla"
+    assert models.attention_backend(run_with("auto"), SPECS["alibi"], MESH) == "xla"
 
 
 def test_every_backend_can_be_asked_for():

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from dpo_jax import sharding
-from dpo_jax.config import run as config
 from dpo_jax.data.batches import Batches
 from dpo_jax.model.attention import Bounds, Rules, attend_seen
 from dpo_jax.model.backends import cudnn, fa4, table, texts, tokamax
@@ -23,7 +22,6 @@ from dpo_jax.model.backends.dispatch import Forest, attend
 from dpo_jax.model.decoder import Execution, init_params
 from dpo_jax.preference.scoring import score
 from dpo_jax.run import models
-from dpo_jax.settings import UserError
 from tests.support.attention import FOREST, as_rules, assert_close, forest, inputs, plainly
 from tests.support.forests import SPEC, random_encoded
 from tests.support.specs import plain_spec
@@ -360,15 +358,10 @@ def test_cudnn_can_where_nothing_is_in_the_way():
 
 
 @pytest.mark.parametrize(("found", "words"), [("9.0", None), ("8.6", "is of 8.6"), ("gfx90a", "is no NVIDIA GPU")])
-def test_the_device_is_asked_what_it_can(monkeypatch, found, words):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=found)])
-    run = config.load(["model.path=x", "data.train=[y]", "output=z", "model.attention=cudnn"])
-    if words is None:
-        assert models.attention_backend(run, small()) == "cudnn"
-    else:
-        with pytest.raises(UserError, match=f"^model.attention: cudnn takes NVIDIA GPUs .* {words}; give auto, or xla"):
-            models.attention_backend(run, small())
+def test_the_device_is_asked_what_it_can(found, words):
+    device = models.device_of(SimpleNamespace(platform="gpu", compute_capability=found))
+    reason = table.why_not("cudnn", small(), "bfloat16", device)
+    assert reason is None if words is None else reason.startswith("takes NVIDIA GPUs") and reason.endswith(words)
 
 
 def test_a_package_that_is_not_there_is_named(monkeypatch):

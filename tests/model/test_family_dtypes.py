@@ -16,6 +16,7 @@ from dpo_jax.data.batches import Batches
 from dpo_jax.hf.checkpoint import load_hf, save_hf
 from dpo_jax.hf.tensors import Tensors
 from dpo_jax.model.decoder import Model
+from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import Problem
 from dpo_jax.training.optimizer import make_optimizer
 from dpo_jax.training.settings import OptimizerSettings
@@ -58,10 +59,10 @@ def trained(name: str) -> list[Model]:
     step = jax.jit(make_step(Problem(model.spec), optimizer, lambda count: jnp.where(count == 0, 0.0, RATE)))
     states = [fresh_state(model.params, optimizer)]
     for number in range(2):
-        state, metrics = step(states[-1], model.params, batches.at(number))
+        state, metrics = step(states[-1], Weights({}), model.params, batches.at(number))
         assert np.isfinite(metrics["loss"]) and metrics["skipped_steps"] == 0
         states.append(state)
-    return [Model(model.spec, state["params"]) for state in states]
+    return [Model(model.spec, state["trained"]) for state in states]
 
 
 def bits(folder: Path) -> dict[str, tuple]:

@@ -60,9 +60,10 @@ def run_of(folder, *settings):
 
 
 def described(run):
-    sources = program.find_config(run)
+    mesh = models.make_mesh(run.mesh, run.model)
+    sources = program.find_config(run, mesh)
     encoded, _, run = program.data_for(run, sources, (12, 6))
-    return program.describe(run, sources, encoded, models.make_mesh(run), accelerator=True)
+    return program.describe(run, sources, encoded, mesh, platform="gpu")
 
 
 # ---------------------------------------------------------------------------------------------- the text
@@ -143,9 +144,9 @@ def products(tmp_path_factory):
     found = {}
     for name, scan in (("scanned", "true"), ("unrolled", "false")):
         run = run_of(folder, f"model.scan_layers={scan}", "model.remat=none", "log.token_statistics=false")
-        sources = program.find_config(run)
+        sources = program.find_config(run, mesh)
         encoded, _, run = program.data_for(run, sources, (12, 6))
-        step = program.describe(run, sources, encoded, mesh, accelerator=True)
+        step = program.describe(run, sources, encoded, mesh, platform="gpu")
         compiled, text = program.compile_step(step)
         counted = hlo.product_flops(hlo.parse(text, unknown=1.0))
         with mock.patch.object(hlo, "_trips", return_value=None):
@@ -163,7 +164,7 @@ def test_products_are_those_that_xla_counts_once_a_loop(products, name):
     """XLA's count has everything that is no product as well: norms, softmax, the optimizer. It has less in one place:
     the vocabulary is a single chunk here, so the head's logits, asked for again backwards, are computed once."""
     step, _, once, flops = products[name]
-    once -= step.blank.source.shape[-1] * costs.head_flops(step.problem.spec)
+    once -= step.dummy.source.shape[-1] * costs.head_flops(step.objective.spec)
     assert once <= flops <= 1.25 * once
 
 
@@ -172,8 +173,8 @@ def test_the_spec_asks_for_what_is_compiled(products):
     again backwards), and every query seeing its block's keys, the spec's count is the program's."""
     step, counted, _, _ = products["scanned"]
     rows, length = step.shapes[0]
-    scored = step.blank.source.shape[-1]
-    spec = step.problem.spec
+    scored = step.dummy.source.shape[-1]
+    spec = step.objective.spec
     seen = {None: float(rows * length * length)}
     full = costs.Load(float(rows * length), float(scored), seen, float(rows * length))
     wanted = costs.step_flops(spec, full) + scored * costs.head_flops(spec)
@@ -211,16 +212,16 @@ def test_made_up_lengths_are_those_that_are_asked_for():
 def test_bytes_of_the_state_are_those_of_the_real_one(small, mesh):
     run = run_of(small, mesh)
     step = described(run)
-    params = jax.device_put(init_params(step.problem.spec, jax.random.key(0)), step.trainer.shardings["params"])
+    params = jax.device_put(init_params(step.objective.spec, jax.random.key(0)), step.trainer.shardings["trained"])
     state = step.trainer.fresh(params)
 
     def own(tree):
         return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
     found = program.predicted(step)
-    assert found["parameters"] == own(state["params"])
+    assert found["parameters"] == own(state["trained"])
     assert found["optimizer"] == own(state["optimizer"])
-    batch = sharding.place(step.blank, step.mesh)
+    batch = sharding.place(step.dummy, step.mesh)
     assert found["batch"] == own(batch)
 
 
@@ -229,7 +230,7 @@ def test_predicted_bytes_are_about_what_the_compiler_plans(small, remat):
     """In float32, where a CPU's compiler widens nothing. Arguments are exact; temporaries are within a factor of two:
     the compiler reuses what is dead, and keeps copies that no one asked for."""
     step = described(run_of(small, f"model.remat={remat}"))
-    compiled = step.trainer.lower(step.blank).compile()
+    compiled = step.trainer.lower(step.dummy).compile()
     found, planned = program.predicted(step), program.reported(compiled)
     state = sum(found.get(name, 0) for name in ("parameters", "optimizer", "counters", "batch"))
     assert planned["argument"] == pytest.approx(state, rel=0.01)  # the learning rate's step is an argument, too
@@ -256,7 +257,7 @@ def test_a_state_of_llama_is_twelve_bytes_a_parameter(tmp_path, sizes, billions)
     """Shapes alone: no array of it is ever made. The published counts, and float32 weights with two moments."""
     folder = write_config(tmp_path / "llama", "llama", **LLAMA, **sizes)
     step = described(run_of(folder))
-    assert trees.num_parameters(step.trainer.abstract["params"]) / 1e9 == pytest.approx(billions, abs=1e-3)
+    assert trees.num_parameters(step.trainer.abstract["trained"]) / 1e9 == pytest.approx(billions, abs=1e-3)
     found = program.predicted(step)
     # A hundred thousandth is norms, which every device holds whole.
     assert found["parameters"] * 4 == pytest.approx(4 * billions * 1e9, rel=1e-3)

@@ -13,6 +13,7 @@ from dpo_jax.data.batches import Batches
 from dpo_jax.data.entries import as_entries
 from dpo_jax.model.attention import causal
 from dpo_jax.model.decoder import Execution, cast, hidden, init_params, scalar_scores
+from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.mixture import Moment
 from dpo_jax.objectives.pairwise import Pairs, Ranking, Sums
 from dpo_jax.objectives.table import OBJECTIVES
@@ -118,7 +119,7 @@ def laid_out(name, micro, devices, share):
     @jax.jit
     def step(weights, params, live, batch):
         problem = Problem(spec, weighed(name, weights), execution=execution, statistics=False)
-        loss, _, gradient, _ = loss_and_gradient(problem, params, batch, live, MOMENT)
+        loss, _, gradient, _ = loss_and_gradient(problem, Weights(params), batch, live, MOMENT)
         return loss, gradient
 
     live = None if spec.scalar_head else placed[1]

@@ -16,6 +16,7 @@ from dpo_jax.model.attention import causal
 from dpo_jax.model.decoder import Execution, hidden_and_routing, init_params
 from dpo_jax.model.experts import load_balance
 from dpo_jax.model.spec import MLP, Experts
+from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import Problem, loss_and_gradient
 from dpo_jax.run.trainer import preference_loss
 from tests.support.forests import SPEC, random_encoded
@@ -58,7 +59,7 @@ def test_value_and_gradient_are_those_of_separate_rows(params, layout):
     batch = Batches(ENCODED, ENCODED.num_pairs, 1, 1, **LAYOUTS[layout]).at(0)
     assert (int(batch.micro_batches) > 1) == (layout != "one micro-batch")
     (without, _, plain, _), (loss, metrics, gradient, _) = (
-        stepping(weight)(params, batch, params) for weight in (0.0, 0.5)
+        stepping(weight)(Weights(params), batch, params) for weight in (0.0, 0.5)
     )
     value, slope = jax.jit(jax.value_and_grad(directly))(params)
     assert float(metrics["aux_loss"]) == pytest.approx(float(value), rel=1e-5)
@@ -81,14 +82,14 @@ def test_devices_change_nothing(params):
             SPARSE, router_aux=0.5, statistics=False, execution=Execution(activations=sharding.rows(mesh))
         )
         batch = sharding.place(Batches(ENCODED, ENCODED.num_pairs, devices, 1, micro_tokens=256).at(0), mesh)
-        loss, metrics, _, _ = jax.jit(functools.partial(loss_and_gradient, problem))(placed, batch, placed)
+        loss, metrics, _, _ = jax.jit(functools.partial(loss_and_gradient, problem))(Weights(placed), batch, placed)
         found.append((float(loss), float(metrics["aux_loss"])))
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 
 
 def test_weight_0_leaves_it_out(params):
     batch = Batches(ENCODED, ENCODED.num_pairs, 1, 1).at(0)
-    assert "aux_loss" not in stepping(0.0)(params, batch, params)[1]
+    assert "aux_loss" not in stepping(0.0)(Weights(params), batch, params)[1]
     metrics = {"loss": 0.7 + 0.5 * 2.0, "aux_loss": 2.0}
     assert preference_loss(Problem(SPARSE, router_aux=0.5), metrics) == pytest.approx(0.7)
 

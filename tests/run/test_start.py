@@ -2,19 +2,17 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dpo_jax.config import run as config
 from dpo_jax.objectives.terms import make_terms
 from dpo_jax.preference.loss import Problem
-from dpo_jax.run import first_step as start
-from dpo_jax.run.folder import Data
+from dpo_jax.run.first_step import FirstStep
 from dpo_jax.settings import UserError
 from tests.support.forests import SPEC, random_encoded
 
-RUN = config.load(["model.path=m", "data.train=d", "output=o", "batch.pairs=8"])
 ENCODED = random_encoded()
 PLAIN = dataclasses.replace(
     ENCODED,
@@ -22,12 +20,11 @@ PLAIN = dataclasses.replace(
     weight=np.ones_like(ENCODED.weight),
     label=np.ones_like(ENCODED.label),
 )
-DATA = Data(PLAIN, None, 0, {})
 
 
-def checked(dtype="float32", objective="sigmoid", data=DATA, **metrics):
+def checked(dtype="float32", objective="sigmoid", data=PLAIN, **metrics):
     problem = Problem(SPEC, make_terms([{"name": objective}]), compute_dtype=dtype)
-    start.check_start(RUN, problem, data, {"loss": math.log(2), **metrics})
+    FirstStep.of(problem, data, 8, Path("cache"), reference_is_policy=True).check({"loss": math.log(2), **metrics})
 
 
 def test_in_float32_the_first_loss_is_the_objectives_constant():
@@ -55,4 +52,4 @@ def test_in_bfloat16_answers_are_as_likely_to_both_but_for_rounding():
 
 def test_where_the_first_loss_is_not_known_nothing_is_asked():
     checked(objective="simpo", loss=7.0)
-    checked(data=Data(ENCODED, None, 0, {}), loss=7.0)
+    checked(data=ENCODED, loss=7.0)

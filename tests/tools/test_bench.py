@@ -14,6 +14,7 @@ import pytest
 
 from dpo_jax.data.batches import Batches
 from dpo_jax.model.decoder import init_params
+from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import Problem, loss_and_gradient
 from dpo_jax.settings import UserError
 from tools import bench, bench_table
@@ -336,7 +337,7 @@ def test_the_padded_layout_is_the_same_step():
     packed = batches.at(0)
     problem = Problem(memory.llama(shape))
     params = init_params(problem.spec, jax.random.key(0))
-    solve = jax.jit(lambda params, batch: loss_and_gradient(problem, params, batch)[::2])
+    solve = jax.jit(lambda params, batch: loss_and_gradient(problem, Weights(params), batch)[::2])
     (loss, gradient), (other, its) = (solve(params, batch) for batch in (packed, padded(encoded, np.arange(2), packed)))
     assert float(loss) == pytest.approx(float(other), rel=1e-6)  # float32 sums of a dozen terms in another order
     for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(its), strict=True):

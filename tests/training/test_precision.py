@@ -13,6 +13,7 @@ from dpo_jax import sharding, trees
 from dpo_jax.config import run as config
 from dpo_jax.data.batches import Batches
 from dpo_jax.model.decoder import cast, init_params
+from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import Problem
 from dpo_jax.settings import UserError
 from dpo_jax.training.optimizer import descend, make_optimizer, state_shardings, stochastically_rounded, wide
@@ -125,7 +126,7 @@ def run_of(kind, moving):
 
     def go(state, first, last):
         for number in range(first, last):
-            state, _ = step(state, None if moving else fresh(1), batches.at(number))
+            state, _ = step(state, Weights({}), None if moving else fresh(1), batches.at(number))
         return state
 
     params = cast(fresh(0), jnp.dtype(settings.param_dtype))
@@ -140,7 +141,7 @@ def test_stopping_and_going_on_is_never_having_stopped(kind):
     whole, half = go(state, 0, 4), jax.device_get(go(state, 0, 2))
     again = go(jax.tree.map(jnp.asarray, half), 2, 4)
     jax.tree.map(np.testing.assert_array_equal, again, whole)
-    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(whole["params"])}
+    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(whole["trained"])}
     assert dtypes == {"float32", KINDS[kind].get("param_dtype", "float32")}
     assert moving is None or {leaf.dtype.name for leaf in jax.tree.leaves(whole["reference"])} == {"float32"}
 

@@ -15,6 +15,7 @@ from dpo_jax.data.batches import Batches
 from dpo_jax.data.entries import as_entries
 from dpo_jax.hf.checkpoint import entries_of
 from dpo_jax.model.decoder import init_params
+from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.mixture import as_measured
 from dpo_jax.objectives.table import OBJECTIVES
 from dpo_jax.objectives.terms import make_terms
@@ -70,7 +71,9 @@ def test_packed_scores_are_those_of_separate_rows(params):
 
 def one_step(problem, params, reference, encoded=None, pairs=12, **layout):
     batch = Batches(encoded or ENCODED, pairs, 1, 2, **layout).at(1)
-    loss, metrics, gradient, _ = jax.jit(functools.partial(loss_and_gradient, problem))(params, batch, reference)
+    loss, metrics, gradient, _ = jax.jit(functools.partial(loss_and_gradient, problem))(
+        Weights(params), batch, reference
+    )
     return float(loss), jax.device_get(metrics), jax.device_get(gradient)
 
 
@@ -106,11 +109,11 @@ def test_evaluation_measures_the_loss_of_training(params, reference):
     problem = Problem(SPEC, make_terms([{"name": "aot", "beta": 0.3}, {"name": "sft", "weight": 0.1}]))
     everything = ENCODED.num_pairs
     step = jax.jit(functools.partial(loss_and_gradient, problem))
-    loss, metrics, _, _ = step(params, Batches(ENCODED, everything, 1, 1).at(0), reference)
+    loss, metrics, _, _ = step(Weights(params), Batches(ENCODED, everything, 1, 1).at(0), reference)
     collect = jax.jit(functools.partial(evaluate_batch, problem))
     found = preference.evaluate(
         lambda weights, batch: collect(weights, batch, reference),
-        params,
+        Weights(params),
         Batches(ENCODED, 5, 1, 1).sweep(),
         lambda batch: batch,
         preference.measurement(as_measured(problem.terms)),
@@ -127,7 +130,7 @@ def test_a_reference_computed_ahead_is_the_live_one(params, reference):
     assert np.isfinite(tokens).all()
     live, _, _ = one_step(problem, params, reference)
     batch = Batches(ENCODED, 12, 1, 2, reference=tokens).at(1)
-    assert float(jax.jit(functools.partial(loss_and_gradient, problem))(params, batch)[0]) == pytest.approx(
+    assert float(jax.jit(functools.partial(loss_and_gradient, problem))(Weights(params), batch)[0]) == pytest.approx(
         live, rel=1e-5
     )
 
@@ -141,10 +144,10 @@ def test_a_moving_reference_moves_when_it_is_due_and_only_then(params, reference
     state, batches = fresh_state(params, optimizer, reference=reference), Batches(ENCODED, 12, 1, 4)
     for number in range(4):
         before = state["reference"]
-        state, _ = step(state, None, batches.at(number))
+        state, _ = step(state, Weights({}), None, batches.at(number))
         wanted = before
         if number % 2:
-            wanted = jax.tree.map(lambda old, new: (1 - rate) * old + rate * new, before, state["params"])
+            wanted = jax.tree.map(lambda old, new: (1 - rate) * old + rate * new, before, state["trained"])
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), state["reference"], wanted)
 
 
@@ -153,10 +156,10 @@ def test_what_an_objective_remembers_goes_from_step_to_step(params, reference):
     optimizer = make_optimizer(OptimizerSettings(learning_rate=0.0))
     step = jax.jit(make_step(problem, optimizer, lambda step: 0.0))
     state, batch = fresh_state(params, optimizer, remembers=problem.remembers), Batches(ENCODED, 12, 1, 2).at(1)
-    pairs = jax.jit(functools.partial(evaluate_batch, problem))(params, batch, reference)[0]
+    pairs = jax.jit(functools.partial(evaluate_batch, problem))(Weights(params), batch, reference)[0]
     gaps = (pairs.policy_chosen - pairs.reference_chosen - pairs.policy_rejected + pairs.reference_rejected)[pairs.real]
     for remembered in (0.25, 0.25 * 0.75 + 0.25):
-        state, _ = step(state, reference, batch)
+        state, _ = step(state, Weights({}), reference, batch)
         np.testing.assert_allclose(
             state["memory"], [remembered * gaps.mean(), remembered * gaps.std(ddof=1)], rtol=1e-4
         )
@@ -168,16 +171,16 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(params, referen
     step = jax.jit(make_step(Problem(SPEC), optimizer, schedule(settings, 10)))
     state = fresh_state(params, optimizer)
     good = Batches(ENCODED, 12, 1, 2).at(0)
-    state, _ = step(state, reference, good)
+    state, _ = step(state, Weights({}), reference, good)
     bad = good._replace(weight=np.where(good.real, np.float32(np.nan), good.weight))
-    after, metrics = step(state, reference, bad)
-    for name in ("params", "optimizer"):
+    after, metrics = step(state, Weights({}), reference, bad)
+    for name in ("trained", "optimizer"):
         jax.tree.map(np.testing.assert_array_equal, after[name], state[name])
-    assert (int(after["step"]), int(after["skipped"]), int(after["streak"])) == (2, 1, 1)
+    assert (int(after["step"]), int(after["skipped"]), int(after["consecutive_nonfinite"])) == (2, 1, 1)
     assert float(metrics["nonfinite_streak"]) == 1
-    again, _ = step(after, reference, good)
-    assert int(again["streak"]) == 0 and not np.array_equal(
-        again["params"]["embed"]["embedding"], state["params"]["embed"]["embedding"]
+    again, _ = step(after, Weights({}), reference, good)
+    assert int(again["consecutive_nonfinite"]) == 0 and not np.array_equal(
+        again["trained"]["embed"]["embedding"], state["trained"]["embed"]["embedding"]
     )
 
 
@@ -239,7 +242,7 @@ def test_the_whole_gradient_is_trls(trl):
     encoded = parity.encoded_rows(trl, {})
     batch = Batches(encoded, 6, 1, 1, order="file").at(0)
     run = jax.jit(functools.partial(loss_and_gradient, Problem(trl.policy.spec)))
-    ours = trees.paths(run(trl.policy.params, batch, trl.reference.params)[2])
+    ours = trees.paths(run(Weights(trl.policy.params), batch, trl.reference.params)[2])
     theirs = load_file(trl.path / "grad_sigmoid.safetensors")
     for entry in entries_of(trl.policy.spec, trl.path / "model"):
         want = theirs[entry.name]
@@ -252,8 +255,8 @@ def test_the_weights_after_eight_steps_are_trls(trl):
     step = jax.jit(make_step(Problem(trl.policy.spec), optimizer, schedule(settings, 8), steps=8))
     state = fresh_state(trl.policy.params, optimizer)
     for number in range(8):
-        state, _ = step(state, trl.reference.params, Batches(encoded, 6, 1, 8, order="file").at(number))
-    final, leaves = load_file(trl.path / "final_sigmoid_8steps.safetensors"), trees.paths(state["params"])
+        state, _ = step(state, Weights({}), trl.reference.params, Batches(encoded, 6, 1, 8, order="file").at(number))
+    final, leaves = load_file(trl.path / "final_sigmoid_8steps.safetensors"), trees.paths(state["trained"])
     for entry in entries_of(trl.policy.spec, trl.path / "model"):
         # Adam divides by the root of tiny second moments, so a rounding of the gradient becomes a visible step:
         # weights move by up to 8 x 5e-3, and 1e-3 of one step is 5e-6

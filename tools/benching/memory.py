@@ -76,6 +76,7 @@ def compile_step(shape: Shape) -> tuple[Any, int]:
 
     from dpo_jax.data.batches import Batches
     from dpo_jax.model.decoder import Execution, abstract_params
+    from dpo_jax.model.weights import Weights
     from dpo_jax.preference.loss import Problem
     from dpo_jax.training.optimizer import make_optimizer, schedule
     from dpo_jax.training.settings import OptimizerSettings
@@ -94,7 +95,7 @@ def compile_step(shape: Shape) -> tuple[Any, int]:
     step = make_step(problem, optimizer, schedule(settings, 1))
     state = jax.eval_shape(lambda params: fresh_state(params, optimizer), abstract_params(spec))
     described = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), (state, batch))
-    compiled = jax.jit(step, donate_argnums=0).lower(described[0], None, described[1]).compile()
+    compiled = jax.jit(step, donate_argnums=0).lower(described[0], Weights({}), None, described[1]).compile()
     return compiled, int(np.prod(batch.tokens.shape[1:])) * int(batch.micro_batches)
 
 

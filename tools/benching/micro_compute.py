@@ -13,6 +13,7 @@ from dpo_jax.data.batches import Batch, Batches
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.logprobs.tokens import linear_logprobs
 from dpo_jax.model.decoder import Execution, init_params
+from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import Problem, loss_and_gradient
 from dpo_jax.run.data import attention_length
 from tools.benching.inputs import encoded_of
@@ -133,7 +134,7 @@ def _step_cost(shape: Shape, dtype: str, batches: list[Batch], pairs: int) -> Ro
     compiled = {}
     for batch in batches:
         if batch.tokens.shape not in compiled:
-            solve = jax.jit(lambda params, batch: loss_and_gradient(problem, params, batch)[::2])
+            solve = jax.jit(lambda params, batch: loss_and_gradient(problem, Weights(params), batch)[::2])
             compiled[batch.tokens.shape] = solve.lower(params, batch).compile()
     losses = [float(compiled[batch.tokens.shape](params, batch)[0]) for batch in batches]
 
@@ -246,7 +247,7 @@ def _row_cost(shape: Shape, total: int, length: int) -> Row:
         raise ValueError(f"{pairs} pairs of {length} slots were packed as {shown[0]} rows of {shown[1]}")
     problem = Problem(llama(shape), execution=Execution(remat="attention"))
     params = init_params(problem.spec, jax.random.key(0))
-    solve = jax.jit(lambda params, batch: loss_and_gradient(problem, params, batch)[::2])
+    solve = jax.jit(lambda params, batch: loss_and_gradient(problem, Weights(params), batch)[::2])
     compiled = solve.lower(params, batch).compile()
     return {
         "row": length,

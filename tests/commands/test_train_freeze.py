@@ -1,0 +1,72 @@
+"""The whole job with some leaves frozen: what comes out, and what it takes."""
+
+import os
+import signal
+
+import pytest
+from safetensors.numpy import load_file
+
+from dpo_jax import train
+from dpo_jax.reporting.journal import Journal
+from tests.support.tiny_folders import write_folder
+from tests.support.tiny_rows import byte_tokenizer, write
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root, tokenizer = tmp_path_factory.mktemp("freeze"), byte_tokenizer()
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "vocab_size": 300}
+    write_folder(root / "model", "llama", "bfloat16", **ends, tie_word_embeddings=False)
+    tokenizer.save_pretrained(str(root / "model"))
+    rows = [{"prompt": f"Say {n}", "chosen": "yes " * (n % 5 + 1), "rejected": "no" * n} for n in range(1, 15)]
+    write(root / "train.jsonl", *rows)
+    return root
+
+
+def arguments(world, output, *more):
+    given = {"model.path": world / "model", "data.train": world / "train.jsonl", "data.cache": world / "cache"}
+    given |= {"data.max_length": 64, "batch.pairs": 4, "steps": 2, "output": world / output}
+    given |= {"optimizer.learning_rate": 0.1, "optimizer.warmup_steps": 0, "log.tensorboard": "false"}
+    return [f"{key}={value}" for key, value in given.items()] + list(more)
+
+
+def ran(world, output, *more):
+    assert train.main(arguments(world, output, *more)) == 0
+    exported = load_file(world / output / "model" / "model.safetensors")
+    saved = sum(file.stat().st_size for file in (world / output / "checkpoints" / "2" / "state").rglob("*"))
+    return exported, saved
+
+
+PARTS = {
+    "all but the head": (["embed/.*", "layers/.*", "final_norm/.*"], lambda name: name == "lm_head.weight"),
+    "first half": (["layers/[01]/.*"], lambda name: not name.startswith(("model.layers.0.", "model.layers.1."))),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_frozen_tensors_come_back_bit_for_bit_and_are_not_saved(world, part, dtype):
+    before = load_file(world / "model" / "model.safetensors")
+    patterns, moves = PARTS[part]
+    freeze = f"model.freeze={patterns}".replace("'", '"')
+    after, saved = ran(world, f"{part} {dtype}", freeze, f"optimizer.param_dtype={dtype}")
+    assert {name for name in before if before[name].tobytes() != after[name].tobytes()} == set(filter(moves, before))
+    share = sum(before[name].size for name in before if moves(name)) / sum(tensor.size for tensor in before.values())
+    _, whole = ran(world, f"whole {dtype}", f"optimizer.param_dtype={dtype}")
+    assert saved < whole * (share + 0.25)  # orbax keeps some kilobytes for each leaf beside its numbers
+
+
+def test_going_on_is_never_having_stopped(world, monkeypatch):
+    freeze = 'model.freeze=["layers/[01]/.*"]'
+    whole, _ = ran(world, "whole run", freeze)
+    with monkeypatch.context() as patch:
+        honest = Journal.step
+
+        def step(self, now, metrics):
+            honest(self, now, metrics)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(Journal, "step", step)
+        assert train.main(arguments(world, "parts", freeze)) == 75
+    again, _ = ran(world, "parts", freeze)
+    assert {name: tensor.tobytes() for name, tensor in again.items()} == {n: t.tobytes() for n, t in whole.items()}
