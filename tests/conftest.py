@@ -1,4 +1,7 @@
-"""What every test stands on: four fake CPU devices, no compile cache, and arrays that never promote on their own."""
+"""What every test stands on: four fake CPU devices, no compile cache, and arrays that never promote on their own.
+
+And the tier of each test; tests/README.md says which law is tested where.
+"""
 
 import gc
 import os
@@ -10,8 +13,12 @@ os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # nor do they ke
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")  # a core has its own pytest worker
 
+import hypothesis
 import jax
 import pytest
+
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")  # what is tested is no stopwatch, and another worker may have the core
 
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_num_cpu_devices", 4)
@@ -21,6 +28,34 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 ROOT = Path(__file__).resolve().parents[1]
+COMPILING = (
+    "commands",
+    "evaluation",
+    "hf/test_every_family.py",
+    "hf/test_export.py",
+    "hf/test_export_memory.py",
+    "hf/test_families.py",
+    "hf/test_family_readers.py",
+    "hf/test_reward_export.py",
+    "hf/test_verify.py",
+    "hf/test_wrappers.py",
+    "logprobs",
+    "model",
+    "planning",
+    "preference",
+    "run",
+    "tools",
+    "training",
+)
+"""Folders and files of this folder whose tests compile models or start processes."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items):
+    for item in items:
+        place = item.path.relative_to(ROOT / "tests")
+        if any(place.is_relative_to(part) for part in COMPILING):
+            item.add_marker("compiles")
 
 
 @pytest.fixture(scope="module", autouse=True)

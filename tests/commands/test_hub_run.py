@@ -138,6 +138,7 @@ def stopped_after_one_step(world, output, monkeypatch, *more):
         assert train.main(arguments(world, output, *more)) == 75
 
 
+@pytest.mark.nightly
 def test_a_main_that_moves_does_not_move_a_run(world, far, tmp_path, monkeypatch):
     far.add("org/judge", world / "model")
     judge = move_main(far, tmp_path, "org/judge")

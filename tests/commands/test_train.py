@@ -17,6 +17,7 @@ from dpo_jax.reporting.journal import TIME_FIELDS, Journal, read_records
 from dpo_jax.run.trainer import Trainer
 from dpo_jax.training import reference as references
 from dpo_jax.training.checkpoints import Checkpoints
+from tests.support.tiers import night
 from tests.support.tiny_folders import write_folder
 from tests.support.tiny_rows import assistant, byte_tokenizer, user, write
 
@@ -172,7 +173,8 @@ MOVING = ("reference.update_every=2", "objective.name=beta_dpo", "objective.beta
 
 
 @pytest.mark.parametrize(
-    ("number", "more", "code"), [(signal.SIGTERM, (), 75), (signal.SIGINT, (), 130), (signal.SIGTERM, MOVING, 75)]
+    ("number", "more", "code"),
+    [night(signal.SIGTERM, (), 75), night(signal.SIGINT, (), 130), (signal.SIGTERM, MOVING, 75)],
 )
 def test_stopping_and_going_on_is_never_having_stopped(world, plain, moving, tmp_path, monkeypatch, number, more, code):
     original, whole = Journal.step, (moving if more else plain)[0]
@@ -232,6 +234,7 @@ def test_a_step_leaves_nothing_of_the_old_state(world, tmp_path, monkeypatch):
     assert left == []
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("settings", "rel"),
     [
@@ -406,6 +409,7 @@ def test_too_few_pairs_and_a_vocabulary_of_another_size(world, tmp_path, capsys)
     assert "reference.path" in line and "280" in line
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("more", [("optimizer.param_dtype=bfloat16",), ("optimizer.name=adafactor", *MOVING)])
 def test_weights_in_bfloat16_and_other_optimizers_stop_and_go_on(world, tmp_path, monkeypatch, more):
     """The same bytes come out, and the folder that is written is like the one that was read."""

@@ -12,11 +12,12 @@ from dpo_jax.model.attention import Rules, alibi_slopes, attend_seen, visible
 from dpo_jax.model.backends import xla
 from dpo_jax.model.backends.dispatch import Forest, attend
 from tests.support.attention import RULES, SHAPES, WINDOWS, as_rules, assert_close, forest, inputs, plainly, slopes_of
+from tests.support.tiers import by_day
 
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", by_day(SHAPES, {"wide values"}))
 def test_blocks_are_the_plain_formula(rules, window, shape):
     """Also the gradients, of queries, keys, values and sinks; whatever comes back for padding has no part in it."""
     layout, arrays, slope = inputs(shape)

@@ -25,6 +25,7 @@ from dpo_jax.run import models
 from tests.support.attention import FOREST, as_rules, assert_close, forest, inputs, plainly
 from tests.support.forests import SPEC, random_encoded
 from tests.support.specs import plain_spec
+from tests.support.tiers import by_day
 
 BOUNDS = Bounds(texts=6, branches=3)
 """What the forest has; looser ones are `LOOSE`."""
@@ -102,9 +103,9 @@ def plain_kernel(monkeypatch):
     monkeypatch.setattr(tokamax, "_kernel", by_ranges)
 
 
-@pytest.mark.parametrize("bounds", [BOUNDS, LOOSE])
+@pytest.mark.parametrize("bounds", by_day([BOUNDS, LOOSE], [BOUNDS]))
 @pytest.mark.parametrize("window", [None, 7])
-@pytest.mark.parametrize("shape", ["grouped", "single"])
+@pytest.mark.parametrize("shape", by_day(["grouped", "single"], ["grouped"]))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_a_kernel_is_given_is_the_plain_formula(plain_kernel, backend, shape, window, bounds):
     """Also the gradients; of what the kernel leaves undefined nothing comes through."""
@@ -163,7 +164,7 @@ def test_every_text_is_laid_out_once_in_order():
     assert found.places.first[0].tolist() == [0, 1, 2, 11, 11, 3, 4, 5, 6, 7, 8, 9] + [11] * 10
 
 
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("share", by_day([True, False], [True]))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batches_keep_within_their_bounds(plain_kernel, backend, share):
     """Real micro-batches, with one to four completions of a prompt, score the same as by blocks of slots."""

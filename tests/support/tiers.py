@@ -14,7 +14,12 @@ from tests.support.family_models import KINDS
 
 def by_day(values: Iterable[Any], day: Collection[Any]) -> list[Any]:
     """All values as parameters; those that are not among `day` are `nightly`, whether or not they are there."""
-    return [value if value in day else pytest.param(value, marks=pytest.mark.nightly) for value in values]
+    return [value if value in day else night(value) for value in values]
+
+
+def night(*values: Any) -> Any:
+    """A set of parameters that waits for the night."""
+    return pytest.param(*values, marks=pytest.mark.nightly)
 
 
 def one_of_each_kind(names: Iterable[str], also: Collection[str] = ()) -> list[Any]:

@@ -21,6 +21,7 @@ from dpo_jax.settings import UserError
 from dpo_jax.training.checkpoints import Checkpoints
 from dpo_jax.training.settings import CheckpointSettings
 from dpo_jax.trees import paths
+from tests.support.tiers import by_day
 
 
 def rows_sharding(devices: int) -> NamedSharding:
@@ -351,7 +352,7 @@ second.wait()
 """
 
 
-@pytest.mark.parametrize("moment", ["start", "commit", "seal"])
+@pytest.mark.parametrize("moment", by_day(["start", "commit", "seal"], ["commit"]))
 def test_a_kill_while_saving_loses_that_step_only(tmp_path, moment):
     code = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), moment], check=False).returncode
     assert code == 9
