@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dpo_jax.config.run import Parser, command, quiet_libraries
-from dpo_jax.settings import UserError
+from dpo_jax.errors import UserError
 
 
 def _export(argv: Sequence[str]) -> int:

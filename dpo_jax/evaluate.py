@@ -16,10 +16,11 @@ from pydantic import ValidationError
 
 from dpo_jax.config import run as config
 from dpo_jax.data.settings import BatchSettings, DataSettings
+from dpo_jax.errors import UserError
 from dpo_jax.model.settings import MeshSettings, ModelSettings
 from dpo_jax.objectives.settings import ObjectiveSettings
 from dpo_jax.reporting.settings import LogSettings
-from dpo_jax.settings import Section, UserError
+from dpo_jax.settings import Section
 from dpo_jax.training.settings import ReferenceSettings
 
 Block = TypeVar("Block", bound=Section)

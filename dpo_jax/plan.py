@@ -12,8 +12,8 @@ from typing import Any
 
 from dpo_jax.config import run as config
 from dpo_jax.config.run import Parser, Run
+from dpo_jax.errors import UserError
 from dpo_jax.planning.chips import CHIPS, Chip
-from dpo_jax.settings import UserError
 
 ON_CPU = "a CPU's compiler computes bfloat16 products in float32, so its temporaries are more than an accelerator's"
 

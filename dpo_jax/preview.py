@@ -20,7 +20,7 @@ from dpo_jax.data.encode import collect
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.data.report import BAD, Report, clean
 from dpo_jax.data.templates import special_ids
-from dpo_jax.settings import UserError, printable
+from dpo_jax.errors import UserError, printable
 
 PAIRS = 3
 CHARACTERS = 1600

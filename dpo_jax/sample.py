@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from dpo_jax.config.run import COMMAND_LINE, Parser, command, quiet_libraries
-from dpo_jax.settings import UserError
+from dpo_jax.errors import UserError
 
 if TYPE_CHECKING:
     from dpo_jax.data.templates import Codec

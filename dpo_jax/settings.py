@@ -1,10 +1,9 @@
-"""What every block of settings shares: its base class, the strict YAML it is written in, and the error a user sees.
+"""What every block of settings shares: its base class, the strict YAML it is written in, its ranges in words.
 
 Imports neither jax nor transformers.
 """
 
 import dataclasses
-import difflib
 import re
 import types
 import typing
@@ -17,13 +16,7 @@ import yaml.composer
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
-
-class UserError(ValueError):
-    """Something a user gave is wrong: one line that names the file, line or key, the value, and the remedy.
-
-    Commands print it without a traceback and exit with code 2. Anything else that escapes is our fault and keeps its
-    traceback.
-    """
+from dpo_jax.errors import UserError, nearest, short
 
 
 class Section(BaseModel):
@@ -32,20 +25,6 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
     )
-
-
-def printable(text: str) -> str:
-    """The text with line breaks, terminal escapes and other invisible characters written out: `a\\x1b[2J`.
-
-    For whatever comes from a file or a user and goes to a terminal or a log.
-    """
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's type and the first line of its text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 # YAML 1.2 scalars. PyYAML's own (YAML 1.1) read 5e-7 as text, no as false and 010 as 8.
@@ -170,13 +149,9 @@ def _near_files(file: str) -> str:
     names = [
         str(other) for folder in (path.parent, Path("configs")) for other in folder.glob("*.y*ml") if other != path
     ]
-    near = difflib.get_close_matches(file[:200], names, 1, 0.6) or [n for n in names if Path(n).stem == path.stem]
+    close = nearest(file, names)
+    near = [close] if close else [name for name in names if Path(name).stem == path.stem]
     return f"; did you mean {' or '.join(near)}?" if near else "; settings are given as FILE.yaml or section.key=value"
-
-
-def short(key: str) -> str:
-    """A key or a name fit for a line of text."""
-    return printable(key if len(key) <= 80 else f"{key[:77]}...")
 
 
 def _kind(annotation: Any, bounds: str = "") -> str:

@@ -15,8 +15,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax import trees
+from dpo_jax.errors import UserError
 from dpo_jax.logprobs.fused import Split
-from dpo_jax.settings import UserError
 
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH = ("data", "fsdp")

@@ -10,7 +10,7 @@ believes a time only if the losses of all steps agree with ours; a rival whose l
 measures single parts, each in a process of its own, and `memory` what the compiled training step allocates.
 
 Each call appends a line with all raw numbers, the commit and the machine to tools/benchmarks.jsonl (`--record FILE` for
-another file, `--no-record` for none); `tools/bench_table.py` makes the README's table of it.
+another file, `--no-record` for none); `tools/bench_table.py` makes the tables of tools/BENCHMARKS.md of it.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dpo_jax.settings import UserError  # noqa: E402
+from dpo_jax.errors import UserError  # noqa: E402
 from tools.benching import compare, records, workloads  # noqa: E402
 from tools.benching.compare import OURS, Runner  # noqa: E402
 from tools.runners.protocol import Spec  # noqa: E402

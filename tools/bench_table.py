@@ -1,4 +1,4 @@
-"""Writes the README's tables of timings from tools/benchmarks.jsonl: `python tools/bench_table.py [--check]`.
+"""Writes the tables of tools/BENCHMARKS.md from tools/benchmarks.jsonl: `python tools/bench_table.py [--check]`.
 
 Between `<!-- benchmarks -->` and `<!-- /benchmarks -->` stand the newest comparisons, one row for each program. The
 newest of those that are alike in workload, dtype, reference, pairs in a step and machine is shown, whatever it says.
@@ -15,11 +15,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dpo_jax.settings import UserError  # noqa: E402
+from dpo_jax.errors import UserError  # noqa: E402
 from tools.benching import micro, records  # noqa: E402
 from tools.benching.compare import OURS, QUIET  # noqa: E402
 
-README = ROOT / "README.md"
+PAGE = ROOT / "tools" / "BENCHMARKS.md"
 HEAD = (
     "| workload | program | pairs/s | CPU-s per pair | peak memory | first step after | dpo_jax is faster by | CPU | "
     "with reference | losses |"
@@ -127,7 +127,7 @@ BLOCKS = {"benchmarks": table, "growth": growth}
 
 
 def updated(readme: str, found: Iterable[Mapping[str, Any]]) -> str:
-    """The README with the tables as they are now.
+    """The page with the tables as they are now.
 
     Raises:
       UserError: it has no place for one.
@@ -136,7 +136,9 @@ def updated(readme: str, found: Iterable[Mapping[str, Any]]) -> str:
     for name, written in BLOCKS.items():
         block = re.compile(f"(<!-- {name} -->\n).*(<!-- /{name} -->)", re.DOTALL)
         if not block.search(readme):
-            raise UserError(f"README.md has no lines <!-- {name} --> and <!-- /{name} -->; put them where it goes")
+            raise UserError(
+                f"tools/BENCHMARKS.md has no lines <!-- {name} --> and <!-- /{name} -->; put them where it goes"
+            )
         text = written(found)
         readme = block.sub(lambda place, text=text: place[1] + text + place[2], readme)
     return readme
@@ -144,8 +146,8 @@ def updated(readme: str, found: Iterable[Mapping[str, Any]]) -> str:
 
 def main() -> int:
     """Write, or with `--check` tell by the exit code whether there is anything to write."""
-    parser = argparse.ArgumentParser(description="The README's tables of timings.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the README is stale")
+    parser = argparse.ArgumentParser(description="The tables of timings.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is stale")
     parser.add_argument("--show", action="store_true", help="print the tables and write nothing")
     options = parser.parse_args()
     try:
@@ -153,14 +155,14 @@ def main() -> int:
         if options.show:
             print(*(written(found) for written in BLOCKS.values()), sep="\n", end="")
             return 0
-        old = README.read_text("utf-8")
+        old = PAGE.read_text("utf-8")
         new = updated(old, found)
     except UserError as error:
         print(f"bench_table: {error}", file=sys.stderr)
         return 2
     if options.check:
         return int(new != old)
-    README.write_text(new, "utf-8")
+    PAGE.write_text(new, "utf-8")
     return 0
 
 

@@ -5,9 +5,7 @@ relative to the current directory. Imports neither jax nor transformers, so that
 """
 
 import argparse
-import difflib
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -24,13 +22,15 @@ from pydantic.fields import FieldInfo
 
 from dpo_jax.config.elsewhere import FOREIGN
 from dpo_jax.data.settings import BatchSettings, DataSettings
+from dpo_jax.errors import UserError, nearest, printable, short
 from dpo_jax.evaluation.settings import EvaluationSettings
+from dpo_jax.files import digest_of
 from dpo_jax.hf.settings import ExportSettings
 from dpo_jax.model.settings import MeshSettings, ModelSettings
 from dpo_jax.objectives import terms
 from dpo_jax.objectives.settings import ObjectiveSettings, as_written
 from dpo_jax.reporting.settings import AlarmSettings, LogSettings
-from dpo_jax.settings import COMMAND_LINE, Section, Sources, UserError, allowed, printable, short
+from dpo_jax.settings import COMMAND_LINE, Section, Sources, allowed
 from dpo_jax.training.settings import UNUSED, CheckpointSettings, OptimizerSettings, ReferenceSettings, fitting_mode
 
 
@@ -222,9 +222,8 @@ def _advice(key: str) -> str:
     if answer := FOREIGN.get(name.lower()):
         return f"no such setting; here it is {answer}" if answer in FIELDS else f"no such setting; {answer}"
     by_name = {known.rsplit(".", 1)[-1]: known for known in FIELDS}
-    near = difflib.get_close_matches(key[:80], FIELDS, 1, 0.7)
-    near = near or [by_name[n] for n in difflib.get_close_matches(name[:80], by_name, 1, 0.7)]
-    return f"no such setting; did you mean {near[0]}?" if near else "no such setting; --help lists them all"
+    near = nearest(key[:80], FIELDS, 0.7) or by_name.get(nearest(name[:80], by_name, 0.7) or "")
+    return f"no such setting; did you mean {near}?" if near else "no such setting; --help lists them all"
 
 
 def _problems(source: Sources, error: ValidationError) -> Iterator[str]:
@@ -348,7 +347,7 @@ def dump(run: Run) -> dict[str, Any]:
 
 def digest(run: Run) -> str:
     """SHA-256 of all settings, in hexadecimal."""
-    return hashlib.sha256(json.dumps(dump(run), sort_keys=True).encode()).hexdigest()
+    return digest_of(json.dumps(dump(run), sort_keys=True))
 
 
 def changed_mathematics(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

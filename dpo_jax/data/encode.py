@@ -18,7 +18,7 @@ from dpo_jax.data.report import Report, clean
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.data.templates import Codec, Tokens, codec, template_digest, tokenize
 from dpo_jax.data.workers import in_order, processes
-from dpo_jax.settings import UserError
+from dpo_jax.errors import UserError
 
 CHUNK = 512
 """Rows that are tokenised in one call."""

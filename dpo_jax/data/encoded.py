@@ -10,7 +10,6 @@ import importlib.metadata
 import io
 import json
 import os
-import uuid
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -24,7 +23,8 @@ from dpo_jax.data.records import Table
 from dpo_jax.data.report import Report, clean
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.data.templates import template_source
-from dpo_jax.settings import UserError
+from dpo_jax.errors import UserError
+from dpo_jax.files import write_whole
 
 VERSION = 3
 """Part of the cache's key. Raise it with every change of this package that changes token ids or the report."""
@@ -229,8 +229,8 @@ class Entry:
         table = {"sha256": hashlib.sha256(data).hexdigest(), "report": report.to_dict()}
         try:
             self.arrays.parent.mkdir(parents=True, exist_ok=True)
-            _replace(self.arrays, data)
-            _replace(self.about, json.dumps(table, indent=1).encode())
+            write_whole(self.arrays, data)
+            write_whole(self.about, json.dumps(table, indent=1).encode())
         except OSError as error:
             where = clean(str(self.arrays.parent))
             raise UserError(f"data.cache={where}: cannot be written: {clean(str(error))}; give another") from error
@@ -240,19 +240,6 @@ class Entry:
 SETTINGS = ("layout", "max_length", "truncation", "ending", "control_tokens", "max_characters")
 """Settings that change the result. The template counts by content, sources by name and content; max_bad_fraction only
 decides whether a result is accepted."""
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, even when several processes write it at once."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _tokenizer_parts(tokenizer: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from dpo_jax.data.encoded import Encoded
-from dpo_jax.settings import UserError
+from dpo_jax.errors import UserError
 
 _BY_COMPLETION = (
     "completion_unit",

@@ -4,8 +4,6 @@ A source is a file, a folder of such files, a folder that `datasets` saved (`FOL
 `NAME`, `NAME:SPLIT` or `NAME:CONFIGURATION:SPLIT` (SPLIT is `train` unless given, and may be a slice: `train[:100]`).
 """
 
-import difflib
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +14,8 @@ from typing import Any, NamedTuple
 from dpo_jax.data.layouts import LAYOUTS, Layout, Record, detect, to_record, unused_columns
 from dpo_jax.data.messages import BadRow, texts_of
 from dpo_jax.data.report import Report, clean
-from dpo_jax.settings import UserError
+from dpo_jax.errors import UserError, nearest
+from dpo_jax.files import file_digest, repeated_key
 
 BOM = b"\xef\xbb\xbf"
 _CONTROL = re.compile(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -86,20 +85,15 @@ def _near(path: Path) -> str:
         names = sorted(entry.name for entry in path.parent.iterdir())
     except OSError:
         return ""
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {clean(str(path.parent / close[0]))}?" if close else ""
+    close = nearest(path.name, names)
+    return f"; did you mean {clean(str(path.parent / close))}?" if close else ""
 
 
 def _file(path: Path, name: str) -> Table:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{clean(name)}: files that can be read are {', '.join(READERS)}; unpack or convert this one")
-    return Table(name, lambda: _sha256(path), lambda: reader(path, name))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return Table(name, lambda: file_digest(path), lambda: reader(path, name))
 
 
 def _folder(path: Path, source: str, split: str | None) -> list[Table]:
@@ -181,12 +175,9 @@ def _parse(line: bytes) -> Any:
 
 
 def _no_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(items)
-    if len(table) < len(items):
-        names = [name for name, _ in items]
-        twice = next(name for name in names if names.count(name) > 1)
+    if (twice := repeated_key(items)) is not None:
         raise BadRow("duplicate key", f"{twice!r} is given more than once")
-    return table
+    return dict(items)
 
 
 def _no_constant(name: str) -> Any:

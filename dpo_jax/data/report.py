@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dpo_jax.settings import UserError, printable
+from dpo_jax.errors import UserError, printable
 
 EXAMPLES = 5
 """Rows that are named for each class; all are counted."""

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from dpo_jax.data.layouts import Record
 from dpo_jax.data.messages import BadRow, Messages, is_chat, shared_length, texts_of
 from dpo_jax.data.report import clean
-from dpo_jax.settings import UserError
+from dpo_jax.errors import UserError
 
 Ending = Literal["terminator", "template"]
 PROBE = "dpojaxprobe"

@@ -16,7 +16,7 @@ from itertools import islice
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from dpo_jax.settings import UserError
+from dpo_jax.errors import UserError
 
 MOST = 16
 """Processes that are started unless told otherwise: more would wait for the one that reads the files."""

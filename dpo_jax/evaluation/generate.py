@@ -24,9 +24,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dpo_jax import sharding
+from dpo_jax.errors import UserError
 from dpo_jax.model.decoder import Cache, Params, empty_cache, extend, head_logits
 from dpo_jax.model.spec import DecoderSpec
-from dpo_jax.settings import UserError
 
 READ_AT_ONCE = 256
 """Prompt tokens of a row that are read in one piece; bounds the memory that attention takes."""

@@ -16,12 +16,12 @@ from dpo_jax.data.messages import BadRow, Messages, is_chat, messages_of, need, 
 from dpo_jax.data.records import READERS, text_notes, value_of
 from dpo_jax.data.report import clean
 from dpo_jax.data.templates import Codec, codec, template_source
+from dpo_jax.errors import UserError
 from dpo_jax.evaluation.generate import Decoding, generate
 from dpo_jax.hf.tensors import SIDE_FILES, local_folder
 from dpo_jax.hf.tokenizer import generation_settings
 from dpo_jax.model.decoder import Params
 from dpo_jax.model.spec import DecoderSpec
-from dpo_jax.settings import UserError
 
 Prompt = str | Messages
 T = TypeVar("T")

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from dpo_jax.errors import printable
 from dpo_jax.hf.tensors import member
-from dpo_jax.settings import printable
 
 
 def base_name(like: str | Path, card: Mapping[str, Any] | None = None) -> str:

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 from dpo_jax import __version__, trees
+from dpo_jax.errors import UserError
 from dpo_jax.hf import reward, tensors
 from dpo_jax.hf.card import LANGUAGE_MODEL, REWARD_MODEL, base_name, front_matter, model_card
 from dpo_jax.hf.configs import family_of, is_wrapper, read_spec
@@ -27,7 +28,6 @@ from dpo_jax.hf.mapping import Claims, Entry, Part, Scheme, claim, names
 from dpo_jax.hf.tensors import DTYPES, TensorInfo, Tensors, local_folder, member, read_json
 from dpo_jax.model.decoder import Model, abstract_params
 from dpo_jax.model.spec import DecoderSpec
-from dpo_jax.settings import UserError
 
 SHARD_BYTES = 5 * 10**9
 EXPORT_DTYPES = {"float32": "F32", "bfloat16": "BF16"}

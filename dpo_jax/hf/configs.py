@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.errors import UserError
 from dpo_jax.hf.families import FAMILIES, Family
 from dpo_jax.hf.keys import AGAIN, FIXED, HARMLESS, MOVED, REQUIRED, Keys
 from dpo_jax.hf.tensors import read_json, tensor_names
 from dpo_jax.model.spec import DecoderSpec
-from dpo_jax.settings import UserError
 
 LANGUAGE_MODEL, CLASSIFIER, WRAPPER = "ForCausalLM", "ForSequenceClassification", "ForConditionalGeneration"
 """What the names of transformers' classes end with: a head over the vocabulary, one over labels, and a decoder for text

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.settings import UserError, one_line
+from dpo_jax.errors import UserError, one_line
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")

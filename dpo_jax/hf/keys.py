@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.settings import UserError
+from dpo_jax.errors import UserError
 
 HARMLESS = frozenset(
     # bookkeeping of transformers

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax import trees
+from dpo_jax.errors import UserError
 from dpo_jax.hf.names import At, Naming
 from dpo_jax.hf.tensors import DTYPES, TensorInfo
 from dpo_jax.model.decoder import abstract_params, stacks
 from dpo_jax.model.spec import Attention, DecoderSpec, Layer
-from dpo_jax.settings import UserError
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo_jax.errors import UserError
 from dpo_jax.hf import tensors
 from dpo_jax.hf.hub import COMMIT, LOG_IN, REVISION, reason
 from dpo_jax.hf.settings import REPOSITORY
-from dpo_jax.settings import UserError
 
 BARE = {".gitattributes"}
 """What the hub itself puts into a new repository."""

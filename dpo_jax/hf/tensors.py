@@ -21,8 +21,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from dpo_jax.errors import UserError, one_line
+from dpo_jax.files import file_digest, repeated_key, sync_folder
 from dpo_jax.hf import hub
-from dpo_jax.settings import UserError, one_line
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -113,11 +114,9 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
-    return table
+    if (twice := repeated_key(pairs)) is not None:
+        raise ValueError(f"key {twice!r} stands there twice")
+    return dict(pairs)
 
 
 class Tensors:
@@ -226,12 +225,6 @@ def non_finite(array: np.ndarray) -> int:
     if array.dtype == DTYPES["BF16"]:  # ml_dtypes' isfinite goes through float32 element by element, 8 times slower
         return int(np.count_nonzero((array.view(np.uint16) & 0x7F80) == 0x7F80))
     return array.size - int(np.count_nonzero(np.isfinite(array)))
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_digest(folder: str | Path) -> str:
@@ -381,7 +374,7 @@ def staging(target: Path, need: int, replace: bool) -> Iterator[Path]:
 def _publish(staging: Path, target: Path) -> None:
     """Two renames: at any moment the old folder or the new one is whole, under its name or a hidden one beside it."""
     for folder in [staging, *(path for path in staging.rglob("*") if path.is_dir())]:
-        _sync(folder)
+        sync_folder(folder)
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     if target.exists():
         os.rename(target, old)
@@ -391,7 +384,7 @@ def _publish(staging: Path, target: Path) -> None:
         if old.exists():
             os.rename(old, target)
         raise
-    _sync(target.parent)
+    sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -403,11 +396,3 @@ def write_bytes(path: Path, data: bytes) -> str:
         file.flush()
         os.fsync(file.fileno())
     return hashlib.sha256(data).hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

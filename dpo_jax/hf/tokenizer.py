@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo_jax.errors import UserError
 from dpo_jax.hf.configs import quiet
 from dpo_jax.hf.tensors import SIDE_FILES, local_folder, one_line, read_json
-from dpo_jax.settings import UserError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 

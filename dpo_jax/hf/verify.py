@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 
+from dpo_jax.errors import UserError, one_line, printable
 from dpo_jax.hf import tensors
 from dpo_jax.hf.checkpoint import COPIED, GENERATION, load_hf, save_hf
 from dpo_jax.hf.configs import quiet, read_spec
 from dpo_jax.hf.tensors import Tensors, local_folder
 from dpo_jax.model.attention import causal
 from dpo_jax.model.decoder import Model, hidden, logits, scalar_scores
-from dpo_jax.settings import UserError, one_line, printable
 
 ROWS, LENGTH = 3, 24
 """Rows of random token ids that the logits are compared on, and their length."""

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from dpo_jax.errors import UserError
 from dpo_jax.model.settings import REMATS
-from dpo_jax.settings import UserError
 
 T = TypeVar("T")
 NAMES = ("qkv", "context", "attention_out", "experts", "mlp_out")

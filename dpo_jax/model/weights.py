@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import trees
+from dpo_jax.errors import UserError
 from dpo_jax.model.decoder import Params, abstract_params, stacks
 from dpo_jax.model.spec import DecoderSpec
-from dpo_jax.settings import UserError
 
 Trained = Mapping[str, bool | tuple[bool, ...]]
 """By leaf path whether it is trained, or for a stack of layers which of them are."""

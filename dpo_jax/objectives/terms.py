@@ -4,11 +4,11 @@ Nothing here imports jax, so that settings can be read and checked at once.
 """
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from dpo_jax.errors import nearest
 from dpo_jax.objectives.table import KNOWN_AS, OBJECTIVES, RECIPES, SCHEDULED, WEIGHT, Kind, Objective, Setting
 
 
@@ -102,8 +102,8 @@ def make_terms(blocks: Iterable[Mapping[str, Any]]) -> tuple[Term, ...]:
 def _problems(block: Mapping[str, Any]) -> Iterable[str]:
     name = block.get("name", "sigmoid")
     if name not in names():
-        near = difflib.get_close_matches(str(name), names(), 1, 0.5)
-        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(names())}"
+        near = nearest(str(name), names(), 0.5)
+        hint = f"did you mean {near}?" if near else f"one of {', '.join(names())}"
         hint = KNOWN_AS.get(str(name).lower().replace("-", "_"), hint)
         return [f"name: no objective {name!r}; {hint}"]
     known = takes(name)

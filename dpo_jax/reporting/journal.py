@@ -9,7 +9,6 @@ import functools
 import importlib
 import json
 import math
-import os
 import re
 import time
 import uuid
@@ -22,8 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column, Table
 from rich.text import Text
 
+from dpo_jax.errors import UserError, printable
+from dpo_jax.files import write_whole
 from dpo_jax.reporting.settings import LogSettings
-from dpo_jax.settings import UserError, printable
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -131,12 +131,7 @@ class MetricsFile:
         path = folder / METRICS_FILE
         old = read_records(path) if resume_step >= 0 and path.exists() else []
         kept = [record for record in old if record["step"] <= resume_step]
-        draft = path.with_name(METRICS_FILE + ".tmp")
-        with open(draft, "w", encoding="utf-8") as handle:
-            handle.writelines(json.dumps(record, allow_nan=False) + "\n" for record in kept)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(draft, path)
+        write_whole(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept))
         self._handle = open(path, "a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

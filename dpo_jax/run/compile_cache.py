@@ -11,7 +11,7 @@ import os
 import platform
 from pathlib import Path
 
-from dpo_jax.settings import UserError, printable
+from dpo_jax.errors import UserError, printable
 
 MOST_BYTES = 4 << 30
 AUTO = "auto"

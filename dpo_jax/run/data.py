@@ -13,9 +13,9 @@ from dpo_jax.data.batches import Batches
 from dpo_jax.data.encode import Encoded, encode
 from dpo_jax.data.entries import as_entries
 from dpo_jax.data.settings import BatchSettings, DataSettings
+from dpo_jax.errors import UserError
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.objectives.terms import Term, data_of
-from dpo_jax.settings import UserError
 
 ACCELERATOR_ATTENTION_LENGTH = 8192
 """Row length, in tokens, at which attention costs as much as the matrix products on an accelerator."""

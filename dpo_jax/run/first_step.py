@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.data.encoded import Encoded
+from dpo_jax.errors import UserError
 from dpo_jax.preference.loss import Problem
-from dpo_jax.settings import UserError
 
 START_TOLERANCE = 1e-4
 """How far the first loss may be from the objective's constant in float32, in nats."""

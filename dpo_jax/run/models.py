@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from dpo_jax import sharding
+from dpo_jax.errors import UserError
 from dpo_jax.hf import checkpoint, tensors
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.model import remat
@@ -21,7 +22,6 @@ from dpo_jax.model.weights import Weights, divided, what_is_trained
 from dpo_jax.objectives.terms import Term
 from dpo_jax.preference.loss import Problem
 from dpo_jax.run.sources import Sources
-from dpo_jax.settings import UserError
 from dpo_jax.training.settings import ReferenceSettings
 
 

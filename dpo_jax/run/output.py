@@ -10,7 +10,8 @@ from typing import Any
 from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
 from dpo_jax.data.settings import DataSettings
-from dpo_jax.settings import UserError
+from dpo_jax.errors import UserError
+from dpo_jax.files import write_whole
 
 RUN_FILE = "run.json"
 OURS = (".lock", RUN_FILE, "metrics.jsonl", "tensorboard", "checkpoints", "model", "cache", "data.json", "answers")
@@ -86,9 +87,7 @@ def record_run(run: Run, folder: Path, facts: dict[str, Any]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file in one move."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    temporary.replace(path)
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def mark(folder: Path, **more: Any) -> None:

@@ -15,6 +15,7 @@ from dpo_jax.config.run import Run
 from dpo_jax.data.batches import Batch, Batches
 from dpo_jax.data.encode import encode
 from dpo_jax.data.encoded import Encoded
+from dpo_jax.errors import UserError
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.model.decoder import abstract_params, cast
 from dpo_jax.model.weights import divided, what_is_trained
@@ -29,7 +30,6 @@ from dpo_jax.run.data import Packing, examples, number_of_steps
 from dpo_jax.run.reference import Reference, moving_reference
 from dpo_jax.run.sources import Sources, find_models
 from dpo_jax.run.trainer import Trainer
-from dpo_jax.settings import UserError
 
 CONFIG_ONLY = ("config.json",)
 LOOKED_AT = 4

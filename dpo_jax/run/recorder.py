@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from dpo_jax.data.batches import pair_tokens
+from dpo_jax.errors import UserError
 from dpo_jax.model.weights import Weights
 from dpo_jax.reporting.health import Alarms
 from dpo_jax.reporting.journal import Journal, read_records
@@ -16,7 +17,6 @@ from dpo_jax.run.data import Data
 from dpo_jax.run.evaluator import Evaluator, counted
 from dpo_jax.run.first_step import FirstStep, preference_loss
 from dpo_jax.run.trainer import Trainer
-from dpo_jax.settings import UserError
 from dpo_jax.training.optimizer import warmup_steps
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import State

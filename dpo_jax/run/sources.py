@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.errors import UserError
 from dpo_jax.hf import hub, tensors
 from dpo_jax.hf.push import check_push, push
 from dpo_jax.hf.settings import ExportSettings
 from dpo_jax.model.settings import ModelSettings
-from dpo_jax.settings import UserError
 from dpo_jax.training.settings import ReferenceSettings
 
 EVERYTHING = ("*.safetensors", *tensors.SIDE_FILES)

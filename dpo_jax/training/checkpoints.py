@@ -33,7 +33,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from dpo_jax.settings import UserError
+from dpo_jax.errors import UserError
+from dpo_jax.files import sync_folder, write_whole
 from dpo_jax.training.settings import CheckpointSettings
 from dpo_jax.trees import paths
 
@@ -191,7 +192,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             if jax.process_index() == 0:
                 _seal(self.folder / str(step))
-                _write_durably(self.folder / _SEALED, f"{step}\n")
+                write_whole(self.folder / _SEALED, f"{step}\n")
                 self._remove_old(step)
         self._good.add(step)
 
@@ -385,10 +386,10 @@ def _seal(step: Path) -> None:
     """Write the size and digest of each file of a committed step, once all of them are on the disk."""
     files = sorted(path for path in step.rglob("*") if path.is_file())
     with ThreadPoolExecutor(_HASHERS) as pool:
-        list(pool.map(_sync, [*files, *(path for path in step.rglob("*") if path.is_dir()), step, step.parent]))
+        list(pool.map(sync_folder, [*files, *(path for path in step.rglob("*") if path.is_dir()), step, step.parent]))
         digests = list(pool.map(_digest, files))
     table = {str(f.relative_to(step)): [f.stat().st_size, d] for f, d in zip(files, digests, strict=True)}
-    _write_durably(step / _MANIFEST, _manifest_text(table))
+    write_whole(step / _MANIFEST, _manifest_text(table))
 
 
 def _manifest_text(table: Any) -> str:
@@ -420,20 +421,3 @@ def _file_damage(step: Path, path: Path, size: int, digest: str) -> str | None:
         return None if _digest(path) == digest else f"{name} has other bytes than were saved"
     except (OSError, ValueError) as error:
         return f"{name}: {error}"
-
-
-def _write_durably(path: Path, text: str) -> None:
-    """Replace a file's text so that even a power cut leaves either the old text or the new."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    _sync(partial)
-    partial.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

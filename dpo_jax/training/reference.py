@@ -2,13 +2,13 @@
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from dpo_jax.data.encode import Encoded
+from dpo_jax.files import write_whole
 
 VERSION = "3"
 """Changed whenever the same weights and tokens would give other numbers."""
@@ -65,10 +65,5 @@ def _read(path: Path, tokens: int) -> np.ndarray | None:
 def _write(path: Path, values: np.ndarray) -> None:
     """Digest and values, put in place in one move."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     body = np.ascontiguousarray(values).tobytes()
-    with temporary.open("wb") as file:
-        file.write(hashlib.sha256(body).digest() + body)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_whole(path, hashlib.sha256(body).digest() + body)

@@ -13,11 +13,11 @@ import pytest
 from dpo_jax import sample
 from dpo_jax.data.layouts import Pair, Record
 from dpo_jax.data.templates import tokenize
+from dpo_jax.errors import UserError
 from dpo_jax.evaluation import generate, winrate
 from dpo_jax.evaluation.generate import Answer
 from dpo_jax.evaluation.likelihood import answer_logprobs
 from dpo_jax.hf.checkpoint import load_hf
-from dpo_jax.settings import UserError
 from tests.support.tiny_folders import write_folder
 from tests.support.tiny_rows import assistant, byte_tokenizer, user, write
 

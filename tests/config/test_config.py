@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from dpo_jax.config import run as config
 from dpo_jax.config.elsewhere import FOREIGN
 from dpo_jax.config.run import CHANGES_MATHEMATICS, FIELDS, KEEPS_MATHEMATICS, Run, changed_mathematics, dump
+from dpo_jax.errors import UserError
 from dpo_jax.objectives.table import KNOWN_AS
-from dpo_jax.settings import UserError
 
 GOOD = textwrap.dedent(
     """\

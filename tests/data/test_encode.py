@@ -13,7 +13,7 @@ from dpo_jax.data.encode import TRUNCATIONS, collect, encode
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.data.report import Report
 from dpo_jax.data.settings import DataSettings
-from dpo_jax.settings import UserError
+from dpo_jax.errors import UserError
 from tests.support.tiny_rows import CHAT, CHATML, GOOD, HI, IDS, NO, SPECIAL, YO, assistant, byte_tokenizer, user, write
 
 END = SPECIAL.index("<|im_end|>")

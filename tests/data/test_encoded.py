@@ -10,7 +10,7 @@ from dpo_jax.data.encode import collect, encode
 from dpo_jax.data.encoded import SETTINGS, Encoded
 from dpo_jax.data.report import Report
 from dpo_jax.data.settings import DataSettings
-from dpo_jax.settings import UserError
+from dpo_jax.errors import UserError
 from tests.support.forests import random_encoded
 from tests.support.tiny_rows import CHAT, CHATML, GOOD, byte_tokenizer, write
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.data.entries import as_entries, first_completions, ranks
-from dpo_jax.settings import UserError
+from dpo_jax.errors import UserError
 from tests.support.forests import random_encoded
 
 LENGTH = 14

@@ -16,7 +16,7 @@ from dpo_jax.data.records import read_record, read_rows, stretches, tables
 from dpo_jax.data.report import BAD, KINDS, NOTED, TOO_LONG, Report
 from dpo_jax.data.settings import LAYOUTS as NAMES
 from dpo_jax.data.settings import DataSettings
-from dpo_jax.settings import UserError
+from dpo_jax.errors import UserError
 from tests.support.bad_rows import BAD_ROWS
 from tests.support.tiny_rows import (
     CHAT,

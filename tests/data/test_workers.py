@@ -12,7 +12,7 @@ from dpo_jax.data.records import stretches, tables
 from dpo_jax.data.report import Report
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.data.templates import codec
-from dpo_jax.settings import UserError
+from dpo_jax.errors import UserError
 from tests.data.test_encoded import assert_equal
 from tests.support import pieces
 from tests.support.bad_rows import BAD_ROWS

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from dpo_jax import sequence_logprobs, trees
+from dpo_jax.errors import UserError
 from dpo_jax.evaluation import generate as module
 from dpo_jax.evaluation.generate import Decoding, choose, generate, ranked, rule_of, stream
 from dpo_jax.evaluation.likelihood import answer_logprobs
 from dpo_jax.hf.checkpoint import load_hf
 from dpo_jax.model.decoder import abstract_params, logits
 from dpo_jax.model.spec import HeadNorm, Norm, Rope
-from dpo_jax.settings import UserError
 from dpo_jax.sharding import make_mesh, param_shardings
 from tests.support.specs import plain_spec
 from tests.support.tiny_folders import write_folder

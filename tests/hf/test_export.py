@@ -19,12 +19,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from dpo_jax import trees
+from dpo_jax.errors import UserError
 from dpo_jax.hf import tensors
 from dpo_jax.hf.card import HUB_ID, base_name, model_card
 from dpo_jax.hf.checkpoint import load_hf, save_hf
 from dpo_jax.hf.tensors import Tensors, changed_files, weights_digest
 from dpo_jax.model.decoder import Model, logits
-from dpo_jax.settings import UserError
 from tests.support.tiny_folders import random_tensors, write_config, write_folder
 
 ADDED = {"README.md", "dpo_jax.json", "SHA256SUMS"}

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_jax import trees
+from dpo_jax.errors import UserError
 from dpo_jax.hf import mapping, names
 from dpo_jax.hf.checkpoint import entries_of, load_hf
 from dpo_jax.hf.configs import read_spec
@@ -17,7 +18,6 @@ from dpo_jax.hf.keys import Keys
 from dpo_jax.hf.tokenizer import generation_settings, load_tokenizer
 from dpo_jax.model.decoder import abstract_params, logits
 from dpo_jax.model.spec import MLP, Attention, DecoderSpec, HeadNorm, Layer, Norm, Rope
-from dpo_jax.settings import UserError
 from tests.support.tiny_folders import SIZES, write_config, write_folder
 
 LLAMA3 = {

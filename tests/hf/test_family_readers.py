@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dpo_jax.errors import UserError
 from dpo_jax.hf.checkpoint import load_hf
 from dpo_jax.hf.configs import quiet, read_spec
 from dpo_jax.hf.keys import REQUIRED
-from dpo_jax.settings import UserError
 from tests.support.family_configs import CONFIGS, FULL, SLIDING
 from tests.support.family_models import LOGITS, our_logits, own, raw_config, theirs, torch_logits
 from tests.support.tiers import by_day

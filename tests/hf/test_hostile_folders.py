@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from dpo_jax import convert
+from dpo_jax.errors import UserError
 from dpo_jax.hf import tensors
 from dpo_jax.hf.checkpoint import load_hf, save_hf, scheme_of
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.hf.mapping import claim
 from dpo_jax.hf.tensors import Tensors, local_folder
-from dpo_jax.settings import UserError
 from tests.conftest import ROOT
 from tests.support.hostile_folders import HOSTILE, sound_folder
 from tests.support.tiny_folders import write_folder, write_index

@@ -13,10 +13,10 @@ from huggingface_hub.utils import disable_progress_bars
 from safetensors.numpy import save_file
 
 from dpo_jax import convert
+from dpo_jax.errors import UserError
 from dpo_jax.hf import hub, tensors
 from dpo_jax.hf.push import check_push, push
 from dpo_jax.hf.tensors import Tensors, local_folder
-from dpo_jax.settings import UserError
 from tests.support.hub_stand_in import READ_ONLY, TOKEN, Hub, Repository, serving
 
 # The hub's own client uploads with an argument that its HTTP library would rather have under another name.

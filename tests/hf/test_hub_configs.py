@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from dpo_jax import trees
+from dpo_jax.errors import UserError
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.hf.families import FAMILIES
 from dpo_jax.hf.keys import AGAIN, FIXED
 from dpo_jax.model.decoder import abstract_params
 from dpo_jax.model.spec import Attention, DecoderSpec
-from dpo_jax.settings import UserError
 from tests.support.hub_configs import HUB
 
 PARAMETERS = {

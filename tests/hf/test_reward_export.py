@@ -10,12 +10,12 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from dpo_jax import convert
+from dpo_jax.errors import UserError
 from dpo_jax.hf.checkpoint import load_hf, save_hf
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.hf.reward import reward_config
 from dpo_jax.hf.tensors import Tensors
 from dpo_jax.model.decoder import Model
-from dpo_jax.settings import UserError
 from tests.support.reward_folders import (
     CLASSES,
     FAMILIES,

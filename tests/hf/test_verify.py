@@ -9,10 +9,10 @@ import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from dpo_jax.errors import UserError
 from dpo_jax.hf import tensors, verify
 from dpo_jax.hf.checkpoint import save_hf
 from dpo_jax.hf.verify import Report, check
-from dpo_jax.settings import UserError
 from tests.conftest import ROOT
 from tests.support.reward_folders import torch_folder
 from tests.support.tiers import one_of_each_kind

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from dpo_jax.errors import UserError
 from dpo_jax.hf.checkpoint import load_hf, save_hf
 from dpo_jax.hf.configs import quiet, read_spec
 from dpo_jax.model.decoder import Model, logits
-from dpo_jax.settings import UserError
 
 TEXT = {
     "vocab_size": 96,

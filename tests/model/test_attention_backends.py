@@ -6,12 +6,12 @@ import jax
 import pytest
 
 from dpo_jax import sharding
+from dpo_jax.errors import UserError
 from dpo_jax.model import spec as specs
 from dpo_jax.model.backends import table
 from dpo_jax.model.backends.dispatch import attend
 from dpo_jax.model.settings import ModelSettings
 from dpo_jax.run import models
-from dpo_jax.settings import UserError
 from tests.support.attention import as_rules, assert_close, inputs, plainly
 from tests.support.specs import plain_spec
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax.errors import UserError
 from dpo_jax.model import decoder, remat
 from dpo_jax.model.attention import causal
 from dpo_jax.model.decoder import Execution, init_params
 from dpo_jax.model.settings import REMATS, ModelSettings
 from dpo_jax.model.spec import MLP, Delta, Experts, Latent, Norm, Rope
-from dpo_jax.settings import UserError
 from tests.support.specs import plain_spec
 
 PLAIN = plain_spec(width=32, layers=4, heads=4, mlp_width=96, head_dim=8)

@@ -11,13 +11,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dpo_jax import sample, sharding, trees
+from dpo_jax.errors import UserError
 from dpo_jax.hf import mapping
 from dpo_jax.hf.checkpoint import load_hf, save_hf
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.hf.names import LLAMA
 from dpo_jax.hf.tensors import changed_files
 from dpo_jax.model.decoder import Model, abstract_params, head_logits, head_of, init_params, logits, scalar_scores
-from dpo_jax.settings import UserError
 from dpo_jax.training.optimizer import decay_mask
 from tests.support.reward_folders import (
     ONE_LABEL,

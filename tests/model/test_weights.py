@@ -1,5 +1,6 @@
 """What is trained and what is not: two trees that are the model together, and a step that moves one of them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,17 +11,19 @@ import pytest
 
 from dpo_jax import trees
 from dpo_jax.data.batches import Batches
+from dpo_jax.errors import UserError
 from dpo_jax.model.decoder import init_params
 from dpo_jax.model.weights import Weights, divided, layer_paths, what_is_trained
 from dpo_jax.objectives.terms import make_terms
 from dpo_jax.preference.loss import Problem, loss_and_gradient
-from dpo_jax.settings import UserError
 from dpo_jax.training.optimizer import descend, make_optimizer
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import fresh_state, make_step
-from tests.support.forests import SPEC, random_encoded
+from tests.support.forests import SPEC as MIXED
+from tests.support.forests import random_encoded
 
-ENCODED = random_encoded()
+SPEC = dataclasses.replace(MIXED, layers=(MIXED.layers[0],) * 4)  # one stack of four layers
+ENCODED = random_encoded(units=4)
 LAST = len(SPEC.layers) - 1
 FREEZES = {
     "all but the head": (r"embed/.*", r"layers/.*", r"final_norm/.*"),
@@ -60,8 +63,18 @@ def test_where_nothing_is_frozen_the_trained_tree_is_the_model(params):
     assert all(one is other for one, other in zip(*map(jax.tree.leaves, (weights.params, params)), strict=True))
 
 
-@pytest.mark.parametrize("objective", ["sigmoid", "aot"])
-@pytest.mark.parametrize("name", FREEZES)
+def objective_of(name):
+    return Problem(SPEC, make_terms([{"name": name}]), statistics=False)
+
+
+@functools.cache
+def solving(objective):
+    return jax.jit(functools.partial(loss_and_gradient, objective_of(objective)))
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"), [*((name, "sigmoid") for name in FREEZES), ("the first half of the layers", "aot")]
+)
 def test_trained_leaves_move_as_in_a_full_run_with_the_other_gradients_zeroed(params, name, objective):
     """To 1e-6 of steps of 1e-2: only the order of sums differs, and what Adam makes of it.
 
@@ -69,17 +82,14 @@ def test_trained_leaves_move_as_in_a_full_run_with_the_other_gradients_zeroed(pa
     """
     trained = what_is_trained(SPEC, FREEZES[name])
     optimizer = make_optimizer(OptimizerSettings(clip_norm=0.5, epsilon=1e-3))
-    problem = Problem(SPEC, make_terms([{"name": objective}]))
-    batches, reference = Batches(ENCODED, 8, 1, 2, micro_tokens=128), init_params(SPEC, jax.random.key(1))
+    batch, reference = Batches(ENCODED, 4, 1, 1, micro_tokens=128).at(0), init_params(SPEC, jax.random.key(1))
     weights = divided(params, trained)
-    step = jax.jit(make_step(problem, optimizer, lambda step: 1e-2, steps=2))
+    step = jax.jit(make_step(objective_of(objective), optimizer, lambda step: 1e-2, steps=2))
     state = fresh_state(weights.trained, optimizer)
-    solve = jax.jit(functools.partial(loss_and_gradient, problem))
     whole, moments = params, optimizer.init(params)
-    for number in range(2):
-        batch = batches.at(number)
+    for _ in range(2):
         state, metrics = step(state, Weights({}, weights.frozen, weights.rows), reference, batch)
-        loss, _, gradient, _ = solve(Weights(whole), batch, reference)
+        loss, _, gradient, _ = solving(objective)(Weights(whole), batch, reference)
         gradient = zeroed(gradient, trained)
         assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-6)
         with jax.numpy_dtype_promotion("standard"):
@@ -99,14 +109,14 @@ def test_moments_are_those_of_what_is_trained(params):
     weights = divided(params, what_is_trained(SPEC, FREEZES["all but the head"]))
     state = fresh_state(weights.trained, make_optimizer(OptimizerSettings()))
     kept = trees.num_parameters(weights.trained)
-    assert kept == trees.num_parameters(params["head"]) < trees.num_parameters(params) / 2
+    assert kept == trees.num_parameters(params["head"]) < trees.num_parameters(params)
     assert 2 * kept <= trees.num_parameters(state["optimizer"]) <= 2 * kept + 2
 
 
 def test_names_are_those_of_layers():
     names = layer_paths(SPEC)
     assert names["embed/embedding"] == ["embed/embedding"]
-    assert [f"layers/{n}/mlp/up/kernel" for n in range(len(SPEC.layers))] in list(names.values())
+    assert names["blocks/0/mlp/up/kernel"] == [f"layers/{n}/mlp/up/kernel" for n in range(4)]
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from dpo_jax.errors import UserError
 from dpo_jax.reporting import journal
 from dpo_jax.reporting.journal import METRICS, TIME_FIELDS, Journal, read_records, summary
 from dpo_jax.reporting.settings import LogSettings
-from dpo_jax.settings import UserError
 
 FILE_ONLY = LogSettings(tensorboard=False)
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from dpo_jax import sharding
+from dpo_jax.errors import UserError
 from dpo_jax.run import compile_cache
-from dpo_jax.settings import UserError
 
 PROGRAM = """
 import json, sys

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dpo_jax.errors import UserError
 from dpo_jax.objectives.terms import make_terms
 from dpo_jax.preference.loss import Problem
 from dpo_jax.run.first_step import FirstStep
-from dpo_jax.settings import UserError
 from tests.support.forests import SPEC, random_encoded
 
 ENCODED = random_encoded()

@@ -7,7 +7,7 @@ import time
 
 from dpo_jax.data.encode import Rules, encode_rows
 from dpo_jax.data.records import Stretch
-from dpo_jax.settings import UserError
+from dpo_jax.errors import UserError
 
 
 def numbered(context: str, piece: int) -> tuple[str, int]:

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.batches import Batches
+from dpo_jax.errors import UserError
 from dpo_jax.model.decoder import init_params
 from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import Problem, loss_and_gradient
-from dpo_jax.settings import UserError
 from tools import bench, bench_table
 from tools.benching import compare, memory, records, workloads
 from tools.benching.compare import OURS, Run, Runner, agreement, figures, ratios, summary

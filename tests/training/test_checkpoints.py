@@ -17,7 +17,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dpo_jax.settings import UserError
+from dpo_jax.errors import UserError
 from dpo_jax.training.checkpoints import Checkpoints
 from dpo_jax.training.settings import CheckpointSettings
 from dpo_jax.trees import paths

@@ -12,10 +12,10 @@ import pytest
 from dpo_jax import sharding, trees
 from dpo_jax.config import run as config
 from dpo_jax.data.batches import Batches
+from dpo_jax.errors import UserError
 from dpo_jax.model.decoder import cast, init_params
 from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import Problem
-from dpo_jax.settings import UserError
 from dpo_jax.training.optimizer import descend, make_optimizer, state_shardings, stochastically_rounded, wide
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import MovingReference, fresh_state, make_step

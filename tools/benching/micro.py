@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.settings import UserError
+from dpo_jax.errors import UserError
 from tools.runners import protocol
 
 ROOT = Path(__file__).resolve().parents[2]

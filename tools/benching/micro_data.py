@@ -11,8 +11,8 @@ from dpo_jax.data.batches import Batches
 from dpo_jax.data.encode import collect
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.data.settings import DataSettings
+from dpo_jax.errors import UserError
 from dpo_jax.hf.tokenizer import load_tokenizer
-from dpo_jax.settings import UserError
 from tools.benching.inputs import encoded_of
 from tools.benching.micro import Options, Row, once
 from tools.benching.workloads import hh_lengths, write_tiny

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from dpo_jax.settings import UserError
+from dpo_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "tools" / "benchmarks.jsonl"

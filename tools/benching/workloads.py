@@ -20,7 +20,7 @@ import numpy as np
 from dpo_jax.data.encode import collect
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.data.settings import DataSettings
-from dpo_jax.settings import UserError
+from dpo_jax.errors import UserError
 from tools.runners.protocol import Spec
 
 TINY = {
