@@ -30,24 +30,28 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 ROOT = Path(__file__).resolve().parents[1]
 COMPILING = (
     "commands",
+    "data/test_workers.py",
     "evaluation",
     "hf/test_every_family.py",
     "hf/test_export.py",
     "hf/test_export_memory.py",
     "hf/test_families.py",
     "hf/test_family_readers.py",
+    "hf/test_hub_configs.py",
     "hf/test_reward_export.py",
     "hf/test_verify.py",
     "hf/test_wrappers.py",
     "logprobs",
     "model",
+    "objectives/test_objectives.py",
     "planning",
     "preference",
+    "reporting/test_alarms.py",
     "run",
     "tools",
     "training",
 )
-"""Folders and files of this folder whose tests compile models or start processes."""
+"""Folders and files of this folder whose tests compile or start processes, or take long for another reason."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks

@@ -14,6 +14,7 @@ from dpo_jax.model.decoder import Execution, abstract_params, cast, empty_cache,
 from dpo_jax.model.kernels import dense
 from dpo_jax.model.spec import HeadNorm, Norm
 from tests.support.specs import plain_spec
+from tests.support.tiers import by_day
 
 SPEC = plain_spec(
     width=16,
@@ -43,7 +44,7 @@ def tokens(batch, length, seed=0):
 
 
 @pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("remat", ["none", "attention", "dots", "names", "block", "offload"])
+@pytest.mark.parametrize("remat", by_day(["none", "attention", "dots", "names", "block", "offload"], ["none", "block"]))
 def test_execution_changes_neither_value_nor_gradient(params, scan, remat):
     ids = tokens(2, 9)
 

@@ -11,6 +11,9 @@ import pytest
 
 from tests.support.family_models import KINDS
 
+MIXERS = ("gemma4_everything", "gpt_oss", "deepseek_v3", "qwen3_5_text", "bloom", "opt_narrow")
+"""One model of each way to mix tokens and to know places, where a law costs seconds for each model."""
+
 
 def by_day(values: Iterable[Any], day: Collection[Any]) -> list[Any]:
     """All values as parameters; those that are not among `day` are `nightly`, whether or not they are there."""
