@@ -39,7 +39,7 @@ BF16_FAST_ON_CPU = (0, 12)  # the first jax whose CPU products in bfloat16 are f
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class Finding:
     """Something in the way. What is broken ends the doctor with exit code 1; the rest is advice."""
 
     what: str
@@ -130,19 +130,19 @@ def accelerators_present(root: Path = Path("/dev")) -> list[str]:
 EXTRAS = {"NVIDIA GPU": "pip install 'dpo_jax[cuda]'", "TPU": "pip install 'dpo_jax[tpu]'"}
 
 
-def problems(report: dict[str, Any]) -> list[Problem]:
+def problems(report: dict[str, Any]) -> list[Finding]:
     """What a report says that somebody should do something about."""
     found = [
-        Problem(f"{name} is not installed", f"pip install {name}", broken=True)
+        Finding(f"{name} is not installed", f"pip install {name}", broken=True)
         for name, version in report["versions"].items()
         if version is None
     ]
     if "failure" in report:
-        found.append(Problem(f"jax cannot compute here: {report['failure']}", _jax_remedy(report), broken=True))
+        found.append(Finding(f"jax cannot compute here: {report['failure']}", _jax_remedy(report), broken=True))
     platforms = {device["platform"] for device in report["devices"]}
     if platforms == {"cpu"}:
         found += [
-            Problem(
+            Finding(
                 f"this machine has a {kind}, but jax sees none",
                 f"{EXTRAS[kind]}; check JAX_PLATFORMS and the driver",
                 True,
@@ -151,20 +151,20 @@ def problems(report: dict[str, Any]) -> list[Problem]:
         ]
     if platforms == {"cpu"} and _release(report["versions"]["jax"]) < BF16_FAST_ON_CPU:
         found.append(
-            Problem(
+            Finding(
                 "bfloat16 is slower than float32 on a CPU before jax 0.12",
                 "keep model.compute_dtype: auto (float32 here), or use Python >= 3.12 with a newer jax",
             )
         )
     if report["host"]["disk_free_bytes"] < LITTLE_DISK:
         found.append(
-            Problem(
+            Finding(
                 f"only {_size(report['host']['disk_free_bytes'])} of disk are free here",
                 "a checkpoint takes 12 bytes per parameter and two are kept: set output to a folder on a larger disk",
             )
         )
     if report["host"]["compile_cache"] is None:
-        found.append(Problem("compiled programs are not kept", "unset JAX_ENABLE_COMPILATION_CACHE to start faster"))
+        found.append(Finding("compiled programs are not kept", "unset JAX_ENABLE_COMPILATION_CACHE to start faster"))
     return found
 
 
@@ -202,7 +202,7 @@ def rendered(report: dict[str, Any]) -> str:
     ]
     rows += [(device["device"], _speed(device)) for device in report["devices"]]
     lines = [f"{name:<20} {value}" for name, value in rows]
-    found = [str(Problem(**problem)) for problem in report["problems"]]
+    found = [str(Finding(**problem)) for problem in report["problems"]]
     return "\n".join([*lines, "", *(found or ["nothing stands in the way"])])
 
 

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-class Settings(NamedTuple):
+class EvaluatedBlocks(NamedTuple):
     """The blocks of settings that an evaluation needs."""
 
     model: ModelSettings
@@ -56,7 +56,7 @@ class Settings(NamedTuple):
     objective: ObjectiveSettings
 
 
-def evaluate(settings: Settings, folder: Path, quiet: bool = False) -> tuple[dict[str, float], int]:
+def evaluate(settings: EvaluatedBlocks, folder: Path, quiet: bool = False) -> tuple[dict[str, float], int]:
     """Metrics of a model against a reference over pairs, and how many these are; the folder is for what is cached."""
     from dpo_jax.hf.tokenizer import load_tokenizer
     from dpo_jax.model.decoder import Model
@@ -101,7 +101,7 @@ def _options(argv: Sequence[str]) -> Namespace:
     return parser.parse_args(list(argv))
 
 
-def _settings(options: Namespace) -> Settings:
+def _settings(options: Namespace) -> EvaluatedBlocks:
     """The arguments as blocks of settings."""
     scores = _is_reward_model(options.model)
     if scores and (options.reference is not None or options.beta is not None):
@@ -110,7 +110,7 @@ def _settings(options: Namespace) -> Settings:
         raise UserError("command line: --reference is missing; name the folder that MODEL is measured against")
     rows = {"train": tuple(options.pairs), "max_length": options.max_length, "ending": "template" if scores else None}
     objective = {"name": "reward"} if scores else {"beta": 0.1 if options.beta is None else options.beta}
-    return Settings(
+    return EvaluatedBlocks(
         _block(ModelSettings, "model", path=options.model),
         _block(ReferenceSettings, "reference", **({"mode": "none"} if scores else {"path": options.reference})),
         _block(DataSettings, "data", **rows),

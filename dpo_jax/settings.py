@@ -92,7 +92,7 @@ COMMAND_LINE = "command line"
 
 
 @dataclasses.dataclass
-class Sources:
+class GivenSettings:
     """Settings by dotted key, where each came from, and what was wrong so far, a line for each fault."""
 
     values: dict[str, Any] = dataclasses.field(default_factory=dict)

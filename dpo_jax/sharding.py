@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from dpo_jax import trees
 from dpo_jax.errors import UserError
-from dpo_jax.logprobs.fused import Split
+from dpo_jax.logprobs.fused import HeadSplit
 
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH = ("data", "fsdp")
@@ -108,9 +108,9 @@ def rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH))
 
 
-def head_split(mesh: Mesh) -> Split | None:
+def head_split(mesh: Mesh) -> HeadSplit | None:
     """How scored tokens and the rows of a head are split, as `RULES` say it; None on one device."""
-    return None if mesh.size == 1 else Split(mesh, BATCH, "tensor", "fsdp")
+    return None if mesh.size == 1 else HeadSplit(mesh, BATCH, "tensor", "fsdp")
 
 
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:

@@ -26,7 +26,7 @@ from dpo_jax.hf.tokenizer import load_tokenizer
 from dpo_jax.model.decoder import Model
 from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.terms import make_terms, takes
-from dpo_jax.preference.loss import Problem, loss_and_gradient
+from dpo_jax.preference.loss import TrainingObjective, loss_and_gradient
 from dpo_jax.preference.scoring import score_batch
 from dpo_jax.training.optimizer import make_optimizer, schedule
 from dpo_jax.training.settings import OptimizerSettings
@@ -122,7 +122,7 @@ def measure(folder: Folder, kwargs: Mapping[str, Any]) -> dict[str, float]:
     """Loss, gradient norm and metrics of one step over all rows."""
     encoded = encoded_rows(folder, kwargs)
     batch = Batches(encoded, encoded.num_pairs, 1, 1, order="file").at(0)
-    problem = Problem(folder.policy.spec, make_terms(blocks_of(kwargs)))
+    problem = TrainingObjective(folder.policy.spec, make_terms(blocks_of(kwargs)))
     run = jax.jit(functools.partial(loss_and_gradient, problem))
     loss, metrics, gradient, _ = run(Weights(folder.policy.params), batch, folder.reference.params)
     found = {"loss": loss, "grad_norm": optax.tree.norm(gradient), **metrics}
@@ -163,7 +163,7 @@ def compare_trajectory(folder: Folder, loss_type: str, log: list[Mapping[str, fl
     encoded = encoded_rows(folder, {})
     settings = OptimizerSettings.model_validate(TRAJECTORY)
     optimizer = make_optimizer(settings)
-    problem = Problem(folder.policy.spec, make_terms(blocks_of({"loss_type": loss_type})))
+    problem = TrainingObjective(folder.policy.spec, make_terms(blocks_of({"loss_type": loss_type})))
     step = jax.jit(make_step(problem, optimizer, schedule(settings, len(log)), steps=len(log)))
     state = fresh_state(folder.policy.params, optimizer)
     for number, theirs in enumerate(log):

@@ -30,7 +30,7 @@ from dpo_jax.model.settings import MeshSettings, ModelSettings
 from dpo_jax.objectives import terms
 from dpo_jax.objectives.settings import ObjectiveSettings, as_written
 from dpo_jax.reporting.settings import AlarmSettings, LogSettings
-from dpo_jax.settings import COMMAND_LINE, Section, Sources, allowed
+from dpo_jax.settings import COMMAND_LINE, GivenSettings, Section, allowed
 from dpo_jax.training.settings import UNUSED, CheckpointSettings, OptimizerSettings, ReferenceSettings, fitting_mode
 
 
@@ -226,7 +226,7 @@ def _advice(key: str) -> str:
     return f"no such setting; did you mean {near}?" if near else "no such setting; --help lists them all"
 
 
-def _problems(source: Sources, error: ValidationError) -> Iterator[str]:
+def _problems(source: GivenSettings, error: ValidationError) -> Iterator[str]:
     """One line for each setting that is at fault; pydantic reports a union once per member."""
     seen: set[str] = set()
     for detail in error.errors():
@@ -243,14 +243,14 @@ def _problems(source: Sources, error: ValidationError) -> Iterator[str]:
         seen.add(key)
 
 
-def _problem(source: Sources, key: str, remedy: str) -> str:
+def _problem(source: GivenSettings, key: str, remedy: str) -> str:
     if key not in source.values:
         what = FIELDS[key].description if FIELDS[key].is_required() else remedy
         return f"{source.origin}: {key}: not given: {what}"
     return f"{source.where[key]}: {key}: {_shown(source.values[key])}: {remedy}"
 
 
-def _validated(source: Sources) -> Run:
+def _validated(source: GivenSettings) -> Run:
     nested: dict[str, Any] = {section: {} for section in SECTIONS}
     if isinstance(mixture := source.values.get("objective"), tuple):
         source.values["objective.mixture"] = source.values.pop("objective")
@@ -287,7 +287,7 @@ def load(argv: Sequence[str], command: str = "train") -> Run:
     Raises:
       UserError: one line for each thing that is wrong.
     """
-    source, shows, rest = Sources(), False, list(argv)
+    source, shows, rest = GivenSettings(), False, list(argv)
     while rest:
         word = rest.pop(0)
         if word in ("-h", "--help"):

@@ -17,8 +17,8 @@ import numpy as np
 
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.entries import first_completions
-from dpo_jax.data.filling import Trees, fill, trees_of
-from dpo_jax.data.packing import Bundle, Plan, Shape, choose_shapes, plan
+from dpo_jax.data.filling import PromptGroups, fill, trees_of
+from dpo_jax.data.packing import PackingPlan, RowGroups, RowShape, choose_shapes, plan
 
 SAMPLED_STEPS = 32
 """Steps that are packed for trial when the shapes of a run are chosen."""
@@ -92,7 +92,7 @@ class Batches:
     reference: np.ndarray | None = None
     rankings: bool = False
     _orders: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False)
-    _plans: dict[int, list[Plan]] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    _plans: dict[int, list[PackingPlan]] = dataclasses.field(default_factory=dict, init=False, repr=False)
     # The loop asks for the pairs of a step while a thread makes the batches of later ones.
     _lock: Any = dataclasses.field(default_factory=threading.Lock, init=False, repr=False)
 
@@ -140,11 +140,11 @@ class Batches:
         return [self._blank(self.depth, shape, 0) for shape in shapes]
 
     @functools.cached_property
-    def shapes(self) -> tuple[Shape, ...]:
+    def shapes(self) -> tuple[RowShape, ...]:
         """Shapes that the run's batches come in."""
         lengths, trees = self._trees.lengths, np.diff(self._trees.lengths.first)
         picked = np.unique(np.linspace(0, self.steps - 1, SAMPLED_STEPS).astype(int))
-        largest = Bundle((int(lengths.trees.max()),) * int(trees.max()), int(lengths.scored.max()))
+        largest = RowGroups((int(lengths.trees.max()),) * int(trees.max()), int(lengths.scored.max()))
         return choose_shapes(
             lengths,
             self._units(picked.tolist()),
@@ -210,7 +210,7 @@ class Batches:
 
     # ------------------------------------------------------------------------------------------ layout
 
-    def _plan(self, step: int) -> Plan:
+    def _plan(self, step: int) -> PackingPlan:
         """Where the trees of a step lie. Successive steps are planned together, which is faster, and the last kept."""
         block, inside = divmod(step, PLANNED_STEPS)
         plans = self._plans.get(block)
@@ -222,7 +222,7 @@ class Batches:
         return plans[inside]
 
     @functools.cached_property
-    def _trees(self) -> Trees:
+    def _trees(self) -> PromptGroups:
         return trees_of(self.encoded, self._first, share_prompts=self.share_prompts)
 
     @functools.cached_property
@@ -244,7 +244,7 @@ class Batches:
     def _first(self) -> np.ndarray:
         return first_completions(self.encoded)
 
-    def _blank(self, depth: int, shape: Shape, used: int) -> Batch:
+    def _blank(self, depth: int, shape: RowShape, used: int) -> Batch:
         completions, pairs = self._room
         lead = (depth, self.shards)
 

@@ -95,7 +95,7 @@ class Unit:
         return Unit(self.prompt, [self.completions[index] for index in used], tuple(again), self.file, self.line)
 
 
-class Rules(NamedTuple):
+class EncodingRules(NamedTuple):
     """How rows become token ids: all that `encode_rows` needs beside the rows."""
 
     coder: Codec
@@ -123,7 +123,7 @@ class Part(NamedTuple):
     sightings: list[Sighting]
 
 
-def encode_rows(rules: Rules, stretch: Stretch) -> Part:
+def encode_rows(rules: EncodingRules, stretch: Stretch) -> Part:
     """The rows of a stretch as token ids. A pure function, which may be called in any process."""
     report, builder, sightings = Report(), _Builder(stretch.rows[0].file), []
     records = [read_record(row, stretch.layout, rules.max_characters) for row in stretch.rows]
@@ -169,7 +169,7 @@ def _left_out(unit: Unit, pairs: Sequence[Pair]) -> tuple[tuple[str, str], ...]:
     return (("pair left out of a ranked row", f"{count} pairs of completions are the same tokens"),) if count else ()
 
 
-def truncated(unit: Unit, rules: Rules, report: Report) -> tuple[Unit, Cut] | None:
+def truncated(unit: Unit, rules: EncodingRules, report: Report) -> tuple[Unit, Cut] | None:
     """The unit and what is kept of it, or None when nothing is left to learn from; both are counted."""
     where = {"file": unit.file, "line": unit.line}
     lengths = [len(ids) for ids in unit.completions]
@@ -275,7 +275,7 @@ def _joined(parts: Sequence[Encoded]) -> Encoded:
     return replace(encoded, rank=ranks(encoded))
 
 
-def _build(pieces: Iterable[Stretch], rules: Rules, report: Report, workers: int) -> Encoded:
+def _build(pieces: Iterable[Stretch], rules: EncodingRules, report: Report, workers: int) -> Encoded:
     parts, seen = [], _Seen()
     with closing(in_order(encode_rows, rules, pieces, workers=workers, alone=ALONE)) as made:
         for part in made:
@@ -405,7 +405,7 @@ def collect(
         ending=settings.ending or ("terminator" if settings.truncation == "keep_completion" else "template"),
     )
     limit = settings.max_characters or 64 * settings.max_length
-    rules = Rules(coder, settings.truncation, settings.max_length, limit)
+    rules = EncodingRules(coder, settings.truncation, settings.max_length, limit)
     pieces = stretches(opened, layout=settings.layout, first=first, report=report, size=CHUNK)
     encoded = _build(pieces, rules, report, processes(settings.workers))
     if entry:

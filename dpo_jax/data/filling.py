@@ -12,11 +12,11 @@ import numpy as np
 from jaxtyping import Int, Int32, Int64
 
 from dpo_jax.data.encoded import Encoded
-from dpo_jax.data.packing import Lengths, Plan
+from dpo_jax.data.packing import Lengths, PackingPlan
 
 
 @dataclass(frozen=True)
-class Trees:
+class PromptGroups:
     """How a data set is laid out as trees; tree v has the completions `first[v]` to `first[v + 1] - 1`.
 
     Attributes:
@@ -32,7 +32,7 @@ class Trees:
     prompt_length: Int32[np.ndarray, " V"]
 
 
-def trees_of(encoded: Encoded, first: Int64[np.ndarray, " _"], *, share_prompts: bool) -> Trees:
+def trees_of(encoded: Encoded, first: Int64[np.ndarray, " _"], *, share_prompts: bool) -> PromptGroups:
     """Trees of a data set: one for all completions of a unit that see the same tokens of its prompt, if that is wanted.
 
     Args:
@@ -55,13 +55,13 @@ def trees_of(encoded: Encoded, first: Int64[np.ndarray, " _"], *, share_prompts:
         first=np.concatenate([[0], np.cumsum(np.add.reduceat(begins, first[:-1], dtype=np.int64))]),
         scored=np.add.reduceat(encoded.completion_length, first[:-1], dtype=np.int64),
     )
-    return Trees(lengths, np.append(firsts, len(unit)), start[firsts], length[firsts])
+    return PromptGroups(lengths, np.append(firsts, len(unit)), start[firsts], length[firsts])
 
 
 def fill(
     batch: Any,
-    plan: Plan,
-    trees: Trees,
+    plan: PackingPlan,
+    trees: PromptGroups,
     encoded: Encoded,
     pairs: Int64[np.ndarray, " P"],
     noise: np.ndarray,
@@ -96,7 +96,7 @@ def fill(
 
 
 def _fill_trees(
-    batch: Any, plan: Plan, room: np.ndarray, trees: Trees, encoded: Encoded, reference: np.ndarray | None
+    batch: Any, plan: PackingPlan, room: np.ndarray, trees: PromptGroups, encoded: Encoded, reference: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Write tokens and scores. Returns the completions, ascending, and the number of each within its micro-batch."""
     _, _, rows, length = batch.tokens.shape

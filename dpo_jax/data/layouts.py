@@ -111,7 +111,7 @@ def no_label(row: Mapping[str, Any]) -> float:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """A shape of row: the columns that it is recognised by, and how they are read."""
 
     name: str
@@ -232,21 +232,21 @@ _WITHOUT_PAIRS = ("system", "tools", "chat_template_kwargs", "weight")
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        Layout("openai", (("input",), ("preferred_output", "non_preferred_output")), _read_openai),
-        Layout("sharegpt", (("conversations",), ("chosen",), ("rejected",)), _read_sharegpt),
-        Layout("tokenized", (("prompt_ids",), ("chosen_ids",), ("rejected_ids",)), _read_tokenized),
-        Layout("ranked", (("prompt",), ("completions", "responses")), _read_ranked, (*COMMON, *RANKS, *SCORES)),
-        Layout("pair", (("prompt",), ("chosen",), ("rejected",)), _read_pair),
-        Layout("implicit", (("chosen",), ("rejected",)), _read_implicit),
-        Layout("unpaired", (("prompt",), ("completion",), ("label",)), _read_single, _WITHOUT_PAIRS, hard_label),
-        Layout("completion", (("prompt",), ("completion",)), _read_single, _WITHOUT_PAIRS, no_label),
-        Layout("messages", (("messages",),), _read_messages, _WITHOUT_PAIRS, no_label),
+        RowLayout("openai", (("input",), ("preferred_output", "non_preferred_output")), _read_openai),
+        RowLayout("sharegpt", (("conversations",), ("chosen",), ("rejected",)), _read_sharegpt),
+        RowLayout("tokenized", (("prompt_ids",), ("chosen_ids",), ("rejected_ids",)), _read_tokenized),
+        RowLayout("ranked", (("prompt",), ("completions", "responses")), _read_ranked, (*COMMON, *RANKS, *SCORES)),
+        RowLayout("pair", (("prompt",), ("chosen",), ("rejected",)), _read_pair),
+        RowLayout("implicit", (("chosen",), ("rejected",)), _read_implicit),
+        RowLayout("unpaired", (("prompt",), ("completion",), ("label",)), _read_single, _WITHOUT_PAIRS, hard_label),
+        RowLayout("completion", (("prompt",), ("completion",)), _read_single, _WITHOUT_PAIRS, no_label),
+        RowLayout("messages", (("messages",),), _read_messages, _WITHOUT_PAIRS, no_label),
     )
 }
 """All layouts, in the order in which a row is tried against them."""
 
 
-def detect(row: Mapping[str, Any]) -> Layout:
+def detect(row: Mapping[str, Any]) -> RowLayout:
     """The layout whose columns the row has; the first one, as those of `implicit` are some of `pair`'s."""
     for layout in LAYOUTS.values():
         if layout.fits(row):
@@ -255,17 +255,17 @@ def detect(row: Mapping[str, Any]) -> Layout:
     raise BadRow("missing column", f"columns {', '.join(sorted(map(str, row)))} fit no layout ({known})")
 
 
-def _columns(layout: Layout) -> str:
+def _columns(layout: RowLayout) -> str:
     return ", ".join(" or ".join(names) for names in layout.columns)
 
 
-def unused_columns(row: Mapping[str, Any], layout: Layout) -> list[str]:
+def unused_columns(row: Mapping[str, Any], layout: RowLayout) -> list[str]:
     """Columns of the row that nothing reads, so that a misspelt `weigth` is seen in the report."""
     used = {*layout.takes, *(name for names in layout.columns for name in names)}
     return sorted(str(name) for name in row if name not in used)
 
 
-def to_record(row: Mapping[str, Any], layout: Layout, *, file: str, line: int) -> Record:
+def to_record(row: Mapping[str, Any], layout: RowLayout, *, file: str, line: int) -> Record:
     """The row in normal form.
 
     Raises:
@@ -294,7 +294,7 @@ def to_record(row: Mapping[str, Any], layout: Layout, *, file: str, line: int) -
     )
 
 
-def _pair_numbers(row: Mapping[str, Any], layout: Layout) -> tuple[float, float, float]:
+def _pair_numbers(row: Mapping[str, Any], layout: RowLayout) -> tuple[float, float, float]:
     """Weight, margin and label of all pairs of the row."""
     weight = number(row["weight"], "weight") if row.get("weight") is not None else 1.0
     has_margin = row.get("margin") is not None and "margin" in layout.takes
@@ -370,7 +370,7 @@ def _usable_prompt(prompt: Part) -> None:
         raise BadRow("empty prompt", "the prompt's messages are empty")
 
 
-def _tools(row: Mapping[str, Any], layout: Layout) -> list[dict[str, Any]] | None:
+def _tools(row: Mapping[str, Any], layout: RowLayout) -> list[dict[str, Any]] | None:
     given = row["input"].get("tools") if layout.name == "openai" and "tools" not in row else row.get("tools")
     tools = from_json(given, "tools")
     if not tools:

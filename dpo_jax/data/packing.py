@@ -56,7 +56,7 @@ class Lengths:
         return np.where(bundles >= 0, self.scored[bundles], 0).astype(np.int32)
 
 
-class Bundle(NamedTuple):
+class RowGroups(NamedTuple):
     """Lengths of one bundle: slots of each of its trees, and how many tokens of them are scored."""
 
     trees: tuple[int, ...]
@@ -64,7 +64,7 @@ class Bundle(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class RowShape:
     """One compiled shape of a device's micro-batch: rows x length slots, of which `scored` may be predicted from."""
 
     rows: int
@@ -108,10 +108,10 @@ class Packed(NamedTuple):
     fits: Bool[np.ndarray, " S"]
 
 
-class Plan(NamedTuple):
+class PackingPlan(NamedTuple):
     """One step: its shape, and place by place (device by device, longest bundle first) what lies where."""
 
-    shape: Shape
+    shape: RowShape
     bundle: Int64[np.ndarray, " N"]
     shard: Int64[np.ndarray, " N"]
     micro: Int32[np.ndarray, " N"]
@@ -139,7 +139,7 @@ def balance(lengths: Lengths, bundles: Int64[np.ndarray, "S N"], shards: int) ->
     return Split(parts, lengths.trees_of(parts), lengths.scored_of(parts))
 
 
-def pack(split: Split, shape: Shape) -> Packed:
+def pack(split: Split, shape: RowShape) -> Packed:
     """Places of all trees, first fit, longest bundle first, in as many micro-batches as it takes.
 
     A bundle goes into the first micro-batch that has room for all of it: its trees, longest first, each into the first
@@ -210,7 +210,7 @@ def _room(
     return able, rows
 
 
-def fits(bundle: Bundle, shape: Shape) -> bool:
+def fits(bundle: RowGroups, shape: RowShape) -> bool:
     """Whether the bundle goes into an empty micro-batch."""
     if bundle.scored > shape.scored or max(bundle.trees) > shape.length:
         return False
@@ -221,9 +221,9 @@ def plan(
     lengths: Lengths,
     bundles: Int64[np.ndarray, "S N"],
     shards: int,
-    shapes: Sequence[Shape],
+    shapes: Sequence[RowShape],
     attention_length: int,
-) -> list[Plan]:
+) -> list[PackingPlan]:
     """Each step in the shape under which it costs least, among those that every bundle of it fits.
 
     Raises:
@@ -241,11 +241,13 @@ def plan(
     for step, choice in enumerate(best.tolist()):
         shard, place = np.nonzero(split.bundles[step] >= 0)
         found, at = packed[choice], (step, shard, place)
-        plans.append(Plan(shapes[choice], split.bundles[at], shard, found.micro[at], found.row[at], found.start[at]))
+        plans.append(
+            PackingPlan(shapes[choice], split.bundles[at], shard, found.micro[at], found.row[at], found.start[at])
+        )
     return plans
 
 
-def _costs(shape: Shape, packed: Packed, attention_length: int) -> np.ndarray:
+def _costs(shape: RowShape, packed: Packed, attention_length: int) -> np.ndarray:
     """Cost of each step, infinite where a bundle does not fit."""
     costs = [shape.cost(micros, attention_length) for micros in packed.micro_batches.tolist()]
     return np.where(packed.fits, costs, np.inf)
@@ -254,14 +256,14 @@ def _costs(shape: Shape, packed: Packed, attention_length: int) -> np.ndarray:
 def choose_shapes(
     lengths: Lengths,
     samples: Int64[np.ndarray, "S N"],
-    largest: Bundle,
+    largest: RowGroups,
     shards: int,
     *,
     micro_tokens: int | None,
     attention_length: int,
     most: int,
     worth: float = 0.03,
-) -> tuple[Shape, ...]:
+) -> tuple[RowShape, ...]:
     """The few shapes (at most `most`) under which the sample steps cost least; the first one fits every bundle.
 
     Args:
@@ -302,7 +304,7 @@ def row_lengths(longest: int, limit: int) -> list[int]:
     return [length for length in lengths if longest <= length <= max(limit, _first_at_least(lengths, longest))]
 
 
-def _candidates(split: Split, largest: Bundle, micro_tokens: int | None) -> list[Shape]:
+def _candidates(split: Split, largest: RowGroups, micro_tokens: int | None) -> list[RowShape]:
     """Shapes worth trying for the sample steps; some of them fit the largest bundle."""
     longest = split.trees.max(axis=(1, 2, 3))
     usual, smallest = int(longest.max()), int(longest.min())
@@ -318,17 +320,17 @@ def _candidates(split: Split, largest: Bundle, micro_tokens: int | None) -> list
             if micro_tokens
             else sorted({r for r in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, needed) if needed <= r <= most})
         )
-        shapes += [Shape(rows, length, rows * length) for rows in counts]
+        shapes += [RowShape(rows, length, rows * length) for rows in counts]
     return shapes
 
 
-def _with_budget(shape: Shape, packed: Packed, largest: Bundle) -> Shape:
+def _with_budget(shape: RowShape, packed: Packed, largest: RowGroups) -> RowShape:
     """The shape with room for as many scored tokens as the fullest micro-batch of the sample steps has."""
     most = max(largest.scored, int(packed.scored[packed.fits].max(initial=0)))
     return dataclasses.replace(shape, scored=min(-(-most // 64) * 64, shape.rows * shape.length))
 
 
-def _rows_needed(bundle: Bundle, length: int) -> int:
+def _rows_needed(bundle: RowGroups, length: int) -> int:
     """Rows of this length that hold the bundle by itself (1 where a tree is too long for any)."""
     free: list[int] = []
     for tree in sorted(bundle.trees, reverse=True):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo_jax.data.layouts import LAYOUTS, Layout, Record, detect, to_record, unused_columns
+from dpo_jax.data.layouts import LAYOUTS, Record, RowLayout, detect, to_record, unused_columns
 from dpo_jax.data.messages import BadRow, texts_of
 from dpo_jax.data.report import Report, clean
 from dpo_jax.errors import UserError, nearest
@@ -388,7 +388,7 @@ def _object(value: Any) -> dict[str, Any]:
     return value
 
 
-def _checked(row: Row, value: dict[str, Any], layout: Layout, max_characters: int) -> Record:
+def _checked(row: Row, value: dict[str, Any], layout: RowLayout, max_characters: int) -> Record:
     """The row in normal form, when its texts are such that a tokenizer can take them."""
     record = to_record(value, layout, file=row.file, line=row.line)
     sizes = [sum(map(len, texts_of(part))) for part in (record.prompt, *record.completions)]

@@ -85,7 +85,7 @@ CITATION = """\
 ```"""  # noqa: E501
 
 
-class Kind(NamedTuple):
+class CardKind(NamedTuple):
     """What a card says by the model's head: its task on the hub; how it was trained in a tag, a word and a text."""
 
     task: str
@@ -95,8 +95,8 @@ class Kind(NamedTuple):
     citation: str | None
 
 
-LANGUAGE_MODEL = Kind("text-generation", "dpo", "DPO", DPO, CITATION)
-REWARD_MODEL = Kind("text-classification", "reward-model", "reward model", BRADLEY_TERRY, None)
+LANGUAGE_MODEL = CardKind("text-generation", "dpo", "DPO", DPO, CITATION)
+REWARD_MODEL = CardKind("text-classification", "reward-model", "reward model", BRADLEY_TERRY, None)
 
 
 def model_card(
@@ -104,7 +104,7 @@ def model_card(
     inherited: Mapping[str, Any],
     card: Mapping[str, Any] | None,
     *,
-    kind: Kind = LANGUAGE_MODEL,
+    kind: CardKind = LANGUAGE_MODEL,
     note: str = "",
 ) -> str:
     """A model card. Paths in it are cut down to names.
@@ -140,7 +140,7 @@ def model_card(
     return CARD.format(front=dumped, title=title, text="\n\n".join(parts))
 
 
-def _by_objectives(objectives: Mapping[str, str]) -> Kind:
+def _by_objectives(objectives: Mapping[str, str]) -> CardKind:
     """What a card says of a language model that was trained with these objectives (name -> what is said of it)."""
     if list(objectives) == ["sigmoid"]:
         return LANGUAGE_MODEL

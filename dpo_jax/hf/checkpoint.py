@@ -24,7 +24,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.hf import reward, tensors
 from dpo_jax.hf.card import LANGUAGE_MODEL, REWARD_MODEL, base_name, front_matter, model_card
 from dpo_jax.hf.configs import family_of, is_wrapper, read_spec
-from dpo_jax.hf.mapping import Claims, Entry, Part, Scheme, claim, names
+from dpo_jax.hf.mapping import Claims, LeafPart, Scheme, TensorEntry, claim, names
 from dpo_jax.hf.tensors import DTYPES, TensorInfo, Tensors, local_folder, member, read_json
 from dpo_jax.model.decoder import Model, abstract_params
 from dpo_jax.model.spec import DecoderSpec
@@ -95,7 +95,7 @@ def scheme_of(spec: DecoderSpec, folder: Path) -> Scheme:
     return Scheme(family.naming(spec), family.ignored, is_wrapper(folder))
 
 
-def entries_of(spec: DecoderSpec, folder: Path) -> list[Entry]:
+def entries_of(spec: DecoderSpec, folder: Path) -> list[TensorEntry]:
     """Every tensor that a folder with this `config.json` holds."""
     return names(spec, scheme_of(spec, folder).naming)
 
@@ -103,11 +103,11 @@ def entries_of(spec: DecoderSpec, folder: Path) -> list[Entry]:
 class _Found(NamedTuple):
     """Where the folder has a part of a leaf: which part of which tensor."""
 
-    entry: Entry
+    entry: TensorEntry
     number: int
 
     @property
-    def part(self) -> Part:
+    def part(self) -> LeafPart:
         return self.entry.parts[self.number]
 
 
@@ -327,7 +327,7 @@ def _fetch(export: _Export, name: str, dtype: str) -> np.ndarray:
     return entry.pack([_as_held(export, name, part, dtype) for part in entry.parts])
 
 
-def _as_held(export: _Export, name: str, part: Part, dtype: str) -> np.ndarray:
+def _as_held(export: _Export, name: str, part: LeafPart, dtype: str) -> np.ndarray:
     """A part of a leaf on the host, in the folder's dtype."""
     leaf = export.leaves[part.leaf]
     part_of = _entry_of(leaf, part.index) if part.index else leaf

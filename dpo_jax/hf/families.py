@@ -13,7 +13,7 @@ from dpo_jax.hf import readers as read
 from dpo_jax.hf.keys import Keys
 from dpo_jax.hf.names import Naming
 from dpo_jax.hf.readers import FULL, LINEAR, attention, by_type, decoder, everywhere, experts, mlp, rms
-from dpo_jax.model.spec import MLP, Attention, DecoderSpec, Delta, Experts, HeadNorm, Latent, Layer, Norm, Rope
+from dpo_jax.model.spec import MLA, MLP, Attention, DecoderSpec, Experts, GatedDelta, HeadNorm, Layer, Norm, Rope
 
 # ---------------------------------------------------------------------------------------------- llama and its kin
 
@@ -67,7 +67,7 @@ def _qwen3_5(k: Keys) -> DecoderSpec:
         table.pop(name, None)
     sizes = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
     plain = dataclasses.replace(norm, offset=0.0)
-    delta = Delta(*(k.size(f"linear_{name}") for name in sizes), norm=plain)
+    delta = GatedDelta(*(k.size(f"linear_{name}") for name in sizes), norm=plain)
     if delta.value_heads % delta.key_heads:
         raise k.refuse("linear_num_value_heads", delta.value_heads, f"must be a multiple of {delta.key_heads}")
     k.require({"attn_output_gate": True, "mamba_ssm_dtype": "float32", "mlp_only_layers": []})
@@ -177,14 +177,14 @@ def _deepseek_v3(k: Keys) -> DecoderSpec:
     return decoder(k, Attention(latent.heads, latent.heads, latent.value_dim), wide, norm, each=each)
 
 
-def _latent(k: Keys) -> Latent:
+def _latent(k: Keys) -> MLA:
     heads, plain, turning_dim = (k.size(n) for n in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim"))
     k.agree({"num_key_value_heads": "num_attention_heads"})
     for name in ("hidden_size", "head_dim", "num_nextn_predict_layers"):
         k.take(name)  # what other keys say too, or what is not computed
     turns = read.rope(k, turning_dim, interleaved=k.flag("rope_interleave", True))
     stretched, table = turns.factor if turns.kind == "yarn" else 1.0, k.peek("rope_parameters")
-    return Latent(
+    return MLA(
         heads,
         k.size("q_lora_rank") if k.peek("q_lora_rank") else k.take("q_lora_rank"),
         k.size("kv_lora_rank"),
@@ -388,7 +388,7 @@ def _falcon_names(spec: DecoderSpec) -> Naming:
 
 def _deepseek_names(spec: DecoderSpec) -> Naming:
     mixer = spec.layers[0].mixer
-    return names.DEEPSEEK if isinstance(mixer, Latent) and mixer.query_rank else names.DEEPSEEK_FULL_RANK
+    return names.DEEPSEEK if isinstance(mixer, MLA) and mixer.query_rank else names.DEEPSEEK_FULL_RANK
 
 
 MASKS = r"(.*\.)?attn\.(bias|masked_bias)"

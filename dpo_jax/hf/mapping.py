@@ -29,7 +29,7 @@ CARRIED: tuple[str, ...] = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_fre
 """Tensors that hold no weights: not read, and exported as they came."""
 
 
-class Part(NamedTuple):
+class LeafPart(NamedTuple):
     """A leaf, or the entry `index` of its leading axes; `shape` is that of the part."""
 
     leaf: str
@@ -37,7 +37,7 @@ class Part(NamedTuple):
     shape: Shape
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     """A tensor of the folder, and the parts of the tree that it holds.
 
     The folder has matrices as [outputs, inputs] where it is `turned`, the tree as [inputs, outputs]. The outputs of
@@ -46,7 +46,7 @@ class Entry(NamedTuple):
     """
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[LeafPart, ...]
     turned: bool = False
     groups: int = 1
     column: bool = False
@@ -96,7 +96,7 @@ class Entry(NamedTuple):
 # ---------------------------------------------------------------------------------------------- the table, written out
 
 
-def names(spec: DecoderSpec, naming: Naming) -> list[Entry]:
+def names(spec: DecoderSpec, naming: Naming) -> list[TensorEntry]:
     """Every tensor that a folder of this decoder holds, in the order of the tree's leaves.
 
     Raises:
@@ -105,7 +105,7 @@ def names(spec: DecoderSpec, naming: Naming) -> list[Entry]:
     shapes = {leaf: value.shape for leaf, value in trees.paths(abstract_params(spec)).items()}
     layers = {name: (layer, numbers) for name, layer, numbers in stacks(spec)}
     done: dict[str, None] = {}
-    found: list[Entry] = []
+    found: list[TensorEntry] = []
     for leaf in shapes:
         if leaf in done:
             continue
@@ -117,7 +117,7 @@ def names(spec: DecoderSpec, naming: Naming) -> list[Entry]:
         if stack:
             found += _stacked(naming.layer, at, parts, *layers[stack])
         else:
-            found.append(_entry(at.name, at, [Part(name, (), shape) for name, shape in parts], 1))
+            found.append(_entry(at.name, at, [LeafPart(name, (), shape) for name, shape in parts], 1))
     return found
 
 
@@ -148,14 +148,16 @@ def _named(value: str | At, suffix: str) -> At:
     return at._replace(name=at.name + suffix)
 
 
-def _stacked(layer: str, at: At, parts: list[tuple[str, Shape]], kind: Layer, numbers: list[int]) -> Iterable[Entry]:
+def _stacked(
+    layer: str, at: At, parts: list[tuple[str, Shape]], kind: Layer, numbers: list[int]
+) -> Iterable[TensorEntry]:
     """An entry for each layer of a stack, or for each expert (or head) of each."""
     name, each = at.name.replace("~", layer), "{e}" in at.name
     groups = _groups(at, parts[0][1][-1], kind)
     for place, number in enumerate(numbers):
         for e in range(parts[0][1][1]) if each else [None]:
             index = (place,) if e is None else (place, e)
-            own = [Part(leaf, index, shape[len(index) :]) for leaf, shape in parts]
+            own = [LeafPart(leaf, index, shape[len(index) :]) for leaf, shape in parts]
             yield _entry(name.format(i=number, e=e), at, own, groups)
 
 
@@ -171,17 +173,17 @@ def _groups(at: At, channels: int, kind: Layer) -> int:
     return 1
 
 
-def _entry(name: str, at: At, parts: list[Part], groups: int) -> Entry:
+def _entry(name: str, at: At, parts: list[LeafPart], groups: int) -> TensorEntry:
     matrix = parts[0].leaf.endswith("/kernel") and len(parts[0].shape) > 1
-    return Entry(name, tuple(parts), at.turned and matrix, groups, at.column)
+    return TensorEntry(name, tuple(parts), at.turned and matrix, groups, at.column)
 
 
-def aliases(spec: DecoderSpec, naming: Naming) -> list[Entry]:
+def aliases(spec: DecoderSpec, naming: Naming) -> list[TensorEntry]:
     """Further names under which a folder may hold a leaf once more: the head's, where it is tied to the embedding."""
     if not spec.tied or spec.scalar_head:
         return []
     shape = (spec.vocab_size, spec.head_width)
-    return [Entry(f"{naming.names['head']}.weight", (Part("embed/embedding", (), shape),))]
+    return [TensorEntry(f"{naming.names['head']}.weight", (LeafPart("embed/embedding", (), shape),))]
 
 
 # ---------------------------------------------------------------------------------------------- held against a folder
@@ -190,8 +192,8 @@ def aliases(spec: DecoderSpec, naming: Naming) -> list[Entry]:
 class Claims(NamedTuple):
     """Whose every tensor of a folder is: an entry of the table, the second name of one, or carried along."""
 
-    entries: dict[str, Entry]
-    copies: dict[str, Entry]
+    entries: dict[str, TensorEntry]
+    copies: dict[str, TensorEntry]
     carried: tuple[str, ...]
 
 
@@ -278,7 +280,7 @@ def _check_carried(carried: Sequence[str], scheme: Scheme, tower: str, where: st
         )
 
 
-def _check_infos(infos: Mapping[str, TensorInfo], entries: Mapping[str, Entry], where: str) -> None:
+def _check_infos(infos: Mapping[str, TensorInfo], entries: Mapping[str, TensorEntry], where: str) -> None:
     for name, entry in entries.items():
         info = infos[name]
         if info.shape != entry.shape:

@@ -12,7 +12,7 @@ from typing import Any
 
 from dpo_jax import trees
 from dpo_jax.hf.configs import classifier_of, read_spec
-from dpo_jax.hf.mapping import SCORE, Claims, Entry, Scheme, claim, names
+from dpo_jax.hf.mapping import SCORE, Claims, Scheme, TensorEntry, claim, names
 from dpo_jax.hf.tensors import TensorInfo, read_json
 from dpo_jax.hf.tokenizer import TOKENIZER_FILES, load_tokenizer
 from dpo_jax.model.decoder import abstract_params
@@ -57,7 +57,7 @@ def with_score(
     return Claims({entry.name: entry for entry in table.values()}, {}, claims.carried), kept
 
 
-def _embedding(entries: Iterable[Entry], infos: Mapping[str, TensorInfo]) -> TensorInfo:
+def _embedding(entries: Iterable[TensorEntry], infos: Mapping[str, TensorInfo]) -> TensorInfo:
     return next(infos[entry.name] for entry in entries if entry.parts[0].leaf == "embed/embedding")
 
 

@@ -48,7 +48,7 @@ class Check(NamedTuple):
         return printable(f"{verdict:<8} {self.what:<24} {self.found}")
 
 
-class Report(NamedTuple):
+class Verification(NamedTuple):
     """Everything that was compared; `ok` if nothing differs."""
 
     folder: Path
@@ -66,7 +66,7 @@ def check(
     keep: str | Path | None = None,
     torch: bool = True,
     say: Callable[[str], object] = lambda line: None,
-) -> Report:
+) -> Verification:
     """Loads a folder, exports it, and compares the two, in PyTorch too if it is installed.
 
     Args:
@@ -90,7 +90,7 @@ def check(
         for one in _compared(source, target, torch):
             say(str(one))
             found.append(one)
-    return Report(folder, tuple(found))
+    return Verification(folder, tuple(found))
 
 
 def _plan(source: Tensors, keep: str | Path | None, torch: bool) -> str:

@@ -36,7 +36,7 @@ class TokenScores(NamedTuple):
     collision: Float[Array, " N"]
 
 
-class Split(NamedTuple):
+class HeadSplit(NamedTuple):
     """Over which axes of a mesh scored tokens and a head are split; the tokens' axes may include that of the width."""
 
     mesh: jax.sharding.Mesh
@@ -45,7 +45,7 @@ class Split(NamedTuple):
     width: str | None
 
 
-class Shape(NamedTuple):
+class HeadShape(NamedTuple):
     """What is done to logits before the softmax."""
 
     scale: float
@@ -62,15 +62,15 @@ class Shape(NamedTuple):
         return slope if self.scale == 1.0 else slope * self.scale
 
 
-class Plan(NamedTuple):
+class ScanPlan(NamedTuple):
     """All that is static of a scan. `vocab` counts the real entries; `filled` says that others stand behind them."""
 
-    shape: Shape
+    shape: HeadShape
     chunk: int
     statistics: bool
     collision: bool
     frozen: bool
-    split: Split | None
+    split: HeadSplit | None
     vocab: int = 0
     filled: bool = False
 
@@ -129,7 +129,7 @@ def scored(
     rows: Float[Array, "V D"],
     targets: Int[Array, " N"],
     bias: Float[Array, " V"] | None,
-    plan: Plan,
+    plan: ScanPlan,
 ) -> TokenScores:
     """Scores of each target; what they mean, and what a plan may ask for, is said at `logprobs.linear_scores`."""
     vocab = rows.shape[0]
@@ -142,7 +142,7 @@ def scored(
     return scores
 
 
-def _fitted(split: Split | None, hidden: Float[Array, "N D"], vocab: int) -> Split | None:
+def _fitted(split: HeadSplit | None, hidden: Float[Array, "N D"], vocab: int) -> HeadSplit | None:
     """The split less the axes that do not divide; None where nothing is split."""
     if split is None or split.mesh.size == 1:
         return None
@@ -180,7 +180,7 @@ def _scored_forward(hidden, rows, targets, bias, plan):
     return scores, (hidden, rows, targets, bias, normaliser)
 
 
-def _summary(hidden, rows, targets, bias, plan: Plan, *, pulls: bool):
+def _summary(hidden, rows, targets, bias, plan: ScanPlan, *, pulls: bool):
     """Scores, the logarithm of the sum of `exp(logits)`, and with `pulls` the slope of each logp along its state."""
 
     def local(hidden, rows, targets, bias):
@@ -209,7 +209,7 @@ def _blank(hidden: Float[Array, "N D"], pulls: bool) -> _Running:
     return _Running(lowest, zeros, zeros, zeros, zeros, token, zeros, pull)
 
 
-def _scores(state: _Running, plan: Plan) -> TokenScores:
+def _scores(state: _Running, plan: ScanPlan) -> TokenScores:
     normaliser, zeros = state.top + jnp.log(state.total), jnp.zeros_like(state.top)
     return TokenScores(
         logps=state.picked - normaliser,
@@ -221,7 +221,7 @@ def _scores(state: _Running, plan: Plan) -> TokenScores:
 
 
 def _absorb(
-    state: _Running, logits: Float[Array, "N C"], real, part, local: Int[Array, " N"], first, plan: Plan
+    state: _Running, logits: Float[Array, "N C"], real, part, local: Int[Array, " N"], first, plan: ScanPlan
 ) -> _Running:
     """Take one chunk of logits into the running sums.
 
@@ -254,7 +254,7 @@ def _absorb(
     return state._replace(top=top)
 
 
-def _together(state: _Running, plan: Plan) -> _Running:
+def _together(state: _Running, plan: ScanPlan) -> _Running:
     """The sums over all of the vocabulary from those over each device's part."""
     top = plan.over_vocabulary(lax.pmax, state.top)
     shrink = jnp.exp(state.top - top)
@@ -272,7 +272,7 @@ def _together(state: _Running, plan: Plan) -> _Running:
     )
 
 
-def _slope(state: _Running, rows, targets, offset, plan: Plan, dtype) -> Float[Array, "N D"]:
+def _slope(state: _Running, rows, targets, offset, plan: ScanPlan, dtype) -> Float[Array, "N D"]:
     """`z'_y w_y - E_p[z'_v w_v]`: the slope of each log-probability along its hidden state, in float32."""
     assert state.pull is not None
     own = _rows_of(targets - offset, rows, plan).astype(jnp.float32)
@@ -281,7 +281,7 @@ def _slope(state: _Running, rows, targets, offset, plan: Plan, dtype) -> Float[A
     return plan.over_vocabulary(lax.psum, slope)
 
 
-def _rows_of(local: Int[Array, " N"], rows: Float[Array, "W E"], plan: Plan) -> Float[Array, "N D"]:
+def _rows_of(local: Int[Array, " N"], rows: Float[Array, "W E"], plan: ScanPlan) -> Float[Array, "N D"]:
     """Rows of the head at these places; zeros at those that another device has."""
     axis = plan.split and plan.split.width
     shares = plan.split is not None and axis in plan.split.tokens
@@ -291,7 +291,7 @@ def _rows_of(local: Int[Array, " N"], rows: Float[Array, "W E"], plan: Plan) -> 
     return lax.all_to_all(found, axis, 0, 1, tiled=True) if shares else plan.whole_width(found)
 
 
-def _scored_backward(plan: Plan, residuals, cotangent):
+def _scored_backward(plan: ScanPlan, residuals, cotangent):
     if plan.frozen:
         slope, like = residuals
         return (cotangent.logps[:, None] * slope).astype(like.dtype), None, None, None
@@ -323,7 +323,7 @@ def _scored_backward(plan: Plan, residuals, cotangent):
 _scored.defvjp(_scored_forward, _scored_backward)
 
 
-def _chunk_logits(hidden, part, bias, plan: Plan, start, offset) -> tuple[Float[Array, "N C"], Any]:
+def _chunk_logits(hidden, part, bias, plan: ScanPlan, start, offset) -> tuple[Float[Array, "N C"], Any]:
     """Logits of a chunk's rows in float32, and which of them are of the vocabulary (None: all)."""
     size = part.shape[0]
     logits = _dot(hidden, part, 1, 1)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dpo_jax.logprobs.fused import CHUNK, Plan, Shape, Split, TokenScores, scored
+from dpo_jax.logprobs.fused import CHUNK, HeadShape, HeadSplit, ScanPlan, TokenScores, scored
 
 
 @jax.jit
@@ -95,7 +95,7 @@ def linear_scores(  # noqa: PLR0913 (each says how logits are made, or what is w
     statistics: bool = False,
     collision: bool = False,
     frozen: bool = False,
-    split: Split | None = None,
+    split: HeadSplit | None = None,
 ) -> TokenScores:
     """As `linear_logprobs` for a head stored by vocabulary row, with statistics of the distribution from the same scan.
 
@@ -107,5 +107,5 @@ def linear_scores(  # noqa: PLR0913 (each says how logits are made, or what is w
     put together; of the width one chunk is gathered at a time. A vocabulary that the axis does not divide is filled up;
     a number of tokens or a width that its axes do not divide is whole on each device.
     """
-    plan = Plan(Shape(scale, softcap), chunk, statistics, collision, frozen, split)
+    plan = ScanPlan(HeadShape(scale, softcap), chunk, statistics, collision, frozen, split)
     return scored(hidden, rows, targets, bias, plan)

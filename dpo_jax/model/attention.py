@@ -60,7 +60,7 @@ def visible(layout: Layout, window: int | None) -> Bool[Array, "B T T"]:
     return seen if window is None else seen & (position[:, :, None] - position[:, None, :] < window)
 
 
-class Rules(NamedTuple):
+class VisibilityRules(NamedTuple):
     """How scores are made of queries and keys; what is None is not done."""
 
     scale: float
@@ -88,7 +88,7 @@ def attend_seen(
     key: Float[Array, "B S K C"],
     value: Float[Array, "B S K E"],
     seen: Bool[Array, "B T S"],
-    rules: Rules,
+    rules: VisibilityRules,
     distance: Int[Array, "B T S"] | None = None,
 ) -> Float[Array, "B T H E"]:
     """`softmax(scale query . key)` over the keys that each query sees, times the values; softmax in float32.

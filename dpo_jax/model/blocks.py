@@ -12,10 +12,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dpo_jax.model import spec as specs
-from dpo_jax.model.delta import DeltaNet
+from dpo_jax.model.delta import GatedDeltaNet
 from dpo_jax.model.experts import Mixture, Routing
-from dpo_jax.model.layers import ACTIVATIONS, MLP, Dense, Norm, normal
-from dpo_jax.model.mixers import Attention, KeyValue, Latent, View
+from dpo_jax.model.layers import ACTIVATIONS, Dense, MLPLayer, NormLayer, normal
+from dpo_jax.model.mixers import AttentionLayer, KeyValue, MLALayer, View
 from dpo_jax.model.remat import named
 from dpo_jax.model.spec import DecoderSpec
 
@@ -44,21 +44,21 @@ class Block(nnx.Module):
         """Fresh layer."""
         width, place = spec.width, layer.place
         before, behind = place != "post", place in ("post", "sandwich")
-        self.attention_norm = Norm(spec.norm, width) if before else None
+        self.attention_norm = NormLayer(spec.norm, width) if before else None
         self.attention = _attention(layer.mixer, width, rngs)
-        self.delta = DeltaNet(layer.mixer, width, rngs=rngs) if isinstance(layer.mixer, specs.Delta) else None
-        self.attention_post_norm = Norm(spec.norm, width) if behind else None
-        self.mlp_norm = Norm(spec.norm, width) if before and place != "parallel" else None
-        self.mlp = MLP(layer.mlp, width, rngs=rngs) if layer.mlp else None
+        self.delta = GatedDeltaNet(layer.mixer, width, rngs=rngs) if isinstance(layer.mixer, specs.GatedDelta) else None
+        self.attention_post_norm = NormLayer(spec.norm, width) if behind else None
+        self.mlp_norm = NormLayer(spec.norm, width) if before and place != "parallel" else None
+        self.mlp = MLPLayer(layer.mlp, width, rngs=rngs) if layer.mlp else None
         self.experts = Mixture(layer.experts, width, rngs=rngs) if layer.experts else None
-        self.mlp_post_norm = Norm(spec.norm, width) if behind else None
+        self.mlp_post_norm = NormLayer(spec.norm, width) if behind else None
         beside = layer.mlp is not None and layer.experts is not None
-        self.mlp_inner_norm = Norm(spec.norm, width) if beside else None
-        self.experts_norm = Norm(spec.norm, width) if beside else None
-        self.experts_inner_norm = Norm(spec.norm, width) if beside else None
+        self.mlp_inner_norm = NormLayer(spec.norm, width) if beside else None
+        self.experts_norm = NormLayer(spec.norm, width) if beside else None
+        self.experts_inner_norm = NormLayer(spec.norm, width) if beside else None
         self.inputs_gate = Dense(width, layer.inputs, bias=False, rngs=rngs) if layer.inputs else None
         self.inputs_projection = Dense(layer.inputs, width, bias=False, rngs=rngs) if layer.inputs else None
-        self.inputs_norm = Norm(spec.norm, width) if layer.inputs else None
+        self.inputs_norm = NormLayer(spec.norm, width) if layer.inputs else None
         self.scalar = nnx.Param(jnp.ones((1,))) if layer.scalar else None
         self.layer = layer
 
@@ -111,22 +111,22 @@ class Block(nnx.Module):
         return _behind(self.inputs_norm, self.inputs_projection(act(self.inputs_gate(x)) * inputs))
 
 
-def _attention(spec: specs.Attention | specs.Latent | specs.Delta, width: int, rngs: nnx.Rngs):
+def _attention(spec: specs.Attention | specs.MLA | specs.GatedDelta, width: int, rngs: nnx.Rngs):
     match spec:
         case specs.Attention():
-            return Attention(spec, width, rngs=rngs)
-        case specs.Latent():
-            return Latent(spec, width, rngs=rngs)
-        case specs.Delta():
+            return AttentionLayer(spec, width, rngs=rngs)
+        case specs.MLA():
+            return MLALayer(spec, width, rngs=rngs)
+        case specs.GatedDelta():
             return None
 
 
-def _before(norm: Norm | None, x: Float[Array, "B T D"], place: specs.Place) -> Float[Array, "B T D"]:
+def _before(norm: NormLayer | None, x: Float[Array, "B T D"], place: specs.Place) -> Float[Array, "B T D"]:
     """A branch's input; where norms stand on the sum, that is the sum before."""
     return x if norm is None or place == "residual" else norm(x)
 
 
-def _behind(norm: Norm | None, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+def _behind(norm: NormLayer | None, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     return x if norm is None else norm(x)
 
 
@@ -154,17 +154,17 @@ class Ends(nnx.Module):
         """Fresh embedding, norm and head: a scalar one, or one by vocabulary row unless it is tied."""
         wide, narrow, vocab = spec.width, spec.head_width, spec.vocab_size
         self.embed = Table(vocab, narrow, rngs=rngs)
-        self.final_norm = Norm(spec.norm, wide) if spec.final_norm else None
+        self.final_norm = NormLayer(spec.norm, wide) if spec.final_norm else None
         self.head = None if spec.tied or spec.scalar_head else Table(vocab, narrow, bias=spec.head_bias, rngs=rngs)
         self.score = Score(narrow) if spec.scalar_head else None
-        self.embed_norm = Norm(spec.norm, wide) if spec.embed_norm else None
+        self.embed_norm = NormLayer(spec.norm, wide) if spec.embed_norm else None
         self.positions = Table(spec.positions + spec.position_offset, wide, rngs=rngs) if spec.positions else None
         self.project_in = Dense(narrow, wide, bias=False, rngs=rngs) if narrow != wide else None
         self.project_out = Dense(wide, narrow, bias=False, rngs=rngs) if narrow != wide else None
         channels = sum(layer.inputs for layer in spec.layers)
         self.inputs = Table(spec.inputs_vocab, channels, rngs=rngs) if channels else None
         self.inputs_projection = Dense(wide, channels, bias=False, rngs=rngs) if channels else None
-        self.inputs_norm = Norm(spec.norm, spec.layers[0].inputs) if channels else None
+        self.inputs_norm = NormLayer(spec.norm, spec.layers[0].inputs) if channels else None
         self.spec = spec
 
     def first(self, tokens: Int[Array, "B T"], position: Int[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -15,13 +15,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dpo_jax import trees
-from dpo_jax.logprobs.fused import Split
+from dpo_jax.logprobs.fused import HeadSplit
 from dpo_jax.model import spec as specs
 from dpo_jax.model.attention import Bounds, Layout, causal
 from dpo_jax.model.blocks import Block, Carry, Context, Ends
 from dpo_jax.model.delta import empty_memory
 from dpo_jax.model.experts import Routing, added
-from dpo_jax.model.mixers import Cached, KeyValue, Packed
+from dpo_jax.model.mixers import CachedView, KeyValue, PackedView
 from dpo_jax.model.remat import recomputed
 from dpo_jax.model.settings import REMATS
 from dpo_jax.model.spec import DecoderSpec
@@ -50,7 +50,7 @@ class Execution:
     """Name of a policy of `model.settings.REMATS`."""
     activations: jax.sharding.NamedSharding | None = None
     attention: str = "xla"
-    head: Split | None = None
+    head: HeadSplit | None = None
     """How the head is split over the mesh of the activations; None leaves it to the compiler."""
     frozen_head: bool = False
     """The head is not trained, so its gradient is not computed (see `logprobs.linear_logprobs`)."""
@@ -163,7 +163,7 @@ def hidden_and_routing(
 ) -> tuple[Float[Array, "B T N"], Routing | None]:
     """As `hidden`, and how often experts were chosen, each token counted by its weight and all layers added up."""
     where, again = execution.activations, REMATS[execution.remat].attention
-    view = Packed.of(spec, layout, execution.attention, bounds=execution.bounds, activations=where, remat=again)
+    view = PackedView.of(spec, layout, execution.attention, bounds=execution.bounds, activations=where, remat=again)
     x, _, routing = _run(spec, params, tokens, Context(view, execution.activations, weights), execution, {}, {})
     return x, routing
 
@@ -206,7 +206,7 @@ def empty_cache(spec: DecoderSpec, batch: int, slots: int, dtype: Any) -> Cache:
     memory = {}
     for name, layer, numbers in stacks(spec):
         match layer.mixer:
-            case specs.Delta() as delta:
+            case specs.GatedDelta() as delta:
                 blank: Any = empty_memory(delta, batch, dtype)
             case specs.Attention(borrows=str()):
                 continue
@@ -216,12 +216,12 @@ def empty_cache(spec: DecoderSpec, batch: int, slots: int, dtype: Any) -> Cache:
     return Cache(memory, jnp.full((batch, slots), -1, jnp.int32), jnp.int32(0))
 
 
-def _empty_pair(mixer: specs.Attention | specs.Latent, batch: int, slots: int, dtype: Any) -> KeyValue:
+def _empty_pair(mixer: specs.Attention | specs.MLA, batch: int, slots: int, dtype: Any) -> KeyValue:
     """Keys and values of nothing."""
     match mixer:
         case specs.Attention(kv_heads=heads, head_dim=channels):
             key, value = (heads, channels), (heads, channels)
-        case specs.Latent(heads=heads):
+        case specs.MLA(heads=heads):
             key, value = (heads, mixer.plain_dim + mixer.rope_dim), (heads, mixer.value_dim)
     return jnp.zeros((batch, slots, *key), dtype), jnp.zeros((batch, slots, *value), dtype)
 
@@ -244,7 +244,7 @@ def extend(
     its own hidden state means nothing.
     """
     slots = lax.dynamic_update_slice(cache.positions, positions, (0, cache.filled))
-    view = Cached.of(spec, positions, slots, cache.filled, lengths)
+    view = CachedView.of(spec, positions, slots, cache.filled, lengths)
     kept = _borrowed(spec, cache.positions.shape, params["embed"]["embedding"].dtype)
     x, memory, _ = _run(spec, params, tokens, Context(view, None, None), DEFAULT_EXECUTION, cache.memory, kept)
     return x, Cache(memory, slots, cache.filled + tokens.shape[1])

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from dpo_jax.model import spec as specs
-from dpo_jax.model.layers import Dense, Norm, normal
+from dpo_jax.model.layers import Dense, NormLayer, normal
 from dpo_jax.model.remat import named
 
 CHUNK = 64
@@ -38,13 +38,13 @@ class Memory(NamedTuple):
     state: Float32[Array, "B H C V"]
 
 
-def empty_memory(spec: specs.Delta, batch: int, dtype: DTypeLike) -> Memory:
+def empty_memory(spec: specs.GatedDelta, batch: int, dtype: DTypeLike) -> Memory:
     """Memory of texts that have not begun; `dtype` is that of the activations."""
     state = jnp.zeros((batch, spec.value_heads, spec.key_dim, spec.value_dim), jnp.float32)
     return Memory(jnp.zeros((batch, spec.kernel - 1, _channels(spec)), dtype), state)
 
 
-def _channels(spec: specs.Delta) -> int:
+def _channels(spec: specs.GatedDelta) -> int:
     """Channels of queries, keys and values together."""
     return 2 * spec.key_heads * spec.key_dim + spec.value_heads * spec.value_dim
 
@@ -74,10 +74,10 @@ class Convolution(nnx.Module):
         return total
 
 
-class DeltaNet(nnx.Module):
+class GatedDeltaNet(nnx.Module):
     """The linear-attention layer of Qwen3.5: projections, convolution, gated delta rule, gated norm, projection."""
 
-    def __init__(self, spec: specs.Delta, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, spec: specs.GatedDelta, width: int, *, rngs: nnx.Rngs):
         """Fresh weights; rates of decay are uniform in (0.01, 16)."""
         heads, values = spec.value_heads, spec.value_heads * spec.value_dim
         self.mixed = Dense(width, _channels(spec), bias=False, rngs=rngs)
@@ -88,7 +88,7 @@ class DeltaNet(nnx.Module):
         rates = jax.random.uniform(rngs.params(), (heads,), minval=0.01, maxval=16.0)
         self.decay_rate = nnx.Param(jnp.log(rates))
         self.decay_bias = nnx.Param(jnp.ones((heads,)))
-        self.norm = Norm(spec.norm, spec.value_dim)
+        self.norm = NormLayer(spec.norm, spec.value_dim)
         self.output = Dense(values, width, bias=False, rngs=rngs)
         self.spec = spec
 

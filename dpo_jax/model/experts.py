@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from dpo_jax.model import spec as specs
 from dpo_jax.model.grouped import grouped_dot
 from dpo_jax.model.kernels import dense
-from dpo_jax.model.layers import ACTIVATIONS, MLP, Dense, Norm, normal
+from dpo_jax.model.layers import ACTIVATIONS, Dense, MLPLayer, NormLayer, normal
 from dpo_jax.model.remat import cheap, named
 
 
@@ -73,7 +73,7 @@ class Router(nnx.Module):
         self.kernel = normal(rngs, width, spec.count)
         self.bias = nnx.Param(jnp.zeros((spec.count,))) if spec.router_bias else None
         self.correction = nnx.Param(jnp.zeros((spec.count,))) if spec.correction else None
-        self.norm = Norm(spec.router_norm, width) if spec.router_norm else None
+        self.norm = NormLayer(spec.router_norm, width) if spec.router_norm else None
         self.channel_scale = nnx.Param(jnp.ones((width,))) if spec.router_norm else None
         self.expert_scale = nnx.Param(jnp.ones((spec.count,))) if spec.router_norm else None
         self.spec = spec
@@ -137,7 +137,7 @@ def routing_sums(choice: Choice, weights: Float[Array, "B T"]) -> Routing:
     )
 
 
-class Pairs(NamedTuple):
+class ExpertPairs(NamedTuple):
     """Pairs (token, expert), sorted by expert."""
 
     order: Int[Array, " N"]
@@ -148,14 +148,14 @@ class Pairs(NamedTuple):
     sizes: Int[Array, " E"]
 
 
-def sort_pairs(experts: Int[Array, "n K"], count: int) -> Pairs:
+def sort_pairs(experts: Int[Array, "n K"], count: int) -> ExpertPairs:
     """The pairs, by expert and then by token."""
     flat = experts.reshape(-1)
     pair = jnp.arange(flat.shape[0], dtype=flat.dtype)
     by_expert, order = lax.sort_key_val(flat, pair)
     rows = lax.sort_key_val(order, pair)[1].reshape(experts.shape)
     bounds = jnp.searchsorted(by_expert, jnp.arange(count + 1, dtype=flat.dtype)).astype(flat.dtype)
-    return Pairs(order, rows, by_expert, jnp.diff(bounds))
+    return ExpertPairs(order, rows, by_expert, jnp.diff(bounds))
 
 
 def _rows(x: Array, index: Array) -> Array:
@@ -167,13 +167,13 @@ def _rows(x: Array, index: Array) -> Array:
 
 
 @jax.custom_vjp
-def spread(x: Float[Array, "n D"], pairs: Pairs) -> Float[Array, "N D"]:
+def spread(x: Float[Array, "n D"], pairs: ExpertPairs) -> Float[Array, "N D"]:
     """The token of each row."""
     return _rows(x, pairs.order // pairs.rows.shape[1])
 
 
 @jax.custom_vjp
-def collect(y: Float[Array, "N D"], pairs: Pairs) -> Float[Array, "n D"]:
+def collect(y: Float[Array, "N D"], pairs: ExpertPairs) -> Float[Array, "n D"]:
     """The sum of each token's rows."""
     parts = (_rows(y, pairs.rows[:, k]).astype(jnp.float32) for k in range(pairs.rows.shape[1]))
     return functools.reduce(jnp.add, parts).astype(y.dtype)
@@ -191,7 +191,7 @@ class Linears(nnx.Module):
         self.kernel = normal(rngs, count, inputs, outputs)
         self.bias = nnx.Param(jnp.zeros((count, outputs))) if bias else None
 
-    def __call__(self, x: Float[Array, "N I"], pairs: Pairs) -> Float[Array, "N O"]:
+    def __call__(self, x: Float[Array, "N I"], pairs: ExpertPairs) -> Float[Array, "N O"]:
         """Each row through the layer of its expert."""
         y = named(grouped_dot(x, self.kernel[...], pairs.sizes), "experts")
         return y if self.bias is None else y + _rows(self.bias[...], pairs.experts)
@@ -206,7 +206,7 @@ class Mixture(nnx.Module):
         self.gate = Linears(spec.count, width, spec.width, bias=spec.bias, rngs=rngs)
         self.up = Linears(spec.count, width, spec.width, bias=spec.bias, rngs=rngs)
         self.down = Linears(spec.count, spec.width, width, bias=spec.bias, rngs=rngs)
-        self.shared = MLP(spec.shared, width, rngs=rngs) if spec.shared else None
+        self.shared = MLPLayer(spec.shared, width, rngs=rngs) if spec.shared else None
         self.shared_gate = Dense(width, 1, bias=False, rngs=rngs) if spec.shared_gate else None
         self.spec = spec
 

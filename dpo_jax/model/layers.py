@@ -34,7 +34,7 @@ class Dense(nnx.Module):
         return y if self.bias is None else y + self.bias[...][None, None, :]
 
 
-class Norm(nnx.Module):
+class NormLayer(nnx.Module):
     """A norm over the last axis, in float32: `x / sqrt(mean(x^2) + epsilon)`, or that of `x - mean(x)`; then scaled."""
 
     def __init__(self, spec: specs.Norm, *shape: int):
@@ -100,7 +100,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 """Activations without parameters; `xielu` is a module."""
 
 
-class MLP(nnx.Module):
+class MLPLayer(nnx.Module):
     """`down(act(gate(x)) * up(x))`, or `down(act(up(x)))` without a gate."""
 
     def __init__(self, spec: specs.MLP, width: int, *, rngs: nnx.Rngs):

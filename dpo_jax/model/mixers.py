@@ -14,9 +14,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dpo_jax.model import spec as specs
-from dpo_jax.model.attention import Layout, Rules, alibi_slopes, attend_seen
-from dpo_jax.model.backends.dispatch import Forest
-from dpo_jax.model.layers import Dense, Norm
+from dpo_jax.model.attention import Layout, VisibilityRules, alibi_slopes, attend_seen
+from dpo_jax.model.backends.dispatch import PackedRows
+from dpo_jax.model.layers import Dense, NormLayer
 from dpo_jax.model.remat import named
 from dpo_jax.model.rope import Rotation, rotate, rotation
 
@@ -31,7 +31,7 @@ def turns_of(spec: specs.DecoderSpec, positions: Int[Array, "B T"], lengths: Int
         match mixer:
             case specs.Attention(rope=specs.Rope() as rope, head_dim=channels):
                 found[rope, channels] = rotation(rope, channels, positions, lengths)
-            case specs.Latent(rope=rope, rope_dim=channels):
+            case specs.MLA(rope=rope, rope_dim=channels):
                 found[rope, channels] = rotation(rope, channels, positions, lengths)
     return found
 
@@ -41,7 +41,7 @@ def _windows(spec: specs.DecoderSpec) -> set[int | None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Packed:
+class PackedView:
     """A packed forest that is read at once; what is the same for every layer is computed once.
 
     `text` is the number of each token's group, 0 for padding.
@@ -50,19 +50,19 @@ class Packed:
     position: Int[Array, "B T"]
     text: Int[Array, "B T"]
     turns: Turns
-    forest: Forest
+    forest: PackedRows
 
     @classmethod
-    def of(cls, spec: specs.DecoderSpec, layout: Layout, backend: str = "xla", **shared_out: Any) -> "Packed":
+    def of(cls, spec: specs.DecoderSpec, layout: Layout, backend: str = "xla", **shared_out: Any) -> "PackedView":
         """The view of these rows; `backend` and what follows are those of `Forest.of`."""
-        forest = Forest.of(layout, _windows(spec), backend, **shared_out)
+        forest = PackedRows.of(layout, _windows(spec), backend, **shared_out)
         return cls(layout.position, layout.group, turns_of(spec, layout.position, _lengths(spec, layout)), forest)
 
     def remember(self, key: Array, value: Array, memory: Any) -> tuple[KeyValue, Any]:
         """These keys and values are all there are."""
         return (key, value), memory
 
-    def attend(self, query: Array, pair: KeyValue, window: int | None, rules: Rules) -> Array:
+    def attend(self, query: Array, pair: KeyValue, window: int | None, rules: VisibilityRules) -> Array:
         """Attention within each text of the row."""
         return self.forest.attend(query, *pair, window, rules)
 
@@ -79,7 +79,7 @@ def _lengths(spec: specs.DecoderSpec, layout: Layout) -> Int[Array, "B T"]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cached:
+class CachedView:
     """T further tokens of each row, and a cache of those before; `filled` is the slot of the first of them.
 
     A position of -1 is padding: nobody sees it.
@@ -100,7 +100,7 @@ class Cached:
         slots: Int[Array, "B S"],
         filled: Int[Array, ""],
         lengths: Int[Array, " B"] | None = None,
-    ) -> "Cached":
+    ) -> "CachedView":
         """The view of tokens at `positions`, which are in `slots` already, of texts of these lengths."""
         distance = positions[:, :, None] - slots[:, None, :]
         padding = positions[:, :, None] < 0  # sees anything, so that its softmax is over something
@@ -118,17 +118,17 @@ class Cached:
         pair = lax.dynamic_update_slice(keys, key, start), lax.dynamic_update_slice(values, value, start)
         return pair, pair
 
-    def attend(self, query: Array, pair: KeyValue, window: int | None, rules: Rules) -> Array:
+    def attend(self, query: Array, pair: KeyValue, window: int | None, rules: VisibilityRules) -> Array:
         """Attention over the cache."""
         return attend_seen(query, *pair, self.seen[window], rules, None if rules.slopes is None else self.distance)
 
 
-View = Packed | Cached
+View = PackedView | CachedView
 """Who sees whom: both say the position of each token, the number of its text (0 is padding), how heads turn there,
 `remember` keys and values, and let queries `attend` to them."""
 
 
-class Attention(nnx.Module):
+class AttentionLayer(nnx.Module):
     """Grouped-query attention."""
 
     def __init__(self, spec: specs.Attention, width: int, *, rngs: nnx.Rngs):
@@ -141,7 +141,7 @@ class Attention(nnx.Module):
         self.output = Dense(inner, width, bias=spec.output_bias, rngs=rngs)
         self.query_norm = _head_norm(spec, spec.heads)
         self.key_norm = _head_norm(spec, spec.kv_heads) if own else None
-        self.value_norm = Norm(spec.value_norm, spec.head_dim) if own and spec.value_norm else None
+        self.value_norm = NormLayer(spec.value_norm, spec.head_dim) if own and spec.value_norm else None
         self.sinks = nnx.Param(jnp.zeros((spec.heads,))) if spec.sinks else None
         self.spec = spec
 
@@ -173,7 +173,7 @@ class Attention(nnx.Module):
         value = self._heads(self._clipped(value))
         return self._placed(key, self.key_norm, view), value if self.value_norm is None else self.value_norm(value)
 
-    def _placed(self, x: Float[Array, "B T I"], norm: Norm | None, view: View) -> Float[Array, "B T H C"]:
+    def _placed(self, x: Float[Array, "B T I"], norm: NormLayer | None, view: View) -> Float[Array, "B T H C"]:
         """Projected queries or keys as heads, normalised and rotated."""
         head_norm = self.spec.head_norm
         whole = head_norm is not None and head_norm.over == "all_heads"
@@ -192,36 +192,36 @@ class Attention(nnx.Module):
     def _heads(self, x: Float[Array, "B T I"]) -> Float[Array, "B T H C"]:
         return x.reshape(*x.shape[:2], -1, self.spec.head_dim)
 
-    def _rules(self) -> Rules:
+    def _rules(self) -> VisibilityRules:
         spec = self.spec
         slopes = None if spec.alibi is None else jnp.asarray(alibi_slopes(spec.heads, spec.alibi))
         scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
-        return Rules(scale, spec.softcap, None if self.sinks is None else self.sinks[...], slopes)
+        return VisibilityRules(scale, spec.softcap, None if self.sinks is None else self.sinks[...], slopes)
 
 
-def _head_norm(spec: specs.Attention, heads: int) -> Norm | None:
+def _head_norm(spec: specs.Attention, heads: int) -> NormLayer | None:
     if spec.head_norm is None:
         return None
     shapes = {"head": (spec.head_dim,), "each_head": (heads, spec.head_dim), "all_heads": (heads * spec.head_dim,)}
-    return Norm(spec.head_norm.norm, *shapes[spec.head_norm.over])
+    return NormLayer(spec.head_norm.norm, *shapes[spec.head_norm.over])
 
 
 def _temperature(strength: float, length: int, position: Int[Array, "B T"]) -> Float[Array, "B T 1 1"]:
     return (1 + strength * jnp.log1p((position // length).astype(jnp.float32)))[:, :, None, None]
 
 
-class Latent(nnx.Module):
+class MLALayer(nnx.Module):
     """Multi-head latent attention (arXiv:2405.04434, equations 9 to 19)."""
 
-    def __init__(self, spec: specs.Latent, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, spec: specs.MLA, width: int, *, rngs: nnx.Rngs):
         """Fresh projections."""
         plain, turning, low = spec.plain_dim, spec.rope_dim, spec.query_rank or width
         lowered, inner = spec.query_rank is not None, spec.heads * (spec.plain_dim + spec.rope_dim)
         self.query_down = Dense(width, low, bias=spec.bias, rngs=rngs) if lowered else None
-        self.query_norm = Norm(spec.norm, low) if lowered else None
+        self.query_norm = NormLayer(spec.norm, low) if lowered else None
         self.query = Dense(low, inner, bias=False, rngs=rngs)
         self.latent = Dense(width, spec.kv_rank + turning, bias=spec.bias, rngs=rngs)
-        self.latent_norm = Norm(spec.norm, spec.kv_rank)
+        self.latent_norm = NormLayer(spec.norm, spec.kv_rank)
         self.key_value = Dense(spec.kv_rank, spec.heads * (plain + spec.value_dim), bias=False, rngs=rngs)
         self.output = Dense(spec.heads * spec.value_dim, width, bias=spec.bias, rngs=rngs)
         self.spec = spec
@@ -229,7 +229,7 @@ class Latent(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], view: View, memory: Any, kept: dict[str, KeyValue]
     ) -> tuple[Float[Array, "B T D"], Any, dict[str, KeyValue]]:
-        """As `Attention`; the cache holds whole keys and values."""
+        """As `AttentionLayer`; the cache holds whole keys and values."""
         spec, heads = self.spec, (*x.shape[:2], self.spec.heads, -1)
         low = x if self.query_down is None or self.query_norm is None else self.query_norm(self.query_down(x))
         query, turning = jnp.split(self.query(low).reshape(heads), [spec.plain_dim], axis=-1)
@@ -239,7 +239,7 @@ class Latent(nnx.Module):
         shared = jnp.broadcast_to(self._rotated(shared[:, :, None, :], view), turning.shape)
         query, key, value = named((query, jnp.concatenate([key, shared], axis=-1), value), "qkv")
         pair, memory = view.remember(key, value, memory)
-        mixed = named(view.attend(query, pair, None, Rules(spec.scale)), "context")
+        mixed = named(view.attend(query, pair, None, VisibilityRules(spec.scale)), "context")
         return self.output(mixed.reshape(*x.shape[:2], -1)), memory, kept
 
     def _rotated(self, x: Float[Array, "B T H R"], view: View) -> Float[Array, "B T H R"]:

@@ -98,7 +98,7 @@ class Attention:
 
 
 @dataclasses.dataclass(frozen=True)
-class Latent:
+class MLA:
     """Multi-head latent attention (arXiv:2405.04434): keys and values come from one short vector for each token."""
 
     heads: int
@@ -115,7 +115,7 @@ class Latent:
 
 
 @dataclasses.dataclass(frozen=True)
-class Delta:
+class GatedDelta:
     """Gated delta rule (arXiv:2412.06464): attention with a running state, behind a short causal convolution."""
 
     key_heads: int
@@ -172,7 +172,7 @@ class Experts:
 class Layer:
     """One block. With both an MLP and experts their outputs are added, each behind a norm of its own."""
 
-    mixer: Attention | Latent | Delta
+    mixer: Attention | MLA | GatedDelta
     mlp: MLP | None
     experts: Experts | None = None
     place: Place = "pre"
@@ -228,7 +228,7 @@ class DecoderSpec:
     def short_texts(self) -> int | None:
         """Tokens up to which every text turns alike (longrope's original length); None where any text does."""
         mixers = {layer.mixer for layer in self.layers}
-        ropes = [mixer.rope for mixer in mixers if not isinstance(mixer, Delta) and mixer.rope is not None]
+        ropes = [mixer.rope for mixer in mixers if not isinstance(mixer, GatedDelta) and mixer.rope is not None]
         return min((rope.original_positions for rope in ropes if rope.kind == "longrope"), default=None)
 
     def shares_trunk(self, longest: int) -> bool:
@@ -236,7 +236,7 @@ class DecoderSpec:
 
         Not where a layer carries a running state, nor where rotations depend on how long the whole text is.
         """
-        running = any(isinstance(layer.mixer, Delta) for layer in self.layers)
+        running = any(isinstance(layer.mixer, GatedDelta) for layer in self.layers)
         return not running and (self.short_texts is None or longest <= self.short_texts)
 
 

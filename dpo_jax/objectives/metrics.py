@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dpo_jax.objectives.mixture import Moment, beta_of, counts_of, labels_of, leading, modified
-from dpo_jax.objectives.pairwise import Outcome, Pairs, per_token, rewards
+from dpo_jax.objectives.mixture import Progress, beta_of, counts_of, labels_of, leading, modified
+from dpo_jax.objectives.pairwise import LossOutput, Pairs, per_token, rewards
 from dpo_jax.objectives.terms import Term, data_of
 
 Values = dict[str, Float[Array, ""]]
@@ -38,7 +38,7 @@ def means(metrics: Mapping[str, Mean]) -> Values:
     return {name: mean.total / mean.count for name, mean in metrics.items()}
 
 
-def preference_metrics(terms: Sequence[Term], pairs: Pairs, found: Sequence[Outcome], moment: Moment) -> Values:
+def preference_metrics(terms: Sequence[Term], pairs: Pairs, found: Sequence[LossOutput], moment: Progress) -> Values:
     """Everything that can be said from log-probabilities alone, over the real pairs; padding may hold anything.
 
     `objective/NAME` is each term's own loss (before its weight in the sum), `objective/NAME_margin` the mean of the
@@ -71,7 +71,7 @@ def preference_metrics(terms: Sequence[Term], pairs: Pairs, found: Sequence[Outc
     return jax.lax.stop_gradient(values)
 
 
-def of_terms(terms: Sequence[Term], pairs: Pairs, found: Sequence[Outcome]) -> Values:
+def of_terms(terms: Sequence[Term], pairs: Pairs, found: Sequence[LossOutput]) -> Values:
     """Loss of each term and mean of what it makes grow."""
     values, counts = {}, counts_of(pairs.real, pairs.chosen_length)
     for label, term, outcome in zip(labels_of(terms), terms, found, strict=True):
@@ -118,7 +118,7 @@ def of_reference(pairs: Pairs, margins: Float[Array, "*P"]) -> Values:
     }
 
 
-def of_examples(pairs: Pairs, beta: Any, found: Outcome) -> Values:
+def of_examples(pairs: Pairs, beta: Any, found: LossOutput) -> Values:
     """The same for single completions: `chosen` are the desirable ones, `rejected` the others (nan where none is).
 
     `rewards/accuracies` is the share on the right side of KTO's baseline; `objective/kto_baseline` is that, in nats.

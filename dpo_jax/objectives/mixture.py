@@ -12,22 +12,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dpo_jax.objectives.pairwise import Outcome, Pairs, Scalar, desensitized, policy_weights
+from dpo_jax.objectives.pairwise import LossOutput, Pairs, Scalar, desensitized, policy_weights
 from dpo_jax.objectives.table import OBJECTIVES
 from dpo_jax.objectives.terms import Term, make_terms, takes
 
 
-class Moment(NamedTuple):
+class Progress(NamedTuple):
     """Where in a run a loss is taken: the share of the run that is done, and what earlier steps left to remember."""
 
     progress: Any = 0.0
     memory: Float[Array, " m"] | None = None
 
 
-START = Moment()
+START = Progress()
 
 
-def objective_loss(name: str, pairs: Pairs, **settings: Any) -> Outcome:
+def objective_loss(name: str, pairs: Pairs, **settings: Any) -> LossOutput:
     """One objective of the table by name, for use on its own: unreduced losses, and the quantity that grows.
 
         objective_loss("simpo", make_pairs(chosen, rejected, chosen_length=n, rejected_length=m), beta=2.5).losses
@@ -51,12 +51,12 @@ def objective_loss(name: str, pairs: Pairs, **settings: Any) -> Outcome:
     return found
 
 
-def outcomes(terms: Sequence[Term], pairs: Pairs, moment: Moment = START) -> list[Outcome]:
+def outcomes(terms: Sequence[Term], pairs: Pairs, moment: Progress = START) -> list[LossOutput]:
     """What each term says of each pair; losses are multiplied by the pair's weight and are 0 where nothing is real."""
     return [_outcome(term, pairs, moment) for term in terms]
 
 
-def total(terms: Sequence[Term], found: Sequence[Outcome], counts: Mapping[str, Any]) -> Float[Array, ""]:
+def total(terms: Sequence[Term], found: Sequence[LossOutput], counts: Mapping[str, Any]) -> Float[Array, ""]:
     """The loss: the sum over terms of `weight * sum of losses / count`, `count` being what the term is taken per."""
     parts = [
         term.weight * outcome.losses.sum() / counts[term.row.per] for term, outcome in zip(terms, found, strict=True)
@@ -122,7 +122,7 @@ def start_constant(terms: Sequence[Term]) -> float | None:
     return None if any(value is None for value in values) else sum(value for value in values if value is not None)
 
 
-def _outcome(term: Term, pairs: Pairs, moment: Moment) -> Outcome:
+def _outcome(term: Term, pairs: Pairs, moment: Progress) -> LossOutput:
     seen = modified(term, pairs)
     settings = {name: term.settings[name] for name in term.row.settings}
     if "beta" in settings:

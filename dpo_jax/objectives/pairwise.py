@@ -78,7 +78,7 @@ class Pairs(NamedTuple):
     ranking: Ranking | None = None
 
 
-class Outcome(NamedTuple):
+class LossOutput(NamedTuple):
     """What an objective says of each pair: its loss, and the quantity that it makes grow.
 
     `memory` is what an objective that remembers earlier steps wants to be given at the next one.
@@ -257,40 +257,40 @@ def sigmoid(
     label_smoothing: Scalar = 0.0,
     divergence: str = "reverse_kl",
     divergence_alpha: Scalar = 0.5,
-) -> Outcome:
+) -> LossOutput:
     """DPO as in `dpo_loss`, with margin m (arXiv:2402.10571) and label p: `h = beta * (phi(u_w) - phi(u_l)) - m`.
 
     loss = -q log S(h) - (1 - q) log S(-h),  q = p (1 - e) + (1 - p) e
     """
     chosen, rejected = log_ratios(pairs, divergence, divergence_alpha)
     h = beta * (chosen - rejected) - pairs.margin
-    return Outcome(cross_entropy(h, _smoothed(pairs.label, label_smoothing)), h)
+    return LossOutput(cross_entropy(h, _smoothed(pairs.label, label_smoothing)), h)
 
 
 def _smoothed(label: Any, label_smoothing: Scalar) -> Any:
     return label * (1 - label_smoothing) + (1 - label) * label_smoothing
 
 
-def hinge(pairs: Pairs, *, beta: Scalar, divergence: str, divergence_alpha: Scalar) -> Outcome:
+def hinge(pairs: Pairs, *, beta: Scalar, divergence: str, divergence_alpha: Scalar) -> LossOutput:
     """SLiC's hinge on DPO's logit (Zhao et al. 2023, arXiv:2305.10425): `max(0, 1 - h)`, h with the pair's margin."""
     chosen, rejected = log_ratios(pairs, divergence, divergence_alpha)
     h = beta * (chosen - rejected) - pairs.margin
-    return Outcome(jax.nn.relu(1.0 - h), h)
+    return LossOutput(jax.nn.relu(1.0 - h), h)
 
 
-def ipo(pairs: Pairs, *, beta: Scalar, divergence: str, divergence_alpha: Scalar) -> Outcome:
+def ipo(pairs: Pairs, *, beta: Scalar, divergence: str, divergence_alpha: Scalar) -> LossOutput:
     """IPO (Azar et al. 2023, arXiv:2310.12036, equation 17), on log-ratios per token as TRL does.
 
     d = phi(u_w) / n_w - phi(u_l) / n_l,  loss = (d - 1 / (2 beta))^2
     """
     chosen, rejected = log_ratios(pairs, divergence, divergence_alpha)
     gap = per_token(chosen, pairs.chosen_length) - per_token(rejected, pairs.rejected_length)
-    return Outcome(jnp.square(gap - 1.0 / (2.0 * beta)), gap)
+    return LossOutput(jnp.square(gap - 1.0 / (2.0 * beta)), gap)
 
 
 def exo_pair(
     pairs: Pairs, *, beta: Scalar, label_smoothing: Scalar, divergence: str, divergence_alpha: Scalar
-) -> Outcome:
+) -> LossOutput:
     """EXO for pairs (Ji et al. 2024, arXiv:2402.00856, equation 16): KL from the model's choice to the smoothed label.
 
     loss = S(h) (log S(h) - log(1 - e)) + S(-h) (log S(-h) - log e)
@@ -299,22 +299,22 @@ def exo_pair(
     h = beta * (chosen - rejected)
     right = jax.nn.sigmoid(h) * (jax.nn.log_sigmoid(h) - jnp.log1p(-label_smoothing))
     wrong = jax.nn.sigmoid(-h) * (jax.nn.log_sigmoid(-h) - jnp.log(label_smoothing))
-    return Outcome(right + wrong, h)
+    return LossOutput(right + wrong, h)
 
 
-def nca_pair(pairs: Pairs, *, beta: Scalar) -> Outcome:
+def nca_pair(pairs: Pairs, *, beta: Scalar) -> LossOutput:
     """NCA for pairs (Chen et al. 2024, arXiv:2402.05369): absolute rewards, so the chosen one is not let fall.
 
     loss = -log S(beta u_w) - (log S(-beta u_w) + log S(-beta u_l)) / 2
     """
     chosen, rejected = rewards(pairs, beta)
     losses = cross_entropy(chosen) + 0.5 * cross_entropy(-chosen) + 0.5 * cross_entropy(-rejected)
-    return Outcome(losses, chosen - rejected)
+    return LossOutput(losses, chosen - rejected)
 
 
 def robust(
     pairs: Pairs, *, beta: Scalar, label_smoothing: Scalar, divergence: str, divergence_alpha: Scalar
-) -> Outcome:
+) -> LossOutput:
     """Robust DPO (Chowdhury et al. 2024, arXiv:2403.00409): unbiased where labels are flipped with chance e < 1/2.
 
     loss = (-(1 - e) log S(h) + e log S(-h)) / (1 - 2 e)                                     (it may be negative)
@@ -322,38 +322,38 @@ def robust(
     chosen, rejected = log_ratios(pairs, divergence, divergence_alpha)
     h = beta * (chosen - rejected)
     losses = (1 - label_smoothing) * cross_entropy(h) - label_smoothing * cross_entropy(-h)
-    return Outcome(losses / (1 - 2 * label_smoothing), h)
+    return LossOutput(losses / (1 - 2 * label_smoothing), h)
 
 
-def bco_pair(pairs: Pairs, *, beta: Scalar) -> Outcome:
+def bco_pair(pairs: Pairs, *, beta: Scalar) -> LossOutput:
     """BCO (Jung et al. 2024, arXiv:2404.04656) without its reward shift, as in TRL.
 
     loss = -log S(beta u_w) - log S(-beta u_l)
     """
     chosen, rejected = rewards(pairs, beta)
-    return Outcome(cross_entropy(chosen) + cross_entropy(-rejected), chosen - rejected)
+    return LossOutput(cross_entropy(chosen) + cross_entropy(-rejected), chosen - rejected)
 
 
-def sppo_hard(pairs: Pairs, *, beta: Scalar) -> Outcome:
+def sppo_hard(pairs: Pairs, *, beta: Scalar) -> LossOutput:
     """SPPO with hard labels (Wu et al. 2024, arXiv:2405.00675): (u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2."""
     chosen, rejected = log_ratios(pairs)
     target = 0.5 / beta
-    return Outcome(jnp.square(chosen - target) + jnp.square(rejected + target), chosen - rejected)
+    return LossOutput(jnp.square(chosen - target) + jnp.square(rejected + target), chosen - rejected)
 
 
-def apo_zero(pairs: Pairs, *, beta: Scalar) -> Outcome:
+def apo_zero(pairs: Pairs, *, beta: Scalar) -> LossOutput:
     """APO-zero (D'Oosterlinck et al. 2024, arXiv:2408.06266): 1 - S(beta u_w) + S(beta u_l)."""
     chosen, rejected = rewards(pairs, beta)
-    return Outcome(jax.nn.sigmoid(-chosen) + jax.nn.sigmoid(rejected), chosen - rejected)
+    return LossOutput(jax.nn.sigmoid(-chosen) + jax.nn.sigmoid(rejected), chosen - rejected)
 
 
-def apo_down(pairs: Pairs, *, beta: Scalar) -> Outcome:
+def apo_down(pairs: Pairs, *, beta: Scalar) -> LossOutput:
     """APO-down (arXiv:2408.06266, equation 8, plus 1): S(beta u_w) + 1 - S(beta (u_w - u_l))."""
     chosen, rejected = rewards(pairs, beta)
-    return Outcome(jax.nn.sigmoid(chosen) + jax.nn.sigmoid(rejected - chosen), chosen - rejected)
+    return LossOutput(jax.nn.sigmoid(chosen) + jax.nn.sigmoid(rejected - chosen), chosen - rejected)
 
 
-def discopop(pairs: Pairs, *, beta: Scalar, tau: Scalar, divergence: str, divergence_alpha: Scalar) -> Outcome:
+def discopop(pairs: Pairs, *, beta: Scalar, tau: Scalar, divergence: str, divergence_alpha: Scalar) -> LossOutput:
     """DiscoPOP's modulated loss (Lu et al. 2024, arXiv:2406.08414): logistic and exponential, mixed by a gate.
 
     g = S(h / tau),  loss = -(1 - g) log S(h) + g exp(-h)                        (g exp(-h) as one exponent: finite)
@@ -361,28 +361,28 @@ def discopop(pairs: Pairs, *, beta: Scalar, tau: Scalar, divergence: str, diverg
     chosen, rejected = log_ratios(pairs, divergence, divergence_alpha)
     h = beta * (chosen - rejected)
     exponent = -jnp.logaddexp(h, h - h / tau)  # log g - h, without the difference of two large numbers
-    return Outcome(jax.nn.sigmoid(-h / tau) * cross_entropy(h) + jnp.exp(exponent), h)
+    return LossOutput(jax.nn.sigmoid(-h / tau) * cross_entropy(h) + jnp.exp(exponent), h)
 
 
-def sigmoid_norm(pairs: Pairs, *, beta: Scalar, divergence: str, divergence_alpha: Scalar) -> Outcome:
+def sigmoid_norm(pairs: Pairs, *, beta: Scalar, divergence: str, divergence_alpha: Scalar) -> LossOutput:
     """Length-normalised DPO (Tulu 3, arXiv:2411.15124): -log S(beta (phi(u_w) / n_w - phi(u_l) / n_l) - m)."""
     chosen, rejected = log_ratios(pairs, divergence, divergence_alpha)
     gap = per_token(chosen, pairs.chosen_length) - per_token(rejected, pairs.rejected_length)
     h = beta * gap - pairs.margin
-    return Outcome(cross_entropy(h, pairs.label), h)
+    return LossOutput(cross_entropy(h, pairs.label), h)
 
 
-def rdpo(pairs: Pairs, *, beta: Scalar, length_penalty: Scalar, label_smoothing: Scalar) -> Outcome:
+def rdpo(pairs: Pairs, *, beta: Scalar, length_penalty: Scalar, label_smoothing: Scalar) -> LossOutput:
     """R-DPO (Park et al. 2024, arXiv:2403.19159, equation 9): DPO for a reward less `length_penalty` per token.
 
     h = beta (u_w - u_l) + length_penalty (n_w - n_l) - m,  loss as in `sigmoid`
     """
     chosen, rejected = rewards(pairs, beta)
     h = chosen - rejected + length_penalty * (pairs.chosen_length - pairs.rejected_length) - pairs.margin
-    return Outcome(cross_entropy(h, _smoothed(pairs.label, label_smoothing)), h)
+    return LossOutput(cross_entropy(h, _smoothed(pairs.label, label_smoothing)), h)
 
 
-def cal_dpo(pairs: Pairs, *, beta: Scalar, calibration_weight: Scalar) -> Outcome:
+def cal_dpo(pairs: Pairs, *, beta: Scalar, calibration_weight: Scalar) -> LossOutput:
     """Cal-DPO (Xiao et al. 2024, arXiv:2412.14516): rewards are also held to their scale, +-1/2 in units of beta u.
 
     loss = -log S(u_w - u_l) + calibration_weight ((u_w - 1 / (2 beta))^2 + (u_l + 1 / (2 beta))^2)
@@ -392,10 +392,10 @@ def cal_dpo(pairs: Pairs, *, beta: Scalar, calibration_weight: Scalar) -> Outcom
     chosen, rejected = log_ratios(pairs)
     target = 0.5 / beta
     calibration = jnp.square(chosen - target) + jnp.square(rejected + target)
-    return Outcome(cross_entropy(chosen - rejected) + calibration_weight * calibration, chosen - rejected)
+    return LossOutput(cross_entropy(chosen - rejected) + calibration_weight * calibration, chosen - rejected)
 
 
-def simpo(pairs: Pairs, *, beta: Scalar, gamma: Scalar, label_smoothing: Scalar) -> Outcome:
+def simpo(pairs: Pairs, *, beta: Scalar, gamma: Scalar, label_smoothing: Scalar) -> LossOutput:
     """SimPO (Meng et al. 2024, arXiv:2405.14734, equation 6): mean log-probabilities, a target margin, no reference.
 
     h = beta (log pi(y_w) / n_w - log pi(y_l) / n_l) - gamma - m,  loss as in `sigmoid`
@@ -403,10 +403,10 @@ def simpo(pairs: Pairs, *, beta: Scalar, gamma: Scalar, label_smoothing: Scalar)
     chosen = per_token(pairs.policy_chosen, pairs.chosen_length)
     rejected = per_token(pairs.policy_rejected, pairs.rejected_length)
     h = beta * (chosen - rejected) - gamma - pairs.margin
-    return Outcome(cross_entropy(h, _smoothed(pairs.label, label_smoothing)), h)
+    return LossOutput(cross_entropy(h, _smoothed(pairs.label, label_smoothing)), h)
 
 
-def odds_ratio(pairs: Pairs) -> Outcome:
+def odds_ratio(pairs: Pairs) -> LossOutput:
     """The preference term of ORPO (Hong et al. 2024, arXiv:2403.07691, equation 7): -log S(log odds_w - log odds_l).
 
     log odds(y) = a - log(1 - exp(a)),  a = log pi(y) / n                   (a at most -SMALLEST_SURPRISE: finite odds)
@@ -418,7 +418,7 @@ def odds_ratio(pairs: Pairs) -> Outcome:
             (pairs.policy_rejected, pairs.rejected_length),
         )
     )
-    return Outcome(cross_entropy(chosen - rejected), chosen - rejected)
+    return LossOutput(cross_entropy(chosen - rejected), chosen - rejected)
 
 
 def _log_odds(mean_logp: Any) -> Any:
@@ -428,12 +428,12 @@ def _log_odds(mean_logp: Any) -> Any:
     return a - jnp.where(a > -0.7, jnp.log(-jnp.expm1(near)), jnp.log1p(-jnp.exp(far)))
 
 
-def sft(pairs: Pairs) -> Outcome:
+def sft(pairs: Pairs) -> LossOutput:
     """Negative log-likelihood of the chosen completion, summed over its tokens; the rejected one is not looked at."""
-    return Outcome(-pairs.policy_chosen, per_token(pairs.policy_chosen, pairs.chosen_length))
+    return LossOutput(-pairs.policy_chosen, per_token(pairs.policy_chosen, pairs.chosen_length))
 
 
-def reward(pairs: Pairs, *, center: Scalar, label_smoothing: Scalar) -> Outcome:
+def reward(pairs: Pairs, *, center: Scalar, label_smoothing: Scalar) -> LossOutput:
     """Bradley-Terry loss of a reward model whose scores stand where log-probabilities stand otherwise.
 
     loss = -log S(r_w - r_l - m) + center (r_w + r_l)^2         (labels and smoothing as in `sigmoid`)
@@ -442,4 +442,4 @@ def reward(pairs: Pairs, *, center: Scalar, label_smoothing: Scalar) -> Outcome:
     """
     h = pairs.policy_chosen - pairs.policy_rejected - pairs.margin
     losses = cross_entropy(h, _smoothed(pairs.label, label_smoothing))
-    return Outcome(losses + center * jnp.square(pairs.policy_chosen + pairs.policy_rejected), h)
+    return LossOutput(losses + center * jnp.square(pairs.policy_chosen + pairs.policy_rejected), h)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dpo_jax.objectives.pairwise import Outcome, Pairs, Ranking, Scalar, cross_entropy, log_ratios, rewards
+from dpo_jax.objectives.pairwise import LossOutput, Pairs, Ranking, Scalar, cross_entropy, log_ratios, rewards
 
 SMALLEST_BETA = 1e-3
 """Least beta that beta-DPO adapts to (as in its authors' code)."""
@@ -17,7 +17,7 @@ SMALLEST_SPREAD = 1e-2
 """Least spread of gaps, in nats, that beta-DPO draws by: a smaller one is rounding, as at the start."""
 
 
-def plackett_luce(pairs: Pairs, *, beta: Scalar) -> Outcome:
+def plackett_luce(pairs: Pairs, *, beta: Scalar) -> LossOutput:
     """DPO for rankings (arXiv:2305.18290, appendix A.3, equation 20): the best is chosen, then the best of the rest.
 
         loss = sum over completions k of  log sum_{j: j = k or ranked below k} exp(beta u_j) - beta u_k
@@ -35,10 +35,10 @@ def plackett_luce(pairs: Pairs, *, beta: Scalar) -> Outcome:
     field = jax.nn.logsumexp(jnp.where(rivals, u[..., None, :], -jnp.inf), axis=-1)
     losses = jnp.where(rank >= 0, field - u, 0.0).sum(axis=-1)
     chosen, rejected = rewards(pairs, beta)
-    return Outcome(losses, chosen - rejected)
+    return LossOutput(losses, chosen - rejected)
 
 
-def aot(pairs: Pairs, *, beta: Scalar, label_smoothing: Scalar) -> Outcome:
+def aot(pairs: Pairs, *, beta: Scalar, label_smoothing: Scalar) -> LossOutput:
     """AOT (Melnyk et al. 2024, arXiv:2406.05882): the policy's sorted log-odds against the reference's, over the step.
 
     q = sort(log pi(y_w) - log pi(y_l)) - sort(log pi_ref(y_w) - log pi_ref(y_l)),  loss = cross entropy of beta q
@@ -48,14 +48,14 @@ def aot(pairs: Pairs, *, beta: Scalar, label_smoothing: Scalar) -> Outcome:
     policy = pairs.policy_chosen - pairs.policy_rejected
     reference = pairs.reference_chosen - pairs.reference_rejected
     h = beta * (policy - _at_rank(reference, _order(policy, pairs.real), pairs.real))
-    return Outcome(cross_entropy(h, 1 - label_smoothing), h)
+    return LossOutput(cross_entropy(h, 1 - label_smoothing), h)
 
 
-def aot_unpaired(pairs: Pairs, *, beta: Scalar, label_smoothing: Scalar) -> Outcome:
+def aot_unpaired(pairs: Pairs, *, beta: Scalar, label_smoothing: Scalar) -> LossOutput:
     """AOT without pairs (arXiv:2406.05882): `q = sort(u_w) - sort(u_l)` over the step, loss as in `aot`."""
     chosen, rejected = log_ratios(pairs)
     h = beta * (chosen - _at_rank(rejected, _order(chosen, pairs.real), pairs.real))
-    return Outcome(cross_entropy(h, 1 - label_smoothing), h)
+    return LossOutput(cross_entropy(h, 1 - label_smoothing), h)
 
 
 def _order(values: Any, real: Any) -> Any:
@@ -70,7 +70,7 @@ def _at_rank(values: Any, order: Any, real: Any) -> Any:
     return mine[ranks].reshape(values.shape)
 
 
-def kto(pairs: Pairs, *, beta: Scalar, desirable_weight: Scalar, undesirable_weight: Scalar) -> Outcome:
+def kto(pairs: Pairs, *, beta: Scalar, desirable_weight: Scalar, undesirable_weight: Scalar) -> LossOutput:
     """KTO (Ethayarajh et al. 2024, arXiv:2402.01306, equation 8) on single completions that are desirable or not.
 
         z    = max(0, mean over the step of u of a completion that belongs to another prompt), without gradient
@@ -84,7 +84,7 @@ def kto(pairs: Pairs, *, beta: Scalar, desirable_weight: Scalar, undesirable_wei
     h = beta * (u - z)
     good = desirable_weight * pairs.label * jax.nn.sigmoid(-h)
     bad = undesirable_weight * (1 - pairs.label) * jax.nn.sigmoid(h)
-    return Outcome(good + bad, (2 * pairs.label - 1) * h)
+    return LossOutput(good + bad, (2 * pairs.label - 1) * h)
 
 
 def beta_dpo(
@@ -95,7 +95,7 @@ def beta_dpo(
     keep_fraction: Scalar,
     momentum: Scalar,
     memory: Float[Array, " 2"] | None = None,
-) -> Outcome:
+) -> LossOutput:
     """beta-DPO (Wu et al. 2024, arXiv:2407.08639, equations 7 to 9): a step's beta follows the gaps that it finds.
 
         g          = u_w - u_l of each pair, without gradient
@@ -118,7 +118,7 @@ def beta_dpo(
     found = jnp.where(kept, gaps, 0.0).sum() / number
     used = jnp.maximum(beta * (1.0 + adapt * (found - memory[0])), SMALLEST_BETA)
     h = used * (chosen - rejected)
-    return Outcome(jnp.where(kept, cross_entropy(h) * (count / number), 0.0), h, memory)
+    return LossOutput(jnp.where(kept, cross_entropy(h) * (count / number), 0.0), h, memory)
 
 
 def _drawn(gaps: Any, real: Any, noise: Any, memory: Any, number: Any) -> tuple[Any, Any]:

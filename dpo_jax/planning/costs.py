@@ -90,9 +90,9 @@ def attention_flops(spec: DecoderSpec, load: Load) -> float:
         match layer.mixer:
             case specs.Attention(heads=heads, head_dim=channels, window=window):
                 total += 4.0 * heads * channels * load.seen[window]
-            case specs.Latent() as latent:
+            case specs.MLA() as latent:
                 width = latent.plain_dim + latent.rope_dim + latent.value_dim
                 total += 2.0 * latent.heads * width * load.seen[None]
-            case specs.Delta() as delta:  # the state is decayed, read twice and written once
+            case specs.GatedDelta() as delta:  # the state is decayed, read twice and written once
                 total += 8.0 * delta.value_heads * delta.key_dim * delta.value_dim * load.tokens
     return total

@@ -13,7 +13,7 @@ from dpo_jax.logprobs.tokens import CHUNK
 from dpo_jax.model.attention import Layout
 from dpo_jax.model.decoder import cast, hidden_and_routing, init_params
 from dpo_jax.model.weights import Weights
-from dpo_jax.preference.loss import Problem
+from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.preference.scoring import bounds_of
 
 LOGITS = 3
@@ -39,7 +39,7 @@ def state_items(state: Any, shardings: Any) -> dict[str, int]:
 
 
 def step_items(
-    problem: Problem, weights: Weights, forest: Any, mesh: jax.sharding.Mesh, *, several: bool
+    problem: TrainingObjective, weights: Weights, forest: Any, mesh: jax.sharding.Mesh, *, several: bool
 ) -> dict[str, int]:
     """Bytes that a step needs beside its state, at its fullest moment: in a layer's backward pass or in the head's.
 
@@ -72,7 +72,9 @@ def step_items(
     }
 
 
-def activation_bytes(problem: Problem, forest: Any, mesh: jax.sharding.Mesh, *, remat: str | None = None) -> int:
+def activation_bytes(
+    problem: TrainingObjective, forest: Any, mesh: jax.sharding.Mesh, *, remat: str | None = None
+) -> int:
     """Bytes on one device that a micro-batch's forward pass keeps for its backward pass: JAX's residuals, less weights.
 
     `remat` stands in for the problem's own.
@@ -106,7 +108,9 @@ def _is_split(leaf: Any, width: int, tensor: int) -> bool:
     return leaf.ndim >= 3 and leaf.shape[-1] not in (width, 1) and leaf.shape[-1] % tensor == 0
 
 
-def _gathered(problem: Problem, leaves: dict[str, Any], places: dict[str, Any], mesh: jax.sharding.Mesh) -> int:
+def _gathered(
+    problem: TrainingObjective, leaves: dict[str, Any], places: dict[str, Any], mesh: jax.sharding.Mesh
+) -> int:
     """The largest layer's weights, whole over the fsdp axis, and its gradient before it is scattered."""
     if mesh.shape["fsdp"] == 1:
         return 0
@@ -119,7 +123,7 @@ def _gathered(problem: Problem, leaves: dict[str, Any], places: dict[str, Any], 
     return 2 * max(layers.values(), default=0)
 
 
-def _head(problem: Problem, forest: Any, mesh: jax.sharding.Mesh) -> int:
+def _head(problem: TrainingObjective, forest: Any, mesh: jax.sharding.Mesh) -> int:
     """Chunks of logits, states of the scored tokens and the slope along them in float32, and a chunk of weights."""
     width, dtype = problem.spec.head_width, jnp.dtype(problem.compute_dtype)
     scored = forest.source.size // (mesh.shape["data"] * mesh.shape["fsdp"])

@@ -9,7 +9,7 @@ import numpy as np
 
 from dpo_jax.data.batches import Batches
 from dpo_jax.data.encoded import Encoded
-from dpo_jax.objectives.mixture import Moment
+from dpo_jax.objectives.mixture import Progress
 from dpo_jax.objectives.pairwise import Pairs
 from dpo_jax.objectives.terms import Term
 from dpo_jax.preference.loss import measure
@@ -52,7 +52,7 @@ def evaluate(
 
 def measurement(terms: tuple[Term, ...]) -> Callable[[Pairs, Any], Any]:
     """What `evaluate` takes as `measure` for these objectives; compiled once for each number of pairs."""
-    return jax.jit(lambda pairs, progress: measure(terms, pairs, Moment(progress))[:2])
+    return jax.jit(lambda pairs, progress: measure(terms, pairs, Progress(progress))[:2])
 
 
 def token_logprobs(

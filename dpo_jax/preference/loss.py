@@ -15,7 +15,7 @@ from dpo_jax.model.experts import Routing, added, load_balance
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.metrics import Means, means, merge, preference_metrics
-from dpo_jax.objectives.mixture import START, Moment, counts_of, outcomes, start_constant, total
+from dpo_jax.objectives.mixture import START, Progress, counts_of, outcomes, start_constant, total
 from dpo_jax.objectives.pairwise import Pairs
 from dpo_jax.objectives.table import Kind
 from dpo_jax.objectives.terms import Term, data_of, make_terms
@@ -23,7 +23,7 @@ from dpo_jax.preference.scoring import Scores, Wanted, fold, pairs_of, score, to
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class TrainingObjective:
     """What is minimised, and how it is computed: everything static that a step, or an evaluation, needs."""
 
     spec: DecoderSpec
@@ -83,7 +83,7 @@ class Seen(NamedTuple):
     routing: Routing | None
 
 
-def micro_pairs(problem: Problem, compute: Any, forest: Any, reference: Any, *, quick: bool = False) -> Seen:
+def micro_pairs(problem: TrainingObjective, compute: Any, forest: Any, reference: Any, *, quick: bool = False) -> Seen:
     """What the objectives see of one micro-batch; no statistics with `quick`.
 
     The reference's log-probabilities come from its weights where it is live, else from the batch.
@@ -94,13 +94,13 @@ def micro_pairs(problem: Problem, compute: Any, forest: Any, reference: Any, *, 
     return Seen(pairs, {} if quick else _token_means(problem, lax.stop_gradient(scores), forest), scores.routing)
 
 
-def _reference_tokens(problem: Problem, reference: Any, forest: Any) -> jax.Array:
+def _reference_tokens(problem: TrainingObjective, reference: Any, forest: Any) -> jax.Array:
     if reference is None:
         return forest.reference
     return score(problem.spec, lax.stop_gradient(reference), forest, execution=problem.execution).tokens
 
 
-def _computing(problem: Problem, weights: Weights, reference: Any) -> tuple[Weights, Any]:
+def _computing(problem: TrainingObjective, weights: Weights, reference: Any) -> tuple[Weights, Any]:
     """Weights of the policy, and of a live reference that any term looks at, in the dtype of computation."""
     dtype = jnp.dtype(problem.compute_dtype)
     live = cast(reference, dtype) if reference is not None and problem.uses_reference else None
@@ -108,7 +108,7 @@ def _computing(problem: Problem, weights: Weights, reference: Any) -> tuple[Weig
     return narrow, live
 
 
-def _token_means(problem: Problem, scores: Scores, forest: Any) -> Means:
+def _token_means(problem: TrainingObjective, scores: Scores, forest: Any) -> Means:
     if not problem.wanted.statistics:
         return {}
     return token_metrics(scores, forest, chosen_only=problem.data in ("unpaired", "chosen"))
@@ -118,7 +118,7 @@ def _token_means(problem: Problem, scores: Scores, forest: Any) -> Means:
 
 
 def loss_and_gradient(
-    problem: Problem, weights: Weights, batch: Any, reference: Any = None, moment: Moment = START
+    problem: TrainingObjective, weights: Weights, batch: Any, reference: Any = None, moment: Progress = START
 ) -> tuple[Any, Any, Any, Any]:
     """Loss, metrics, float32 gradient and memory over the whole batch, summed micro-batch by micro-batch.
 
@@ -139,7 +139,7 @@ def loss_and_gradient(
     return loss, metrics, gradient, memory
 
 
-def measure(terms: tuple[Term, ...], pairs: Pairs, moment: Moment) -> tuple[Any, Any, Any]:
+def measure(terms: tuple[Term, ...], pairs: Pairs, moment: Progress) -> tuple[Any, Any, Any]:
     """Loss, metrics and memory of all the pairs of a step, or of a held-out set."""
     found = outcomes(terms, pairs, moment)
     loss = total(terms, found, counts_of(pairs.real, pairs.chosen_length))
@@ -147,7 +147,7 @@ def measure(terms: tuple[Term, ...], pairs: Pairs, moment: Moment) -> tuple[Any,
     return loss, preference_metrics(terms, pairs, found, moment), memory
 
 
-def _one_pass(problem: Problem, compute: Weights, batch: Any, reference: Any, moment: Moment) -> Any:
+def _one_pass(problem: TrainingObjective, compute: Weights, batch: Any, reference: Any, moment: Progress) -> Any:
     """Every micro-batch with its gradient."""
     counts = counts_of(batch.real, jnp.take_along_axis(batch.lengths, batch.chosen, axis=-1))
 
@@ -164,7 +164,7 @@ def _one_pass(problem: Problem, compute: Weights, batch: Any, reference: Any, mo
     return fold(visit, (_nothing(problem, batch), _no_gradient(compute.trained)), batch)
 
 
-def _two_passes(problem: Problem, compute: Weights, batch: Any, reference: Any, moment: Moment) -> Any:
+def _two_passes(problem: TrainingObjective, compute: Weights, batch: Any, reference: Any, moment: Progress) -> Any:
     """The step's pairs, then the gradient along the slope of the step's loss at each of them."""
     seen = all_pairs(problem, compute.params, batch, reference)
     pairs = seen.pairs
@@ -189,7 +189,7 @@ def _two_passes(problem: Problem, compute: Weights, batch: Any, reference: Any, 
     return seen, fold(visit, _no_gradient(compute.trained), batch)
 
 
-def _balance(problem: Problem, part: Routing | None, whole: Routing | None) -> jax.Array:
+def _balance(problem: TrainingObjective, part: Routing | None, whole: Routing | None) -> jax.Array:
     """A micro-batch's part of the load-balancing loss of a whole step, weighted: linear in its routers' scores."""
     if part is None or whole is None:
         return jnp.zeros(())
@@ -197,7 +197,7 @@ def _balance(problem: Problem, part: Routing | None, whole: Routing | None) -> j
     return problem.router_aux * load_balance(counts, part.scores, total_weight)
 
 
-def all_pairs(problem: Problem, compute: Any, batch: Any, reference: Any) -> Seen:
+def all_pairs(problem: TrainingObjective, compute: Any, batch: Any, reference: Any) -> Seen:
     """Every pair of a batch, [M, D, P], the sums of its token statistics, and of its routing; no gradient."""
 
     def visit(sofar, forest, number):
@@ -206,7 +206,9 @@ def all_pairs(problem: Problem, compute: Any, batch: Any, reference: Any) -> See
     return fold(visit, _nothing(problem, batch), batch)
 
 
-def evaluate_batch(problem: Problem, weights: Weights, batch: Any, reference: Any = None) -> tuple[Pairs, Means]:
+def evaluate_batch(
+    problem: TrainingObjective, weights: Weights, batch: Any, reference: Any = None
+) -> tuple[Pairs, Means]:
     """Pairs and statistics from the weights as they are trained: what `evaluation.preference` puts together."""
     compute, reference = _computing(problem, weights, reference)
     seen = all_pairs(problem, compute.params, batch, reference)
@@ -234,7 +236,7 @@ def _with_policy(pairs: Pairs, policy: Any) -> Pairs:
     return pairs._replace(policy_chosen=chosen, policy_rejected=rejected, shared=shared, ranking=ranking)
 
 
-def _nothing(problem: Problem, batch: Any) -> Seen:
+def _nothing(problem: TrainingObjective, batch: Any) -> Seen:
     """No pairs yet in the shape of all of a batch's, and no token statistics or routing."""
 
     def first(batch):

@@ -18,7 +18,7 @@ from dpo_jax.model.decoder import cast
 from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.mixture import as_measured
 from dpo_jax.preference import heldout
-from dpo_jax.preference.loss import Problem, evaluate_batch
+from dpo_jax.preference.loss import TrainingObjective, evaluate_batch
 
 
 class EvaluationPrompts(NamedTuple):
@@ -43,7 +43,7 @@ class Evaluator:
 
     def __init__(
         self,
-        objective: Problem,
+        objective: TrainingObjective,
         mesh: jax.sharding.Mesh,
         *,
         held_out: Batches | None,
@@ -99,7 +99,7 @@ def _collected(collect: Callable, live: Any, weights: Weights, batch: Any) -> An
     return collect(weights, live, batch)
 
 
-def counted(objective: Problem, metrics: dict[str, float]) -> dict[str, float]:
+def counted(objective: TrainingObjective, metrics: dict[str, float]) -> dict[str, float]:
     """The metrics, less those that are nan because a step of single completions has none that is (un)desirable."""
     if objective.data != "unpaired" or not math.isfinite(metrics["loss"]):
         return metrics

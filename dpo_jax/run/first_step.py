@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.errors import UserError
-from dpo_jax.preference.loss import Problem
+from dpo_jax.preference.loss import TrainingObjective
 
 START_TOLERANCE = 1e-4
 """How far the first loss may be from the objective's constant in float32, in nats."""
@@ -17,7 +17,7 @@ TOKEN_NOISE = {"bfloat16": 0.04}
 0.037 in PyTorch's autocast; the scoring program rounds in other places than the training step."""
 
 
-def preference_loss(objective: Problem, metrics: Mapping[str, Any]) -> float:
+def preference_loss(objective: TrainingObjective, metrics: Mapping[str, Any]) -> float:
     """The loss of a step without the part that balances experts."""
     return float(metrics["loss"]) - objective.router_aux * float(metrics.get("aux_loss", 0.0))
 
@@ -33,14 +33,14 @@ class FirstStep:
       cache: folder of the cached reference, for the error.
     """
 
-    objective: Problem
+    objective: TrainingObjective
     pairs: int
     known_loss: float | None
     cache: Path
 
     @classmethod
     def of(
-        cls, objective: Problem, train: Encoded, pairs: int, cache: Path, *, reference_is_policy: bool
+        cls, objective: TrainingObjective, train: Encoded, pairs: int, cache: Path, *, reference_is_policy: bool
     ) -> "FirstStep":
         """The loss is known where policy and reference are the same, and no row has a margin or weight of its own.
 

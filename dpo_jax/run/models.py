@@ -20,7 +20,7 @@ from dpo_jax.model.settings import MeshSettings, ModelSettings
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights, divided, what_is_trained
 from dpo_jax.objectives.terms import Term
-from dpo_jax.preference.loss import Problem
+from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.run.sources import Sources
 from dpo_jax.training.settings import ReferenceSettings
 
@@ -168,13 +168,13 @@ def make_objective(
     mesh: jax.sharding.Mesh,
     *,
     statistics: bool = True,
-) -> Problem:
+) -> TrainingObjective:
     """The objective on this model."""
     where, split, attention = sharding.rows(mesh), sharding.head_split(mesh), attention_backend(model, spec, mesh)
     head = "embed/embedding" if spec.tied else "head/embedding"
     frozen_head = not spec.scalar_head and what_is_trained(spec, model.freeze)[head] is False
     execution = Execution(model.scan_layers, model.remat, where, attention, split, frozen_head)
-    return Problem(
+    return TrainingObjective(
         spec=spec,
         terms=terms,
         compute_dtype=compute_dtype(model, mesh),

@@ -11,7 +11,7 @@ from dpo_jax.hf.tokenizer import load_tokenizer
 from dpo_jax.model.decoder import Model
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights
-from dpo_jax.preference.loss import Problem
+from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.reporting.journal import Journal
 from dpo_jax.run import models, output, result
 from dpo_jax.run.data import Data, Packing, load_data, number_of_steps
@@ -76,7 +76,7 @@ class Job:
             run.model, self.sources.policy, self.mesh, run.optimizer.param_dtype, scalar_head=scores
         )
 
-    def objective(self, spec: DecoderSpec) -> Problem:
+    def objective(self, spec: DecoderSpec) -> TrainingObjective:
         """What is minimised, on this model."""
         run = self.run
         statistics = run.log.token_statistics
@@ -87,7 +87,9 @@ class Job:
         after = -1 if start is None else start
         return Journal(self.folder, self.steps, self.run.log, after, process=jax.process_index(), began=began)
 
-    def reference(self, objective: Problem, weights: Weights, journal: Journal, *, resumes: bool) -> Reference:
+    def reference(
+        self, objective: TrainingObjective, weights: Weights, journal: Journal, *, resumes: bool
+    ) -> Reference:
         """The reference, computed or kept live."""
         return make_reference(
             self.run.reference,
@@ -99,14 +101,14 @@ class Job:
             resumes=resumes,
         )
 
-    def trainer(self, objective: Problem, weights: Weights, reference: Reference) -> Trainer:
+    def trainer(self, objective: TrainingObjective, weights: Weights, reference: Reference) -> Trainer:
         """The step, and the batches that it takes."""
         run = self.run
         order = {"shuffle": run.data.shuffle, "seed": run.seed}
         batches = self.packing.steps(self.data.train, objective.spec, self.steps, **order, reference=reference.train)
         return Trainer(objective, weights, batches, reference, self.mesh, optimizer=run.optimizer, seed=run.seed)
 
-    def evaluator(self, objective: Problem, reference: Reference) -> Evaluator:
+    def evaluator(self, objective: TrainingObjective, reference: Reference) -> Evaluator:
         """What is measured on held-out data."""
         held_out = self.data.held_out
         rows = None if held_out is None else self.packing.sweep(held_out, objective.spec, reference.held_out)

@@ -24,7 +24,7 @@ from dpo_jax.planning import costs, hlo, memory
 from dpo_jax.planning.costs import Load
 from dpo_jax.planning.estimate import Moved
 from dpo_jax.planning.lengths import COMPLETION_TOKENS, PROMPT_TOKENS, UNITS_PER_STEP, made_up
-from dpo_jax.preference.loss import Problem
+from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.run import models
 from dpo_jax.run.data import Packing, examples, number_of_steps
 from dpo_jax.run.reference import Reference, moving_reference
@@ -37,10 +37,10 @@ LOOKED_AT = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class PlannedStep:
     """A run's step on a mesh, described but not compiled."""
 
-    objective: Problem
+    objective: TrainingObjective
     trainer: Trainer
     dummy: Batch
     load: Load
@@ -123,7 +123,7 @@ def data_for(
 
 def describe(
     run: Run, sources: Sources, encoded: Encoded, mesh: jax.sharding.Mesh, *, platform: str | None = None
-) -> Step:
+) -> PlannedStep:
     """The step that `train` would compile for this data on this mesh: the same functions, with shapes for arrays.
 
     Args:
@@ -147,14 +147,14 @@ def describe(
     load = costs.mean_load([costs.load_of(batch, costs.windows_of(spec)) for batch in made])
     micro = float(np.mean([int(batch.micro_batches) for batch in made]))
     shapes = tuple(dummy.tokens.shape[2:] for dummy in dummies)
-    return Step(objective, trainer, dummies[0], load, micro, shapes)
+    return PlannedStep(objective, trainer, dummies[0], load, micro, shapes)
 
 
 def _some(batches: Batches) -> list[Batch]:
     return [batches.at(int(step)) for step in np.unique(np.linspace(0, batches.steps - 1, LOOKED_AT).astype(int))]
 
 
-def _reference(run: Run, objective: Problem, params: Any, mesh: jax.sharding.Mesh) -> Reference:
+def _reference(run: Run, objective: TrainingObjective, params: Any, mesh: jax.sharding.Mesh) -> Reference:
     """Shapes of a live reference's weights."""
     moving = moving_reference(run.reference)
     if run.reference.mode != "live":
@@ -167,7 +167,7 @@ def _reference(run: Run, objective: Problem, params: Any, mesh: jax.sharding.Mes
 # ---------------------------------------------------------------------------------------------- what it takes
 
 
-def predicted(step: Step) -> dict[str, int]:
+def predicted(step: PlannedStep) -> dict[str, int]:
     """Bytes of one device by item, at the step's fullest moment."""
     trainer = step.trainer
     found = memory.state_items(trainer.abstract, trainer.shardings)
@@ -190,7 +190,7 @@ def reported(compiled: jax.stages.Compiled) -> dict[str, int]:
     return sizes | {"peak": sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"]}
 
 
-def compile_step(step: Step) -> tuple[jax.stages.Compiled, str]:
+def compile_step(step: PlannedStep) -> tuple[jax.stages.Compiled, str]:
     """The compiled step, and the text of its program for one device (see hlo.py)."""
     return compile_with_text(step.trainer.lower(step.dummy), step.mesh.size)
 
@@ -212,12 +212,12 @@ def compile_with_text(lowered: jax.stages.Lowered, devices: int) -> tuple[jax.st
         return compiled, texts[-1].read_text()
 
 
-def program_of(step: Step, text: str) -> hlo.Program:
+def program_of(step: PlannedStep, text: str) -> hlo.Program:
     """The step's program, its loop over micro-batches counted as often as a step runs it on average."""
     return hlo.parse(text, unknown=step.micro_batches)
 
 
-def moved_by(step: Step) -> Moved:
+def moved_by(step: PlannedStep) -> Moved:
     """What the traffic to a device's memory is made of."""
     weights = step.trainer.weights(step.trainer.abstract)
     params = jax.eval_shape(lambda weights: weights.params, weights)

@@ -14,7 +14,7 @@ from dpo_jax.data.batches import Batches
 from dpo_jax.data.encode import Encoded
 from dpo_jax.model.decoder import Model, cast
 from dpo_jax.preference import heldout
-from dpo_jax.preference.loss import Problem
+from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.preference.scoring import score_batch
 from dpo_jax.reporting.journal import Journal
 from dpo_jax.run.data import Data, Packing
@@ -49,7 +49,7 @@ class ReferenceScorer:
     cache: Path
     journal: Journal
 
-    def logps(self, model: Model, objective: Problem, encoded: Encoded, digest: str, kind: str) -> np.ndarray:
+    def logps(self, model: Model, objective: TrainingObjective, encoded: Encoded, digest: str, kind: str) -> np.ndarray:
         """Log-probability of each scored token, in nats.
 
         Args:
@@ -73,7 +73,7 @@ def make_reference(
     settings: ReferenceSettings,
     sources: Sources,
     policy: Model,
-    objective: Problem,
+    objective: TrainingObjective,
     data: Data,
     scorer: ReferenceScorer,
     *,
@@ -109,7 +109,7 @@ def _copied(params: Any, dtype: str) -> Any:
     return jax.tree.map(lambda new, old: jnp.copy(new) if new.dtype == old.dtype else new, cast_, params)
 
 
-def _computed_in(policy: Model, objective: Problem) -> str:
+def _computed_in(policy: Model, objective: TrainingObjective) -> str:
     """What the policy's own log-probabilities are computed in, for the key of the cache: weights that are kept in fewer
     digits are rounded before they are computed with."""
     held = {leaf.dtype.name for leaf in jax.tree.leaves(policy.params)} - {"float32"}
@@ -118,7 +118,7 @@ def _computed_in(policy: Model, objective: Problem) -> str:
 
 
 def score_all(
-    objective: Problem, model: Model, batches: Batches, mesh: jax.sharding.Mesh, journal: Journal
+    objective: TrainingObjective, model: Model, batches: Batches, mesh: jax.sharding.Mesh, journal: Journal
 ) -> np.ndarray:
     """Log-probability of each scored token under a model, in nats."""
     params = cast(model.params, jnp.dtype(objective.compute_dtype))

@@ -10,7 +10,7 @@ from dpo_jax.data.batches import Batches, Made, prefetch
 from dpo_jax.data.workers import processes
 from dpo_jax.model.decoder import Model
 from dpo_jax.model.weights import Weights
-from dpo_jax.preference.loss import Problem
+from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.reporting.journal import Journal
 from dpo_jax.run.reference import Reference
 from dpo_jax.training.optimizer import make_optimizer, schedule, state_shardings, wide
@@ -38,7 +38,7 @@ class Trainer:
 
     def __init__(
         self,
-        objective: Problem,
+        objective: TrainingObjective,
         weights: Weights,
         batches: Batches,
         reference: Reference,

@@ -10,8 +10,8 @@ import optax
 from jax import lax
 
 from dpo_jax.model.weights import Weights
-from dpo_jax.objectives.mixture import Moment
-from dpo_jax.preference.loss import Problem, loss_and_gradient
+from dpo_jax.objectives.mixture import Progress
+from dpo_jax.preference.loss import TrainingObjective, loss_and_gradient
 from dpo_jax.training.optimizer import descend, wide
 
 State = dict[str, Any]
@@ -61,7 +61,7 @@ def fresh_state(
 
 
 def make_step(
-    problem: Problem,
+    problem: TrainingObjective,
     optimizer: optax.GradientTransformationExtraArgs,
     learning_rate: optax.Schedule,
     *,
@@ -122,9 +122,9 @@ def with_trained(frozen: Weights, trained: Any) -> Weights:
     return dataclasses.replace(frozen, trained=trained)
 
 
-def moment_of(state: State, steps: int) -> Moment:
+def moment_of(state: State, steps: int) -> Progress:
     """Where in a run of so many steps the state stands: share 0 at the first step, 1 at the last."""
-    return Moment(state["step"].astype(jnp.float32) / max(steps - 1, 1), state.get("memory"))
+    return Progress(state["step"].astype(jnp.float32) / max(steps - 1, 1), state.get("memory"))
 
 
 def moved(reference: Any, params: Any, step: jax.Array, moving: MovingReference) -> Any:

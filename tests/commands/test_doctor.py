@@ -33,7 +33,7 @@ HEALTHY = {
 GPU = {**HEALTHY["devices"][0], "device": "cuda:0", "platform": "gpu", "memory_bytes": 80 << 30}
 
 
-def found(**changes) -> list[doctor.Problem]:
+def found(**changes) -> list[doctor.Finding]:
     """Problems of the healthy report after changes `section__key=value` (or `section=value`)."""
     report = copy.deepcopy(HEALTHY)
     for path, value in changes.items():

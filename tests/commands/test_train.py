@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from dpo_jax import evaluate, train
-from dpo_jax.objectives.pairwise import Outcome
+from dpo_jax.objectives.pairwise import LossOutput
 from dpo_jax.objectives.table import OBJECTIVES, Objective, Setting
 from dpo_jax.reporting.journal import TIME_FIELDS, Journal, read_records
 from dpo_jax.run.trainer import Trainer
@@ -319,7 +319,7 @@ def test_a_reward_model_is_trained_exported_and_measured(world, tmp_path, capsys
 def test_an_objective_of_ones_own_is_a_function_and_a_row(world, tmp_path, monkeypatch):
     def mine(pairs, *, beta, slack):
         gap = beta * (pairs.policy_chosen - pairs.policy_rejected)
-        return Outcome(losses=jax.nn.relu(slack - gap), margins=gap)
+        return LossOutput(losses=jax.nn.relu(slack - gap), margins=gap)
 
     settings = {"beta": Setting(0.1, above=0), "slack": Setting(1.0, least=0)}
     row = Objective(value=mine, equation="", paper="", settings=settings, reference="unused")

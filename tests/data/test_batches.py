@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dpo_jax.data import batches as batches_module
 from dpo_jax.data.batches import Batches, pair_tokens, prefetch
 from dpo_jax.data.entries import as_entries
-from dpo_jax.data.packing import Bundle, Lengths, Shape, balance, choose_shapes, fits, pack, plan
+from dpo_jax.data.packing import Lengths, RowGroups, RowShape, balance, choose_shapes, fits, pack, plan
 from tests.support.first_fit import balanced, first_fit
 from tests.support.forests import random_encoded
 
@@ -198,7 +198,7 @@ def random_steps(seed, most_trees):
 )
 def test_steps_packed_together_lie_as_each_does_by_itself(seed, most_trees, shards, rows, length, tight):
     bundles, steps = random_steps(seed, most_trees)
-    shape = Shape(rows, length, 48 if tight else rows * length)
+    shape = RowShape(rows, length, 48 if tight else rows * length)
     split = balance(lengths_of(bundles), steps, shards)
     packed = pack(split, shape)
     for number, step in enumerate(steps):
@@ -206,7 +206,7 @@ def test_steps_packed_together_lie_as_each_does_by_itself(seed, most_trees, shar
         parts = balanced([sum(bundles[bundle][0]) for bundle in mine], shards)
         wanted = [first_fit([bundles[b] for b in mine], part, rows, length, shape.scored) for part in parts]
         assert packed.fits[number] == (None not in wanted)
-        assert packed.fits[number] == all(fits(Bundle(tuple(bundles[b][0]), bundles[b][1]), shape) for b in mine)
+        assert packed.fits[number] == all(fits(RowGroups(tuple(bundles[b][0]), bundles[b][1]), shape) for b in mine)
         for device, (part, places) in enumerate(zip(parts, wanted, strict=True)):
             there = split.bundles[number, device]
             assert there[there >= 0].tolist() == [mine[bundle] for bundle in part]
@@ -223,7 +223,7 @@ def test_steps_packed_together_lie_as_each_does_by_itself(seed, most_trees, shar
 
 def test_a_step_takes_the_shape_that_costs_least():
     bundles = [([30], 10), ([30], 10), ([90], 10)]
-    lengths, shapes = lengths_of(bundles), (Shape(1, 96, 96), Shape(1, 64, 64), Shape(2, 32, 64))
+    lengths, shapes = lengths_of(bundles), (RowShape(1, 96, 96), RowShape(1, 64, 64), RowShape(2, 32, 64))
     plans = plan(lengths, np.asarray([[0, 1, -1], [0, 1, 2]]), 1, shapes, 8192)
     assert [found.shape for found in plans] == [shapes[2], shapes[0]]
     assert [found.bundle.tolist() for found in plans] == [[0, 1], [2, 0, 1]]
@@ -232,13 +232,13 @@ def test_a_step_takes_the_shape_that_costs_least():
 def test_shapes_leave_room_for_the_scored_tokens_of_their_fullest_micro_batch():
     """With less, the sample steps would not lie as they did when the shape's cost was found."""
     bundles, steps = random_steps(3, 2)
-    lengths, largest = lengths_of(bundles), Bundle((40, 40), 80)
+    lengths, largest = lengths_of(bundles), RowGroups((40, 40), 80)
     chosen = choose_shapes(lengths, steps, largest, 2, micro_tokens=None, attention_length=8192, most=4)
     assert fits(largest, chosen[0])
     for shape in chosen:
         packed, roomy = (
             pack(balance(lengths, steps, 2), s)
-            for s in (shape, Shape(shape.rows, shape.length, shape.rows * shape.length))
+            for s in (shape, RowShape(shape.rows, shape.length, shape.rows * shape.length))
         )
         assert (packed.fits == roomy.fits).all() and (packed.micro == roomy.micro)[packed.fits].all()
 
@@ -246,7 +246,7 @@ def test_shapes_leave_room_for_the_scored_tokens_of_their_fullest_micro_batch():
 @pytest.mark.parametrize("size", range(1, 40))
 def test_there_is_a_shape_however_short_all_trees_are(size):
     lengths, steps = lengths_of([([size], 1)] * 4), np.asarray([[0, 1], [2, 3]])
-    largest = Bundle((size,), 1)
+    largest = RowGroups((size,), 1)
     chosen = choose_shapes(lengths, steps, largest, 1, micro_tokens=None, attention_length=8192, most=4)
     assert all(fits(largest, shape) for shape in chosen)
     assert len(plan(lengths, steps, 1, chosen, 8192)) == 2
@@ -282,7 +282,7 @@ def test_shards_carry_equal_loads():
 
 def test_a_bundle_that_does_not_fit_is_an_error_not_a_loss():
     with pytest.raises(ValueError, match="does not fit"):
-        plan(lengths_of([([70], 3)]), np.zeros((1, 1), np.int64), 1, [Shape(1, 64, 64)], 8192)
+        plan(lengths_of([([70], 3)]), np.zeros((1, 1), np.int64), 1, [RowShape(1, 64, 64)], 8192)
 
 
 def test_tokens_are_counted_as_trl_does():

@@ -7,7 +7,7 @@ import pytest
 
 from dpo_jax.data import encode as encode_module
 from dpo_jax.data import workers
-from dpo_jax.data.encode import Rules, collect
+from dpo_jax.data.encode import EncodingRules, collect
 from dpo_jax.data.records import stretches, tables
 from dpo_jax.data.report import Report
 from dpo_jax.data.settings import DataSettings
@@ -127,5 +127,5 @@ def test_a_process_that_tokenises_imports_no_jax(files):
     tokenizer = byte_tokenizer()
     coder = codec(tokenizer, template=None, control_tokens="text", ending="terminator")
     rows = stretches(tables(files), layout="auto", first=None, report=Report(), size=512)
-    rules = Rules(coder, "keep_completion", 64, 4096)
+    rules = EncodingRules(coder, "keep_completion", 64, 4096)
     assert not any(workers.in_order(pieces.modules_after, rules, rows, workers=2, alone=0))

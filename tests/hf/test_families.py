@@ -224,13 +224,13 @@ def test_every_leaf_and_every_tensor_has_one_place(variant, tmp_path):
 
 QKV = (("a", 8), ("b", 4), ("c", 4))
 ENTRIES = {
-    "as it is": mapping.Entry("x", (mapping.Part("a", (), (3, 5)),)),
-    "turned": mapping.Entry("x", (mapping.Part("a", (), (3, 5)),), turned=True),
-    "column": mapping.Entry("x", (mapping.Part("a", (), (3, 5)),), column=True),
-    "one after another": mapping.Entry("x", tuple(mapping.Part(n, (), (3, s)) for n, s in QKV), True),
-    "in turn": mapping.Entry("x", tuple(mapping.Part(n, (), (3, s)) for n, s in QKV), True, 2),
-    "by channel": mapping.Entry("x", tuple(mapping.Part(n, (), (2, 3, 4)) for n in "ab"), groups=4),
-    "biases": mapping.Entry("x", tuple(mapping.Part(n, (), (s,)) for n, s in QKV), False, 4),
+    "as it is": mapping.TensorEntry("x", (mapping.LeafPart("a", (), (3, 5)),)),
+    "turned": mapping.TensorEntry("x", (mapping.LeafPart("a", (), (3, 5)),), turned=True),
+    "column": mapping.TensorEntry("x", (mapping.LeafPart("a", (), (3, 5)),), column=True),
+    "one after another": mapping.TensorEntry("x", tuple(mapping.LeafPart(n, (), (3, s)) for n, s in QKV), True),
+    "in turn": mapping.TensorEntry("x", tuple(mapping.LeafPart(n, (), (3, s)) for n, s in QKV), True, 2),
+    "by channel": mapping.TensorEntry("x", tuple(mapping.LeafPart(n, (), (2, 3, 4)) for n in "ab"), groups=4),
+    "biases": mapping.TensorEntry("x", tuple(mapping.LeafPart(n, (), (s,)) for n, s in QKV), False, 4),
 }
 
 
@@ -248,8 +248,8 @@ def test_a_tensor_taken_apart_and_put_together_is_itself(name):
 
 def test_heads_that_take_turns_are_told_apart():
     """Two groups of (query query key value), one channel each: q0 q1 k0 v0 q2 q3 k1 v1."""
-    parts = tuple(mapping.Part(name, (), (size,)) for name, size in (("query", 4), ("key", 2), ("value", 2)))
-    entry = mapping.Entry("x", parts, groups=2)
+    parts = tuple(mapping.LeafPart(name, (), (size,)) for name, size in (("query", 4), ("key", 2), ("value", 2)))
+    entry = mapping.TensorEntry("x", parts, groups=2)
     found = [entry.unpack(np.arange(8), number).tolist() for number in range(3)]
     assert found == [[0, 1, 4, 5], [2, 6], [3, 7]]
 

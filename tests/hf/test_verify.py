@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from dpo_jax.errors import UserError
 from dpo_jax.hf import tensors, verify
 from dpo_jax.hf.checkpoint import save_hf
-from dpo_jax.hf.verify import Report, check
+from dpo_jax.hf.verify import Verification, check
 from tests.conftest import ROOT
 from tests.support.reward_folders import torch_folder
 from tests.support.tiers import one_of_each_kind
@@ -36,7 +36,7 @@ def torch_or_skip() -> None:
     pytest.importorskip("torch")
 
 
-def differing(report: Report) -> dict[str, str]:
+def differing(report: Verification) -> dict[str, str]:
     """What was found in the comparisons that failed."""
     return {one.what: one.found for one in report.checks if one.ok is False}
 

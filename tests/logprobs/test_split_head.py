@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax import linear_logprobs, sharding
-from dpo_jax.logprobs.fused import Split, TokenScores
+from dpo_jax.logprobs.fused import HeadSplit, TokenScores
 from dpo_jax.logprobs.tokens import linear_scores
 
 MESHES = {"tensor 2, fsdp 2": (1, 2, 2), "tensor 4": (1, 1, 4), "fsdp 4": (1, 4, 1), "data 2, fsdp 2": (2, 2, 1)}
@@ -58,14 +58,14 @@ def test_sizes_that_the_axes_do_not_divide_are_whole_on_each_device():
     hidden, rows, bias, targets = problem(101, width=6)
     whole = measured(targets, chunk=32)(hidden, rows, bias)
     for names in (("data", "fsdp"), ()):  # tokens that are split over the width's axis, and tokens that are not
-        split = Split(mesh, names, "tensor", "fsdp")
+        split = HeadSplit(mesh, names, "tensor", "fsdp")
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6),
             measured(targets, chunk=32, split=split)(hidden, rows, bias),
             whole,
         )
     hidden, rows, bias, targets = problem(101)
-    split, whole = Split(mesh, (), None, "fsdp"), measured(targets, chunk=32)(hidden, rows, bias)
+    split, whole = HeadSplit(mesh, (), None, "fsdp"), measured(targets, chunk=32)(hidden, rows, bias)
     found = measured(targets, chunk=32, split=split)(hidden, rows, bias)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6), found, whole)
     frozen = measured(targets, chunk=32, split=split, frozen=True)(hidden, rows, bias)

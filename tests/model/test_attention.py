@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dpo_jax import sharding
-from dpo_jax.model.attention import Rules, alibi_slopes, attend_seen, visible
+from dpo_jax.model.attention import VisibilityRules, alibi_slopes, attend_seen, visible
 from dpo_jax.model.backends import xla
-from dpo_jax.model.backends.dispatch import Forest, attend
+from dpo_jax.model.backends.dispatch import PackedRows, attend
 from tests.support.attention import RULES, SHAPES, WINDOWS, as_rules, assert_close, forest, inputs, plainly, slopes_of
 from tests.support.tiers import by_day
 
@@ -33,8 +33,8 @@ def test_blocks_are_the_plain_formula(rules, window, shape):
 def test_a_row_of_one_block_is_the_plain_formula():
     layout = forest([[(9, 3, 4), (2, 5)]], 30)
     arrays = tuple(jax.random.normal(jax.random.key(i), (1, 30, 2, 8)) for i in range(3))
-    found = attend(*arrays, layout, Rules(0.3), window=4)
-    want = attend_seen(*arrays, visible(layout, 4), Rules(0.3))
+    found = attend(*arrays, layout, VisibilityRules(0.3), window=4)
+    want = attend_seen(*arrays, visible(layout, 4), VisibilityRules(0.3))
     np.testing.assert_array_equal(found, want)  # it is the same computation
 
 
@@ -74,7 +74,7 @@ def compiled(length: int):
     layout = forest([[(150, 40, 60)] * (length // 250)], length)
 
     def total(arrays, layout):
-        return (attend(*arrays, layout, Rules(0.25)) ** 2).sum()
+        return (attend(*arrays, layout, VisibilityRules(0.25)) ** 2).sum()
 
     arrays = tuple(jax.random.normal(jax.random.key(i), (1, length, 2, 8)) for i in range(3))
     run = jax.jit(jax.value_and_grad(total)).lower(arrays, layout).compile()
@@ -106,7 +106,7 @@ def test_devices_change_nothing(sizes):
 
     def on_devices(arrays, where):
         query, key, value, sinks = arrays
-        ready = Forest.of(layout, [7], activations=where)
+        ready = PackedRows.of(layout, [7], activations=where)
         return ready.attend(query, key, value, 7, as_rules("everything", sinks))
 
     # a device's own sums have the same order; the gradient of sinks is a sum over rows

@@ -22,7 +22,7 @@ SPECS = {
     "sinks": plain_spec(**PLAIN, sinks=True),
     "alibi": plain_spec(**PLAIN, alibi=1.0),
 }
-LATENT = specs.Latent(4, None, 8, 8, 4, 8, 0.3, specs.Rope(), specs.Norm())
+LATENT = specs.MLA(4, None, 8, 8, 4, 8, 0.3, specs.Rope(), specs.Norm())
 SPECS["value width"] = dataclasses.replace(
     SPECS["window"], layers=(specs.Layer(LATENT, specs.MLP(24)), *SPECS["window"].layers[:1])
 )

@@ -16,9 +16,9 @@ import pytest
 
 from dpo_jax import sharding
 from dpo_jax.data.batches import Batches
-from dpo_jax.model.attention import Bounds, Rules, attend_seen
+from dpo_jax.model.attention import Bounds, VisibilityRules, attend_seen
 from dpo_jax.model.backends import cudnn, fa4, table, texts, tokamax
-from dpo_jax.model.backends.dispatch import Forest, attend
+from dpo_jax.model.backends.dispatch import PackedRows, attend
 from dpo_jax.model.decoder import Execution, init_params
 from dpo_jax.preference.scoring import score
 from dpo_jax.run import models
@@ -54,7 +54,7 @@ def _seen_plainly(query, key, value, number, scale, window):
     seen = (number[:, :, None] == number[:, None, :]) & (order[:, None] >= order[None, :])[None]
     if window is not None:
         seen = seen & (order[:, None] - order[None, :] < window)[None]
-    return attend_seen(query, key, value, seen, Rules(scale))
+    return attend_seen(query, key, value, seen, VisibilityRules(scale))
 
 
 def _by_segments(query, key, value, start, size, scale, window):
@@ -86,14 +86,14 @@ def by_trees(query, key, value, offsets, branch, position, scale, window):
     mask = SimpleNamespace(offsets=offsets, branch=branch, position=position, window=window)
     seen = fa4.sees(mask, number[:, None], local[:, None], local[None, :])
     seen = seen & (number[:, None] == number[None, :]) & (local[:, None] >= local[None, :])
-    return attend_seen(query[None], key[None], value[None], seen[None], Rules(scale))[0]
+    return attend_seen(query[None], key[None], value[None], seen[None], VisibilityRules(scale))[0]
 
 
 def by_ranges(query, key, value, begin, end, scale, softcap):
     """The contract of a range of keys for each query. No place is outside of all: each sees itself at least."""
     order = jnp.arange(query.shape[1])[None, None, :]
     seen = (order >= begin[:, :, None]) & (order < end[:, :, None])
-    return attend_seen(query, key, value, seen, Rules(scale, softcap=softcap))
+    return attend_seen(query, key, value, seen, VisibilityRules(scale, softcap=softcap))
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_what_a_kernel_is_given_is_the_plain_formula(plain_kernel, backend, shap
 
     def by_kernel(arrays):
         query, key, value, _ = arrays
-        return attend(query, key, value, layout, Rules(0.25), window=window, backend=backend, bounds=bounds)
+        return attend(query, key, value, layout, VisibilityRules(0.25), window=window, backend=backend, bounds=bounds)
 
     # sums of 8 to 200 terms of size 1 in another order; a wrong place or segment is off by 1e-2 at least
     assert_close(by_kernel, lambda arrays: plainly(arrays, layout, "plain", window), arrays, slope, 2e-5)
@@ -151,7 +151,7 @@ def test_trees_and_padding_are_sequences():
 
 def test_padding_is_zeros(plain_kernel):
     layout, (query, key, value, _), _ = inputs("grouped")
-    found = attend(query, key, value, layout, Rules(0.25), backend="cudnn", bounds=BOUNDS)
+    found = attend(query, key, value, layout, VisibilityRules(0.25), backend="cudnn", bounds=BOUNDS)
     assert not np.asarray(found)[np.asarray(layout.group) == 0].any()
 
 
@@ -192,7 +192,7 @@ def test_devices_change_nothing(plain_kernel, backend, sizes):
 
     def on_devices(arrays, where):
         query, key, value, sinks = arrays
-        ready = Forest.of(layout, [7], backend, bounds=BOUNDS, activations=where, remat=True)
+        ready = PackedRows.of(layout, [7], backend, bounds=BOUNDS, activations=where, remat=True)
         return ready.attend(query, key, value, 7, as_rules("plain", sinks))
 
     rows = sharding.rows(sharding.make_mesh(**{"fsdp": 1, **sizes}))
@@ -216,7 +216,7 @@ def lowered_for_cuda(backend: str, window: int | None, shape: str = "grouped") -
     layout, arrays, _ = inputs(shape, 2, jnp.bfloat16)
 
     def total(query, key, value, layout):
-        out = attend(query, key, value, layout, Rules(0.25), window=window, backend=backend, bounds=BOUNDS)
+        out = attend(query, key, value, layout, VisibilityRules(0.25), window=window, backend=backend, bounds=BOUNDS)
         return (out.astype(jnp.float32) ** 2).sum()
 
     run = jax.jit(jax.value_and_grad(total, (0, 1, 2)))
@@ -250,7 +250,7 @@ def test_offsets_of_keys_count_their_own_heads(hopper, monkeypatch, counts):
 def test_a_single_text_is_still_a_packed_row(hopper):
     layout = forest([[(3, 4)]], 8)
     arrays = [jnp.ones((1, 8, 2, 8), jnp.bfloat16)] * 3
-    run = jax.jit(lambda *x: attend(*x, layout, Rules(1.0), backend="cudnn", bounds=Bounds(1, 1)))
+    run = jax.jit(lambda *x: attend(*x, layout, VisibilityRules(1.0), backend="cudnn", bounds=Bounds(1, 1)))
     text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     assert "max_seg_per_batch\\22: 2" in text
 
@@ -262,7 +262,7 @@ def test_fa4_is_the_plain_formula(window):
     layout, arrays, slope = inputs("grouped")
 
     def by_package(arrays):
-        return attend(*arrays[:3], layout, Rules(0.25), window=window, backend="fa4", bounds=BOUNDS)
+        return attend(*arrays[:3], layout, VisibilityRules(0.25), window=window, backend="fa4", bounds=BOUNDS)
 
     # float32 sums of 8 to 200 terms in another order
     assert_close(by_package, lambda arrays: plainly(arrays, layout, "plain", window), arrays, slope, 2e-5)
@@ -324,7 +324,7 @@ def test_tokamax_is_the_plain_formula(monkeypatch, window):
 
         def by_package(arrays):
             bounds = Bounds(5, 2)
-            return attend(*arrays[:3], layout, Rules(0.25), window=window, backend="tokamax", bounds=bounds)
+            return attend(*arrays[:3], layout, VisibilityRules(0.25), window=window, backend="tokamax", bounds=bounds)
 
         # float32 sums of 8 to 200 terms in another order
         assert_close(by_package, lambda arrays: plainly(arrays, layout, "plain", window), arrays, slope, 2e-5)
@@ -381,7 +381,7 @@ def test_a_private_function_that_changed_is_refused(monkeypatch):
 @pytest.mark.parametrize("backend", ["cudnn", "tokamax"])
 def test_texts_without_bounds_are_refused(backend):
     with pytest.raises(ValueError, match="give bounds"):
-        Forest.of(FOREST, [None], backend)
+        PackedRows.of(FOREST, [None], backend)
 
 
 def test_a_package_whose_inside_changed_is_refused(monkeypatch):

@@ -12,13 +12,13 @@ from jax.sharding import PartitionSpec as P
 
 from dpo_jax.model import delta
 from dpo_jax.model import spec as specs
-from dpo_jax.model.delta import DeltaNet, empty_memory
+from dpo_jax.model.delta import GatedDeltaNet, empty_memory
 from dpo_jax.sharding import make_mesh
 
-SPEC = specs.Delta(key_heads=2, value_heads=4, key_dim=8, value_dim=6, kernel=4, norm=specs.Norm(1e-6))
+SPEC = specs.GatedDelta(key_heads=2, value_heads=4, key_dim=8, value_dim=6, kernel=4, norm=specs.Norm(1e-6))
 WIDTH = 12
 ROWS, LENGTH = 4, 150  # two whole chunks and a part of one
-GRAPH, FRESH = nnx.split(DeltaNet(SPEC, WIDTH, rngs=nnx.Rngs(0)))
+GRAPH, FRESH = nnx.split(GatedDeltaNet(SPEC, WIDTH, rngs=nnx.Rngs(0)))
 
 
 def draw(seed: int, *shape: int) -> jax.Array:

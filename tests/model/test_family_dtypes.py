@@ -17,7 +17,7 @@ from dpo_jax.hf.checkpoint import load_hf, save_hf
 from dpo_jax.hf.tensors import Tensors
 from dpo_jax.model.decoder import Model
 from dpo_jax.model.weights import Weights
-from dpo_jax.preference.loss import Problem
+from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.training.optimizer import make_optimizer
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import fresh_state, make_step
@@ -56,7 +56,7 @@ def trained(name: str) -> list[Model]:
     optimizer = make_optimizer(OptimizerSettings(weight_decay=1.0))
     share = model.spec.shares_trunk(LENGTH)
     batches = Batches(ENCODED, ENCODED.num_pairs, 1, 2, share_prompts=share)
-    step = jax.jit(make_step(Problem(model.spec), optimizer, lambda count: jnp.where(count == 0, 0.0, RATE)))
+    step = jax.jit(make_step(TrainingObjective(model.spec), optimizer, lambda count: jnp.where(count == 0, 0.0, RATE)))
     states = [fresh_state(model.params, optimizer)]
     for number in range(2):
         state, metrics = step(states[-1], Weights({}), model.params, batches.at(number))

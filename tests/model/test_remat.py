@@ -13,7 +13,7 @@ from dpo_jax.model import decoder, remat
 from dpo_jax.model.attention import causal
 from dpo_jax.model.decoder import Execution, init_params
 from dpo_jax.model.settings import REMATS, ModelSettings
-from dpo_jax.model.spec import MLP, Delta, Experts, Latent, Norm, Rope
+from dpo_jax.model.spec import MLA, MLP, Experts, GatedDelta, Norm, Rope
 from tests.support.specs import plain_spec
 
 PLAIN = plain_spec(width=32, layers=4, heads=4, mlp_width=96, head_dim=8)
@@ -22,9 +22,9 @@ LAYERS = {
     "plain": LAYER,
     "experts": dataclasses.replace(LAYER, mlp=None, experts=Experts(count=4, chosen=2, width=48)),
     "delta": dataclasses.replace(
-        LAYER, mixer=Delta(key_heads=2, value_heads=2, key_dim=8, value_dim=8, kernel=4, norm=NORM)
+        LAYER, mixer=GatedDelta(key_heads=2, value_heads=2, key_dim=8, value_dim=8, kernel=4, norm=NORM)
     ),
-    "latent": dataclasses.replace(LAYER, mixer=Latent(4, None, 16, 4, 4, 8, 8**-0.5, Rope(), NORM), mlp=MLP(96)),
+    "latent": dataclasses.replace(LAYER, mixer=MLA(4, None, 16, 4, 4, 8, 8**-0.5, Rope(), NORM), mlp=MLP(96)),
 }
 
 

@@ -15,7 +15,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.model.decoder import init_params
 from dpo_jax.model.weights import Weights, divided, layer_paths, what_is_trained
 from dpo_jax.objectives.terms import make_terms
-from dpo_jax.preference.loss import Problem, loss_and_gradient
+from dpo_jax.preference.loss import TrainingObjective, loss_and_gradient
 from dpo_jax.training.optimizer import descend, make_optimizer
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import fresh_state, make_step
@@ -64,7 +64,7 @@ def test_where_nothing_is_frozen_the_trained_tree_is_the_model(params):
 
 
 def objective_of(name):
-    return Problem(SPEC, make_terms([{"name": name}]), statistics=False)
+    return TrainingObjective(SPEC, make_terms([{"name": name}]), statistics=False)
 
 
 @functools.cache

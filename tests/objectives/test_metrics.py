@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.objectives.metrics import Mean, means, merge, quantile
-from dpo_jax.objectives.mixture import START, Moment, beta_of, labels_of, outcomes, start_constant
+from dpo_jax.objectives.mixture import START, Progress, beta_of, labels_of, outcomes, start_constant
 from dpo_jax.objectives.pairwise import Pairs
 from dpo_jax.objectives.terms import make_terms
 from dpo_jax.preference.loss import measure
@@ -115,7 +115,7 @@ def test_beta_goes_where_it_is_sent():
     (cosine,) = make_terms([{"name": "ipo", "beta": 0.1, "beta_end": 0.5, "beta_schedule": "cosine"}])
     np.testing.assert_allclose([beta_of(linear, p) for p in (0, 0.25, 1, 2)], [0.1, 0.2, 0.5, 0.5], rtol=1e-6)
     np.testing.assert_allclose([beta_of(cosine, p) for p in (0, 0.5, 1)], [0.1, 0.3, 0.5], rtol=1e-6)
-    assert metrics_of(some_pairs(3), (linear,), Moment(0.5))["beta"] == pytest.approx(0.3)
+    assert metrics_of(some_pairs(3), (linear,), Progress(0.5))["beta"] == pytest.approx(0.3)
 
 
 def test_the_constant_of_a_mixture_is_the_sum_of_its_parts_if_all_have_one():

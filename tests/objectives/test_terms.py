@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from dpo_jax.objectives.pairwise import Outcome
+from dpo_jax.objectives.pairwise import LossOutput
 from dpo_jax.objectives.table import KNOWN_AS, MODIFIERS, OBJECTIVES, RECIPES, SCHEDULED, Setting
 from dpo_jax.objectives.terms import data_of, make_terms, names, takes, with_defaults
 from tests.support.formulas import RECIPE_FORMULAS
@@ -238,7 +238,7 @@ def test_a_recipe_is_its_papers_sum(name, given):
     total = 0.0
     for term in make_terms([{"name": name, **settings}]):
         own = {key: term.settings[key] for key in numbers(term.name)}
-        outcome: Outcome = evaluate(term.name, step if term.uses_reference else alone, **own)[0]
+        outcome: LossOutput = evaluate(term.name, step if term.uses_reference else alone, **own)[0]
         total += term.weight * outcome.losses.sum() / counts[term.row.per]
     defaults = {key: takes(name)[key].default for key in RECIPE_SETTINGS[name]}
     np.testing.assert_allclose(total, RECIPE_FORMULAS[name](exact(step), **(defaults | settings)), rtol=1e-5)

@@ -14,11 +14,11 @@ from dpo_jax.data.entries import as_entries
 from dpo_jax.model.attention import causal
 from dpo_jax.model.decoder import Execution, cast, hidden, init_params, scalar_scores
 from dpo_jax.model.weights import Weights
-from dpo_jax.objectives.mixture import Moment
+from dpo_jax.objectives.mixture import Progress
 from dpo_jax.objectives.pairwise import Pairs, Ranking, Sums
 from dpo_jax.objectives.table import OBJECTIVES
 from dpo_jax.objectives.terms import make_terms
-from dpo_jax.preference.loss import Problem, loss_and_gradient, measure
+from dpo_jax.preference.loss import TrainingObjective, loss_and_gradient, measure
 from tests.support.forests import SPEC, random_encoded
 from tests.support.tiers import by_day
 
@@ -26,7 +26,7 @@ SCALAR = dataclasses.replace(SPEC, scalar_head=True)
 ENCODED = random_encoded(units=70, completions=(2, 3), seed=3, soft=True, longest=18)
 ENTRIES = 60
 STEP = 1
-MOMENT = Moment(0.25)
+MOMENT = Progress(0.25)
 VARIANTS = [
     {"name": "sigmoid", "beta": 0.3, "beta_end": 0.1, "label_smoothing": 0.1},
     {"name": "sigmoid", "ld_alpha": 0.3},
@@ -118,7 +118,7 @@ def laid_out(name, micro, devices, share):
 
     @jax.jit
     def step(weights, params, live, batch):
-        problem = Problem(spec, weighed(name, weights), execution=execution, statistics=False)
+        problem = TrainingObjective(spec, weighed(name, weights), execution=execution, statistics=False)
         loss, _, gradient, _ = loss_and_gradient(problem, Weights(params), batch, live, MOMENT)
         return loss, gradient
 

@@ -17,7 +17,7 @@ from dpo_jax.model.decoder import Execution, hidden_and_routing, init_params
 from dpo_jax.model.experts import load_balance
 from dpo_jax.model.spec import MLP, Experts
 from dpo_jax.model.weights import Weights
-from dpo_jax.preference.loss import Problem, loss_and_gradient
+from dpo_jax.preference.loss import TrainingObjective, loss_and_gradient
 from dpo_jax.run.trainer import preference_loss
 from tests.support.forests import SPEC, random_encoded
 
@@ -35,7 +35,7 @@ def params():
 
 @functools.cache
 def stepping(weight):
-    return jax.jit(functools.partial(loss_and_gradient, Problem(SPARSE, router_aux=weight, statistics=False)))
+    return jax.jit(functools.partial(loss_and_gradient, TrainingObjective(SPARSE, router_aux=weight, statistics=False)))
 
 
 def padded(encoded):
@@ -78,7 +78,7 @@ def test_devices_change_nothing(params):
     for devices in (1, len(jax.devices())):
         mesh = sharding.make_mesh(devices=jax.devices()[:devices])
         placed = jax.device_put(params, sharding.param_shardings(params, mesh))
-        problem = Problem(
+        problem = TrainingObjective(
             SPARSE, router_aux=0.5, statistics=False, execution=Execution(activations=sharding.rows(mesh))
         )
         batch = sharding.place(Batches(ENCODED, ENCODED.num_pairs, devices, 1, micro_tokens=256).at(0), mesh)
@@ -91,7 +91,7 @@ def test_weight_0_leaves_it_out(params):
     batch = Batches(ENCODED, ENCODED.num_pairs, 1, 1).at(0)
     assert "aux_loss" not in stepping(0.0)(Weights(params), batch, params)[1]
     metrics = {"loss": 0.7 + 0.5 * 2.0, "aux_loss": 2.0}
-    assert preference_loss(Problem(SPARSE, router_aux=0.5), metrics) == pytest.approx(0.7)
+    assert preference_loss(TrainingObjective(SPARSE, router_aux=0.5), metrics) == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "olmoe"])

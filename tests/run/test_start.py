@@ -9,7 +9,7 @@ import pytest
 
 from dpo_jax.errors import UserError
 from dpo_jax.objectives.terms import make_terms
-from dpo_jax.preference.loss import Problem
+from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.run.first_step import FirstStep
 from tests.support.forests import SPEC, random_encoded
 
@@ -23,7 +23,7 @@ PLAIN = dataclasses.replace(
 
 
 def checked(dtype="float32", objective="sigmoid", data=PLAIN, **metrics):
-    problem = Problem(SPEC, make_terms([{"name": objective}]), compute_dtype=dtype)
+    problem = TrainingObjective(SPEC, make_terms([{"name": objective}]), compute_dtype=dtype)
     FirstStep.of(problem, data, 8, Path("cache"), reference_is_policy=True).check({"loss": math.log(2), **metrics})
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.model.attention import Layout, Rules, alibi_slopes, attend_seen, visible
+from dpo_jax.model.attention import Layout, VisibilityRules, alibi_slopes, attend_seen, visible
 
 LENGTH = 200
 RULES = ("plain", "softcap", "sinks", "alibi", "everything")
@@ -60,10 +60,10 @@ def slopes_of(heads: int) -> jax.Array:
     return jnp.asarray(alibi_slopes(heads, 0.7))
 
 
-def as_rules(name: str, sinks: jax.Array) -> Rules:
+def as_rules(name: str, sinks: jax.Array) -> VisibilityRules:
     """Rules of that name; `everything` has all of them at once."""
     everything = name == "everything"
-    return Rules(
+    return VisibilityRules(
         0.25,
         softcap=2.0 if name == "softcap" or everything else None,
         sinks=sinks if name == "sinks" or everything else None,

@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 
-from dpo_jax.data.encode import Rules, encode_rows
+from dpo_jax.data.encode import EncodingRules, encode_rows
 from dpo_jax.data.records import Stretch
 from dpo_jax.errors import UserError
 
@@ -37,7 +37,7 @@ def interrupts(_context: None, piece: int) -> int:
     return os.getpid()
 
 
-def modules_after(context: Rules, stretch: Stretch) -> list[str]:
+def modules_after(context: EncodingRules, stretch: Stretch) -> list[str]:
     """What is heavy and was imported to tokenise."""
     encode_rows(context, stretch)
     return [name for name in ("jax", "flax", "torch", "tests.conftest") if name in sys.modules]

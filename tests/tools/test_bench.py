@@ -16,7 +16,7 @@ from dpo_jax.data.batches import Batches
 from dpo_jax.errors import UserError
 from dpo_jax.model.decoder import init_params
 from dpo_jax.model.weights import Weights
-from dpo_jax.preference.loss import Problem, loss_and_gradient
+from dpo_jax.preference.loss import TrainingObjective, loss_and_gradient
 from tools import bench, bench_table
 from tools.benching import compare, memory, records, workloads
 from tools.benching.compare import OURS, Run, Runner, agreement, figures, ratios, summary
@@ -335,7 +335,7 @@ def test_the_padded_layout_is_the_same_step():
     encoded = encoded_of(np.array([[5, 3, 4], [2, 6, 1]]), 64)
     batches = Batches(encoded, 2, 1, 1, order="file", reference=np.zeros(encoded.num_scored, np.float32))
     packed = batches.at(0)
-    problem = Problem(memory.llama(shape))
+    problem = TrainingObjective(memory.llama(shape))
     params = init_params(problem.spec, jax.random.key(0))
     solve = jax.jit(lambda params, batch: loss_and_gradient(problem, Weights(params), batch)[::2])
     (loss, gradient), (other, its) = (solve(params, batch) for batch in (packed, padded(encoded, np.arange(2), packed)))

@@ -15,7 +15,7 @@ from dpo_jax.data.batches import Batches
 from dpo_jax.errors import UserError
 from dpo_jax.model.decoder import cast, init_params
 from dpo_jax.model.weights import Weights
-from dpo_jax.preference.loss import Problem
+from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.training.optimizer import descend, make_optimizer, state_shardings, stochastically_rounded, wide
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import MovingReference, fresh_state, make_step
@@ -122,7 +122,7 @@ def run_of(kind, moving):
     """The state before the first step, and what takes a state through the steps of a run from one to another."""
     settings = OptimizerSettings.model_validate(KINDS[kind])
     optimizer = make_optimizer(settings)
-    step = jax.jit(make_step(Problem(SPEC), optimizer, lambda step: 1e-3, steps=4, moving=moving, seed=3))
+    step = jax.jit(make_step(TrainingObjective(SPEC), optimizer, lambda step: 1e-3, steps=4, moving=moving, seed=3))
     batches = Batches(random_encoded(units=9, completions=(2, 2), seed=3), 4, 1, 4)
 
     def go(state, first, last):

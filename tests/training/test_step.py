@@ -20,7 +20,7 @@ from dpo_jax.objectives.mixture import as_measured
 from dpo_jax.objectives.table import OBJECTIVES
 from dpo_jax.objectives.terms import make_terms
 from dpo_jax.preference import heldout as preference
-from dpo_jax.preference.loss import Problem, evaluate_batch, loss_and_gradient
+from dpo_jax.preference.loss import TrainingObjective, evaluate_batch, loss_and_gradient
 from dpo_jax.preference.scoring import score_batch
 from dpo_jax.training.optimizer import decay_mask, make_optimizer, schedule
 from dpo_jax.training.settings import OptimizerSettings
@@ -78,7 +78,7 @@ def one_step(problem, params, reference, encoded=None, pairs=12, **layout):
 
 
 def test_metrics_do_not_depend_on_the_layout(params, reference):
-    problem = Problem(SPEC, make_terms([{"name": "rpo", "beta": 0.3, "label_smoothing": 0.1}]))
+    problem = TrainingObjective(SPEC, make_terms([{"name": "rpo", "beta": 0.3, "label_smoothing": 0.1}]))
     layouts = {"micro_tokens": 4096}, {"micro_tokens": 64, "share_prompts": False}
     assert [int(Batches(MANY, 40, 1, 2, **layout).at(1).micro_batches) > 1 for layout in layouts] == [False, True]
     (_, whole, _), (_, parts, _) = (one_step(problem, params, reference, MANY, 40, **layout) for layout in layouts)
@@ -93,7 +93,7 @@ def test_metrics_do_not_depend_on_the_layout(params, reference):
 def test_two_passes_are_one_pass(params, reference, monkeypatch, block, kind):
     """What looks at the whole step is scored first, then again with a gradient; a loss of pairs may go either way."""
     encoded = as_entries(MANY, kind, objective=block["name"], max_length=64)
-    problem = Problem(SPEC, make_terms([block]))
+    problem = TrainingObjective(SPEC, make_terms([block]))
     layout = {"micro_tokens": 64, "rankings": kind == "rankings"}
     loss, _, gradient = one_step(problem, params, reference, encoded, 20, **layout)
     wide = dataclasses.replace(OBJECTIVES[block["name"]], scope="step")
@@ -106,7 +106,7 @@ def test_two_passes_are_one_pass(params, reference, monkeypatch, block, kind):
 
 def test_evaluation_measures_the_loss_of_training(params, reference):
     """Also where the loss sorts all pairs, and where the sweep takes them in several batches."""
-    problem = Problem(SPEC, make_terms([{"name": "aot", "beta": 0.3}, {"name": "sft", "weight": 0.1}]))
+    problem = TrainingObjective(SPEC, make_terms([{"name": "aot", "beta": 0.3}, {"name": "sft", "weight": 0.1}]))
     everything = ENCODED.num_pairs
     step = jax.jit(functools.partial(loss_and_gradient, problem))
     loss, metrics, _, _ = step(Weights(params), Batches(ENCODED, everything, 1, 1).at(0), reference)
@@ -124,7 +124,7 @@ def test_evaluation_measures_the_loss_of_training(params, reference):
 
 
 def test_a_reference_computed_ahead_is_the_live_one(params, reference):
-    problem = Problem(SPEC, make_terms([{"name": "sigmoid", "ld_alpha": 0.5}]))
+    problem = TrainingObjective(SPEC, make_terms([{"name": "sigmoid", "ld_alpha": 0.5}]))
     score = jax.jit(functools.partial(score_batch, SPEC))
     tokens = preference.token_logprobs(score, reference, Batches(ENCODED, 5, 1, 1).sweep(), lambda batch: batch)
     assert np.isfinite(tokens).all()
@@ -140,7 +140,7 @@ def test_a_moving_reference_moves_when_it_is_due_and_only_then(params, reference
     """TR-DPO: reference <- rate * policy + (1 - rate) * reference."""
     optimizer = make_optimizer(OptimizerSettings())
     moving = MovingReference(every=2, rate=rate)
-    step = jax.jit(make_step(Problem(SPEC), optimizer, lambda step: 1e-2, steps=4, moving=moving))
+    step = jax.jit(make_step(TrainingObjective(SPEC), optimizer, lambda step: 1e-2, steps=4, moving=moving))
     state, batches = fresh_state(params, optimizer, reference=reference), Batches(ENCODED, 12, 1, 4)
     for number in range(4):
         before = state["reference"]
@@ -152,7 +152,7 @@ def test_a_moving_reference_moves_when_it_is_due_and_only_then(params, reference
 
 
 def test_what_an_objective_remembers_goes_from_step_to_step(params, reference):
-    problem = Problem(SPEC, make_terms([{"name": "beta_dpo", "momentum": 0.75, "keep_fraction": 1.0}]))
+    problem = TrainingObjective(SPEC, make_terms([{"name": "beta_dpo", "momentum": 0.75, "keep_fraction": 1.0}]))
     optimizer = make_optimizer(OptimizerSettings(learning_rate=0.0))
     step = jax.jit(make_step(problem, optimizer, lambda step: 0.0))
     state, batch = fresh_state(params, optimizer, remembers=problem.remembers), Batches(ENCODED, 12, 1, 2).at(1)
@@ -168,7 +168,7 @@ def test_what_an_objective_remembers_goes_from_step_to_step(params, reference):
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(params, reference):
     settings = OptimizerSettings(learning_rate=1e-2, weight_decay=0.1)
     optimizer = make_optimizer(settings)
-    step = jax.jit(make_step(Problem(SPEC), optimizer, schedule(settings, 10)))
+    step = jax.jit(make_step(TrainingObjective(SPEC), optimizer, schedule(settings, 10)))
     state = fresh_state(params, optimizer)
     good = Batches(ENCODED, 12, 1, 2).at(0)
     state, _ = step(state, Weights({}), reference, good)
@@ -241,7 +241,7 @@ def test_a_wrong_number_is_a_miss():
 def test_the_whole_gradient_is_trls(trl):
     encoded = parity.encoded_rows(trl, {})
     batch = Batches(encoded, 6, 1, 1, order="file").at(0)
-    run = jax.jit(functools.partial(loss_and_gradient, Problem(trl.policy.spec)))
+    run = jax.jit(functools.partial(loss_and_gradient, TrainingObjective(trl.policy.spec)))
     ours = trees.paths(run(Weights(trl.policy.params), batch, trl.reference.params)[2])
     theirs = load_file(trl.path / "grad_sigmoid.safetensors")
     for entry in entries_of(trl.policy.spec, trl.path / "model"):
@@ -252,7 +252,7 @@ def test_the_whole_gradient_is_trls(trl):
 def test_the_weights_after_eight_steps_are_trls(trl):
     settings = OptimizerSettings.model_validate(parity.TRAJECTORY)
     optimizer, encoded = make_optimizer(settings), parity.encoded_rows(trl, {})
-    step = jax.jit(make_step(Problem(trl.policy.spec), optimizer, schedule(settings, 8), steps=8))
+    step = jax.jit(make_step(TrainingObjective(trl.policy.spec), optimizer, schedule(settings, 8), steps=8))
     state = fresh_state(trl.policy.params, optimizer)
     for number in range(8):
         state, _ = step(state, Weights({}), trl.reference.params, Batches(encoded, 6, 1, 8, order="file").at(number))

@@ -77,7 +77,7 @@ def compile_step(shape: Shape) -> tuple[Any, int]:
     from dpo_jax.data.batches import Batches
     from dpo_jax.model.decoder import Execution, abstract_params
     from dpo_jax.model.weights import Weights
-    from dpo_jax.preference.loss import Problem
+    from dpo_jax.preference.loss import TrainingObjective
     from dpo_jax.training.optimizer import make_optimizer, schedule
     from dpo_jax.training.settings import OptimizerSettings
     from dpo_jax.training.step import fresh_state, make_step
@@ -91,7 +91,7 @@ def compile_step(shape: Shape) -> tuple[Any, int]:
     batch = Batches(encoded, shape.pairs, 1, 1, attention_length=768, reference=reference).at(0)
     settings = OptimizerSettings(schedule="constant", warmup_steps=0)
     optimizer = make_optimizer(settings)
-    problem = Problem(spec, compute_dtype="float32", execution=Execution(scan_layers=True, remat="attention"))
+    problem = TrainingObjective(spec, compute_dtype="float32", execution=Execution(scan_layers=True, remat="attention"))
     step = make_step(problem, optimizer, schedule(settings, 1))
     state = jax.eval_shape(lambda params: fresh_state(params, optimizer), abstract_params(spec))
     described = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), (state, batch))

@@ -14,7 +14,7 @@ from dpo_jax.data.encoded import Encoded
 from dpo_jax.logprobs.tokens import linear_logprobs
 from dpo_jax.model.decoder import Execution, init_params
 from dpo_jax.model.weights import Weights
-from dpo_jax.preference.loss import Problem, loss_and_gradient
+from dpo_jax.preference.loss import TrainingObjective, loss_and_gradient
 from dpo_jax.run.data import attention_length
 from tools.benching.inputs import encoded_of
 from tools.benching.memory import Shape, llama
@@ -129,7 +129,7 @@ def layouts(options: Options) -> list[Row]:
 
 def _step_cost(shape: Shape, dtype: str, batches: list[Batch], pairs: int) -> Row:
     """Slots, seconds by pair, largest temporary memory, and the mean loss of these steps."""
-    problem = Problem(llama(shape), compute_dtype=dtype, execution=Execution(remat="attention"))
+    problem = TrainingObjective(llama(shape), compute_dtype=dtype, execution=Execution(remat="attention"))
     params = init_params(problem.spec, jax.random.key(0))
     compiled = {}
     for batch in batches:
@@ -245,7 +245,7 @@ def _row_cost(shape: Shape, total: int, length: int) -> Row:
     shown = batch.tokens.shape[2:]
     if shown != (pairs, length):
         raise ValueError(f"{pairs} pairs of {length} slots were packed as {shown[0]} rows of {shown[1]}")
-    problem = Problem(llama(shape), execution=Execution(remat="attention"))
+    problem = TrainingObjective(llama(shape), execution=Execution(remat="attention"))
     params = init_params(problem.spec, jax.random.key(0))
     solve = jax.jit(lambda params, batch: loss_and_gradient(problem, Weights(params), batch)[::2])
     compiled = solve.lower(params, batch).compile()

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.model.attention import Bounds, Layout, Rules
+from dpo_jax.model.attention import Bounds, Layout, VisibilityRules
 from dpo_jax.model.backends.texts import Texts, gather, lay_out, spread
 
 TAKES = "query key value q_seqlen kv_seqlen q_offsets kv_offsets scale mask_type sliding_window_length".split()
@@ -64,7 +64,7 @@ def attend(
     value: Float[Array, "B T K C"],
     texts: Texts,
     window: int | None,
-    rules: Rules,
+    rules: VisibilityRules,
 ) -> Float[Array, "B T H C"]:
     """Attention of each slot to what it sees of its own tree; softmax in float32.
 

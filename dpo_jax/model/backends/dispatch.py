@@ -18,14 +18,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from dpo_jax.model.attention import Bounds, Layout, Rules
+from dpo_jax.model.attention import Bounds, Layout, VisibilityRules
 
 HEADS = "tensor"
 """Axis of the mesh that heads are shared out over."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Forest:
+class PackedRows:
     """Packed rows, ready to be attended within. `prepared` is by window."""
 
     backend: str
@@ -43,7 +43,7 @@ class Forest:
         bounds: Bounds | None = None,
         activations: NamedSharding | None = None,
         remat: bool = False,
-    ) -> "Forest":
+    ) -> "PackedRows":
         """These rows for layers with these windows; with `remat` the backward pass computes scores again.
 
         `bounds` are wanted by backends that lay texts out anew.
@@ -60,7 +60,7 @@ class Forest:
         key: Float[Array, "B T K C"],
         value: Float[Array, "B T K E"],
         window: int | None,
-        rules: Rules,
+        rules: VisibilityRules,
     ) -> Float[Array, "B T H E"]:
         """`softmax(scale query . key)` over what each slot sees of its own tree, times the values."""
         module = _module(self.backend)
@@ -79,14 +79,14 @@ def attend(
     key: Float[Array, "B T K C"],
     value: Float[Array, "B T K E"],
     layout: Layout,
-    rules: Rules,
+    rules: VisibilityRules,
     *,
     window: int | None = None,
     backend: str = "xla",
     bounds: Bounds | None = None,
 ) -> Float[Array, "B T H E"]:
     """Attention within the trees of each row, for a single layer."""
-    return Forest.of(layout, [window], backend, bounds=bounds).attend(query, key, value, window, rules)
+    return PackedRows.of(layout, [window], backend, bounds=bounds).attend(query, key, value, window, rules)
 
 
 def _module(backend: str) -> Any:

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.model.attention import Bounds, Layout, Rules
+from dpo_jax.model.attention import Bounds, Layout, VisibilityRules
 
 BEYOND = 256
 """Entries after the last slot that a tile at the end may ask for; no tile is larger."""
 
 
-class Trees(NamedTuple):
+class GroupRanges(NamedTuple):
     """Where the trees of each row begin, T where there are no more; and of each slot what the predicate asks for."""
 
     begin: Int[Array, "B S"]
@@ -30,14 +30,16 @@ class Trees(NamedTuple):
     position: Int[Array, "B T"]
 
 
-def prepare(layout: Layout, window: int | None, bounds: Bounds | None) -> Trees:
+def prepare(layout: Layout, window: int | None, bounds: Bounds | None) -> GroupRanges:
     """The trees of each row; the same for all layers. Without bounds a row may have as many trees as slots."""
     group, branch, position = layout
     length = group.shape[1]
     most = 1 + (length if bounds is None else bounds.texts)  # and padding
     begins = jnp.pad(group[:, 1:] != group[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     slots = jnp.where(begins, jnp.arange(length, dtype=jnp.int32), length)
-    return Trees(jnp.pad(jnp.sort(slots, axis=1), ((0, 0), (0, 1)), constant_values=length)[:, :most], branch, position)
+    return GroupRanges(
+        jnp.pad(jnp.sort(slots, axis=1), ((0, 0), (0, 1)), constant_values=length)[:, :most], branch, position
+    )
 
 
 def keeps_scores(length: int) -> bool:
@@ -49,9 +51,9 @@ def attend(
     query: Float[Array, "B T H C"],
     key: Float[Array, "B T K C"],
     value: Float[Array, "B T K C"],
-    trees: Trees,
+    trees: GroupRanges,
     window: int | None,
-    rules: Rules,
+    rules: VisibilityRules,
 ) -> Float[Array, "B T H C"]:
     """Attention of each slot to what it sees of its own tree; softmax in float32."""
     batch, length = query.shape[:2]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dpo_jax.model.attention import Bounds, Layout, Rules, visible
+from dpo_jax.model.attention import Bounds, Layout, VisibilityRules, visible
 
 LANES = 128
 """Slots, and channels, come in multiples of so many."""
@@ -40,7 +40,7 @@ def attend(
     value: Float[Array, "B T K E"],
     prepared: Any,
     window: int | None,
-    rules: Rules,
+    rules: VisibilityRules,
 ) -> Float[Array, "B T H E"]:
     """Attention of each slot to what it sees of its own tree; softmax in float32."""
     length, width = query.shape[1], value.shape[-1]

@@ -96,7 +96,7 @@ def features(spec: specs.DecoderSpec) -> frozenset[str]:
                 found |= {"softcap"} if mixer.softcap is not None else set()
                 found |= {"sinks"} if mixer.sinks else set()
                 found |= {"alibi"} if mixer.alibi is not None else set()
-            case specs.Latent():
+            case specs.MLA():
                 found |= {"value width"} if mixer.value_dim != mixer.plain_dim + mixer.rope_dim else set()
     return frozenset(found)
 
@@ -108,7 +108,7 @@ def head_sizes(spec: specs.DecoderSpec) -> set[int]:
         match mixer:
             case specs.Attention():
                 found.add(mixer.head_dim)
-            case specs.Latent():
+            case specs.MLA():
                 found.add(mixer.plain_dim + mixer.rope_dim)
     return found
 

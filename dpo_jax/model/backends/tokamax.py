@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.model.attention import Bounds, Layout, Rules
+from dpo_jax.model.attention import Bounds, Layout, VisibilityRules
 from dpo_jax.model.backends.texts import Places, gather, lay_out, places_of, spread
 
 BASE, API = "tokamax._src.ops.attention.base", "tokamax._src.ops.attention.api"
@@ -109,7 +109,7 @@ def attend(
     value: Float[Array, "B T K C"],
     ranges: Ranges,
     window: int | None,
-    rules: Rules,
+    rules: VisibilityRules,
 ) -> Float[Array, "B T H C"]:
     """Attention of each slot to what it sees of its own tree; softmax in float32.
 

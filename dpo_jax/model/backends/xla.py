@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from dpo_jax.model.attention import Bounds, Layout, Rules, attend_seen, visible
+from dpo_jax.model.attention import Bounds, Layout, VisibilityRules, attend_seen, visible
 
 BLOCK = 64
 """Slots of a block. Of 32, 64, 128 and 256, by queries and by keys, this took least CPU time from 256 slots up."""
@@ -27,7 +27,7 @@ BLOCK = 64
 UNSEEN = float(np.finfo(np.float32).min)
 
 
-class Plan(NamedTuple):
+class TilePlan(NamedTuple):
     """The rows filled up to whole blocks, and which blocks of keys each block of queries needs.
 
     Attributes:
@@ -41,12 +41,12 @@ class Plan(NamedTuple):
     count: Int[Array, "B I"]
 
 
-def prepare(layout: Layout, window: int | None, bounds: Bounds | None = None) -> Plan:
+def prepare(layout: Layout, window: int | None, bounds: Bounds | None = None) -> TilePlan:
     """What is the same for every layer with this window."""
     layout = Layout(*(_filled(x) for x in layout))
     needed = jax.vmap(functools.partial(_needed, window))(*layout)
     keys = jnp.argsort(~needed, axis=-1, stable=True).astype(jnp.int32)
-    return Plan(layout, keys, needed.sum(axis=-1, dtype=jnp.int32))
+    return TilePlan(layout, keys, needed.sum(axis=-1, dtype=jnp.int32))
 
 
 def _needed(
@@ -83,9 +83,9 @@ def attend(
     query: Float[Array, "B T H C"],
     key: Float[Array, "B T K C"],
     value: Float[Array, "B T K E"],
-    plan: Plan,
+    plan: TilePlan,
     window: int | None,
-    rules: Rules,
+    rules: VisibilityRules,
 ) -> Float[Array, "B T H E"]:
     """Attention of each slot to what it sees of its own tree; softmax in float32."""
     length = query.shape[1]
@@ -115,11 +115,11 @@ class _Blocks(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how: _How, query, key, value, sinks, slopes, plan: Plan):
+def _attend(how: _How, query, key, value, sinks, slopes, plan: TilePlan):
     return _forward(how, query, key, value, sinks, slopes, plan)[0]
 
 
-def _forward(how: _How, query, key, value, sinks, slopes, plan: Plan):
+def _forward(how: _How, query, key, value, sinks, slopes, plan: TilePlan):
     """The result, and what the backward pass needs: besides the inputs, the result by block and log-sum-exps."""
     batch, length, heads, _ = query.shape
     blocks = _blocks(query, key, value)
@@ -205,7 +205,7 @@ class _Tile(NamedTuple):
     distance: Int[Array, "N N"]
 
 
-def _tile(how: _How, plan: Plan, row: Int[Array, ""], block: Int[Array, ""], other: Int[Array, ""]) -> _Tile:
+def _tile(how: _How, plan: TilePlan, row: Int[Array, ""], block: Int[Array, ""], other: Int[Array, ""]) -> _Tile:
     """The same as `attention.visible`, of one block of a row's queries and one of its keys."""
 
     def part(x, number):
