@@ -65,10 +65,9 @@ def advance(trainer: "Trainer", state: "State", recorder: "Recorder", saver: "Sa
             step = made.step + 1
             recorder.take(step, metrics, waited=made.waited)
             recorder.evaluate(step, state)
-            asked = interrupts.asked
-            saver.save(step, state, recorder, last=last, at_once=asked is not None)
-            if asked and step < last:
-                return state, asked
+            saved = saver.save(step, state, recorder, last=last, at_once=interrupts.asked is not None)
+            if saved and interrupts.asked and step < last:
+                return state, interrupts.asked
     recorder.end()
     return state, None
 

@@ -55,7 +55,7 @@ class Weights:
 
 def _joined(trained: jax.Array, frozen: jax.Array, rows: Sequence[bool]) -> jax.Array:
     """The stack of all layers, of the trained and of the frozen ones; one concatenation of runs of layers."""
-    dtype = jnp.promote_types(trained.dtype, frozen.dtype)
+    dtype = trained.dtype if trained.dtype == frozen.dtype else jnp.float32
     parts, taken = [], {True: 0, False: 0}
     for whose, count in _runs(rows):
         start = taken[whose]

@@ -40,12 +40,17 @@ class Saver:
         journal.note(f"resumed after step {self.start}")
         return from_saved(saved)
 
-    def save(self, step: int, state: State, recorder: Recorder, *, last: int, at_once: bool) -> None:
-        """Save the state after this step if that is due, at the `last` step, or `at_once`; what it measured first."""
-        if step % self._every == 0 or step == last or at_once:
+    def save(self, step: int, state: State, recorder: Recorder, *, last: int, at_once: bool) -> bool:
+        """Save the state after this step if that is due, at the `last` step, or `at_once`; what it measured first.
+
+        Returns whether it was saved.
+        """
+        due = step % self._every == 0 or step == last or at_once
+        if due:
             recorder.flush()
             self._checkpoints.save(step, as_saved(state), self._record)
             recorder.restart_clock()
+        return due
 
 
 @contextlib.contextmanager

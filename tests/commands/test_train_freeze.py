@@ -57,8 +57,8 @@ def test_frozen_tensors_come_back_bit_for_bit_and_are_not_saved(world, part, dty
 
 
 def test_going_on_is_never_having_stopped(world, monkeypatch):
-    freeze = 'model.freeze=["layers/[01]/.*"]'
-    whole, _ = ran(world, "whole run", freeze)
+    freeze = ('model.freeze=["layers/[01]/.*"]', "checkpoint.every=1")
+    whole, _ = ran(world, "whole run", *freeze)
     with monkeypatch.context() as patch:
         honest = Journal.step
 
@@ -67,6 +67,6 @@ def test_going_on_is_never_having_stopped(world, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
         patch.setattr(Journal, "step", step)
-        assert train.main(arguments(world, "parts", freeze)) == 75
-    again, _ = ran(world, "parts", freeze)
+        assert train.main(arguments(world, "parts", *freeze)) == 75
+    again, _ = ran(world, "parts", *freeze)
     assert {name: tensor.tobytes() for name, tensor in again.items()} == {n: t.tobytes() for n, t in whole.items()}

@@ -61,8 +61,9 @@ class Compiling:
 class Unsaved:
     """Stands where the checkpoints do and keeps nothing: no rival saves anything either."""
 
-    def save(self, *_: Any, **__: Any) -> None:
+    def save(self, *_: Any, **__: Any) -> bool:
         """Save nothing."""
+        return False
 
 
 def run(spec: Spec, events: Events, folder: Path) -> None:
