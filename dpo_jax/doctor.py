@@ -18,6 +18,7 @@ from typing import Any
 
 from dpo_jax.config import run as config
 from dpo_jax.config.run import Parser, Run, command, quiet_libraries
+from dpo_jax.files import GIB, size_text
 
 PACKAGES = (
     "jax",
@@ -32,7 +33,6 @@ PACKAGES = (
     "pydantic",
     "tensorboardX",
 )
-GIB = 1 << 30
 LITTLE_DISK = 20 * GIB
 MATMUL_SIZE = {"cpu": 1024}  # else 8192: an accelerator needs that much to be busy
 BF16_FAST_ON_CPU = (0, 12)  # the first jax whose CPU products in bfloat16 are faster than in float32
@@ -159,7 +159,7 @@ def problems(report: dict[str, Any]) -> list[Finding]:
     if report["host"]["disk_free_bytes"] < LITTLE_DISK:
         found.append(
             Finding(
-                f"only {_size(report['host']['disk_free_bytes'])} of disk are free here",
+                f"only {size_text(report['host']['disk_free_bytes'])} of disk are free here",
                 "a checkpoint takes 12 bytes per parameter and two are kept: set output to a folder on a larger disk",
             )
         )
@@ -196,8 +196,8 @@ def rendered(report: dict[str, Any]) -> str:
     rows = [(name, version or "not installed") for name, version in report["versions"].items()]
     rows += [
         ("processors", str(host_found["processors"])),
-        ("memory", f"{_size(host_found['memory_bytes'])}, {_size(host_found['memory_free_bytes'])} free"),
-        ("disk here", f"{_size(host_found['disk_bytes'])}, {_size(host_found['disk_free_bytes'])} free"),
+        ("memory", f"{size_text(host_found['memory_bytes'])}, {size_text(host_found['memory_free_bytes'])} free"),
+        ("disk here", f"{size_text(host_found['disk_bytes'])}, {size_text(host_found['disk_free_bytes'])} free"),
         ("compiled programs", host_found["compile_cache"] or "not kept"),
     ]
     rows += [(device["device"], _speed(device)) for device in report["devices"]]
@@ -207,13 +207,9 @@ def rendered(report: dict[str, Any]) -> str:
 
 
 def _speed(device: dict[str, Any]) -> str:
-    memory = f", {_size(device['memory_bytes'])}" if device["memory_bytes"] else ""
+    memory = f", {size_text(device['memory_bytes'])}" if device["memory_bytes"] else ""
     speed = f"float32 {device['gflops_float32']:,.0f}, bfloat16 {device['gflops_bfloat16']:,.0f} GFLOP/s"
     return f"{device['kind']}{memory}; matrix product {speed}"
-
-
-def _size(count: int) -> str:
-    return f"{count / GIB:.1f} GiB"
 
 
 def fit(run: Run) -> dict[str, Any]:

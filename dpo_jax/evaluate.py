@@ -19,20 +19,12 @@ from dpo_jax.data.settings import BatchSettings, DataSettings
 from dpo_jax.errors import UserError
 from dpo_jax.model.settings import MeshSettings, ModelSettings
 from dpo_jax.objectives.settings import ObjectiveSettings
+from dpo_jax.reporting.metrics import EVALUATED
 from dpo_jax.reporting.settings import LogSettings
 from dpo_jax.settings import Section
 from dpo_jax.training.settings import ReferenceSettings
 
 Block = TypeVar("Block", bound=Section)
-
-SHOWN = (
-    ("rewards/accuracies", "preference accuracy", "{:.1%}"),
-    ("rewards/margins", "reward margin", "{:+.4f}"),
-    ("logps/accuracies", "chosen more likely", "{:.1%}"),
-    ("loss", "loss", "{:.4f}"),
-    ("kl", "kl", "{:.5f}"),
-)
-"""What is printed: metric, label, format."""
 
 
 @config.command
@@ -138,7 +130,7 @@ def _is_reward_model(path: str) -> bool:
 def _lines(found: Mapping[str, float], pairs: int) -> list[str]:
     """The table; the accuracy with its standard error."""
     lines = [f"{pairs:,} pairs"]
-    for name, label, form in SHOWN:
+    for name, label, form in EVALUATED:
         if name not in found:
             continue
         share = found[name]

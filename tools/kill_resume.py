@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.reporting.journal import TIME_FIELDS
+from dpo_jax.reporting.metrics import TIME_FIELDS
 
 POLL_SECONDS = 0.001
 

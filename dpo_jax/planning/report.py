@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from dpo_jax.files import size_text
 from dpo_jax.planning.hlo import Collective
 
-GIB, PREFIXES = 2**30, ("", "k", "M", "G", "T", "P", "E")
+PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 TIGHT = 0.92
 """Share of a device's memory above which it is tight: allocators fragment, and libraries take their part."""
 SMALL = 0.002
@@ -25,11 +26,6 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     ]
 
 
-def gib(count: int | float) -> str:
-    """Bytes as GiB, or MiB below a tenth of one."""
-    return f"{count / GIB:,.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:,.2f} MiB"
-
-
 def scaled(value: int | float, unit: str) -> str:
     """A quantity with the prefix that leaves one to three digits before the point: 1,234,000 B is 1.23 MB."""
     power = min(max((len(f"{int(value)}") - 1) // 3, 0), len(PREFIXES) - 1)
@@ -38,13 +34,16 @@ def scaled(value: int | float, unit: str) -> str:
 
 def memory_lines(items: Mapping[str, int], compiler: Mapping[str, int], note: str) -> list[str]:
     """Predicted bytes by item, their sum, and beside them what the compiler says."""
-    state = sum(items.get(name, 0) for name in ("parameters", "optimizer", "reference", "counters", "batch"))
+    state = sum(
+        items.get(name, 0)
+        for name in ("parameters", "frozen parameters", "optimizer", "reference", "counters", "batch")
+    )
     total = sum(items.values())
-    named = [(name, gib(size), "") for name, size in items.items() if size]
+    named = [(name, size_text(size), "") for name, size in items.items() if size]
     named += [
-        ("state and batch (the compiler's arguments)", gib(state), gib(compiler["argument"])),
-        ("what the step needs beside them (its temporaries)", gib(total - state), gib(compiler["temp"])),
-        ("peak", gib(total), gib(compiler["peak"])),
+        ("state and batch (the compiler's arguments)", size_text(state), size_text(compiler["argument"])),
+        ("what the step needs beside them (its temporaries)", size_text(total - state), size_text(compiler["temp"])),
+        ("peak", size_text(total), size_text(compiler["peak"])),
     ]
     return ["memory of a device", *table([("", "predicted", "compiler"), *named]), *([f"  {note}"] if note else [])]
 
@@ -53,7 +52,7 @@ def fit_line(peak: int | float, capacity: int | float, what: str) -> str:
     """Whether a peak fits."""
     share = peak / capacity
     verdict = "does not fit" if share > 1 else "fits, but tightly" if share > TIGHT else "fits"
-    return f"  {verdict}: {gib(peak)} of {gib(capacity)} of {what} ({100 * share:.0f} %)"
+    return f"  {verdict}: {size_text(peak)} of {size_text(capacity)} of {what} ({100 * share:.0f} %)"
 
 
 def collective_rows(found: Iterable[Collective], per_host: int) -> list[dict[str, Any]]:

@@ -147,10 +147,6 @@ class Checkpoints:
             raise self._unusable(step, damage)
         return self._read(step, "record")
 
-    def preempted(self, step: int) -> bool:
-        """Whether this machine was asked to stop (SIGTERM), agreed between processes; ask once per step."""
-        return self._manager.reached_preemption(step)
-
     def wait(self) -> None:
         """Return when the last save is written, sealed and the old steps are removed; raise if it failed."""
         pending, self._pending = self._pending, None

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 from dpo_jax import evaluate, train
 from dpo_jax.objectives.pairwise import LossOutput
 from dpo_jax.objectives.table import OBJECTIVES, Objective, Setting
-from dpo_jax.reporting.journal import TIME_FIELDS, Journal, read_records
+from dpo_jax.reporting.journal import Journal, read_records
+from dpo_jax.reporting.metrics import TIME_FIELDS
 from dpo_jax.run.trainer import Trainer
 from dpo_jax.training import reference as references
 from dpo_jax.training.checkpoints import Checkpoints

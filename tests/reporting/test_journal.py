@@ -13,7 +13,8 @@ from rich.console import Console
 
 from dpo_jax.errors import UserError
 from dpo_jax.reporting import journal
-from dpo_jax.reporting.journal import METRICS, TIME_FIELDS, Journal, read_records, summary
+from dpo_jax.reporting.journal import Journal, read_records, summary
+from dpo_jax.reporting.metrics import EVALUATED, METRICS, SUMMARY, TERMINAL, TIME_FIELDS
 from dpo_jax.reporting.settings import LogSettings
 
 FILE_ONLY = LogSettings(tensorboard=False)
@@ -102,7 +103,7 @@ def test_other_processes_write_nothing(tmp_path):
 
 def test_time_fields_are_metrics():
     assert set(TIME_FIELDS) <= set(METRICS)
-    assert {name for name, _, _ in (*journal.TERMINAL, *journal.SUMMARY)} <= set(METRICS)
+    assert {name for name, _, _ in (*TERMINAL, *SUMMARY, *EVALUATED)} <= set(METRICS)
 
 
 def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path):

@@ -1,0 +1,63 @@
+"""Names of metrics, what they mean, and the labels and formats under which they are shown: the only tables of them."""
+
+METRICS: dict[str, str] = {
+    "loss": "mean objective of the step's pairs",
+    "grad_norm": "global norm of the gradient, before clipping",
+    "learning_rate": "rate of this step",
+    "epoch": "passes over the data so far",
+    "rewards/chosen": "mean of beta x (policy - reference) log-probability of chosen completions",
+    "rewards/rejected": "the same of rejected completions",
+    "rewards/accuracies": "share of pairs whose chosen reward is greater",
+    "rewards/margins": "mean of chosen reward - rejected reward",
+    "logps/chosen": "mean summed log-probability of chosen completions",
+    "logps/rejected": "the same of rejected completions",
+    "logps/accuracies": "share of pairs whose chosen completion is the more likely one",
+    "logits/chosen": "mean logit over chosen completion tokens and the vocabulary",
+    "logits/rejected": "the same over rejected completion tokens",
+    "entropy": "mean entropy of the next token, over completion tokens",
+    "mean_token_accuracy": "share of chosen completion tokens that are the most likely token",
+    "num_tokens": "tokens seen so far",
+    "lengths/chosen": "mean tokens of a chosen completion",
+    "lengths/rejected": "mean tokens of a rejected completion",
+    "kl": "estimated divergence of the policy from the reference, in nats per token",
+    "truncated": "pairs of the step of which a part was cut",
+    "dropped": "rows of the data that could not be used",
+    "good_answers": "share of held-out questions that were answered well",
+    "step_seconds": "wall time of the step",
+    "input_wait": "share of the step's wall time that went into waiting for the next batch",
+    "time_to_first_step": "seconds from the start of the command to the end of its first step, once",
+    "pairs_per_second": "pairs per second of wall time",
+    "tokens_per_second": "token slots per second of wall time",
+    "memory_bytes": "most bytes in use on one device",
+}
+"""Every metric and what it is."""
+
+TIME_FIELDS = (*"step_seconds input_wait time_to_first_step pairs_per_second tokens_per_second memory_bytes".split(),)
+"""What two runs of the same mathematics may differ in (`eval_` forms too); everything else in a record is the same."""
+
+TERMINAL = (
+    ("loss", "loss", "{:.4f}"),
+    ("rewards/accuracies", "accuracy", "{:.3f}"),
+    ("rewards/margins", "margin", "{:+z.3f}"),
+    ("grad_norm", "grad", "{:.2f}"),
+    ("pairs_per_second", "pairs/s", "{:.1f}"),
+)
+"""What a line of the terminal shows: name, label, format."""
+
+SUMMARY = (
+    ("rewards/accuracies", "held-out accuracy", "{:.1%}"),
+    ("logps/accuracies", "chosen more likely", "{:.1%}"),
+    ("rewards/margins", "held-out margin", "{:+z.3f}"),
+    ("loss", "held-out loss", "{:.4f}"),
+    ("good_answers", "good answers", "{:.1%}"),
+)
+"""Rows of the summary at the end of a run."""
+
+EVALUATED = (
+    ("rewards/accuracies", "preference accuracy", "{:.1%}"),
+    ("rewards/margins", "reward margin", "{:+.4f}"),
+    ("logps/accuracies", "chosen more likely", "{:.1%}"),
+    ("loss", "loss", "{:.4f}"),
+    ("kl", "kl", "{:.5f}"),
+)
+"""What `dpo_jax.evaluate` prints."""
