@@ -53,6 +53,6 @@ def repeated_key(pairs: list[tuple[str, Any]]) -> str | None:
     return next((key for key, _ in pairs if key in seen or seen.add(key)), None)
 
 
-def size_text(count: float) -> str:
+def size_text(count: int | float) -> str:
     """Bytes as GiB, or MiB below a tenth of one."""
     return f"{count / GIB:,.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:,.2f} MiB"
