@@ -55,7 +55,7 @@ def test_a_healthy_machine_has_no_problems():
         ({"accelerators": ["TPU"]}, "TPU, but jax sees none", "dpo_jax[tpu]", True),
         ({"versions__jax": "0.10.2"}, "bfloat16 is slower", "float32", False),
         ({"versions__jax": "0.9.9"}, "bfloat16 is slower", "float32", False),
-        ({"host__disk_free_bytes": 1 << 30}, "only 1.0 GiB of disk", "set output", False),
+        ({"host__disk_free_bytes": 1 << 30}, "only 1.00 GiB of disk", "set output", False),
         ({"host__compile_cache": None}, "not kept", "JAX_ENABLE_COMPILATION_CACHE", False),
         ({"devices": [], "failure": "RuntimeError: no backend"}, "RuntimeError: no backend", "reinstall jax", True),
     ],
@@ -110,7 +110,7 @@ def test_text_names_every_package_and_problem(monkeypatch, capsys, tmp_path):
     assert doctor.main([str(tmp_path)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[: len(report["versions"])]] == list(report["versions"])
-    assert "80.0 GiB" in next(line for line in lines if line.startswith("cuda:0"))
+    assert "80.00 GiB" in next(line for line in lines if line.startswith("cuda:0"))
     assert lines[-1] == "broken: flax is not installed; pip install flax"
 
 
