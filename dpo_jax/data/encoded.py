@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
-from dpo_jax.data.records import Table
+from dpo_jax.data.records import SourceTable
 from dpo_jax.data.report import Report, clean
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.data.templates import template_source
@@ -182,7 +182,7 @@ class Entry:
     def of(
         cls,
         folder: str | Path,
-        sources: Sequence[Table],
+        sources: Sequence[SourceTable],
         tokenizer: Any,
         settings: DataSettings,
         template: str | None,

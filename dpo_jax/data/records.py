@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Table:
+class SourceTable:
     """A file or data set that is ready to be read."""
 
     name: str
@@ -44,7 +44,7 @@ class Table:
     rows: Callable[[], Iterator[Row]]
 
 
-def tables(sources: str | Sequence[str]) -> list[Table]:
+def tables(sources: str | Sequence[str]) -> list[SourceTable]:
     """What the sources name, opened in order.
 
     Raises:
@@ -64,7 +64,7 @@ def value_of(row: Row) -> Any:
     return _parse(row.value) if isinstance(row.value, bytes) else row.value
 
 
-def _open(source: str) -> list[Table]:
+def _open(source: str) -> list[SourceTable]:
     path = Path(source).expanduser()
     if path.is_file():
         return [_file(path, source)]
@@ -89,14 +89,14 @@ def _near(path: Path) -> str:
     return f"; did you mean {clean(str(path.parent / close))}?" if close else ""
 
 
-def _file(path: Path, name: str) -> Table:
+def _file(path: Path, name: str) -> SourceTable:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{clean(name)}: files that can be read are {', '.join(READERS)}; unpack or convert this one")
-    return Table(name, lambda: file_digest(path), lambda: reader(path, name))
+    return SourceTable(name, lambda: file_digest(path), lambda: reader(path, name))
 
 
-def _folder(path: Path, source: str, split: str | None) -> list[Table]:
+def _folder(path: Path, source: str, split: str | None) -> list[SourceTable]:
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return [_saved(path, source, split)]
     if split is not None:
@@ -107,7 +107,7 @@ def _folder(path: Path, source: str, split: str | None) -> list[Table]:
     return [_file(file, str(file)) for file in files]
 
 
-def _saved(path: Path, source: str, split: str | None) -> Table:
+def _saved(path: Path, source: str, split: str | None) -> SourceTable:
     import datasets
 
     try:
@@ -124,7 +124,7 @@ def _saved(path: Path, source: str, split: str | None) -> Table:
     return _dataset(found[split or "train"], source)
 
 
-def _hub(source: str, name: str, configuration: str | None, split: str) -> Table:
+def _hub(source: str, name: str, configuration: str | None, split: str) -> SourceTable:
     import datasets
 
     try:
@@ -138,9 +138,9 @@ def _hub(source: str, name: str, configuration: str | None, split: str) -> Table
     return _dataset(found, source)
 
 
-def _dataset(found: Any, name: str) -> Table:
+def _dataset(found: Any, name: str) -> SourceTable:
     fingerprint = found._fingerprint
-    return Table(name, lambda: fingerprint, lambda: _arrow_rows(found.with_format("arrow").iter(1000), name))
+    return SourceTable(name, lambda: fingerprint, lambda: _arrow_rows(found.with_format("arrow").iter(1000), name))
 
 
 # ------------------------------------------------------------------------------------------------ formats
@@ -317,7 +317,7 @@ class Stretch(NamedTuple):
 
 
 def stretches(
-    sources: Iterable[Table], *, layout: str, first: int | None, report: Report, size: int
+    sources: Iterable[SourceTable], *, layout: str, first: int | None, report: Report, size: int
 ) -> Iterator[Stretch]:
     """All rows, up to `size` of a file at a time; each is counted in the report when it is read.
 
