@@ -103,15 +103,15 @@ def _settings(options: Namespace) -> EvaluatedBlocks:
     rows = {"train": tuple(options.pairs), "max_length": options.max_length, "ending": "template" if scores else None}
     objective = {"name": "reward"} if scores else {"beta": 0.1 if options.beta is None else options.beta}
     return EvaluatedBlocks(
-        _block(ModelSettings, "model", path=options.model),
-        _block(ReferenceSettings, "reference", **({"mode": "none"} if scores else {"path": options.reference})),
-        _block(DataSettings, "data", **rows),
-        _block(BatchSettings, "batch", pairs=options.batch),
-        _block(ObjectiveSettings, "objective", **objective),
+        _block(ModelSettings, "model", {"path": options.model}),
+        _block(ReferenceSettings, "reference", {"mode": "none"} if scores else {"path": options.reference}),
+        _block(DataSettings, "data", rows),
+        _block(BatchSettings, "batch", {"pairs": options.batch}),
+        _block(ObjectiveSettings, "objective", objective),
     )
 
 
-def _block(kind: type[Block], name: str, **values: Any) -> Block:
+def _block(kind: type[Block], name: str, values: Mapping[str, Any]) -> Block:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
