@@ -18,7 +18,7 @@ from dpo_jax.model.experts import load_balance
 from dpo_jax.model.spec import MLP, Experts
 from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import TrainingObjective, loss_and_gradient
-from dpo_jax.run.trainer import preference_loss
+from dpo_jax.run.first_step import preference_loss
 from tests.support.forests import SPEC, random_encoded
 
 MIXED = dataclasses.replace(SPEC.layers[1], mlp=None, experts=Experts(4, 2, 12, shared=MLP(8), shared_gate=True))
