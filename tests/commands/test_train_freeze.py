@@ -1,8 +1,11 @@
 """The whole job with some leaves frozen: what comes out, and what it takes."""
 
+import math
 import os
 import signal
 
+import jax
+import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
@@ -33,8 +36,16 @@ def arguments(world, output, *more):
 def ran(world, output, *more):
     assert train.main(arguments(world, output, *more)) == 0
     exported = load_file(world / output / "model" / "model.safetensors")
-    saved = sum(file.stat().st_size for file in (world / output / "checkpoints" / "2" / "state").rglob("*"))
-    return exported, saved
+    return exported, saved(world / output / "checkpoints" / "2" / "state")
+
+
+def saved(folder):
+    """Bytes of the parameters and of the optimizer in a checkpoint; those of its files differ from run to run."""
+    tree = ocp.StandardCheckpointer().metadata(folder).item_metadata.tree
+    sizes = {
+        part: sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree[part])) for part in tree
+    }
+    return sizes["params"], sizes["optimizer"]
 
 
 PARTS = {
@@ -49,11 +60,12 @@ def test_frozen_tensors_come_back_bit_for_bit_and_are_not_saved(world, part, dty
     before = load_file(world / "model" / "model.safetensors")
     patterns, moves = PARTS[part]
     freeze = f"model.freeze={patterns}".replace("'", '"')
-    after, saved = ran(world, f"{part} {dtype}", freeze, f"optimizer.param_dtype={dtype}")
+    after, held = ran(world, f"{part} {dtype}", freeze, f"optimizer.param_dtype={dtype}")
     assert {name for name in before if before[name].tobytes() != after[name].tobytes()} == set(filter(moves, before))
     share = sum(before[name].size for name in before if moves(name)) / sum(tensor.size for tensor in before.values())
     _, whole = ran(world, f"whole {dtype}", f"optimizer.param_dtype={dtype}")
-    assert saved < whole * (share + 0.25)  # orbax keeps some kilobytes for each leaf beside its numbers
+    # norms stay float32 and the optimizer keeps a count, so bytes are not shared quite as the elements are
+    assert held == pytest.approx([size * share for size in whole], rel=0.02)
 
 
 def test_going_on_is_never_having_stopped(world, monkeypatch):
