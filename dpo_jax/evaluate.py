@@ -51,11 +51,10 @@ class EvaluatedBlocks(NamedTuple):
 def evaluate(settings: EvaluatedBlocks, folder: Path, quiet: bool = False) -> tuple[dict[str, float], int]:
     """Metrics of a model against a reference over pairs, and how many these are; the folder is for what is cached."""
     from dpo_jax.hf.tokenizer import load_tokenizer
-    from dpo_jax.model.decoder import Model
     from dpo_jax.model.weights import Weights
     from dpo_jax.reporting.journal import Journal
     from dpo_jax.run import compile_cache, models
-    from dpo_jax.run.data import Packing, load_data
+    from dpo_jax.run.data import Packing, read_data
     from dpo_jax.run.evaluator import Evaluator
     from dpo_jax.run.reference import ReferenceScorer, make_reference
     from dpo_jax.run.sources import find_models
@@ -66,17 +65,18 @@ def evaluate(settings: EvaluatedBlocks, folder: Path, quiet: bool = False) -> tu
     mesh = models.make_mesh(MeshSettings(), model)
     sources = find_models(model, reference, {})
     tokenizer = load_tokenizer(sources.policy, rows.template)
-    data = load_data(rows, objective.terms, tokenizer, folder, _silent if quiet else print)
+    data = read_data(rows, tokenizer, folder, _silent if quiet else print).examples(objective.terms, length)
     models.check_models(sources, mesh, model=model, reference=reference, max_length=length, scalar_head=scalar_head)
-    policy: Model = models.load_model(sources.policy, mesh, scalar_head=scalar_head)
-    problem = models.make_objective(model, objective.terms, policy.spec, mesh)
+    policy = models.load_model(sources.policy, mesh, scalar_head=scalar_head)
+    weights = Weights(policy.params)
+    training = models.make_objective(model, objective.terms, policy.spec, weights, mesh)
     packing = Packing.of(batch, length, objective.terms, mesh)
     with Journal(folder, 1, LogSettings(tensorboard=False), process=int(quiet)) as journal:
         scorer = ReferenceScorer(mesh, packing, folder, journal)
-        logps = make_reference(reference, sources, policy, problem, data, scorer).train
-        measure = Evaluator(problem, mesh, held_out=packing.sweep(data.train, policy.spec, logps))
+        logps = make_reference(reference, sources, weights, training, data, scorer).train
+        measure = Evaluator(training, mesh, held_out=packing.sweep(data.train, policy.spec, logps))
         journal.phase("evaluating")
-        return measure(Weights(policy.params), folder, 0), data.train.num_pairs
+        return measure(weights, folder, 0), data.train.num_pairs
 
 
 def _options(argv: Sequence[str]) -> Namespace:

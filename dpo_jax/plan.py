@@ -92,11 +92,12 @@ def make_plan(
         raise UserError(f"--devices: {devices}: JAX is running with other devices; plan in a new process") from error
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from it leaves no text of the program
     from dpo_jax.run import models, program
+    from dpo_jax.run.data import ACCELERATOR_ATTENTION_LENGTH
 
     mesh = models.make_mesh(run.mesh, run.model)
     sources = program.find_config(run, mesh)
     encoded, data, run = program.data_for(run, sources, lengths)
-    step = program.describe(run, sources, encoded, mesh, platform="gpu")
+    step = program.describe(run, sources, encoded, mesh, attention_length=ACCELERATOR_ATTENTION_LENGTH)
     return _measured(run, step, data, hosts, chip)
 
 

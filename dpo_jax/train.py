@@ -35,7 +35,7 @@ def train(run: config.Run) -> int:
         compile_cache.use(run.model.compile_cache)
         job = Job.read(run, folder)
         spec, weights = job.load_policy()
-        objective = job.objective(spec)
+        objective = job.objective(spec, weights)
         with checkpoints.opened(run, folder) as saver, job.journal(saver.start, began) as journal:
             reference = job.reference(objective, weights, journal, resumes=saver.start is not None)
             trainer = job.trainer(objective, weights, reference)

@@ -7,13 +7,16 @@ others. It is then in both trees, each with its own layers, and `Weights.rows` s
     frozen   [2, I, O]   layers 0 1
     trained  [2, I, O]   layers     2 3
     rows     ("blocks/0/mlp/up/kernel", (False, False, True, True))
+
+The backward pass goes through all layers of a stack of which any is trained; what freezing some of them saves is their
+gradients' and moments' bytes, and the optimizer's work.
 """
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,26 +60,16 @@ def _joined(trained: jax.Array, frozen: jax.Array, rows: Sequence[bool]) -> jax.
     """The stack of all layers, of the trained and of the frozen ones; one concatenation of runs of layers."""
     dtype = trained.dtype if trained.dtype == frozen.dtype else jnp.float32
     parts, taken = [], {True: 0, False: 0}
-    for whose, count in _runs(rows):
-        start = taken[whose]
+    for whose, run in itertools.groupby(rows):
+        start, count = taken[whose], len(list(run))
         part = (trained if whose else frozen)[start : start + count]
         parts.append(part.astype(dtype))
         taken[whose] += count
     return jnp.concatenate(parts)
 
 
-def _runs(rows: Sequence[bool]) -> list[tuple[bool, int]]:
-    found: list[tuple[bool, int]] = []
-    for row in rows:
-        if found and found[-1][0] == row:
-            found[-1] = (row, found[-1][1] + 1)
-        else:
-            found.append((row, 1))
-    return found
-
-
 def divided(params: Params, trained: Trained) -> Weights:
-    """The two trees of a tree of parameters (arrays or shapes), by what is trained."""
+    """The two trees of a tree of parameters, by what is trained."""
     kept, frozen, rows = {}, {}, []
     for path, leaf in trees.paths(params).items():
         match trained.get(path, True):
@@ -90,13 +83,17 @@ def divided(params: Params, trained: Trained) -> Weights:
     return Weights(trees.from_paths(kept), trees.from_paths(frozen), tuple(rows))
 
 
-def _taken(leaf: Any, layers: Sequence[bool], whose: bool) -> Any:
+def _taken(leaf: jax.Array, layers: Sequence[bool], whose: bool) -> jax.Array:
     numbers = [number for number, trained in enumerate(layers) if trained == whose]
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct((len(numbers), *leaf.shape[1:]), leaf.dtype)
     if numbers == list(range(numbers[0], numbers[-1] + 1)):
         return leaf[numbers[0] : numbers[-1] + 1]
     return leaf[np.asarray(numbers)]
+
+
+def head_is_frozen(spec: DecoderSpec, weights: Weights) -> bool:
+    """Whether nothing of the head over the vocabulary is trained: neither its rows nor its bias."""
+    head = "embed" if spec.tied else "head"
+    return not spec.scalar_head and head in weights.frozen and head not in weights.trained
 
 
 def layer_paths(spec: DecoderSpec) -> dict[str, list[str]]:
@@ -146,9 +143,3 @@ def _pattern(text: str, names: Sequence[str]) -> re.Pattern[str]:
             f"model.freeze: {text!r} matches no leaf; patterns match whole names, which are {', '.join(kinds)}"
         )
     return pattern
-
-
-def frozen_share(weights: Weights) -> float:
-    """Share of the parameters that is not trained."""
-    trained, frozen = trees.num_parameters(weights.trained), trees.num_parameters(weights.frozen)
-    return frozen / (trained + frozen)

@@ -30,14 +30,17 @@ class Data:
     dropped: int
     report: dict[str, Any]
 
+    def examples(self, terms: tuple[Term, ...], max_length: int) -> "Data":
+        """The same as the objective wants it; raises as the function `examples`."""
+        held_out = None if self.held_out is None else examples(self.held_out, terms, max_length)
+        return dataclasses.replace(self, train=examples(self.train, terms, max_length), held_out=held_out)
 
-def load_data(
-    settings: DataSettings, terms: tuple[Term, ...], tokenizer: Any, cache: Path, say: Callable[[str], None]
-) -> Data:
+
+def read_data(settings: DataSettings, tokenizer: Any, cache: Path, say: Callable[[str], None]) -> Data:
     """Read, check and tokenise; each report is said line by line, and is in the result as plain values.
 
     Raises:
-      UserError: too many rows are bad, or the rows are not what the objective compares.
+      UserError: too many rows are bad.
     """
     train, report = encode(settings.train, tokenizer, settings, cache, first=settings.first)
     reports = {"data.train": report}
@@ -49,8 +52,6 @@ def load_data(
         for line in found.lines():
             say(f"  {line}")
     tables = {name: found.to_dict() for name, found in reports.items()}
-    train = examples(train, terms, settings.max_length)
-    held_out = None if held_out is None else examples(held_out, terms, settings.max_length)
     return Data(train, held_out, report.bad + report.too_long, tables)
 
 
@@ -84,7 +85,7 @@ def number_of_steps(examples: int, pairs_per_step: int, *, steps: int | None, ep
     return steps if steps is not None else max(1, int((epochs or 1) * examples / pairs_per_step))
 
 
-def attention_length(platform: str) -> int:
+def length_on(platform: str) -> int:
     """Row length at which attention costs as much as the matrix products, in tokens.
 
     On a CPU it skips what a row's prompt groups do not see of each other, so that a position of a long row costs hardly
@@ -114,10 +115,10 @@ class Packing:
         terms: tuple[Term, ...],
         mesh: jax.sharding.Mesh,
         *,
-        platform: str | None = None,
+        attention_length: int | None = None,
     ) -> "Packing":
-        """That of the settings on a mesh; rows are laid out for its platform, or for another."""
-        length = attention_length(platform or sharding.platform(mesh))
+        """That of the settings on a mesh; `attention_length` in place of that of the mesh's devices."""
+        length = attention_length or length_on(sharding.platform(mesh))
         shards, rankings = sharding.batch_shards(mesh), data_of(terms) == "rankings"
         return cls(batch.pairs, shards, batch.micro_tokens, batch.share_prompts, max_length, length, rankings)
 

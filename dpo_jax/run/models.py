@@ -1,7 +1,7 @@
 """The models of a run: checked before any weights, read onto their devices, and put together with the objective."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from dpo_jax.hf import checkpoint, tensors
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.model import remat
 from dpo_jax.model.backends import table
-from dpo_jax.model.decoder import Execution, Model, abstract_params, held_in
+from dpo_jax.model.decoder import Execution, Model, Params, abstract_params, cast, held_in
 from dpo_jax.model.settings import MeshSettings, ModelSettings
 from dpo_jax.model.spec import DecoderSpec
-from dpo_jax.model.weights import Weights, divided, what_is_trained
+from dpo_jax.model.weights import Trained, Weights, divided, head_is_frozen, what_is_trained
 from dpo_jax.objectives.terms import Term
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.run.sources import Sources
@@ -41,31 +41,26 @@ def compute_dtype(model: ModelSettings, mesh: jax.sharding.Mesh) -> str:
     return "float32" if sharding.platform(mesh) == "cpu" else "bfloat16"
 
 
-def load_model(
-    folder: Path,
-    mesh: jax.sharding.Mesh,
-    dtype: str = "float32",
-    *,
-    scalar_head: bool = False,
-    held: Callable[[str], DTypeLike] | None = None,
-) -> Model:
+def load_model(folder: Path, mesh: jax.sharding.Mesh, dtype: str = "float32", *, scalar_head: bool = False) -> Model:
     """A folder's model, straight onto its shardings; with a scalar head, from a language model or a reward model.
 
-    Leaves that are used in float32 whatever the dtype of computation (norm scales) are read in float32. `held` gives
-    the dtype of each leaf by its path, in place of `dtype`.
+    Leaves that are used in float32 whatever the dtype of computation (norm scales) are read in float32.
     """
     spec = read_spec(folder, scalar_head=scalar_head)
+    return _loaded(spec, folder, mesh, functools.partial(held_in, dtype=jnp.dtype(dtype)))
+
+
+def _loaded(spec: DecoderSpec, folder: Path, mesh: jax.sharding.Mesh, held: Callable[[str], DTypeLike]) -> Model:
     shardings = sharding.param_shardings(abstract_params(spec), mesh)
-    held = held or functools.partial(held_in, dtype=jnp.dtype(dtype))
     return checkpoint.load_hf(folder, dtype=held, shardings=shardings, spec=spec)
 
 
 def load_policy(
     model: ModelSettings, folder: Path, mesh: jax.sharding.Mesh, param_dtype: str, *, scalar_head: bool
 ) -> tuple[DecoderSpec, Weights]:
-    """The policy, divided into what is trained and what is frozen.
+    """The policy on its shardings, divided into what is trained and what is frozen.
 
-    A leaf of which nothing is trained is held in float32 whatever `param_dtype` is, so that it comes back exactly.
+    What is frozen is held in float32 whatever `param_dtype` is, so that it comes back exactly.
     """
     spec = read_spec(folder, scalar_head=scalar_head)
     trained = what_is_trained(spec, model.freeze)
@@ -73,19 +68,26 @@ def load_policy(
     def held(path: str) -> DTypeLike:
         return held_in(path, jnp.dtype(param_dtype if trained[path] is True else "float32"))
 
-    found = load_model(folder, mesh, scalar_head=scalar_head, held=held)
-    weights = divided(found.params, trained)
-    return spec, Weights(_held(weights.trained, param_dtype), weights.frozen, weights.rows)
+    weights = _divided(_loaded(spec, folder, mesh, held).params, trained, param_dtype)
+    return spec, jax.device_put(weights, _shardings(weights, mesh))
 
 
-def _held(trained: Any, param_dtype: str) -> Any:
-    """Trained weights in the dtype that they are kept in; a leaf that has it is left as it is."""
-    if param_dtype == "float32":
-        return trained
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.astype(held_in(jax.tree_util.keystr(path, simple=True, separator="/"), param_dtype)),
-        trained,
-    )
+def abstract_policy(spec: DecoderSpec, freeze: Sequence[str], mesh: jax.sharding.Mesh, param_dtype: str) -> Weights:
+    """Shapes, dtypes and shardings of what `load_policy` returns."""
+    divide = functools.partial(_divided, trained=what_is_trained(spec, freeze), param_dtype=param_dtype)
+    weights = jax.eval_shape(divide, abstract_params(spec))
+    return sharding.shape_of(weights, _shardings(weights, mesh))
+
+
+def _divided(params: Params, trained: Trained, param_dtype: str) -> Weights:
+    weights = divided(params, trained)
+    return Weights(cast(weights.trained, jnp.dtype(param_dtype)), weights.frozen, weights.rows)
+
+
+def _shardings(weights: Weights, mesh: jax.sharding.Mesh) -> Weights:
+    """A sharding in the place of each leaf."""
+    trained, frozen = (sharding.param_shardings(tree, mesh) for tree in (weights.trained, weights.frozen))
+    return Weights(trained, frozen, weights.rows)
 
 
 @functools.cache
@@ -110,7 +112,7 @@ def check_models(
     """
     policy = read_spec(sources.policy, scalar_head=scalar_head)
     _check_length("model.path", policy, max_length)
-    attention_backend(model, policy, mesh)
+    attention_of(model, policy, mesh)
     what_is_trained(policy, model.freeze)
     if model.router_aux and policy.experts is None:
         raise UserError(f"model.router_aux: {model.router_aux} balances experts, and there are none; leave it out")
@@ -123,7 +125,7 @@ def check_models(
             f"{policy.vocab_size}; give a reference with the policy's tokenizer"
         )
     _check_length("reference.path", other, max_length)
-    attention_backend(model, other, mesh)
+    attention_of(model, other, mesh)
     if reference.mode == "live" and other != policy:
         raise UserError(
             "reference.mode: live computes the reference as it computes the policy, and "
@@ -131,13 +133,17 @@ def check_models(
         )
 
 
-def attention_backend(model: ModelSettings, spec: DecoderSpec, mesh: jax.sharding.Mesh) -> str:
-    """What computes the attention of this model.
+def attention_of(model: ModelSettings, spec: DecoderSpec, mesh: jax.sharding.Mesh) -> str:
+    """What computes the attention of this model on this mesh; raises as `attention_backend`."""
+    return attention_backend(model.attention, spec, compute_dtype(model, mesh), device_of(mesh.devices.flat[0]))
+
+
+def attention_backend(name: str, spec: DecoderSpec, dtype: str, device: table.Device) -> str:
+    """What computes the attention of this model in this dtype on this device, where `name` is asked for.
 
     Raises:
-      UserError: the one that the settings ask for cannot; says by which rule.
+      UserError: the one that is asked for cannot; says by which rule.
     """
-    name, dtype, device = model.attention, compute_dtype(model, mesh), device_of(mesh.devices.flat[0])
     if name == "auto":
         return table.automatic(spec, dtype, device)
     reason = table.why_not(name, spec, dtype, device)
@@ -165,15 +171,14 @@ def make_objective(
     model: ModelSettings,
     terms: tuple[Term, ...],
     spec: DecoderSpec,
+    weights: Weights,
     mesh: jax.sharding.Mesh,
     *,
     statistics: bool = True,
 ) -> TrainingObjective:
-    """The objective on this model."""
-    where, split, attention = sharding.rows(mesh), sharding.head_split(mesh), attention_backend(model, spec, mesh)
-    head = "embed/embedding" if spec.tied else "head/embedding"
-    frozen_head = not spec.scalar_head and what_is_trained(spec, model.freeze)[head] is False
-    execution = Execution(model.scan_layers, model.remat, where, attention, split, frozen_head)
+    """The objective on this model; of its weights (arrays or shapes) it matters which are trained."""
+    where, split, attention = sharding.rows(mesh), sharding.head_split(mesh), attention_of(model, spec, mesh)
+    execution = Execution(model.scan_layers, model.remat, where, attention, split, head_is_frozen(spec, weights))
     return TrainingObjective(
         spec=spec,
         terms=terms,

@@ -8,13 +8,12 @@ import jax
 
 from dpo_jax.config.run import Run
 from dpo_jax.hf.tokenizer import load_tokenizer
-from dpo_jax.model.decoder import Model
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.reporting.journal import Journal
 from dpo_jax.run import models, output, result
-from dpo_jax.run.data import Data, Packing, load_data, number_of_steps
+from dpo_jax.run.data import Data, Packing, number_of_steps, read_data
 from dpo_jax.run.evaluator import EvaluationPrompts, Evaluator, read_prompts
 from dpo_jax.run.first_step import FirstStep
 from dpo_jax.run.recorder import Recorder, make_alarms
@@ -47,9 +46,10 @@ class Job:
         sources = find_models(run.model, run.reference, output.recorded(folder))
         mesh = models.make_mesh(run.mesh, run.model)
         tokenizer = load_tokenizer(sources.policy, run.data.template)
-        terms, cache = run.objective.terms, output.cache_folder(run.data, Path(run.output))
-        data = load_data(run.data, terms, tokenizer, cache, print)
+        terms, length = run.objective.terms, run.data.max_length
+        data = read_data(run.data, tokenizer, output.cache_folder(run.data, folder), print)
         output.write_json(folder / "data.json", data.report)
+        data = data.examples(terms, length)
         steps = number_of_steps(data.train.num_pairs, run.batch.pairs, steps=run.steps, epochs=run.epochs)
         prompts = read_prompts(run.evaluation, sources.policy, tokenizer)
         models.check_models(
@@ -57,16 +57,16 @@ class Job:
             mesh,
             model=run.model,
             reference=run.reference,
-            max_length=run.data.max_length,
+            max_length=length,
             scalar_head=run.objective.trains_reward_model,
         )
-        packing = Packing.of(run.batch, run.data.max_length, terms, mesh)
+        packing = Packing.of(run.batch, length, terms, mesh)
         return cls(run, folder, sources, mesh, tokenizer, data, steps, packing, prompts)
 
     @property
     def cache(self) -> Path:
         """Where tokenised data and reference log-probabilities are kept."""
-        return output.cache_folder(self.run.data, Path(self.run.output))
+        return output.cache_folder(self.run.data, self.folder)
 
     def load_policy(self) -> tuple[DecoderSpec, Weights]:
         """The policy's starting weights on the mesh, divided into trained and frozen."""
@@ -76,11 +76,11 @@ class Job:
             run.model, self.sources.policy, self.mesh, run.optimizer.param_dtype, scalar_head=scores
         )
 
-    def objective(self, spec: DecoderSpec) -> TrainingObjective:
+    def objective(self, spec: DecoderSpec, weights: Weights) -> TrainingObjective:
         """What is minimised, on this model."""
         run = self.run
         statistics = run.log.token_statistics
-        return models.make_objective(run.model, run.objective.terms, spec, self.mesh, statistics=statistics)
+        return models.make_objective(run.model, run.objective.terms, spec, weights, self.mesh, statistics=statistics)
 
     def journal(self, start: int | None, began: float) -> Journal:
         """The journal of a command that `began` then; what it has of steps after the checkpoint `start` is dropped."""
@@ -94,7 +94,7 @@ class Job:
         return make_reference(
             self.run.reference,
             self.sources,
-            Model(objective.spec, weights.params),
+            weights,
             objective,
             self.data,
             ReferenceScorer(self.mesh, self.packing, self.cache, journal),

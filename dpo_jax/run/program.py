@@ -18,7 +18,6 @@ from dpo_jax.data.encoded import Encoded
 from dpo_jax.errors import UserError
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.model.decoder import abstract_params, cast
-from dpo_jax.model.weights import divided, what_is_trained
 from dpo_jax.objectives.terms import data_of
 from dpo_jax.planning import costs, hlo, memory
 from dpo_jax.planning.costs import Load
@@ -30,6 +29,7 @@ from dpo_jax.run.data import Packing, examples, number_of_steps
 from dpo_jax.run.reference import Reference, moving_reference
 from dpo_jax.run.sources import Sources, find_models
 from dpo_jax.run.trainer import Trainer
+from dpo_jax.training.settings import ReferenceSettings
 
 CONFIG_ONLY = ("config.json",)
 LOOKED_AT = 4
@@ -122,7 +122,7 @@ def data_for(
 
 
 def describe(
-    run: Run, sources: Sources, encoded: Encoded, mesh: jax.sharding.Mesh, *, platform: str | None = None
+    run: Run, sources: Sources, encoded: Encoded, mesh: jax.sharding.Mesh, *, attention_length: int | None = None
 ) -> PlannedStep:
     """The step that `train` would compile for this data on this mesh: the same functions, with shapes for arrays.
 
@@ -131,15 +131,17 @@ def describe(
       sources: from `find_config`.
       encoded: from `read_data`, or made up.
       mesh: of any devices, virtual ones too.
-      platform: lay rows out as for this one; None is that of the mesh.
+      attention_length: lay rows out as where attention costs this much (see `run.data`); None is that of the mesh.
     """
     spec = read_spec(sources.policy, scalar_head=run.objective.trains_reward_model)
-    weights = divided(abstract_params(spec), what_is_trained(spec, run.model.freeze))
-    terms, objective = run.objective.terms, models.make_objective(run.model, run.objective.terms, spec, mesh)
-    objective = dataclasses.replace(objective, statistics=run.log.token_statistics)
+    terms, weights = (
+        run.objective.terms,
+        models.abstract_policy(spec, run.model.freeze, mesh, run.optimizer.param_dtype),
+    )
+    objective = models.make_objective(run.model, terms, spec, weights, mesh, statistics=run.log.token_statistics)
     steps = number_of_steps(encoded.num_pairs, run.batch.pairs, steps=run.steps, epochs=run.epochs)
-    reference = _reference(run, objective, weights.params, mesh)
-    packing = Packing.of(run.batch, run.data.max_length, terms, mesh, platform=platform)
+    reference = _reference(run.reference, objective, mesh)
+    packing = Packing.of(run.batch, run.data.max_length, terms, mesh, attention_length=attention_length)
     batches = packing.steps(encoded, spec, steps, shuffle=run.data.shuffle, seed=run.seed)
     trainer = Trainer(objective, weights, batches, reference, mesh, optimizer=run.optimizer, seed=run.seed)
     dummies = sorted(batches.blanks(), key=lambda dummy: -dummy.tokens.size)
@@ -154,13 +156,13 @@ def _some(batches: Batches) -> list[Batch]:
     return [batches.at(int(step)) for step in np.unique(np.linspace(0, batches.steps - 1, LOOKED_AT).astype(int))]
 
 
-def _reference(run: Run, objective: TrainingObjective, params: Any, mesh: jax.sharding.Mesh) -> Reference:
+def _reference(settings: ReferenceSettings, objective: TrainingObjective, mesh: jax.sharding.Mesh) -> Reference:
     """Shapes of a live reference's weights."""
-    moving = moving_reference(run.reference)
-    if run.reference.mode != "live":
+    moving = moving_reference(settings)
+    if settings.mode != "live":
         return Reference(moving=moving)
     dtype = jnp.dtype("float32" if moving else objective.compute_dtype)
-    weights = jax.eval_shape(functools.partial(cast, dtype=dtype), params)
+    weights = jax.eval_shape(functools.partial(cast, dtype=dtype), abstract_params(objective.spec))
     return Reference(weights=sharding.shape_of(weights, sharding.param_shardings(weights, mesh)), moving=moving)
 
 

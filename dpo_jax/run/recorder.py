@@ -109,9 +109,9 @@ class Recorder:
         self.restart_clock()
         consecutive_nonfinite = metrics.pop("nonfinite_streak")
         metrics = counted(self._objective, metrics)
-        tokens = self._tokens(step - 1)
-        self._seen += int(tokens.sum())
         pairs = self._batches.pairs_of(step - 1)
+        tokens = int(self._lengths[pairs].sum())  # as TRL counts them: the prompt once for each completion
+        self._seen += tokens
         if self.journal.due(step):
             self.journal.step(
                 step,
@@ -125,7 +125,7 @@ class Recorder:
                     "input_wait": waited / seconds,
                     **self._once,
                     "pairs_per_second": len(pairs) / seconds,
-                    "tokens_per_second": float(tokens.sum()) / seconds,
+                    "tokens_per_second": tokens / seconds,
                     "memory_bytes": memory_in_use(),
                 },
             )
@@ -139,10 +139,6 @@ class Recorder:
     def restart_clock(self) -> None:
         """Time the next step from now."""
         self._clock, self._waited = time.perf_counter(), 0.0
-
-    def _tokens(self, step: int) -> np.ndarray:
-        """Tokens of each pair of a step, as TRL counts them: the prompt once for each completion."""
-        return self._lengths[self._batches.pairs_of(step)]
 
     def _diverged(self, step: int, count: int, pairs: np.ndarray) -> str:
         rows = [self._data.train.origin(int(pair)) for pair in pairs[:8]]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import sharding
+from dpo_jax import sharding, trees
 from dpo_jax.data.batches import Batches
 from dpo_jax.data.encode import Encoded
-from dpo_jax.model.decoder import Model, cast
+from dpo_jax.model.decoder import Model, Params, cast
+from dpo_jax.model.weights import Weights
 from dpo_jax.preference import heldout
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.preference.scoring import score_batch
@@ -72,7 +74,7 @@ class ReferenceScorer:
 def make_reference(
     settings: ReferenceSettings,
     sources: Sources,
-    policy: Model,
+    policy: Weights,
     objective: TrainingObjective,
     data: Data,
     scorer: ReferenceScorer,
@@ -88,14 +90,13 @@ def make_reference(
         return Reference(moving=moving)
     dtype = "float32" if moving else objective.compute_dtype  # one that moves is kept in float32
     own = sources.reference_is_policy
-    model = policy if own else load_model(sources.reference, scorer.mesh, dtype)
+    if settings.mode == "live" and own:
+        return Reference(weights=_copied(policy, dtype), moving=moving)
+    model = Model(objective.spec, policy.params) if own else load_model(sources.reference, scorer.mesh, dtype)
     if settings.mode == "live":
-        weights = _copied(model.params, dtype) if own else cast(model.params, jnp.dtype(dtype))
-        return Reference(weights=weights, moving=moving)
-    digest, kind = (
-        weights_digest(sources.reference),
-        _computed_in(policy, objective) if own else objective.compute_dtype,
-    )
+        return Reference(weights=cast(model.params, jnp.dtype(dtype)), moving=moving)
+    digest = weights_digest(sources.reference)
+    kind = _computed_in(policy, objective) if own else objective.compute_dtype
     train, held_out = (
         None if encoded is None else scorer.logps(model, objective, encoded, digest, kind)
         for encoded in (data.train, data.held_out)
@@ -103,18 +104,22 @@ def make_reference(
     return Reference(train=train, held_out=held_out)
 
 
-def _copied(params: Any, dtype: str) -> Any:
-    """The policy's parameters in this dtype, none in the policy's own buffers: its first step gives those away."""
-    cast_ = cast(params, jnp.dtype(dtype))
-    return jax.tree.map(lambda new, old: jnp.copy(new) if new.dtype == old.dtype else new, cast_, params)
+def _copied(policy: Weights, dtype: str) -> Params:
+    """The policy's parameters in this dtype, none in a buffer that is trained: the first step gives those away."""
+    new = cast(policy.trained, jnp.dtype(dtype))
+    new = jax.tree.map(lambda new, old: jnp.copy(new) if new.dtype == old.dtype else new, new, policy.trained)
+    return cast(Weights(new, policy.frozen, policy.rows).params, jnp.dtype(dtype))
 
 
-def _computed_in(policy: Model, objective: TrainingObjective) -> str:
+def _computed_in(policy: Weights, objective: TrainingObjective) -> str:
     """What the policy's own log-probabilities are computed in, for the key of the cache: weights that are kept in fewer
-    digits are rounded before they are computed with."""
-    held = {leaf.dtype.name for leaf in jax.tree.leaves(policy.params)} - {"float32"}
+    digits are rounded before they are computed with, but those that are frozen are not."""
+    narrow = {leaf.dtype.name for leaf in jax.tree.leaves(policy.trained)} - {"float32"}
     kind = objective.compute_dtype
-    return f"{kind} of {min(held)}" if held and kind == "float32" else kind
+    if not narrow or kind != "float32":
+        return kind
+    frozen = json.dumps([sorted(trees.paths(policy.frozen)), sorted(policy.rows)]) if policy.frozen else ""
+    return f"{kind} of {min(narrow)}{frozen}"
 
 
 def score_all(

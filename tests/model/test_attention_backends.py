@@ -76,9 +76,9 @@ def run_with(attention: str):
 
 def test_asking_for_what_cannot_run_here_is_refused():
     with pytest.raises(UserError, match=r"^model.attention: splash runs on tpu and .* platform cpu; give auto, or xla"):
-        models.attention_backend(run_with("splash"), SPECS["window"], MESH)
-    assert models.attention_backend(run_with("xla"), SPECS["alibi"], MESH) == "xla"
-    assert models.attention_backend(run_with("auto"), SPECS["alibi"], MESH) == "xla"
+        models.attention_of(run_with("splash"), SPECS["window"], MESH)
+    assert models.attention_of(run_with("xla"), SPECS["alibi"], MESH) == "xla"
+    assert models.attention_of(run_with("auto"), SPECS["alibi"], MESH) == "xla"
 
 
 def test_every_backend_can_be_asked_for():

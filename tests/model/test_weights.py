@@ -53,7 +53,7 @@ def test_the_two_trees_are_the_model(params, name):
     jax.tree.map(np.testing.assert_array_equal, weights.params, params)
     assert trees.num_parameters(weights.trained) + trees.num_parameters(weights.frozen) == trees.num_parameters(params)
     shapes = jax.eval_shape(lambda tree: tree, params)
-    described = divided(shapes, what_is_trained(SPEC, FREEZES[name]))
+    described = jax.eval_shape(lambda tree: divided(tree, what_is_trained(SPEC, FREEZES[name])), shapes)
     assert jax.tree.map(jnp.shape, weights) == jax.tree.map(lambda leaf: leaf.shape, described)
 
 

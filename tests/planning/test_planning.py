@@ -63,7 +63,7 @@ def described(run):
     mesh = models.make_mesh(run.mesh, run.model)
     sources = program.find_config(run, mesh)
     encoded, _, run = program.data_for(run, sources, (12, 6))
-    return program.describe(run, sources, encoded, mesh, platform="gpu")
+    return program.describe(run, sources, encoded, mesh, attention_length=8192)
 
 
 # ---------------------------------------------------------------------------------------------- the text
@@ -146,7 +146,7 @@ def products(tmp_path_factory):
         run = run_of(folder, f"model.scan_layers={scan}", "model.remat=none", "log.token_statistics=false")
         sources = program.find_config(run, mesh)
         encoded, _, run = program.data_for(run, sources, (12, 6))
-        step = program.describe(run, sources, encoded, mesh, platform="gpu")
+        step = program.describe(run, sources, encoded, mesh, attention_length=8192)
         compiled, text = program.compile_step(step)
         counted = hlo.product_flops(hlo.parse(text, unknown=1.0))
         with mock.patch.object(hlo, "_trips", return_value=None):
@@ -225,16 +225,30 @@ def test_bytes_of_the_state_are_those_of_the_real_one(small, mesh):
     assert found["batch"] == own(batch)
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
-def test_predicted_bytes_are_about_what_the_compiler_plans(small, remat):
+FROZEN = 'model.freeze=["layers/0/.*"]'
+
+
+@pytest.mark.parametrize("setting", ["model.remat=none", "model.remat=block", FROZEN])
+def test_predicted_bytes_are_about_what_the_compiler_plans(small, setting):
     """In float32, where a CPU's compiler widens nothing. Arguments are exact; temporaries are within a factor of two:
     the compiler reuses what is dead, and keeps copies that no one asked for."""
-    step = described(run_of(small, f"model.remat={remat}"))
+    step = described(run_of(small, setting))
     compiled = step.trainer.lower(step.dummy).compile()
     found, planned = program.predicted(step), program.reported(compiled)
-    state = sum(found.get(name, 0) for name in ("parameters", "optimizer", "counters", "batch"))
+    state = sum(found.get(name, 0) for name in ("parameters", "frozen parameters", "optimizer", "counters", "batch"))
     assert planned["argument"] == pytest.approx(state, rel=0.01)  # the learning rate's step is an argument, too
     assert 0.5 < (sum(found.values()) - state) / planned["temp"] < 2.0
+
+
+def test_what_is_frozen_or_narrow_takes_less(small):
+    plain, frozen, narrow = (
+        program.predicted(described(run_of(small, *more)))
+        for more in ((), (FROZEN,), ("optimizer.param_dtype=bfloat16",))
+    )
+    assert frozen["parameters"] + frozen["frozen parameters"] == plain["parameters"]
+    assert frozen["optimizer"] - frozen["parameters"] * 2 == plain["optimizer"] - plain["parameters"] * 2  # counts
+    assert narrow["parameters"] == pytest.approx(plain["parameters"] / 2, rel=0.01)  # norms stay
+    assert narrow["optimizer"] == plain["optimizer"]
 
 
 def test_recomputing_keeps_less(small):

@@ -15,7 +15,7 @@ from dpo_jax.logprobs.tokens import linear_logprobs
 from dpo_jax.model.decoder import Execution, init_params
 from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import TrainingObjective, loss_and_gradient
-from dpo_jax.run.data import attention_length
+from dpo_jax.run.data import length_on
 from tools.benching.inputs import encoded_of
 from tools.benching.memory import Shape, llama
 from tools.benching.micro import Options, Row, timed
@@ -111,7 +111,7 @@ def layouts(options: Options) -> list[Row]:
         1,
         steps,
         order="file",
-        attention_length=attention_length(jax.devices()[0].platform),
+        attention_length=length_on(jax.devices()[0].platform),
         reference=np.zeros(encoded.num_scored, np.float32),
     )
     shared, alone = make(share_prompts=True), make(share_prompts=False)
@@ -214,7 +214,7 @@ def pairs(options: Options) -> list[Row]:
             1,
             steps,
             order="file",
-            attention_length=attention_length(jax.devices()[0].platform),
+            attention_length=length_on(jax.devices()[0].platform),
             reference=reference,
         )
         cost = _step_cost(shape, "float32", [batches.at(step) for step in range(steps)], total)

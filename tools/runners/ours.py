@@ -98,7 +98,7 @@ def run(spec: Spec, events: Events, folder: Path) -> None:
             found = job.data.train.num_pairs
             raise ValueError(f"{spec.pairs}: {found} of {wanted} pairs can be used; leave the others out")
         model, weights = job.load_policy()
-        objective = job.objective(model)
+        objective = job.objective(model, weights)
         with Timed(made, spec.steps, settled.log) as journal:
             wall, cpu, compiled = time.perf_counter(), cpu_seconds(), compiling.seconds
             reference = job.reference(objective, weights, journal, resumes=False)
