@@ -1,8 +1,9 @@
-"""Writes the tables of tools/BENCHMARKS.md from tools/benchmarks.jsonl: `python tools/bench_table.py [--check]`.
+"""Writes the tables of timings from tools/benchmarks.jsonl: `python tools/bench_table.py [--check]`.
 
-Between `<!-- benchmarks -->` and `<!-- /benchmarks -->` stand the newest comparisons, one row for each program. The
-newest of those that are alike in workload, dtype, reference, pairs in a step and machine is shown, whatever it says.
-Between `<!-- growth -->` and `<!-- /growth -->` stand the newest measurements of how cost grows.
+In tools/BENCHMARKS.md between `<!-- benchmarks -->` and `<!-- /benchmarks -->` stand the newest comparisons, one row for
+each program. The newest of those that are alike in workload, dtype, reference, pairs in a step and machine is shown,
+whatever it says. Between `<!-- growth -->` and `<!-- /growth -->` stand the newest measurements of how cost grows, and in
+README.md between `<!-- speed -->` and `<!-- /speed -->` how much slower each other program was.
 """
 
 import argparse
@@ -19,7 +20,6 @@ from dpo_jax.errors import UserError  # noqa: E402
 from tools.benching import micro, records  # noqa: E402
 from tools.benching.compare import OURS, QUIET  # noqa: E402
 
-PAGE = ROOT / "tools" / "BENCHMARKS.md"
 HEAD = (
     "| workload | program | pairs/s | CPU-s per pair | peak memory | first step after | dpo_jax is faster by | CPU | "
     "with reference | losses |"
@@ -34,18 +34,36 @@ GROWTH = {
 
 def table(found: Iterable[Mapping[str, Any]]) -> str:
     """The rows, and a line below for each machine and commit."""
-    newest: dict[tuple, Mapping[str, Any]] = {}
-    for record in found:
-        if record["kind"] == "compare":
-            newest[_key(record)] = record
     lines = [HEAD, "|" + " --- |" * 10]
     notes: list[str] = []
-    for record in newest.values():
+    for record in _newest(found):
         note = _note(record)
         number = notes.index(note) + 1 if note in notes else len(notes) + 1
         notes += [note] * (number > len(notes))
         lines += [_row(record, name, result, number) for name, result in record["summary"].items()]
     return "\n".join(lines + [""] + [f"{number}. {note}" for number, note in enumerate(notes, 1)]) + "\n"
+
+
+def summary(found: Iterable[Mapping[str, Any]]) -> str:
+    """The rows of the other programs, with their ratios alone."""
+    lines = [_joined(["workload", "program", "dpo_jax is faster by", "in CPU seconds", "commit"]), "|" + " --- |" * 5]
+    for record in _newest(found):
+        for name, result in record["summary"].items():
+            if name != OURS and "problem" not in result:
+                program = f"{name} {_version(record, name)}".strip()
+                ratios = [_ratio(result["ratio"]), f"{result['ratio_cpu']['median']:.2f}x"]
+                lines.append(_joined([_workload(record), program, *ratios, record["commit"]]))
+    return "\n".join(lines) + "\n"
+
+
+def _newest(found: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The comparisons to show."""
+    return list({_key(record): record for record in found if record["kind"] == "compare"}.values())
+
+
+def _workload(record: Mapping[str, Any]) -> str:
+    spec = record["spec"]
+    return f"{record['workload']}, {spec['dtype']}" + (", own reference" if spec["reference"] == "default" else "")
 
 
 def _key(record: Mapping[str, Any]) -> tuple:
@@ -55,9 +73,7 @@ def _key(record: Mapping[str, Any]) -> tuple:
 
 
 def _row(record: Mapping[str, Any], name: str, result: Mapping[str, Any], note: int) -> str:
-    spec = record["spec"]
-    what = f"{record['workload']}, {spec['dtype']}" + (", own reference" if spec["reference"] == "default" else "")
-    cells = [f"{what} ({note})", f"{name} {_version(record, name)}".strip()]
+    cells = [f"{_workload(record)} ({note})", f"{name} {_version(record, name)}".strip()]
     if "problem" in result:
         return _joined([*cells, *["-"] * 7, result["problem"].replace("|", "\\|")])
     busy = " (busy)" if result["others"] > QUIET else ""
@@ -123,46 +139,45 @@ def growth(found: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(parts)
 
 
-BLOCKS = {"benchmarks": table, "growth": growth}
+PAGES = {"tools/BENCHMARKS.md": {"benchmarks": table, "growth": growth}, "README.md": {"speed": summary}}
+"""Blocks of each page, and what writes them."""
 
 
-def updated(readme: str, found: Iterable[Mapping[str, Any]]) -> str:
-    """The page with the tables as they are now.
+def updated(page: str, text: str, found: Iterable[Mapping[str, Any]]) -> str:
+    """The text of one of `PAGES` with its tables as they are now.
 
     Raises:
       UserError: it has no place for one.
     """
     found = list(found)
-    for name, written in BLOCKS.items():
+    for name, written in PAGES[page].items():
         block = re.compile(f"(<!-- {name} -->\n).*(<!-- /{name} -->)", re.DOTALL)
-        if not block.search(readme):
-            raise UserError(
-                f"tools/BENCHMARKS.md has no lines <!-- {name} --> and <!-- /{name} -->; put them where it goes"
-            )
-        text = written(found)
-        readme = block.sub(lambda place, text=text: place[1] + text + place[2], readme)
-    return readme
+        if not block.search(text):
+            raise UserError(f"{page} has no lines <!-- {name} --> and <!-- /{name} -->; put them where it goes")
+        text = block.sub(lambda place, new=written(found): place[1] + new + place[2], text)
+    return text
 
 
 def main() -> int:
     """Write, or with `--check` tell by the exit code whether there is anything to write."""
     parser = argparse.ArgumentParser(description="The tables of timings.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page is stale")
     parser.add_argument("--show", action="store_true", help="print the tables and write nothing")
     options = parser.parse_args()
     try:
         found = records.read()
         if options.show:
-            print(*(written(found) for written in BLOCKS.values()), sep="\n", end="")
+            print(*(written(found) for blocks in PAGES.values() for written in blocks.values()), sep="\n", end="")
             return 0
-        old = PAGE.read_text("utf-8")
-        new = updated(old, found)
+        old = {page: (ROOT / page).read_text("utf-8") for page in PAGES}
+        new = {page: updated(page, text, found) for page, text in old.items()}
     except UserError as error:
         print(f"bench_table: {error}", file=sys.stderr)
         return 2
     if options.check:
         return int(new != old)
-    PAGE.write_text(new, "utf-8")
+    for page, text in new.items():
+        (ROOT / page).write_text(text, "utf-8")
     return 0
 
 

@@ -280,11 +280,19 @@ def test_the_table_shows_the_newest_and_says_what_was_disturbed():
 
 def test_the_readme_is_written_between_its_marks():
     readme = "before\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nafter\n<!-- growth -->\n<!-- /growth -->\n"
-    once = bench_table.updated(readme, [record([run_of()])])
+    page = "tools/BENCHMARKS.md"
+    once = bench_table.updated(page, readme, [record([run_of()])])
     assert once.startswith("before\n") and "after\n<!-- growth -->\n<!-- /growth -->" in once and "old" not in once
-    assert bench_table.updated(once, [record([run_of()])]) == once
-    with pytest.raises(UserError, match="<!-- benchmarks -->"):
-        bench_table.updated("nothing", [])
+    assert bench_table.updated(page, once, [record([run_of()])]) == once
+    with pytest.raises(UserError, match="README.md has no lines <!-- speed -->"):
+        bench_table.updated("README.md", "nothing", [])
+
+
+def test_the_summary_has_the_newest_ratio_of_each_who_agrees():
+    wrong = run_of("wrong", seconds=0.1, losses=(LN2, 0.68, 0.72, 0.65))
+    old, new = record([run_of(), run_of("trl", seconds=4.0)]), record([run_of(), run_of("trl", seconds=3.0), wrong])
+    _, _, *rows = bench_table.summary([old, new]).splitlines()
+    assert [row.split(" | ")[1:3] for row in rows] == [["trl 1.2", "3.00x (3.00 to 3.00)"]]
 
 
 def micro_record(seconds, **changes):
