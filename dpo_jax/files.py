@@ -53,6 +53,10 @@ def repeated_key(pairs: list[tuple[str, Any]]) -> str | None:
     return next((key for key, _ in pairs if key in seen or seen.add(key)), None)
 
 
+UNITS = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+
 def size_text(count: int | float) -> str:
-    """Bytes as GiB, or MiB below a tenth of one."""
-    return f"{count / GIB:,.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:,.2f} MiB"
+    """Bytes as GiB; below a tenth of one as MiB, and below a tenth of that as KiB."""
+    unit, name = next((unit, name) for unit, name in UNITS if count >= unit / 10 or unit == UNITS[-1][0])
+    return f"{count / unit:,.2f} {name}"

@@ -1,9 +1,9 @@
 """Writes the tables of timings from tools/benchmarks.jsonl: `python tools/bench_table.py [--check]`.
 
-In tools/BENCHMARKS.md between `<!-- benchmarks -->` and `<!-- /benchmarks -->` stand the newest comparisons, one row for
-each program. The newest of those that are alike in workload, dtype, reference, pairs in a step and machine is shown,
-whatever it says. Between `<!-- growth -->` and `<!-- /growth -->` stand the newest measurements of how cost grows, and in
-README.md between `<!-- speed -->` and `<!-- /speed -->` how much slower each other program was.
+In tools/BENCHMARKS.md between `<!-- benchmarks -->` and `<!-- /benchmarks -->` stand the newest comparisons, one row
+for each program. The newest of those that are alike in workload, dtype, reference, pairs in a step and machine is
+shown, whatever it says. Between `<!-- growth -->` and `<!-- /growth -->` stand the newest measurements of how cost
+grows, and in README.md between `<!-- speed -->` and `<!-- /speed -->` how much slower each other program was.
 """
 
 import argparse
@@ -154,7 +154,8 @@ def updated(page: str, text: str, found: Iterable[Mapping[str, Any]]) -> str:
         block = re.compile(f"(<!-- {name} -->\n).*(<!-- /{name} -->)", re.DOTALL)
         if not block.search(text):
             raise UserError(f"{page} has no lines <!-- {name} --> and <!-- /{name} -->; put them where it goes")
-        text = block.sub(lambda place, new=written(found): place[1] + new + place[2], text)
+        table = written(found)
+        text = block.sub(lambda place, table=table: place[1] + table + place[2], text)
     return text
 
 

@@ -6,7 +6,6 @@ completion is what follows the prompt's ids. Where they are no prefix (thinking 
 the prompt ends at the longest common prefix of all, as in TRL, and the row is counted.
 """
 
-import hashlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from dpo_jax.data.layouts import Record
 from dpo_jax.data.messages import BadRow, Messages, is_chat, shared_length, texts_of
 from dpo_jax.data.report import clean
 from dpo_jax.errors import UserError
+from dpo_jax.files import digest_of
 
 Ending = Literal["terminator", "template"]
 PROBE = "dpojaxprobe"
@@ -112,7 +112,7 @@ def template_source(tokenizer: Any, template: str | None) -> str | None:
 def template_digest(tokenizer: Any, template: str | None) -> str:
     """Digest of the chat template, for the report and the cache."""
     source = template_source(tokenizer, template)
-    return hashlib.sha256(source.encode("utf-8")).hexdigest() if source else ""
+    return digest_of(source) if source else ""
 
 
 def _arguments(tokenizer: Any) -> frozenset[str]:

@@ -22,7 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dpo_jax.errors import UserError, one_line
-from dpo_jax.files import file_digest, repeated_key, sync_folder
+from dpo_jax.files import digest_of, file_digest, repeated_key, sync_folder
 from dpo_jax.hf import hub
 
 SINGLE = "model.safetensors"
@@ -231,7 +231,7 @@ def weights_digest(folder: str | Path) -> str:
     """SHA-256 over the tensor files of a folder, in the order of their names: a key for what was computed with them."""
     folder = Path(folder)
     files, _ = _tensor_files(folder)
-    return hashlib.sha256("".join(file_digest(member(folder, file)) for file in files).encode()).hexdigest()
+    return digest_of("".join(file_digest(member(folder, file)) for file in files))
 
 
 def write_tensors(
@@ -395,4 +395,4 @@ def write_bytes(path: Path, data: bytes) -> str:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return hashlib.sha256(data).hexdigest()
+    return digest_of(data)

@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 
 from dpo_jax.errors import UserError, one_line, printable
+from dpo_jax.files import size_text
 from dpo_jax.hf import tensors
 from dpo_jax.hf.checkpoint import COPIED, GENERATION, load_hf, save_hf
 from dpo_jax.hf.configs import quiet, read_spec
@@ -101,29 +102,22 @@ def _plan(source: Tensors, keep: str | Path | None, torch: bool) -> str:
     free, available = shutil.disk_usage(place).free, psutil.virtual_memory().available
     if free < disk:
         remedy = "--keep FOLDER on a larger disk" if keep is None else "give a folder on a larger disk"
-        raise UserError(f"the export takes {_size(disk)} and {_size(free)} are free in {place}; {remedy}")
+        raise UserError(f"the export takes {size_text(disk)} and {size_text(free)} are free in {place}; {remedy}")
     if torch and available < memory:
         raise UserError(
-            f"comparing logits takes {_size(memory)} of host memory and {_size(available)} are available; "
+            f"comparing logits takes {size_text(memory)} of host memory and {size_text(available)} are available; "
             "--no-torch compares tensors and files only"
         )
     where = f"a temporary folder in {place}" if keep is None else str(keep)
     return printable(
-        f"{source.folder}: {len(source.infos)} tensors; writes {_size(disk)} to {where}; "
-        f"takes {_size(memory)} of memory, one float32 model at a time"
+        f"{source.folder}: {len(source.infos)} tensors; writes {size_text(disk)} to {where}; "
+        f"takes {size_text(memory)} of memory, one float32 model at a time"
     )
 
 
 def _standing(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
     return next(path for path in (folder, *folder.parents) if path.is_dir())
-
-
-def _size(count: int) -> str:
-    unit, name = next(
-        (unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= unit or unit == 1e3
-    )
-    return f"{count / unit:.1f} {name}"
 
 
 @contextlib.contextmanager

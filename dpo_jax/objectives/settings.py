@@ -1,55 +1,47 @@
 """Settings of the objective; what each objective takes is in the table."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
-from dpo_jax.objectives.terms import Term, make_terms, names, with_defaults
+from dpo_jax.objectives.table import SETTINGS, Setting
+from dpo_jax.objectives.terms import Term, make_terms, names, takes, with_defaults
 from dpo_jax.settings import Section
 
 
-class ObjectiveSettings(Section):
-    """Which loss is minimised; a list of such blocks is a mixture. Each objective takes only some of these settings."""
+def _field(name: str) -> tuple[Any, Any]:
+    """Type and description of a setting, with bounds that hold for every objective that takes it."""
+    found = [takes(objective)[name] for objective in names() if name in takes(objective)]
+    choices, flag = found[0].choices, isinstance(found[0].default, bool)
+    kind: Any = Literal[choices] if choices else bool if flag else float
+    bounds = {} if choices or flag else _loosest(found)
+    return kind | None, Field(default=None, description=SETTINGS[name], **bounds)
 
+
+def _loosest(settings: Sequence[Setting]) -> dict[str, Any]:
+    lows = [(s.least, "ge") if s.least is not None else (s.above, "gt") for s in settings]
+    highs = [(s.most, "le") if s.most is not None else (s.below, "lt") for s in settings]
+    ends = (
+        (min(lows), max(highs, key=lambda end: (end[0], end[1] == "le"))) if None not in dict(highs) else (min(lows),)
+    )
+    return {name: limit for limit, name in ends}
+
+
+class _Named(Section):
     name: str = Field(default="sigmoid", description=f"sigmoid is DPO; one of {', '.join(names())}")
     weight: float | None = Field(default=None, ge=0, description="factor of this objective in a mixture (default 1)")
-    beta: float | None = Field(default=None, gt=0, description="strength of the pull towards the reference")
-    beta_end: float | None = Field(default=None, gt=0, description="beta at the last step, where it changes on the way")
-    beta_schedule: Literal["linear", "cosine"] | None = Field(
-        default=None, description="how beta goes from beta to beta_end (default linear)"
-    )
-    label_smoothing: float | None = Field(
-        default=None, ge=0, lt=0.5, description="chance that a pair is labelled the wrong way round"
-    )
-    reference_free: bool | None = Field(default=None, description="leave the reference out of a loss that has one")
-    divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] | None = Field(
-        default=None, description="f-divergence that holds the policy to the reference (f-DPO)"
-    )
-    divergence_alpha: float | None = Field(
-        default=None,
-        ge=0,
-        le=1,
-        description="alpha of alpha_divergence, as in TRL: 0 is the forward KL, 1 the reverse KL",
-    )
-    ld_alpha: float | None = Field(
-        default=None, ge=0, le=1, description="weight of tokens beyond the length that both completions have (LD-DPO)"
-    )
-    weighting: Literal["none", "wpo", "wpo_clamped"] | None = Field(
-        default=None, description="weigh a pair by how likely the policy is to say it (WPO), at most 1 if clamped"
-    )
-    tau: float | None = Field(default=None, gt=0, le=1, description="temperature of discopop's gate")
-    gamma: float | None = Field(default=None, ge=0, description="simpo's target margin")
-    length_penalty: float | None = Field(default=None, ge=0, description="rdpo's cost of a token, in nats")
-    calibration_weight: float | None = Field(default=None, ge=0, description="weight of cal_dpo's calibration")
-    adapt: float | None = Field(default=None, ge=0, description="how much beta_dpo's beta follows the step's gaps")
-    keep_fraction: float | None = Field(default=None, gt=0, le=1, description="share of pairs that beta_dpo keeps")
-    momentum: float | None = Field(default=None, ge=0, lt=1, description="of beta_dpo's running mean of gaps")
-    desirable_weight: float | None = Field(default=None, ge=0, description="kto's weight of desirable completions")
-    undesirable_weight: float | None = Field(default=None, ge=0, description="kto's weight of undesirable completions")
-    center: float | None = Field(default=None, ge=0, description="pulls a reward model's scores towards 0 on average")
-    sft_weight: float | None = Field(default=None, ge=0, description="weight of sft in rpo and cpo")
-    odds_weight: float | None = Field(default=None, ge=0, description="weight of the odds ratio in orpo")
+
+
+if TYPE_CHECKING:
+    _Table = _Named
+else:
+    _Table = create_model("_Table", __base__=_Named, **{name: _field(name) for name in SETTINGS})
+
+
+class ObjectiveSettings(_Table):
+    """Which loss is minimised; a list of such blocks is a mixture. Each objective takes only some of these settings."""
+
     mixture: tuple[dict[str, Any], ...] | None = Field(
         default=None, description="several objectives at once: objective is then a list of blocks, each with a weight"
     )

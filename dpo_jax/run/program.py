@@ -26,7 +26,7 @@ from dpo_jax.planning.lengths import COMPLETION_TOKENS, PROMPT_TOKENS, UNITS_PER
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.run import models
 from dpo_jax.run.data import Packing, examples, number_of_steps
-from dpo_jax.run.reference import Reference, moving_reference
+from dpo_jax.run.reference import Reference, held_as, moving_reference
 from dpo_jax.run.sources import Sources, find_models
 from dpo_jax.run.trainer import Trainer
 from dpo_jax.training.settings import ReferenceSettings
@@ -161,7 +161,7 @@ def _reference(settings: ReferenceSettings, objective: TrainingObjective, mesh: 
     moving = moving_reference(settings)
     if settings.mode != "live":
         return Reference(moving=moving)
-    dtype = jnp.dtype("float32" if moving else objective.compute_dtype)
+    dtype = jnp.dtype(held_as(moving, objective))
     weights = jax.eval_shape(functools.partial(cast, dtype=dtype), abstract_params(objective.spec))
     return Reference(weights=sharding.shape_of(weights, sharding.param_shardings(weights, mesh)), moving=moving)
 

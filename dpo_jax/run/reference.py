@@ -42,6 +42,11 @@ def moving_reference(settings: ReferenceSettings) -> MovingReference | None:
     return MovingReference(settings.update_every, settings.update_rate) if settings.update_every else None
 
 
+def held_as(moving: MovingReference | None, objective: TrainingObjective) -> str:
+    """dtype of a reference's weights; of one that moves small steps must not be lost."""
+    return "float32" if moving else objective.compute_dtype
+
+
 @dataclasses.dataclass(frozen=True)
 class ReferenceScorer:
     """Computes a reference's log-probabilities where they are not in the cache folder yet."""
@@ -88,7 +93,7 @@ def make_reference(
     moving = moving_reference(settings)
     if settings.mode == "none" or (moving and resumes):
         return Reference(moving=moving)
-    dtype = "float32" if moving else objective.compute_dtype  # one that moves is kept in float32
+    dtype = held_as(moving, objective)
     own = sources.reference_is_policy
     if settings.mode == "live" and own:
         return Reference(weights=_copied(policy, dtype), moving=moving)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dpo_jax.data.encode import Encoded
-from dpo_jax.files import write_whole
+from dpo_jax.files import digest_of, write_whole
 
 VERSION = "3"
 """Changed whenever the same weights and tokens would give other numbers."""
@@ -16,7 +16,7 @@ VERSION = "3"
 
 def cache_key(weights_digest: str, encoded: Encoded, compute_dtype: str) -> str:
     """Digest of everything that changes the numbers: weights, token ids, what is scored after what, and dtype."""
-    return hashlib.sha256(f"{VERSION} {weights_digest} {compute_dtype} {data_digest(encoded)}".encode()).hexdigest()
+    return digest_of(f"{VERSION} {weights_digest} {compute_dtype} {data_digest(encoded)}")
 
 
 def data_digest(encoded: Encoded) -> str:

@@ -228,11 +228,11 @@ def test_no_room_is_said_before_anything_is_read(source, monkeypatch, tmp_path):
     memory = psutil.virtual_memory()._replace(available=1000)
     with monkeypatch.context() as patch:
         patch.setattr(psutil, "virtual_memory", lambda: memory)
-        with pytest.raises(UserError, match="takes 86.7 kB of host memory and 1.0 kB are available; --no-torch"):
+        with pytest.raises(UserError, match="takes 84.62 KiB of host memory and 0.98 KiB are available; --no-torch"):
             check(source)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 500))
-        with pytest.raises(UserError, match="takes 86.7 kB and 0.5 kB are free in .*; --keep"):
+        with pytest.raises(UserError, match="takes 84.62 KiB and 0.49 KiB are free in .*; --keep"):
             check(source)
         with pytest.raises(UserError, match="are free in .*; give a folder on a larger disk"):
             check(source, keep=tmp_path / "a" / "b")

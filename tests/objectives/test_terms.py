@@ -6,9 +6,11 @@ import re
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from dpo_jax.objectives.pairwise import LossOutput
-from dpo_jax.objectives.table import KNOWN_AS, MODIFIERS, OBJECTIVES, RECIPES, SCHEDULED, Setting
+from dpo_jax.objectives.settings import ObjectiveSettings
+from dpo_jax.objectives.table import KNOWN_AS, MODIFIERS, OBJECTIVES, RECIPES, SCHEDULED, SETTINGS, Setting
 from dpo_jax.objectives.terms import data_of, make_terms, names, takes, with_defaults
 from tests.support.formulas import RECIPE_FORMULAS
 from tests.support.steps import PAIRS, by_name, evaluate, exact, numbers, random_step
@@ -242,3 +244,19 @@ def test_a_recipe_is_its_papers_sum(name, given):
         total += term.weight * outcome.losses.sum() / counts[term.row.per]
     defaults = {key: takes(name)[key].default for key in RECIPE_SETTINGS[name]}
     np.testing.assert_allclose(total, RECIPE_FORMULAS[name](exact(step), **(defaults | settings)), rtol=1e-5)
+
+
+def test_every_setting_of_the_table_is_one_of_the_command():
+    """By name, and with what any objective that has it takes; `0 <` of one and `0 <=` of another is `0 <=`."""
+    taken = {name: setting for objective in names() for name, setting in takes(objective).items()}
+    assert taken.keys() == SETTINGS.keys() == ObjectiveSettings.model_fields.keys() - {"name", "weight", "mixture"}
+    for objective in names():
+        for name, setting in takes(objective).items():
+            for value in filter(setting.accepts, (*setting.choices, *BOUNDS)):
+                assert ObjectiveSettings.model_validate({"name": objective, name: value}).blocks[0][name] == value
+    for wrong in ({"label_smoothing": 0.5}, {"label_smoothing": -0.1}, {"tau": 0}, {"tau": 1.1}, {"weighting": "x"}):
+        with pytest.raises(ValidationError):
+            ObjectiveSettings.model_validate(wrong)
+
+
+BOUNDS = (0.0, 1e-9, 0.4999, 0.5, 0.9999, 1.0, 7.0)

@@ -1,0 +1,37 @@
+"""Whole files, digests, and sizes in words."""
+
+import hashlib
+
+import pytest
+
+from dpo_jax import files
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0.00 KiB"), (512, "0.50 KiB"), (2**20 / 10, "0.10 MiB"), (2**20, "1.00 MiB"), (2**30 / 10 - 1, "102.40 MiB")]
+    + [(2**30 / 10 + 1, "0.10 GiB"), (3 * 2**40, "3,072.00 GiB")],
+)
+def test_sizes_are_said_in_the_unit_of_which_there_is_a_tenth(count, text):
+    assert files.size_text(count) == text
+
+
+def test_digests_are_sha256(tmp_path):
+    (tmp_path / "a").write_bytes(b"\xc3\xa4")
+    expected = hashlib.sha256(b"\xc3\xa4").hexdigest()
+    assert files.file_digest(tmp_path / "a") == files.digest_of("ä") == files.digest_of(b"\xc3\xa4") == expected
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    files.write_whole(tmp_path / "a", "old")
+
+    def fails(*_):
+        raise OSError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", fails)
+        with pytest.raises(OSError, match="no room"):
+            files.write_whole(tmp_path / "a", "new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old"}
+    files.write_whole(tmp_path / "a", "new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new"}
