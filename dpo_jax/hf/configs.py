@@ -5,7 +5,9 @@ key is an error, because a key that is passed over in silence is how a model tra
 """
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -65,7 +67,8 @@ def is_wrapper(folder: Path) -> bool:
 
 
 def _decoder(folder: Path, raw: dict[str, Any]) -> DecoderSpec:
-    file, config = folder / "config.json", _auto_config(folder)
+    file = folder / "config.json"
+    config = copy.deepcopy(_auto_config(folder, file.read_bytes()))
     swallowed = _swallowed(raw, config)
     if raw["model_type"] in WRAPPERS:
         inner, outer = config["text_config"], config
@@ -186,7 +189,9 @@ def _check_rope(raw: dict[str, Any], k: Keys) -> None:
         raise k.refuse("rope_theta", theta, f"differs from rope_parameters.rope_theta = {inner}; keep one of them")
 
 
-def _auto_config(folder: Path) -> dict[str, Any]:
+@functools.lru_cache(maxsize=32)
+def _auto_config(folder: Path, _content: bytes) -> dict[str, Any]:
+    """What transformers makes of a folder's `config.json`, as long as that has this content."""
     with quiet():
         from transformers import AutoConfig
 

@@ -7,6 +7,8 @@ Nothing here knows a model.
 """
 
 import contextlib
+import copy
+import functools
 import hashlib
 import json
 import os
@@ -96,7 +98,7 @@ def member(folder: Path, name: str) -> Path:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object from a file of the folder.
+    """A JSON object from a file of the folder; parsed once for as long as the file stays the same.
 
     Raises:
       UserError: the file is missing, too large, not JSON, not an object, or names a key twice.
@@ -104,8 +106,13 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     path = member(folder, name)
     if path.stat().st_size > MAX_JSON_BYTES:
         raise UserError(f"{path} has {path.stat().st_size} bytes, more than the {MAX_JSON_BYTES} such a file may have")
+    return copy.deepcopy(_parsed(path, path.read_bytes()))
+
+
+@functools.lru_cache(maxsize=32)
+def _parsed(path: Path, content: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text("utf-8"), object_pairs_hook=_unique)
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({one_line(error)}); fetch or write it again") from error
     if not isinstance(value, dict):
