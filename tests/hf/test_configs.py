@@ -5,30 +5,26 @@ import json
 import transformers
 
 from dpo_jax.hf import tensors
-from dpo_jax.hf.checkpoint import load_hf, save_hf
-from dpo_jax.hf.configs import read_spec
+from dpo_jax.hf.checkpoint import load_hf
+from dpo_jax.hf.configs import family_of, is_wrapper, read_spec
 from tests.support.tiny_folders import write_config, write_folder
 
 
-def test_a_load_and_an_export_read_each_config_once(tmp_path, monkeypatch):
-    write_folder(tmp_path / "source", "llama", "float32")
+def test_a_config_is_read_once(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "model", "llama", "float32")
+    tensors._parsed.cache_clear()
     parsed, built = [], []
     loads, build = json.loads, transformers.AutoConfig.from_pretrained
-
-    def counted_loads(text, **more):
-        parsed.append(text)
-        return loads(text, **more)
-
-    def counted_build(folder, **more):
-        built.append(folder)
-        return build(folder, **more)
-
-    monkeypatch.setattr(tensors.json, "loads", counted_loads)
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", counted_build)
-    save_hf(load_hf(tmp_path / "source"), tmp_path / "target", like=tmp_path / "source")
-    ours = [text for text in parsed if "LlamaForCausalLM" in str(text)]
-    transformers_own = len(built)  # it reads the file itself, once for each config that it builds
-    assert len(ours) <= 2 + transformers_own and transformers_own <= 2  # the source's, and the reopened export's
+    monkeypatch.setattr(tensors.json, "loads", lambda text, **more: parsed.append(text) or loads(text, **more))
+    monkeypatch.setattr(
+        transformers.AutoConfig, "from_pretrained", lambda where, **more: built.append(where) or build(where, **more)
+    )
+    spec = load_hf(folder).spec
+    before = len(parsed)
+    assert before > 0 and len(built) == 1
+    assert read_spec(folder) == spec and family_of(folder) and not is_wrapper(folder)
+    assert load_hf(folder).spec == spec
+    assert (len(parsed), len(built)) == (before, 1)
 
 
 def test_a_config_that_changes_is_read_again(tmp_path):
