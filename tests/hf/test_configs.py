@@ -4,7 +4,7 @@ import json
 
 import transformers
 
-from dpo_jax.hf import tensors
+from dpo_jax.hf import configs, tensors
 from dpo_jax.hf.checkpoint import load_hf
 from dpo_jax.hf.configs import family_of, is_wrapper, read_spec
 from tests.support.tiny_folders import write_config, write_folder
@@ -12,7 +12,8 @@ from tests.support.tiny_folders import write_config, write_folder
 
 def test_a_config_is_read_once(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "model", "llama", "float32")
-    tensors._parsed.cache_clear()
+    for cache in (tensors._parsed, configs._auto_config):
+        cache.cache_clear()
     parsed, built = [], []
     loads, build = json.loads, transformers.AutoConfig.from_pretrained
     monkeypatch.setattr(tensors.json, "loads", lambda text, **more: parsed.append(text) or loads(text, **more))
