@@ -174,6 +174,8 @@ class _Job:
 def tokenize(records: Sequence[Record], codec: Codec) -> list[Tokens | BadRow]:
     """Token ids of each record, or why there are none. All texts of a kind are tokenised in one call.
 
+    A record without completions is a prompt to be answered.
+
     Raises:
       UserError: rows are conversations and there is no chat template, or texts and there is no EOS token.
     """
@@ -202,7 +204,7 @@ def _with_ids(job: _Job, ids: Mapping[str, Iterator[list[int]]]) -> _Job:
 
 
 def _job(record: Record, codec: Codec) -> _Job | BadRow:
-    first = record.completions[0]
+    first = record.completions[0] if record.completions else record.prompt
     make = _text_job if isinstance(first, str) else _chat_job if is_chat(first) else _ids_job
     return _caught(make, record, codec)
 
@@ -220,9 +222,10 @@ def _ids_job(record: Record, codec: Codec) -> _Job:
 
 
 def _text_job(record: Record, codec: Codec) -> _Job:
-    if codec.eos is None:
+    if record.completions and codec.eos is None:
         raise UserError(f"{_where(record)}: the tokenizer has no EOS token to end a text; set eos_token in its config")
-    completions = [without_eos(str(text), codec.eos[0]) for text in record.completions]
+    eos = codec.eos[0] if codec.eos else ""
+    completions = [without_eos(str(text), eos) for text in record.completions]
     if not all(text.strip() for text in completions):
         raise BadRow("empty completion", "a completion holds nothing but the EOS token")
     notes = record.notes + _control_note([str(record.prompt), *completions], codec)
@@ -290,7 +293,8 @@ def _tokens(job: _Job, codec: Codec) -> Tokens:
     """Split each sequence after the prompt, and end each completion."""
     before = codec.before if job.kind == "text" else ()
     whole, *together = ([*before, *ids] for ids in job.sequences if isinstance(ids, list))
-    end = len(whole) if job.kind == "ids" else min(shared_length(whole, ids) for ids in together)
+    shared = () if job.kind == "ids" else (shared_length(whole, ids) for ids in together)
+    end = min(shared, default=len(whole))
     prompt, notes = whole[:end], job.notes
     if end < len(whole):
         cut = f"{len(whole) - end} tokens of the prompt are left out: the text goes on in another way after them"

@@ -12,10 +12,11 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from jax.sharding import Mesh
 
+from dpo_jax.data.layouts import Record
 from dpo_jax.data.messages import BadRow, Messages, is_chat, messages_of, need, texts_of
 from dpo_jax.data.records import READERS, text_notes, value_of
 from dpo_jax.data.report import clean
-from dpo_jax.data.templates import Codec, codec, template_source
+from dpo_jax.data.templates import Codec, codec, template_source, tokenize
 from dpo_jax.errors import UserError
 from dpo_jax.evaluation.generate import Decoding, generate
 from dpo_jax.hf.tensors import SIDE_FILES, local_folder
@@ -125,39 +126,15 @@ def prompt_tokens(prompt: Prompt, coder: Codec, where: str = "") -> list[int]:
       UserError: the prompt is of messages and there is no template, the template refuses it, or no token comes of it;
         names `where`.
     """
-    ids = _chat_tokens(prompt, coder, where) if is_chat(prompt) else _text_tokens(str(prompt), coder)
-    if not ids:
-        raise UserError(
-            f"{where or 'prompt'}: is empty, and the tokenizer has no BOS token to begin with; write something"
-        )
-    return ids
-
-
-def _text_tokens(text: str, coder: Codec) -> list[int]:
-    plain = coder.control_tokens == "text"
-    ids = coder.tokenizer(text, add_special_tokens=False, split_special_tokens=plain, verbose=False)["input_ids"]
-    bos = coder.tokenizer.bos_token_id
-    return [*coder.before, *ids] or ([] if bos is None else [bos])
-
-
-def _chat_tokens(messages: Any, coder: Codec, where: str) -> list[int]:
     where = where or "prompt"
-    if template_source(coder.tokenizer, coder.template) is None:
+    if is_chat(prompt) and template_source(coder.tokenizer, coder.template) is None:
         raise UserError(
             f"{where}: messages need a chat template and the tokenizer has none; write the prompt as a text"
         )
-    # The codec's pattern finds every text that the tokenizer could take for a control token; without one, both ways of
-    # rendering are the same, and this one is what most users of the model will do.
-    found = coder.control_tokens == "text" and any(coder.control.search(text) for text in texts_of(messages))
-    how = {"sanitize_control_tokens": True} if found else {}
-    try:
-        return coder.tokenizer.apply_chat_template(
-            messages, chat_template=coder.template, add_generation_prompt=True, tokenize=True, return_dict=False, **how
-        )
-    except Exception as error:  # templates raise what they like: Jinja's errors, their own, TypeError, KeyError
-        raise UserError(
-            f"{where}: the chat template refuses it: {clean(f'{type(error).__name__}: {error}')}"
-        ) from error
+    (found,) = tokenize([Record(prompt, (), (), None, {}, where, 1)], coder)
+    if isinstance(found, BadRow):
+        raise UserError(f"{where}: {clean(str(found))}; write another prompt")
+    return found.prompt
 
 
 def stop_tokens(folder_or_hub_id: str | Path, tokenizer: Any) -> tuple[int, ...]:

@@ -125,10 +125,10 @@ def test_a_model_is_asked_with_the_tokens_that_it_was_trained_on(prompt, control
 def test_a_prompt_that_gives_no_tokens_is_refused_by_place():
     with pytest.raises(UserError, match="f:3: messages need a chat template"):
         winrate.prompt_tokens([user("Hi")], winrate.prompt_codec(byte_tokenizer(template=None)), "f:3")
-    with pytest.raises(UserError, match="f:4: is empty"):
+    with pytest.raises(UserError, match="f:4: .*no BOS token.*; write another prompt"):
         winrate.prompt_tokens("", winrate.prompt_codec(byte_tokenizer()), "f:4")
     broken = "{{ raise_exception('no\nsuch') }}"
-    with pytest.raises(UserError, match=r"f:5: the chat template refuses it: TemplateError: no\\nsuch"):
+    with pytest.raises(UserError, match=r"f:5: .*TemplateError: no\\nsuch"):
         winrate.prompt_tokens([user("Hi")], winrate.prompt_codec(byte_tokenizer(template=broken)), "f:5")
 
 
