@@ -57,6 +57,10 @@ UNITS = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def size_text(count: int | float) -> str:
-    """Bytes as GiB; below a tenth of one as MiB, and below a tenth of that as KiB."""
+    """Bytes as GiB; below a tenth of one as MiB, and below a tenth of that as KiB.
+
+    >>> size_text(3 * 2**30), size_text(2**20)
+    ('3.00 GiB', '1.00 MiB')
+    """
     unit, name = next((unit, name) for unit, name in UNITS if count >= unit / 10 or unit == UNITS[-1][0])
     return f"{count / unit:,.2f} {name}"

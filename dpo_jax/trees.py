@@ -11,13 +11,21 @@ T = TypeVar("T")
 
 
 def paths(tree: Any) -> dict[str, Any]:
-    """Leaves of a nested dict by path, in the tree's own order: `{"a": {"b": x}}` -> `{"a/b": x}`."""
+    """Leaves of a nested dict by path, in the tree's own order.
+
+    >>> paths({"a": {"b": 1, "c": 2}})
+    {'a/b': 1, 'a/c': 2}
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def from_paths(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict whose `paths` are this table."""
+    """The nested dict whose `paths` are this table.
+
+    >>> from_paths({"a/b": 1, "a/c": 2})
+    {'a': {'b': 1, 'c': 2}}
+    """
     tree: dict[str, Any] = {}
     for path, leaf in table.items():
         *parents, name = path.split("/")

@@ -15,7 +15,11 @@ from dpo_jax.logprobs.fused import CHUNK, HeadShape, HeadSplit, ScanPlan, TokenS
 
 @jax.jit
 def token_logprobs(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
-    """Log-probability of each target under its own logits: `logits[target] - logsumexp(logits)`."""
+    """Log-probability of each target under its own logits: `logits[target] - logsumexp(logits)`.
+
+    >>> round(float(token_logprobs(jnp.array([0.0, 0.0]), jnp.array(1))), 4)  # log(1/2)
+    -0.6931
+    """
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return picked - jax.nn.logsumexp(logits, axis=-1)
@@ -37,6 +41,10 @@ def sequence_logprobs(
         tokens          = [ 5  6  7  8  0]
         completion_mask = [ 0  0  1  1  0]
         result          = log p(7 | 5 6) + log p(8 | 5 6 7)
+
+    >>> uniform, tokens, mask = jnp.zeros((1, 5, 10)), jnp.array([[5, 6, 7, 8, 0]]), jnp.array([[0, 0, 1, 1, 0]])
+    >>> round(float(sequence_logprobs(uniform, tokens, mask)[0]), 4)  # 2 log(1/10)
+    -4.6052
 
     Args:
       logits: of any floating dtype; `logits[:, t]` is the prediction made after reading `tokens[:, :t + 1]`.
@@ -67,6 +75,11 @@ def linear_logprobs(
     The vocabulary is scanned in chunks with a running maximum and sum, forwards and backwards; sums are float32. The
     largest temporary is [N, chunk]. `cap(z) = softcap * tanh(z / softcap)`, or `z` where softcap is None. For a head
     that is tied to an embedding of shape [V, D] pass `embedding.T`.
+
+    >>> hidden, head, targets = jnp.ones((2, 4)), jnp.eye(4, 10), jnp.array([0, 9])
+    >>> direct = token_logprobs(hidden @ head, targets)
+    >>> bool(jnp.allclose(linear_logprobs(hidden, head, targets), direct))
+    True
 
     Args:
       hidden: final hidden states of the positions that predict the targets.

@@ -30,7 +30,11 @@ START = Progress()
 def objective_loss(name: str, pairs: Pairs, **settings: Any) -> LossOutput:
     """One objective of the table by name, for use on its own: unreduced losses, and the quantity that grows.
 
-        objective_loss("simpo", make_pairs(chosen, rejected, chosen_length=n, rejected_length=m), beta=2.5).losses
+    >>> from dpo_jax import make_pairs
+    >>> pairs = make_pairs(jnp.array([-8.0]), jnp.array([-18.0]), chosen_length=8, rejected_length=9)
+    >>> found = objective_loss("simpo", pairs, beta=2.0, gamma=1.0)  # -log sigmoid(2 (-1 + 2) - 1)
+    >>> round(float(found.losses[0]), 4)
+    0.3133
 
     Recipes are sums over a step and no loss of one pair; take their parts. It composes with `jax.jit` (name and words
     static) and `jax.grad`; a setting that is an array is traced, and its range is not checked.

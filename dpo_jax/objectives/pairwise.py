@@ -137,8 +137,11 @@ def dpo_loss(
     conservative DPO, for labels that are the wrong way round with that chance. Reference log-probabilities are data:
     no gradient reaches them. Any floating dtype goes in, float32 comes out.
 
-        policy    = [-1.0, -3.0]  reference = [-2.0, -2.0]  beta = 0.5
-        h         = 0.5 * (1.0 - (-1.0)) = 1.0              loss = log(1 + exp(-1)) = 0.3133
+    h = 0.5 * (1.0 - (-1.0)) = 1.0, so the loss is log(1 + exp(-1)):
+
+    >>> found = dpo_loss(*jnp.array([[-1.0], [-3.0], [-2.0], [-2.0]]), beta=0.5)
+    >>> [round(float(number[0]), 4) for number in found]  # loss, chosen and rejected reward
+    [0.3133, 0.5, -0.5]
     """
     pairs = make_pairs(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     losses = sigmoid(pairs, beta=beta, label_smoothing=label_smoothing).losses
@@ -159,6 +162,11 @@ def dpo_loss_from_indices(
 
     A completion may take part in any number of pairs, so one prompt with four ranked answers is four log-probabilities
     and six pairs.
+
+    >>> ranked, reference = jnp.array([-1.0, -2.0, -3.0]), jnp.array([-2.0, -2.0, -2.0])
+    >>> found = dpo_loss_from_indices(ranked, reference, jnp.array([0, 0, 1]), jnp.array([1, 2, 2]), beta=1.0)
+    >>> [round(float(loss), 4) for loss in found.losses]
+    [0.3133, 0.1269, 0.3133]
     """
     return dpo_loss(
         pi_logps[yw_idxs],
