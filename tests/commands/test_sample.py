@@ -14,7 +14,7 @@ from dpo_jax import sample
 from dpo_jax.data.layouts import Pair, Record
 from dpo_jax.data.templates import tokenize
 from dpo_jax.errors import UserError
-from dpo_jax.evaluation import generate, winrate
+from dpo_jax.evaluation import chat, generate, winrate
 from dpo_jax.evaluation.generate import Answer
 from dpo_jax.evaluation.likelihood import answer_logprobs
 from dpo_jax.hf.checkpoint import load_hf
@@ -210,13 +210,13 @@ def test_prompts_come_from_files_lines_and_arguments_alike(folders, ask, tmp_pat
 
 
 def test_a_system_message_begins_every_conversation_that_has_none():
-    session = sample.Session((), None, None, 0, True, "Be kind.")
+    session = chat.Session((), None, None, 0, True, "Be kind.")
     told = {"role": "system", "content": "Be kind."}
-    assert sample._prompt_of(session, "Hi", "") == sample._prompt_of(session, [user("Hi")], "") == [told, user("Hi")]
+    assert chat._prompt_of(session, "Hi", "") == chat._prompt_of(session, [user("Hi")], "") == [told, user("Hi")]
     own = [{"role": "system", "content": "Be short."}, user("Hi")]
-    assert sample._prompt_of(session, own, "") == own
+    assert chat._prompt_of(session, own, "") == own
     with pytest.raises(UserError, match="f:1: messages need a chat template"):
-        sample._prompt_of(session._replace(chat=False), own, "f:1")
+        chat._prompt_of(session._replace(chat=False), own, "f:1")
 
 
 def test_the_folder_says_how_tokens_are_drawn_unless_the_command_does(folders, tmp_path):
@@ -267,10 +267,10 @@ def test_a_model_of_other_tokens_cannot_be_compared(folders, ask, tmp_path):
 
 
 def test_text_of_a_model_cannot_steer_the_terminal():
-    assert sample.visible("a\tb\x1b[2J\r\u202e\x9b\n\u00a0\u2028é👩\u200d🚀") == (
+    assert chat.visible("a\tb\x1b[2J\r\u202e\x9b\n\u00a0\u2028é👩\u200d🚀") == (
         "a   b\\x1b[2J\\r\\u202e\\x9b\n\u00a0\\u2028é👩\u200d🚀"
     )
-    assert json.loads(sample._line({"a": "\x9bé"})) == {"a": "\x9bé"} and sample._line({"a": "\x9bé"}).isascii()
+    assert json.loads(chat._line({"a": "\x9bé"})) == {"a": "\x9bé"} and chat._line({"a": "\x9bé"}).isascii()
 
 
 def test_a_conversation_keeps_its_history_until_it_is_reset(folders, ask, monkeypatch, tmp_path):
@@ -282,7 +282,7 @@ def test_a_conversation_keeps_its_history_until_it_is_reset(folders, ask, monkey
         yield from (Answer(words[:size], None) for size in range(1, len(words)))  # in between, half an é
         yield Answer(words, 3)
 
-    monkeypatch.setattr(generate, "stream", answer)
+    monkeypatch.setattr(chat, "stream", answer)
     monkeypatch.setattr("builtins.input", lambda prompt: next(said))
     output = tmp_path / "talk.jsonl"
     code, shown, err = ask(folders[0], "--seed", 5, "--output", output, json_rows=False, stdin=Terminal)
@@ -306,8 +306,8 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(folders, ask, monkeypatc
         raise KeyboardInterrupt
 
     said = iter(["Hi"])
-    monkeypatch.setattr(generate, "stream", interrupted)
-    monkeypatch.setattr(sample, "_input", lambda: next(said, None))
+    monkeypatch.setattr(chat, "stream", interrupted)
+    monkeypatch.setattr(chat, "_input", lambda: next(said, None))
     output = tmp_path / "talk.jsonl"
     code, shown, _ = ask(folders[0], "--max-new-tokens", OFTEN, "--output", output, json_rows=False, stdin=Terminal)
     assert code == 0 and "[stopped]" in shown and json.loads(output.read_text())["tokens"] == 8
@@ -322,4 +322,4 @@ def test_without_a_terminal_answers_stand_under_their_models_and_prompts(folders
     assert code == 0 and places == sorted(places) and "tokens/s" in err
     for row in rows:
         assert f"reference {row['reference_logp']:.2f}, log-ratio {row['log_ratio']:+.2f}, 20 tokens]\n" in shown
-        assert sample.visible(row["answer"]) + " [cut off after 20 tokens]\n" in shown
+        assert chat.visible(row["answer"]) + " [cut off after 20 tokens]\n" in shown
