@@ -57,7 +57,7 @@ UNUSED = tuple(
     )
     for key in ("beta1", "beta2", "epsilon", "moment_dtype")
 )
-"""Rows of `config.IGNORED`: the setting, whether a run's optimizer would ignore it, and the remedy."""
+"""Rows of `config.run.IGNORED`: the setting, whether a run's optimizer would ignore it, and the remedy."""
 
 
 class OptimizerSettings(Section):
