@@ -60,21 +60,21 @@ def evaluate(settings: EvaluatedBlocks, folder: Path, quiet: bool = False) -> tu
     from dpo_jax.run.reference import ReferenceScorer, make_reference
     from dpo_jax.run.sources import find_models
 
-    model, reference, rows, batch, objective = settings
-    scalar_head, length = objective.trains_reward_model, rows.max_length
+    model, reference, rows, batch, wanted = settings
+    scalar_head, length = wanted.trains_reward_model, rows.max_length
     compile_cache.use(model.compile_cache)
     mesh = models.make_mesh(MeshSettings(), model)
     sources = find_models(model, reference, {})
     tokenizer = load_tokenizer(sources.policy, rows.template)
-    data = load_data(rows, objective.terms, tokenizer, folder, _silent if quiet else print)
+    data = load_data(rows, wanted.terms, tokenizer, folder, _silent if quiet else print)
     models.check_models(sources, mesh, model=model, reference=reference, max_length=length, scalar_head=scalar_head)
     policy: Model = models.load_model(sources.policy, mesh, scalar_head=scalar_head)
-    problem = models.make_objective(model, objective.terms, policy.spec, mesh)
-    packing = Packing.of(batch, length, objective.terms, mesh)
+    objective = models.make_objective(model, wanted.terms, policy.spec, mesh)
+    packing = Packing.of(batch, length, wanted.terms, mesh)
     with Journal(folder, 1, LogSettings(tensorboard=False), process=int(quiet)) as journal:
         scorer = ReferenceScorer(mesh, packing, folder, journal)
-        logps = make_reference(reference, sources, policy, problem, data, scorer).train
-        measure = Evaluator(problem, mesh, held_out=packing.sweep(data.train, policy.spec, logps))
+        logps = make_reference(reference, sources, policy, objective, data, scorer).train
+        measure = Evaluator(objective, mesh, held_out=packing.sweep(data.train, policy.spec, logps))
         journal.phase("evaluating")
         return measure(Weights(policy.params), folder, 0), data.train.num_pairs
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float32, Int32
 
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.entries import first_completions
@@ -30,33 +31,60 @@ COMPILE_STEPS = 3
 """Steps that a further shape must save in a run, as it has to be compiled too."""
 
 
-class Batch(NamedTuple):
-    """One step's pairs as packed forests; every array but the last is split over D, and M is walked in turn.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """One step's pairs as packed prompt groups: numpy arrays, arrays on devices, or their shapes and dtypes.
+
+    L are the leading axes: M and D, or D alone in one micro-batch. Every array but the last is split over D, and M is
+    walked in turn. `preference.micro_batches` makes it a tree of jax, whose leaves may then be anything.
 
     Padding: group 0; completion C (one past the end); ids -1; `real` false.
+
+    Attributes:
+      tokens: of each slot.
+      group: prompt group of each slot, from 1 in each row.
+      branch: 0 prompt, then 1, 2, ... by completion.
+      position: place in the text.
+      source: slot (row * T + column) whose hidden state predicts.
+      target: the token predicted.
+      completion: which of the shard's completions it belongs to.
+      chosen: completion preferred (the paper's yw_idxs).
+      rejected: completion not preferred (yl_idxs).
+      weight: of each pair.
+      margin: nats.
+      label: chance that chosen is the better one.
+      real: whether there is a pair.
+      noise: uniform in (0, 1), from (seed, step) and the pair's place in its step.
+      ranked: completions of the pair's prompt.
+      rank: their ranks, 0 is best, -1 for none.
+      reference: reference log-probability of each scored token, nats.
+      lengths: scored tokens of each completion.
+      last: slot of each completion's last token.
+      ids: number of each completion in the data set, -1 for none.
+      micro_batches: how many of the M are in use.
     """
 
-    tokens: Any  # int32 [M, D, R, T]
-    group: Any  # int32 [M, D, R, T]  tree of each slot, from 1 in each row
-    branch: Any  # int32 [M, D, R, T]  0 prompt, then 1, 2, ... by completion
-    position: Any  # int32 [M, D, R, T]  place in the text
-    source: Any  # int32 [M, D, K]  slot (row * T + column) whose hidden state predicts
-    target: Any  # int32 [M, D, K]  the token predicted
-    completion: Any  # int32 [M, D, K]  which of the shard's completions it belongs to
-    chosen: Any  # int32 [M, D, P]  completion preferred (the paper's yw_idxs)
-    rejected: Any  # int32 [M, D, P]  completion not preferred (yl_idxs)
-    weight: Any  # float32 [M, D, P]
-    margin: Any  # float32 [M, D, P]  nats
-    label: Any  # float32 [M, D, P]  chance that chosen is the better one
-    real: Any  # bool [M, D, P]
-    noise: Any  # float32 [M, D, P]  uniform in (0, 1), from (seed, step) and the pair's place in its step
-    ranked: Any  # int32 [M, D, P, W]  completions of the pair's prompt
-    rank: Any  # int32 [M, D, P, W]  their ranks, 0 is best, -1 for none
-    reference: Any  # float32 [M, D, K]  reference log-probability of each scored token, nats
-    lengths: Any  # float32 [M, D, C]  scored tokens of each completion
-    last: Any  # int32 [M, D, C]  slot of each completion's last token
-    ids: Any  # int32 [M, D, C]  number of each completion in the data set, -1 for none
-    micro_batches: Any  # int32 scalar: how many of the M are in use
+    tokens: Int32[Any, "*L R T"]
+    group: Int32[Any, "*L R T"]
+    branch: Int32[Any, "*L R T"]
+    position: Int32[Any, "*L R T"]
+    source: Int32[Any, "*L K"]
+    target: Int32[Any, "*L K"]
+    completion: Int32[Any, "*L K"]
+    chosen: Int32[Any, "*L P"]
+    rejected: Int32[Any, "*L P"]
+    weight: Float32[Any, "*L P"]
+    margin: Float32[Any, "*L P"]
+    label: Float32[Any, "*L P"]
+    real: Bool[Any, "*L P"]
+    noise: Float32[Any, "*L P"]
+    ranked: Int32[Any, "*L P W"]
+    rank: Int32[Any, "*L P W"]
+    reference: Float32[Any, "*L K"]
+    lengths: Float32[Any, "*L C"]
+    last: Int32[Any, "*L C"]
+    ids: Int32[Any, "*L C"]
+    micro_batches: Int32[Any, ""]
 
 
 @dataclasses.dataclass
@@ -94,7 +122,7 @@ class Batches:
     _orders: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False)
     _plans: dict[int, list[PackingPlan]] = dataclasses.field(default_factory=dict, init=False, repr=False)
     # The loop asks for the pairs of a step while a thread makes the batches of later ones.
-    _lock: Any = dataclasses.field(default_factory=threading.Lock, init=False, repr=False)
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, init=False, repr=False)
 
     def pairs_of(self, step: int) -> np.ndarray:
         """Numbers of the pairs of a step, int64 [pairs]: the next ones of the endless stream of shuffled epochs."""
@@ -116,7 +144,7 @@ class Batches:
         depth = self.depth
         while depth < used:
             depth *= 2
-        batch = self._blank(depth, planned.shape, used)
+        batch = self._dummy(depth, planned.shape, used)
         noise = self._noise(step)[: len(pairs)]
         fill(batch, planned, self._trees, self.encoded, pairs, noise, reference=self.reference, first=self._first)
         return batch
@@ -131,13 +159,13 @@ class Batches:
         steps = -(-len(self.encoded.chosen) // self.pairs)
         return dataclasses.replace(self, order="length", steps=steps, max_shapes=2)
 
-    def blanks(self) -> list[Batch]:
+    def dummies(self) -> list[Batch]:
         """An empty batch of each shape that the run's steps come in, to compile for before training begins."""
         shapes = self.shapes
         if self.steps <= CHECKED_STEPS:
             used = {self._plan(step).shape for step in range(self.steps)}
             shapes = tuple(shape for shape in shapes if shape in used)
-        return [self._blank(self.depth, shape, 0) for shape in shapes]
+        return [self._dummy(self.depth, shape, 0) for shape in shapes]
 
     @functools.cached_property
     def shapes(self) -> tuple[RowShape, ...]:
@@ -244,7 +272,7 @@ class Batches:
     def _first(self) -> np.ndarray:
         return first_completions(self.encoded)
 
-    def _blank(self, depth: int, shape: RowShape, used: int) -> Batch:
+    def _dummy(self, depth: int, shape: RowShape, used: int) -> Batch:
         completions, pairs = self._room
         lead = (depth, self.shards)
 

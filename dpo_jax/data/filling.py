@@ -69,7 +69,7 @@ def fill(
     reference: np.ndarray | None,
     first: Int64[np.ndarray, " _"],
 ) -> None:
-    """Write a step's trees and pairs into a blank batch (a `batches.Batch`).
+    """Write a step's trees and pairs into a dummy batch.
 
     Args:
       batch: of the plan's shape.

@@ -25,8 +25,8 @@ from dpo_jax.model.mixers import CachedView, KeyValue, PackedView
 from dpo_jax.model.remat import recomputed
 from dpo_jax.model.settings import REMATS
 from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.trees import Params
 
-Params = dict[str, Any]
 FLOAT32 = re.compile(r".*/(scale|decay_rate|decay_bias|scalar|router/(correction|channel_scale|expert_scale))")
 """Leaves that stay in float32 whatever the dtype of computation: what uses them computes in float32."""
 
