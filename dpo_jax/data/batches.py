@@ -1,8 +1,6 @@
-"""Batches as a pure function of (seed, step): which pairs a step sees, and the arrays that hold them.
+"""Batches as a pure function of (seed, step): which pairs a step sees, and the arrays (`batch.py`) that hold them.
 
-Letters of the arrays: M micro-batches, D shards (devices that split the batch), R rows, T slots of a row, K scored
-tokens, C completions and P pairs that a shard's micro-batch may hold, W completions of a ranking (0 where none is
-compared as one).
+Letters of the arrays: M micro-batches, C completions, P pairs, W completions of a ranking.
 """
 
 import dataclasses
@@ -11,16 +9,18 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from numpy.typing import DTypeLike
 
+from dpo_jax.data.batch import Batch
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.entries import first_completions
 from dpo_jax.data.filling import PromptGroups, fill, trees_of
 from dpo_jax.data.packing import PackingPlan, RowGroups, RowShape, choose_shapes, plan
 
+T = TypeVar("T")
 SAMPLED_STEPS = 32
 """Steps that are packed for trial when the shapes of a run are chosen."""
 PLANNED_STEPS = 64
@@ -29,62 +29,6 @@ CHECKED_STEPS = 10_000
 """Runs of at most so many steps are looked through: for shapes that no step has, and for the most micro-batches."""
 COMPILE_STEPS = 3
 """Steps that a further shape must save in a run, as it has to be compiled too."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Batch:
-    """One step's pairs as packed prompt groups: numpy arrays, arrays on devices, or their shapes and dtypes.
-
-    L are the leading axes: M and D, or D alone in one micro-batch. Every array but the last is split over D, and M is
-    walked in turn. `preference.micro_batches` makes it a tree of jax, whose leaves may then be anything.
-
-    Padding: group 0; completion C (one past the end); ids -1; `real` false.
-
-    Attributes:
-      tokens: of each slot.
-      group: prompt group of each slot, from 1 in each row.
-      branch: 0 prompt, then 1, 2, ... by completion.
-      position: place in the text.
-      source: slot (row * T + column) whose hidden state predicts.
-      target: the token predicted.
-      completion: which of the shard's completions it belongs to.
-      chosen: completion preferred (the paper's yw_idxs).
-      rejected: completion not preferred (yl_idxs).
-      weight: of each pair.
-      margin: nats.
-      label: chance that chosen is the better one.
-      real: whether there is a pair.
-      noise: uniform in (0, 1), from (seed, step) and the pair's place in its step.
-      ranked: completions of the pair's prompt.
-      rank: their ranks, 0 is best, -1 for none.
-      reference: reference log-probability of each scored token, nats.
-      lengths: scored tokens of each completion.
-      last: slot of each completion's last token.
-      ids: number of each completion in the data set, -1 for none.
-      micro_batches: how many of the M are in use.
-    """
-
-    tokens: Int32[Any, "*L R T"]
-    group: Int32[Any, "*L R T"]
-    branch: Int32[Any, "*L R T"]
-    position: Int32[Any, "*L R T"]
-    source: Int32[Any, "*L K"]
-    target: Int32[Any, "*L K"]
-    completion: Int32[Any, "*L K"]
-    chosen: Int32[Any, "*L P"]
-    rejected: Int32[Any, "*L P"]
-    weight: Float32[Any, "*L P"]
-    margin: Float32[Any, "*L P"]
-    label: Float32[Any, "*L P"]
-    real: Bool[Any, "*L P"]
-    noise: Float32[Any, "*L P"]
-    ranked: Int32[Any, "*L P W"]
-    rank: Int32[Any, "*L P W"]
-    reference: Float32[Any, "*L K"]
-    lengths: Float32[Any, "*L C"]
-    last: Int32[Any, "*L C"]
-    ids: Int32[Any, "*L C"]
-    micro_batches: Int32[Any, ""]
 
 
 @dataclasses.dataclass
@@ -276,7 +220,7 @@ class Batches:
         completions, pairs = self._room
         lead = (depth, self.shards)
 
-        def filled(*shape: int, value: Any = 0, dtype: Any = np.int32) -> np.ndarray:
+        def filled(*shape: int, value: int | float = 0, dtype: DTypeLike = np.int32) -> np.ndarray:
             return np.full(lead + shape, value, dtype)
 
         slots = [filled(shape.rows, shape.length) for _ in range(4)]
@@ -309,52 +253,52 @@ def pair_tokens(encoded: Encoded) -> np.ndarray:
     return whole[encoded.chosen] + np.where(encoded.single, 0, whole[encoded.rejected])
 
 
-class Made(NamedTuple):
+class Made(NamedTuple, Generic[T]):
     """What was made for a step, and for how many seconds it had to be waited for."""
 
     step: int
-    value: Any
+    value: T
     waited: float
 
 
 def prefetch(
-    make: Callable[[int], Any], steps: range, depth: int = 2, *, clock: Callable[[], float] = time.perf_counter
-) -> Iterator[Made]:
+    make: Callable[[int], T], steps: range, depth: int = 2, *, clock: Callable[[], float] = time.perf_counter
+) -> Iterator[Made[T]]:
     """`make(step)` for each step, made by a thread that stays up to `depth` steps ahead.
 
     `waited` is exactly 0 where the value was there already. What `make` raises is raised here, at its step. Leaving the
     loop early ends the thread.
     """
-    made: queue.Queue = queue.Queue(depth)
+    made: queue.Queue[tuple[int, T] | BaseException] = queue.Queue(depth)
     left = threading.Event()
 
     def work() -> None:
         for step in steps:
             try:
-                item = (step, make(step), None)
+                item: tuple[int, T] | BaseException = (step, make(step))
             except BaseException as error:  # handed over, whatever it is
-                item = (step, None, error)
+                item = error
             while not left.is_set():
                 try:
                     made.put(item, timeout=0.1)
                     break
                 except queue.Full:
                     continue
-            if left.is_set() or item[2] is not None:
+            if left.is_set() or isinstance(item, BaseException):
                 return
 
     threading.Thread(target=work, name="batches", daemon=True).start()
     try:
         for _ in steps:
-            (step, value, error), waited = _taken(made, clock)
-            if error is not None:
-                raise error
-            yield Made(step, value, waited)
+            item, waited = _taken(made, clock)
+            if isinstance(item, BaseException):
+                raise item
+            yield Made(*item, waited)
     finally:
         left.set()
 
 
-def _taken(made: queue.Queue, clock: Callable[[], float]) -> tuple[Any, float]:
+def _taken(made: queue.Queue[T], clock: Callable[[], float]) -> tuple[T, float]:
     """The next thing of a queue, and how long the queue was empty."""
     try:
         return made.get_nowait(), 0.0

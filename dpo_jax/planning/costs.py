@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax import trees
-from dpo_jax.data.batches import Batch
+from dpo_jax.data.batch import Batch
 from dpo_jax.model import spec as specs
 from dpo_jax.model.decoder import abstract_params
 from dpo_jax.model.spec import DecoderSpec

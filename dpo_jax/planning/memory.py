@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax import sharding, trees
-from dpo_jax.data.batches import Batch
+from dpo_jax.data.batch import Batch
 from dpo_jax.logprobs.tokens import CHUNK
 from dpo_jax.model.attention import Layout
 from dpo_jax.model.decoder import cast, hidden_and_routing, init_params

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from dpo_jax.data.batches import Batch, Batches
+from dpo_jax.data.batch import Batch
+from dpo_jax.data.batches import Batches
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.model.decoder import Params
 from dpo_jax.model.weights import Weights

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.data.batches import Batch
+from dpo_jax.data.batch import Batch
 from dpo_jax.model.decoder import DEFAULT_EXECUTION, Execution, Params, cast
 from dpo_jax.model.experts import Routing, added, load_balance
 from dpo_jax.model.spec import DecoderSpec

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from dpo_jax.data.batches import Batch
+from dpo_jax.data.batch import Batch
 
 S = TypeVar("S")
 NAMES = tuple(field.name for field in dataclasses.fields(Batch))

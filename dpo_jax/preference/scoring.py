@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from dpo_jax.data.batches import Batch
+from dpo_jax.data.batch import Batch
 from dpo_jax.logprobs.tokens import linear_scores
 from dpo_jax.model.attention import Bounds, Layout
 from dpo_jax.model.decoder import (

@@ -12,7 +12,8 @@ import numpy as np
 
 from dpo_jax import sharding
 from dpo_jax.config.run import Run
-from dpo_jax.data.batches import Batch, Batches
+from dpo_jax.data.batch import Batch
+from dpo_jax.data.batches import Batches
 from dpo_jax.data.encode import encode
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.errors import UserError

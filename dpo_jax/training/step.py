@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from dpo_jax.data.batches import Batch
+from dpo_jax.data.batch import Batch
 from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.mixture import Progress
 from dpo_jax.preference.loss import TrainingObjective, loss_and_gradient

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from dpo_jax.data.batches import Batch, Batches
+from dpo_jax.data.batch import Batch
+from dpo_jax.data.batches import Batches
 from dpo_jax.preference.micro_batches import fold, micro_batch
 from tests.support.forests import random_encoded
 

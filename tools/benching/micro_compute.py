@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.data.batches import Batch, Batches
+from dpo_jax.data.batch import Batch
+from dpo_jax.data.batches import Batches
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.logprobs.tokens import linear_logprobs
 from dpo_jax.model.decoder import Execution, init_params
