@@ -7,7 +7,7 @@ Axes of the mesh: `data` replicates the weights, `fsdp` shares one copy of them,
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -64,7 +64,7 @@ RULES: tuple[tuple[str, P], ...] = (
 """How each leaf of the parameters is split. A leaf that no rule claims is an error."""
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices; one of the sizes may be -1 and takes what the others leave.
 
     Raises:

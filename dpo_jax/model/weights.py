@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,9 @@ from dpo_jax.model.spec import DecoderSpec
 
 Trained = Mapping[str, bool | tuple[bool, ...]]
 """By leaf path whether it is trained, or for a stack of layers which of them are."""
+
+
+Leaf = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["trained", "frozen"], meta_fields=["rows"])
@@ -90,7 +92,7 @@ def divided(params: Params, trained: Trained) -> Weights:
     return Weights(trees.from_paths(kept), trees.from_paths(frozen), tuple(rows))
 
 
-def _taken(leaf: Any, layers: Sequence[bool], whose: bool) -> Any:
+def _taken(leaf: Leaf, layers: Sequence[bool], whose: bool) -> Leaf:
     numbers = [number for number, trained in enumerate(layers) if trained == whose]
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(numbers), *leaf.shape[1:]), leaf.dtype)

@@ -56,7 +56,7 @@ class ObjectiveSettings(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_defaults(cls, data: Any) -> Any:
+    def _with_defaults(cls, data: object) -> object:
         if isinstance(data, list | tuple):
             return {"mixture": tuple(data)}
         if isinstance(data, Mapping) and data.get("mixture") is None:
@@ -115,7 +115,7 @@ class ObjectiveSettings(Section):
         return f"objective.mixture: {f'block {int(number) + 1}, {inner}' if dot else inner}: {remedy}"
 
 
-def as_written(objective: Any) -> ObjectiveSettings | None:
+def as_written(objective: object) -> ObjectiveSettings | None:
     """The settings that the values of `objective` give; None where they are wrong, which is reported elsewhere."""
     try:
         return ObjectiveSettings.model_validate(objective or {})

@@ -101,7 +101,7 @@ class OptimizerSettings(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _lions_decay(cls, data: Any) -> Any:
+    def _lions_decay(cls, data: object) -> object:
         """Lion's own default (arXiv:2302.06675)."""
         if isinstance(data, Mapping) and data.get("name") == "lion":
             return {"beta2": 0.99, **data}
