@@ -59,22 +59,22 @@ def evaluate(settings: EvaluatedBlocks, folder: Path, quiet: bool = False) -> tu
     from dpo_jax.run.reference import ReferenceScorer, make_reference
     from dpo_jax.run.sources import find_models
 
-    model, reference, rows, batch, objective = settings
-    scalar_head, length = objective.trains_reward_model, rows.max_length
+    model, reference, rows, batch, wanted = settings
+    scalar_head, length = wanted.trains_reward_model, rows.max_length
     compile_cache.use(model.compile_cache)
     mesh = models.make_mesh(MeshSettings(), model)
     sources = find_models(model, reference, {})
     tokenizer = load_tokenizer(sources.policy, rows.template)
-    data = read_data(rows, tokenizer, folder, _silent if quiet else print).examples(objective.terms, length)
+    data = read_data(rows, tokenizer, folder, _silent if quiet else print).examples(wanted.terms, length)
     models.check_models(sources, mesh, model=model, reference=reference, max_length=length, scalar_head=scalar_head)
     policy = models.load_model(sources.policy, mesh, scalar_head=scalar_head)
     weights = Weights(policy.params)
-    training = models.make_objective(model, objective.terms, policy.spec, weights, mesh)
-    packing = Packing.of(batch, length, objective.terms, mesh)
+    objective = models.make_objective(model, wanted.terms, policy.spec, weights, mesh)
+    packing = Packing.of(batch, length, wanted.terms, mesh)
     with Journal(folder, 1, LogSettings(tensorboard=False), process=int(quiet)) as journal:
         scorer = ReferenceScorer(mesh, packing, folder, journal)
-        logps = make_reference(reference, sources, weights, training, data, scorer).train
-        measure = Evaluator(training, mesh, held_out=packing.sweep(data.train, policy.spec, logps))
+        logps = make_reference(reference, sources, weights, objective, data, scorer).train
+        measure = Evaluator(objective, mesh, held_out=packing.sweep(data.train, policy.spec, logps))
         journal.phase("evaluating")
         return measure(weights, folder, 0), data.train.num_pairs
 

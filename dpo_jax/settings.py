@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}
     nodes = depth = 0
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()
         self.nodes += 1
         self.depth += 1
@@ -154,7 +154,7 @@ def _near_files(file: str) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else "; settings are given as FILE.yaml or section.key=value"
 
 
-def _kind(annotation: Any, bounds: str = "") -> str:
+def _kind(annotation: object, bounds: str = "") -> str:
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is Literal:
         return f"one of {', '.join(map(str, arguments))}"
@@ -164,7 +164,13 @@ def _kind(annotation: Any, bounds: str = "") -> str:
         return " or ".join(_kind(argument, bounds) for argument in arguments)
     if typing.get_origin(annotation) is dict:
         return "blocks of settings"
-    words = {str: "text", bool: "true or false", int: "a whole number", float: "a number", types.NoneType: "null"}
+    words: dict[object, str] = {
+        str: "text",
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        types.NoneType: "null",
+    }
     return words[annotation] + (bounds if annotation in (int, float) else "")
 
 

@@ -5,9 +5,9 @@ Axes of the mesh: `data` replicates the weights, `fsdp` shares one copy of them,
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,6 +17,11 @@ from jax.sharding import PartitionSpec as P
 from dpo_jax import trees
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs.fused import HeadSplit
+from dpo_jax.trees import Params, Tree
+
+B = TypeVar("B")
+Signature = tuple[Hashable, tuple[tuple[tuple[int, ...], np.dtype], ...]]
+"""Of a function's arguments: their structure, and shape and dtype of each leaf."""
 
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH = ("data", "fsdp")
@@ -59,7 +64,7 @@ RULES: tuple[tuple[str, P], ...] = (
 """How each leaf of the parameters is split. A leaf that no rule claims is an error."""
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[Any] | None = None) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices; one of the sizes may be -1 and takes what the others leave.
 
     Raises:
@@ -90,7 +95,7 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def param_shardings(params: Any, mesh: Mesh) -> Any:
+def param_shardings(params: Params, mesh: Mesh) -> Params:
     """A sharding for each leaf of a tree of parameters (arrays or shapes)."""
     table = trees.paths(params)
     return trees.from_paths(
@@ -113,13 +118,13 @@ def head_split(mesh: Mesh) -> HeadSplit | None:
     return None if mesh.size == 1 else HeadSplit(mesh, BATCH, "tensor", "fsdp")
 
 
-def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+def batch_shardings(batch: B, mesh: Mesh) -> B:
     """Shardings of a packed batch: arrays [M, D, ...] split over D, scalars on each device."""
     split = NamedSharding(mesh, P(None, BATCH))
     return jax.tree.map(lambda leaf: split if np.ndim(leaf) else replicated(mesh), batch)
 
 
-def place(batch: Any, mesh: Mesh) -> Any:
+def place(batch: B, mesh: Mesh) -> B:
     """A batch of host arrays on its devices; each process holds the whole batch and hands over its own part."""
 
     def put(leaf, sharding):
@@ -133,14 +138,14 @@ class Compiled:
     """A jitted function that is compiled ahead for the shapes it will meet, and counts what it compiles later.
 
     Attributes:
-      late: compilations since `prepare` was last called; 0 is what a run wants.
+      recompilations: compilations since `prepare` was last called; 0 is what a run wants.
     """
 
-    def __init__(self, function: Callable, *, out_shardings: Any = None, donate: tuple[int, ...] = ()):
+    def __init__(self, function: Callable, *, out_shardings: Tree = None, donate: tuple[int, ...] = ()):
         """Wrap `function(*args)`; the arguments at `donate` are consumed by each call."""
         self._jitted = jax.jit(function, out_shardings=out_shardings, donate_argnums=donate)
-        self._ready: dict[Any, Any] = {}
-        self.late = 0
+        self._ready: dict[Signature, jax.stages.Compiled] = {}
+        self.recompilations = 0
 
     def prepare(self, kinds: Sequence[tuple], *, workers: int = 1) -> Iterator[int]:
         """Compile for arguments of each kind: their shapes, dtypes and shardings (arrays or jax.ShapeDtypeStruct).
@@ -156,27 +161,27 @@ class Compiled:
                 yield done
         finally:
             pool.shutdown(cancel_futures=True)
-        self.late = 0
+        self.recompilations = 0
 
-    def lower(self, *args: Any) -> jax.stages.Lowered:
+    def lower(self, *args: Tree) -> jax.stages.Lowered:
         """The function for such arguments, lowered but not compiled, and not kept."""
         return self._jitted.lower(*args)
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Tree) -> Tree:
         """The function's result."""
         key = _signature(args)
         if key not in self._ready:
             self._ready[key] = self.lower(*args).compile()
-            self.late += 1
+            self.recompilations += 1
         return self._ready[key](*args)
 
 
-def _signature(args: Any) -> Any:
+def _signature(args: Tree) -> Signature:
     leaves, structure = jax.tree.flatten(args)
     return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
-def shape_of(tree: Any, shardings: Any) -> Any:
+def shape_of(tree: Tree, shardings: Tree) -> Tree:
     """Shapes and dtypes of a tree, on the given shardings."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding), tree, shardings

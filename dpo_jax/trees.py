@@ -8,9 +8,13 @@ from typing import Any, TypeVar
 import jax
 
 T = TypeVar("T")
+Tree = Any
+"""A tree of JAX: containers of any kind, whose leaves are arrays or what stands for them (shapes, shardings, flags)."""
+Params = dict[str, Any]
+"""A tree of parameters: nested dicts of arrays, or of what stands for them."""
 
 
-def paths(tree: Any) -> dict[str, Any]:
+def paths(tree: Tree) -> dict[str, Any]:
     """Leaves of a nested dict by path, in the tree's own order.
 
     >>> paths({"a": {"b": 1, "c": 2}})
@@ -48,17 +52,17 @@ def match(path: str, rules: Iterable[tuple[str, T]], *, table: str) -> T:
     raise ValueError(f"no rule of the {table} table matches leaf {path!r}; add one")
 
 
-def map_by_rules(tree: Any, rules: Iterable[tuple[str, T]], *, table: str) -> Any:
+def map_by_rules(tree: Tree, rules: Iterable[tuple[str, T]], *, table: str) -> Params:
     """The tree with each leaf replaced by the value of the rule that claims it."""
     rules = list(rules)
     return from_paths({path: match(path, rules, table=table) for path in paths(tree)})
 
 
-def num_parameters(tree: Any) -> int:
+def num_parameters(tree: Tree) -> int:
     """Elements in all leaves."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def num_bytes(tree: Any) -> int:
+def num_bytes(tree: Tree) -> int:
     """Bytes in all leaves."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

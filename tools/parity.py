@@ -122,8 +122,8 @@ def measure(folder: Folder, kwargs: Mapping[str, Any]) -> dict[str, float]:
     """Loss, gradient norm and metrics of one step over all rows."""
     encoded = encoded_rows(folder, kwargs)
     batch = Batches(encoded, encoded.num_pairs, 1, 1, order="file").at(0)
-    problem = TrainingObjective(folder.policy.spec, make_terms(blocks_of(kwargs)))
-    run = jax.jit(functools.partial(loss_and_gradient, problem))
+    objective = TrainingObjective(folder.policy.spec, make_terms(blocks_of(kwargs)))
+    run = jax.jit(functools.partial(loss_and_gradient, objective))
     loss, metrics, gradient, _ = run(Weights(folder.policy.params), batch, folder.reference.params)
     found = {"loss": loss, "grad_norm": optax.tree.norm(gradient), **metrics}
     tokens = float(pair_tokens(encoded).sum())
@@ -163,8 +163,8 @@ def compare_trajectory(folder: Folder, loss_type: str, log: list[Mapping[str, fl
     encoded = encoded_rows(folder, {})
     settings = OptimizerSettings.model_validate(TRAJECTORY)
     optimizer = make_optimizer(settings)
-    problem = TrainingObjective(folder.policy.spec, make_terms(blocks_of({"loss_type": loss_type})))
-    step = jax.jit(make_step(problem, optimizer, schedule(settings, len(log)), steps=len(log)))
+    objective = TrainingObjective(folder.policy.spec, make_terms(blocks_of({"loss_type": loss_type})))
+    step = jax.jit(make_step(objective, optimizer, schedule(settings, len(log)), steps=len(log)))
     state = fresh_state(folder.policy.params, optimizer)
     for number, theirs in enumerate(log):
         batch = Batches(encoded, encoded.num_pairs, 1, len(log), order="file").at(number)

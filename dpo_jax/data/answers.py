@@ -2,7 +2,7 @@
 
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dpo_jax.data.messages import BadRow, Messages, Part, messages_of, shared_length, type_name
 
@@ -90,7 +90,7 @@ def answer_start(conversation: Messages) -> int:
     return next((at for at in after if conversation[at]["role"] == "assistant"), len(conversation))
 
 
-def answer_to(value: Any, prompt: Part | None, name: str) -> tuple[Messages, tuple[tuple[str, str], ...]]:
+def answer_to(value: object, prompt: Part | None, name: str) -> tuple[Messages, tuple[tuple[str, str], ...]]:
     """An assistant's answer to a list of messages, without those messages should it repeat them."""
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}], ()
@@ -103,10 +103,11 @@ def answer_to(value: Any, prompt: Part | None, name: str) -> tuple[Messages, tup
     return answer, notes
 
 
-def against(prompt: Any, values: Sequence[Any], names: Sequence[str]) -> Answers:
+def against(prompt: object, values: Sequence[object], names: Sequence[str]) -> Answers:
     """Answers to an explicit prompt; text with text stays text, everything else becomes messages."""
-    if isinstance(prompt, str) and all(isinstance(value, str) for value in values):
-        return Answers(prompt, tuple(values))
+    texts = [value for value in values if isinstance(value, str)]
+    if isinstance(prompt, str) and len(texts) == len(values):
+        return Answers(prompt, tuple(texts))
     for value, name in zip(values, names, strict=True):
         if not isinstance(value, str | list | Mapping):
             raise BadRow("wrong type", f"{name} is {type_name(value)}, neither text nor messages")
@@ -114,7 +115,7 @@ def against(prompt: Any, values: Sequence[Any], names: Sequence[str]) -> Answers
         messages = messages_of(prompt, "prompt")
         found = [answer_to(value, messages, name) for value, name in zip(values, names, strict=True)]
         return Answers(messages, tuple(answer for answer, _ in found), notes=sum((notes for _, notes in found), ()))
-    if any(isinstance(value, str) for value in values):
+    if texts:
         raise BadRow("wrong type", f"{' and '.join(names)} are not all text or all messages")
     return _conversations_with(
         prompt, {name: messages_of(value, name) for name, value in zip(names, values, strict=True)}

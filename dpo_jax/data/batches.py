@@ -1,8 +1,6 @@
-"""Batches as a pure function of (seed, step): which pairs a step sees, and the arrays that hold them.
+"""Batches as a pure function of (seed, step): which pairs a step sees, and the arrays (`batch.py`) that hold them.
 
-Letters of the arrays: M micro-batches, D shards (devices that split the batch), R rows, T slots of a row, K scored
-tokens, C completions and P pairs that a shard's micro-batch may hold, W completions of a ranking (0 where none is
-compared as one).
+Letters of the arrays: M micro-batches, C completions, P pairs, W completions of a ranking.
 """
 
 import dataclasses
@@ -11,15 +9,18 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import DTypeLike
 
+from dpo_jax.data.batch import Batch
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.entries import first_completions
 from dpo_jax.data.filling import PromptGroups, fill, trees_of
 from dpo_jax.data.packing import PackingPlan, RowGroups, RowShape, choose_shapes, plan
 
+T = TypeVar("T")
 SAMPLED_STEPS = 32
 """Steps that are packed for trial when the shapes of a run are chosen."""
 PLANNED_STEPS = 64
@@ -28,35 +29,6 @@ CHECKED_STEPS = 10_000
 """Runs of at most so many steps are looked through: for shapes that no step has, and for the most micro-batches."""
 COMPILE_STEPS = 3
 """Steps that a further shape must save in a run, as it has to be compiled too."""
-
-
-class Batch(NamedTuple):
-    """One step's pairs as packed forests; every array but the last is split over D, and M is walked in turn.
-
-    Padding: group 0; completion C (one past the end); ids -1; `real` false.
-    """
-
-    tokens: Any  # int32 [M, D, R, T]
-    group: Any  # int32 [M, D, R, T]  tree of each slot, from 1 in each row
-    branch: Any  # int32 [M, D, R, T]  0 prompt, then 1, 2, ... by completion
-    position: Any  # int32 [M, D, R, T]  place in the text
-    source: Any  # int32 [M, D, K]  slot (row * T + column) whose hidden state predicts
-    target: Any  # int32 [M, D, K]  the token predicted
-    completion: Any  # int32 [M, D, K]  which of the shard's completions it belongs to
-    chosen: Any  # int32 [M, D, P]  completion preferred (the paper's yw_idxs)
-    rejected: Any  # int32 [M, D, P]  completion not preferred (yl_idxs)
-    weight: Any  # float32 [M, D, P]
-    margin: Any  # float32 [M, D, P]  nats
-    label: Any  # float32 [M, D, P]  chance that chosen is the better one
-    real: Any  # bool [M, D, P]
-    noise: Any  # float32 [M, D, P]  uniform in (0, 1), from (seed, step) and the pair's place in its step
-    ranked: Any  # int32 [M, D, P, W]  completions of the pair's prompt
-    rank: Any  # int32 [M, D, P, W]  their ranks, 0 is best, -1 for none
-    reference: Any  # float32 [M, D, K]  reference log-probability of each scored token, nats
-    lengths: Any  # float32 [M, D, C]  scored tokens of each completion
-    last: Any  # int32 [M, D, C]  slot of each completion's last token
-    ids: Any  # int32 [M, D, C]  number of each completion in the data set, -1 for none
-    micro_batches: Any  # int32 scalar: how many of the M are in use
 
 
 @dataclasses.dataclass
@@ -94,7 +66,7 @@ class Batches:
     _orders: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False)
     _plans: dict[int, list[PackingPlan]] = dataclasses.field(default_factory=dict, init=False, repr=False)
     # The loop asks for the pairs of a step while a thread makes the batches of later ones.
-    _lock: Any = dataclasses.field(default_factory=threading.Lock, init=False, repr=False)
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, init=False, repr=False)
 
     def pairs_of(self, step: int) -> np.ndarray:
         """Numbers of the pairs of a step, int64 [pairs]: the next ones of the endless stream of shuffled epochs."""
@@ -116,7 +88,7 @@ class Batches:
         depth = self.depth
         while depth < used:
             depth *= 2
-        batch = self._blank(depth, planned.shape, used)
+        batch = self._dummy(depth, planned.shape, used)
         noise = self._noise(step)[: len(pairs)]
         fill(batch, planned, self._trees, self.encoded, pairs, noise, reference=self.reference, first=self._first)
         return batch
@@ -131,13 +103,13 @@ class Batches:
         steps = -(-len(self.encoded.chosen) // self.pairs)
         return dataclasses.replace(self, order="length", steps=steps, max_shapes=2)
 
-    def blanks(self) -> list[Batch]:
+    def dummies(self) -> list[Batch]:
         """An empty batch of each shape that the run's steps come in, to compile for before training begins."""
         shapes = self.shapes
         if self.steps <= CHECKED_STEPS:
             used = {self._plan(step).shape for step in range(self.steps)}
             shapes = tuple(shape for shape in shapes if shape in used)
-        return [self._blank(self.depth, shape, 0) for shape in shapes]
+        return [self._dummy(self.depth, shape, 0) for shape in shapes]
 
     @functools.cached_property
     def shapes(self) -> tuple[RowShape, ...]:
@@ -244,11 +216,11 @@ class Batches:
     def _first(self) -> np.ndarray:
         return first_completions(self.encoded)
 
-    def _blank(self, depth: int, shape: RowShape, used: int) -> Batch:
+    def _dummy(self, depth: int, shape: RowShape, used: int) -> Batch:
         completions, pairs = self._room
         lead = (depth, self.shards)
 
-        def filled(*shape: int, value: Any = 0, dtype: Any = np.int32) -> np.ndarray:
+        def filled(*shape: int, value: int | float = 0, dtype: DTypeLike = np.int32) -> np.ndarray:
             return np.full(lead + shape, value, dtype)
 
         slots = [filled(shape.rows, shape.length) for _ in range(4)]
@@ -281,52 +253,52 @@ def pair_tokens(encoded: Encoded) -> np.ndarray:
     return whole[encoded.chosen] + np.where(encoded.single, 0, whole[encoded.rejected])
 
 
-class Made(NamedTuple):
+class Made(NamedTuple, Generic[T]):
     """What was made for a step, and for how many seconds it had to be waited for."""
 
     step: int
-    value: Any
+    value: T
     waited: float
 
 
 def prefetch(
-    make: Callable[[int], Any], steps: range, depth: int = 2, *, clock: Callable[[], float] = time.perf_counter
-) -> Iterator[Made]:
+    make: Callable[[int], T], steps: range, depth: int = 2, *, clock: Callable[[], float] = time.perf_counter
+) -> Iterator[Made[T]]:
     """`make(step)` for each step, made by a thread that stays up to `depth` steps ahead.
 
     `waited` is exactly 0 where the value was there already. What `make` raises is raised here, at its step. Leaving the
     loop early ends the thread.
     """
-    made: queue.Queue = queue.Queue(depth)
+    made: queue.Queue[tuple[int, T] | BaseException] = queue.Queue(depth)
     left = threading.Event()
 
     def work() -> None:
         for step in steps:
             try:
-                item = (step, make(step), None)
+                item: tuple[int, T] | BaseException = (step, make(step))
             except BaseException as error:  # handed over, whatever it is
-                item = (step, None, error)
+                item = error
             while not left.is_set():
                 try:
                     made.put(item, timeout=0.1)
                     break
                 except queue.Full:
                     continue
-            if left.is_set() or item[2] is not None:
+            if left.is_set() or isinstance(item, BaseException):
                 return
 
     threading.Thread(target=work, name="batches", daemon=True).start()
     try:
         for _ in steps:
-            (step, value, error), waited = _taken(made, clock)
-            if error is not None:
-                raise error
-            yield Made(step, value, waited)
+            item, waited = _taken(made, clock)
+            if isinstance(item, BaseException):
+                raise item
+            yield Made(*item, waited)
     finally:
         left.set()
 
 
-def _taken(made: queue.Queue, clock: Callable[[], float]) -> tuple[Any, float]:
+def _taken(made: queue.Queue[T], clock: Callable[[], float]) -> tuple[T, float]:
     """The next thing of a queue, and how long the queue was empty."""
     try:
         return made.get_nowait(), 0.0

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from dpo_jax.data.records import Stretch, read_record, stretches, tables
 from dpo_jax.data.report import Report, clean
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.data.templates import Codec, Tokens, codec, template_digest, tokenize
+from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.data.workers import in_order, processes
 from dpo_jax.errors import UserError
 
@@ -221,7 +222,7 @@ class _Builder:
             where = {"chosen": first + pair.chosen, "rejected": first + pair.rejected}
             self._row(pair_unit=number, **where, weight=pair.weight, margin=pair.margin, label=pair.label)
 
-    def _row(self, **values: Any) -> None:
+    def _row(self, **values: object) -> None:
         for name, value in values.items():
             self.columns[name].append(value)
 
@@ -354,7 +355,7 @@ def _summary(values: np.ndarray) -> dict[str, float]:
 
 def encode(
     sources: str | Sequence[str],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     settings: DataSettings,
     cache: str | Path | None = None,
     *,
@@ -374,7 +375,7 @@ def encode(
 
 def collect(
     sources: str | Sequence[str],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     settings: DataSettings,
     cache: str | Path | None = None,
     *,

@@ -23,6 +23,7 @@ from dpo_jax.data.records import SourceTable
 from dpo_jax.data.report import Report, clean
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.data.templates import template_source
+from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.errors import UserError
 from dpo_jax.files import write_whole
 
@@ -183,7 +184,7 @@ class Entry:
         cls,
         folder: str | Path,
         sources: Sequence[SourceTable],
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         settings: DataSettings,
         template: str | None,
         first: int | None,
@@ -242,7 +243,7 @@ SETTINGS = ("layout", "max_length", "truncation", "ending", "control_tokens", "m
 decides whether a result is accepted."""
 
 
-def _tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
+def _tokenizer_parts(tokenizer: Tokenizer) -> dict[str, Any]:
     table = json.loads(tokenizer.backend_tokenizer.to_str())
     for state in ("truncation", "padding"):  # of the last call, not of the tokenizer
         table.pop(state, None)
@@ -251,7 +252,7 @@ def _tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
     return {"class": type(tokenizer).__name__, "backend": table, "special": special, "control": control}
 
 
-def _template_parts(tokenizer: Any, template: str | None) -> list[str]:
+def _template_parts(tokenizer: Tokenizer, template: str | None) -> list[str]:
     source = template_source(tokenizer, template) or ""
     # Llama 3's template writes the day it is used on.
     return [source, datetime.date.today().isoformat() if "strftime_now" in source else ""]

@@ -6,11 +6,11 @@ at once.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Int32, Int64
 
+from dpo_jax.data.batch import Batch
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.data.packing import Lengths, PackingPlan
 
@@ -59,7 +59,7 @@ def trees_of(encoded: Encoded, first: Int64[np.ndarray, " _"], *, share_prompts:
 
 
 def fill(
-    batch: Any,
+    batch: Batch,
     plan: PackingPlan,
     trees: PromptGroups,
     encoded: Encoded,
@@ -69,7 +69,7 @@ def fill(
     reference: np.ndarray | None,
     first: Int64[np.ndarray, " _"],
 ) -> None:
-    """Write a step's trees and pairs into a blank batch (a `batches.Batch`).
+    """Write a step's trees and pairs into a dummy batch.
 
     Args:
       batch: of the plan's shape.
@@ -96,7 +96,12 @@ def fill(
 
 
 def _fill_trees(
-    batch: Any, plan: PackingPlan, room: np.ndarray, trees: PromptGroups, encoded: Encoded, reference: np.ndarray | None
+    batch: Batch,
+    plan: PackingPlan,
+    room: np.ndarray,
+    trees: PromptGroups,
+    encoded: Encoded,
+    reference: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Write tokens and scores. Returns the completions, ascending, and the number of each within its micro-batch."""
     _, _, rows, length = batch.tokens.shape
@@ -137,7 +142,7 @@ def _fill_trees(
 
 
 def _write(
-    batch: Any,
+    batch: Batch,
     where: Int64[np.ndarray, " X"],
     text: Int64[np.ndarray, " X"],
     size: Int64[np.ndarray, " X"],
@@ -155,7 +160,7 @@ def _write(
 
 
 def _fill_pairs(
-    batch: Any,
+    batch: Batch,
     into: np.ndarray,
     number: np.ndarray,
     pairs: np.ndarray,
@@ -173,7 +178,7 @@ def _fill_pairs(
 
 
 def _fill_rankings(
-    batch: Any,
+    batch: Batch,
     into: np.ndarray,
     number: np.ndarray,
     pairs: np.ndarray,

@@ -150,7 +150,7 @@ def _read_implicit(row: Mapping[str, Any]) -> Answers:
     return Answers(first, tuple(rest))
 
 
-def _not_equal(chosen: Any, rejected: Any) -> None:
+def _not_equal(chosen: object, rejected: object) -> None:
     if chosen == rejected:
         raise BadRow("identical completions", "chosen and rejected are the same")
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant", "tool": "tool", "observation": "tool"}
@@ -25,7 +25,7 @@ class BadRow(Exception):
         return BadRow, (self.kind, self.reason)
 
 
-def messages_of(value: Any, name: str, roles: Mapping[str, str] | None = None) -> Messages:
+def messages_of(value: object, name: str, roles: Mapping[str, str] | None = None) -> Messages:
     """A checked conversation: known roles, text contents. A single message stands for a list of one.
 
     With `roles` (ShareGPT) a message may also be {"from": ..., "value": ...}.
@@ -39,7 +39,7 @@ def messages_of(value: Any, name: str, roles: Mapping[str, str] | None = None) -
     return [_message(item, f"{name}[{index}]", roles or {}) for index, item in enumerate(value)]
 
 
-def _message(item: Any, name: str, sharegpt: Mapping[str, str]) -> dict[str, Any]:
+def _message(item: object, name: str, sharegpt: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(item, Mapping):
         raise BadRow("wrong type", f"{name} is {type_name(item)}, not a message")
     fields = {key: value for key, value in item.items() if value is not None}
@@ -65,12 +65,12 @@ def speaks(message: Mapping[str, Any]) -> bool:
     return bool(message.get("content", "").strip() or message.get("tool_calls"))
 
 
-def is_chat(part: Part) -> bool:
+def is_chat(part: Part) -> TypeGuard[Messages]:
     """Whether a prompt or a completion is a list of messages (and not a text or token ids)."""
     return isinstance(part, list) and bool(part) and isinstance(part[0], dict)
 
 
-def _content(content: Any, name: str) -> str:
+def _content(content: object, name: str) -> str:
     """Text of a message; a list of text parts (OpenAI) is joined."""
     if isinstance(content, str):
         return content
@@ -81,7 +81,7 @@ def _content(content: Any, name: str) -> str:
     raise BadRow("wrong type", f"content of {name} is {type_name(content)}, not text")
 
 
-def type_name(value: Any) -> str:
+def type_name(value: object) -> str:
     """What a value of a row is, in words."""
     names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
     return "null" if value is None else names.get(type(value), type(value).__name__)
@@ -97,7 +97,7 @@ def need(row: Mapping[str, Any], name: str) -> Any:
     return row[name]
 
 
-def number(value: Any, name: str) -> float:
+def number(value: object, name: str) -> float:
     """A finite number of a row."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow("wrong type", f"{name} is {type_name(value)}, not a number")
@@ -110,7 +110,7 @@ def number(value: Any, name: str) -> float:
     return result
 
 
-def from_json(value: Any, name: str) -> Any:
+def from_json(value: object, name: str) -> Any:
     """Tools and template arguments may come as JSON text, as Parquet has no free-form objects."""
     if not isinstance(value, str):
         return value
@@ -132,7 +132,7 @@ def shared_length(one: Sequence, other: Sequence) -> int:
     return low
 
 
-def texts_of(value: Any) -> Iterator[str]:
+def texts_of(value: object) -> Iterator[str]:
     """Every text inside a prompt, a completion, or tools: contents, names, keys."""
     if isinstance(value, str):
         yield value

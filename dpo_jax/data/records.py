@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
     file: str
     line: int
-    value: Any
+    value: object
     """What the row holds, or the BadRow that says why it cannot be read; bytes are JSON that was not parsed yet."""
     notes: tuple[tuple[str, str], ...] = ()
 
@@ -59,7 +59,7 @@ def read_rows(source: str) -> Iterator[Row]:
         yield from (row._replace(value=value_of(row)) for row in table.rows())
 
 
-def value_of(row: Row) -> Any:
+def value_of(row: Row) -> object:
     """What a row holds, or the BadRow that says why it cannot be read."""
     return _parse(row.value) if isinstance(row.value, bytes) else row.value
 
@@ -380,7 +380,7 @@ def read_record(row: Row, layout: str | None, max_characters: int) -> Record | B
         return BadRow("nested too deep", "objects inside objects")
 
 
-def _object(value: Any) -> dict[str, Any]:
+def _object(value: object) -> dict[str, Any]:
     if isinstance(value, BadRow):
         raise value
     if not isinstance(value, dict):

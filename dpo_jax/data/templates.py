@@ -10,16 +10,18 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from dpo_jax.data.layouts import Record
-from dpo_jax.data.messages import BadRow, Messages, is_chat, shared_length, texts_of
+from dpo_jax.data.messages import BadRow, Messages, Part, is_chat, shared_length, texts_of
 from dpo_jax.data.report import clean
+from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.errors import UserError
 from dpo_jax.files import digest_of
 
 Ending = Literal["terminator", "template"]
 PROBE = "dpojaxprobe"
+T = TypeVar("T")
 
 
 class Tokens(NamedTuple):
@@ -57,7 +59,7 @@ class Codec:
       reserved: names that a row's template arguments may not have.
     """
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     template: str | None
     control_tokens: Literal["text", "tokens"]
     ending: Ending
@@ -72,7 +74,9 @@ class Codec:
     reserved: frozenset[str]
 
 
-def codec(tokenizer: Any, *, template: str | None, control_tokens: Literal["text", "tokens"], ending: Ending) -> Codec:
+def codec(
+    tokenizer: Tokenizer, *, template: str | None, control_tokens: Literal["text", "tokens"], ending: Ending
+) -> Codec:
     """Find out how a tokenizer and its template begin a text and end a turn."""
     if control_tokens == "text" and "sanitize_control_tokens" not in _arguments(tokenizer):
         raise UserError(
@@ -89,19 +93,24 @@ def codec(tokenizer: Any, *, template: str | None, control_tokens: Literal["text
         before=_before(tokenizer),
         turn=_turn(tokenizer, template, special) if source else Turn(),
         special=special,
-        eos=None if tokenizer.eos_token_id is None else (tokenizer.eos_token, tokenizer.eos_token_id),
+        eos=_eos(tokenizer),
         bos=tokenizer.bos_token_id,
         size=len(tokenizer),
         reserved=frozenset({*_arguments(tokenizer), *tokenizer.special_tokens_map, "messages"}),
     )
 
 
-def special_ids(tokenizer: Any) -> frozenset[int]:
+def _eos(tokenizer: Tokenizer) -> tuple[str, int] | None:
+    token, number = tokenizer.eos_token, tokenizer.eos_token_id
+    return None if token is None or number is None else (token, number)
+
+
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Ids that are tokens of their own and no text: more than the named ones, `all_special_ids`."""
     return frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
-def template_source(tokenizer: Any, template: str | None) -> str | None:
+def template_source(tokenizer: Tokenizer, template: str | None) -> str | None:
     """Text of the chat template in use; of all of them, where the tokenizer has several by name."""
     own = template if template is not None else tokenizer.chat_template
     if isinstance(own, Mapping):
@@ -109,17 +118,17 @@ def template_source(tokenizer: Any, template: str | None) -> str | None:
     return own
 
 
-def template_digest(tokenizer: Any, template: str | None) -> str:
+def template_digest(tokenizer: Tokenizer, template: str | None) -> str:
     """Digest of the chat template, for the report and the cache."""
     source = template_source(tokenizer, template)
     return digest_of(source) if source else ""
 
 
-def _arguments(tokenizer: Any) -> frozenset[str]:
+def _arguments(tokenizer: Tokenizer) -> frozenset[str]:
     return frozenset(inspect.signature(tokenizer.apply_chat_template).parameters)
 
 
-def _control_pattern(tokenizer: Any, source: str) -> re.Pattern:
+def _control_pattern(tokenizer: Tokenizer, source: str) -> re.Pattern:
     """Special tokens, and added tokens that the template writes: what `sanitize_control_tokens` takes for control."""
     listed = set(getattr(tokenizer, "chat_control_tokens", None) or ())
     texts = [
@@ -130,13 +139,13 @@ def _control_pattern(tokenizer: Any, source: str) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
-def _ids(tokenizer: Any, texts: list[str], **options: Any) -> list[list[int]]:
+def _ids(tokenizer: Tokenizer, texts: list[str], **options: bool) -> list[list[int]]:
     if not texts:
         return []
     return tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
 
 
-def _before(tokenizer: Any) -> tuple[int, ...]:
+def _before(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Ids before a text. What a tokenizer puts after one (EOS) is left to us."""
     (bare,), (whole,) = (_ids(tokenizer, ["a"], add_special_tokens=special) for special in (False, True))
     starts = [at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare]
@@ -145,7 +154,7 @@ def _before(tokenizer: Any) -> tuple[int, ...]:
     return tuple(whole[: starts[0]])
 
 
-def _turn(tokenizer: Any, template: str | None, special: frozenset[int]) -> Turn:
+def _turn(tokenizer: Tokenizer, template: str | None, special: frozenset[int]) -> Turn:
     """Render a probe and look at what the template writes after the assistant's words."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
     try:
@@ -184,7 +193,7 @@ def tokenize(records: Sequence[Record], codec: Codec) -> list[Tokens | BadRow]:
     return [job if isinstance(job, BadRow) else _caught(_tokens, _with_ids(job, ids), codec) for job in jobs]
 
 
-def _caught(function: Callable[..., Any], *arguments: Any) -> Any:
+def _caught(function: Callable[..., T], *arguments: object) -> T | BadRow:
     try:
         return function(*arguments)
     except BadRow as error:
@@ -269,11 +278,11 @@ def _chat_job(record: Record, codec: Codec) -> _Job:
     return _Job("chat", sequences, record.notes + note)
 
 
-def _messages(part: Any) -> Messages:
-    return list(part)
+def _messages(part: Part) -> Messages:
+    return [message for message in part if isinstance(message, dict)]
 
 
-def _rendered(record: Record, chat: Messages, codec: Codec, *, asking: bool, sanitize: bool) -> Any:
+def _rendered(record: Record, chat: Messages, codec: Codec, *, asking: bool, sanitize: bool) -> str | list[int]:
     """The chat as text; as ids where text of control tokens must not become control tokens."""
     how = {"tokenize": True, "return_dict": False, "sanitize_control_tokens": True} if sanitize else {"tokenize": False}
     try:

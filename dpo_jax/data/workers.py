@@ -14,10 +14,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from multiprocessing.connection import Connection, Pipe
-from typing import Any
+from typing import Generic, TypeVar
 
 from dpo_jax.errors import UserError
 
+C = TypeVar("C")
+W = TypeVar("W")
+R = TypeVar("R")
 MOST = 16
 """Processes that are started unless told otherwise: more would wait for the one that reads the files."""
 
@@ -29,8 +32,8 @@ def processes(wanted: int | None) -> int:
 
 
 def in_order(
-    function: Callable[[Any, Any], Any], context: Any, work: Iterable[Any], *, workers: int, alone: int
-) -> Generator[Any, None, None]:
+    function: Callable[[C, W], R], context: C, work: Iterable[W], *, workers: int, alone: int
+) -> Generator[R, None, None]:
     """`function(context, piece)` for each piece of work, in its order.
 
     The first pieces are done in this process, so that little work pays for no other process.
@@ -53,17 +56,17 @@ def in_order(
         yield from _shared(function, context, _chained(first, pieces), workers)
 
 
-def _chained(first: list[Any], rest: Iterator[Any]) -> Iterator[Any]:
+def _chained(first: list[W], rest: Iterator[W]) -> Iterator[W]:
     yield from first
     yield from rest
 
 
-def _shared(function: Callable[[Any, Any], Any], context: Any, pieces: Iterator[Any], workers: int) -> Iterator[Any]:
+def _shared(function: Callable[[C, W], R], context: C, pieces: Iterator[W], workers: int) -> Iterator[R]:
     """One thread for each process; a thread hands over a piece, and waits for its result."""
     crew = _Crew(function, context)
     pool = ThreadPoolExecutor(workers, "workers", initializer=crew.hire)
     try:
-        results: deque[Future[Any]] = deque(_submitted(pool, crew, islice(pieces, 2 * workers)))
+        results: deque[Future[R]] = deque(_submitted(pool, crew, islice(pieces, 2 * workers)))
         while results:
             yield results.popleft().result()
             results.extend(_submitted(pool, crew, islice(pieces, 1)))
@@ -72,21 +75,21 @@ def _shared(function: Callable[[Any, Any], Any], context: Any, pieces: Iterator[
         pool.shutdown(cancel_futures=True)
 
 
-def _submitted(pool: ThreadPoolExecutor, crew: "_Crew", pieces: Iterator[Any]) -> Iterator[Future[Any]]:
+def _submitted(pool: ThreadPoolExecutor, crew: "_Crew[W, R]", pieces: Iterator[W]) -> Iterator[Future[R]]:
     """A result to come for each piece. What taking one raises comes in its turn, after the results of those before."""
     try:
         for piece in pieces:
             yield pool.submit(crew.do, piece)
     except UserError as error:
-        failed: Future[Any] = Future()
+        failed: Future[R] = Future()
         failed.set_exception(error)
         yield failed
 
 
-class _Crew:
+class _Crew(Generic[W, R]):
     """The processes, one for each thread that calls `hire`."""
 
-    def __init__(self, function: Callable[[Any, Any], Any], context: Any):
+    def __init__(self, function: Callable[[C, W], R], context: C):
         self._task = (function, context)
         self._mine = threading.local()
         self._all: list[tuple[subprocess.Popen, Connection]] = []
@@ -112,7 +115,7 @@ class _Crew:
         self._mine.process, self._mine.pipe = process, ours
         self._mine.fresh = True
 
-    def do(self, piece: Any) -> Any:
+    def do(self, piece: W) -> R:
         """The result of a piece, from this thread's process."""
         pipe: Connection = self._mine.pipe
         try:
@@ -160,7 +163,7 @@ def serve(descriptor: int) -> None:
             return
 
 
-def _answer(function: Callable[[Any, Any], Any], context: Any, piece: Any) -> tuple[Any, UserError | None, str | None]:
+def _answer(function: Callable[[C, W], R], context: C, piece: W) -> tuple[R | None, UserError | None, str | None]:
     try:
         return function(context, piece), None, None
     except UserError as error:

@@ -17,6 +17,7 @@ from dpo_jax.data.messages import BadRow, Messages, is_chat, messages_of, need, 
 from dpo_jax.data.records import READERS, text_notes, value_of
 from dpo_jax.data.report import clean
 from dpo_jax.data.templates import Codec, codec, template_source, tokenize
+from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.errors import UserError
 from dpo_jax.evaluation.generate import Decoding, generate
 from dpo_jax.hf.tensors import SIDE_FILES, local_folder
@@ -83,7 +84,7 @@ def _read(path: str, take: Callable[[Mapping[str, Any], str], T]) -> list[T]:
     return taken
 
 
-def _object(value: Any) -> Mapping[str, Any]:
+def _object(value: object) -> Mapping[str, Any]:
     if isinstance(value, BadRow):
         raise value
     if not isinstance(value, Mapping):
@@ -111,7 +112,7 @@ def _pattern(row: Mapping[str, Any]) -> re.Pattern[str]:
 # ---------------------------------------------------------------------------------------------- tokens
 
 
-def prompt_codec(tokenizer: Any, control_tokens: Literal["text", "tokens"] = "text") -> Codec:
+def prompt_codec(tokenizer: Tokenizer, control_tokens: Literal["text", "tokens"] = "text") -> Codec:
     """How a tokenizer, with the chat template that it holds, makes tokens of prompts."""
     return codec(tokenizer, template=None, control_tokens=control_tokens, ending="terminator")
 
@@ -137,7 +138,7 @@ def prompt_tokens(prompt: Prompt, coder: Codec, where: str = "") -> list[int]:
     return found.prompt
 
 
-def stop_tokens(folder_or_hub_id: str | Path, tokenizer: Any) -> tuple[int, ...]:
+def stop_tokens(folder_or_hub_id: str | Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Tokens that end an answer: those of generation_config.json, and what the chat template ends a turn with.
 
     The second is what a chat model is trained to write at the end; some folders forget to list it.
@@ -147,7 +148,7 @@ def stop_tokens(folder_or_hub_id: str | Path, tokenizer: Any) -> tuple[int, ...]
     return ids if turn is None or turn in ids else (*ids, turn)
 
 
-def text_of(tokenizer: Any, tokens: Sequence[int]) -> str:
+def text_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     """An answer as text, without special tokens, and with its spaces as they are."""
     return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -159,7 +160,7 @@ def answer(
     spec: DecoderSpec,
     params: Params,
     questions: Sequence[Question],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     stop: tuple[int, ...],
     max_new_tokens: int,

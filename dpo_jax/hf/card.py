@@ -39,7 +39,7 @@ def front_matter(origin: Path) -> dict[str, Any]:
     return {key: value for key, value in kept.items() if isinstance(value, str) or _strings(value)}
 
 
-def _strings(value: Any) -> bool:
+def _strings(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
 
 
@@ -149,7 +149,7 @@ def _by_objectives(objectives: Mapping[str, str]) -> CardKind:
     return LANGUAGE_MODEL._replace(tag=tag, title=names, trained=text, citation=None)
 
 
-def _public(value: Any) -> Any:
+def _public(value: object) -> Any:
     """The value with every absolute path in it cut down to its last part: a card must not describe a machine."""
     if isinstance(value, Mapping):
         return {str(key): _public(item) for key, item in value.items()}

@@ -28,6 +28,7 @@ from dpo_jax.hf.mapping import Claims, LeafPart, Scheme, TensorEntry, claim, nam
 from dpo_jax.hf.tensors import DTYPES, TensorInfo, Tensors, local_folder, member, read_json
 from dpo_jax.model.decoder import Model, abstract_params
 from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.trees import Tree
 
 SHARD_BYTES = 5 * 10**9
 EXPORT_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
@@ -47,7 +48,7 @@ def load_hf(
     folder_or_hub_id: str | Path,
     *,
     dtype: DTypeLike | Callable[[str], DTypeLike] = jnp.float32,
-    shardings: Any = None,
+    shardings: Tree = None,
     spec: DecoderSpec | None = None,
 ) -> Model:
     """The model of a Hugging Face folder, read one tensor at a time.
@@ -83,10 +84,9 @@ def load_hf(
     return Model(spec, trees.from_paths(loaded))
 
 
-def _dtype_of(leaf: str, dtype: Any) -> DTypeLike:
+def _dtype_of(leaf: str, dtype: DTypeLike | Callable[[str], DTypeLike]) -> DTypeLike:
     """jax.numpy.float32 is a class, so it could be called too; a function of the path is not a class."""
-    found: Any = dtype(leaf) if callable(dtype) and not isinstance(dtype, type) else dtype
-    return found
+    return dtype(leaf) if callable(dtype) and not isinstance(dtype, type) else dtype
 
 
 def scheme_of(spec: DecoderSpec, folder: Path) -> Scheme:

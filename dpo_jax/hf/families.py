@@ -5,15 +5,15 @@ Most families are llama with a difference or two, and their reader is that diffe
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from dpo_jax.hf import names
 from dpo_jax.hf import readers as read
 from dpo_jax.hf.keys import Keys
 from dpo_jax.hf.names import Naming
-from dpo_jax.hf.readers import FULL, LINEAR, attention, by_type, decoder, everywhere, experts, mlp, rms
-from dpo_jax.model.spec import MLA, MLP, Attention, DecoderSpec, Experts, GatedDelta, HeadNorm, Layer, Norm, Rope
+from dpo_jax.hf.readers import FULL, LINEAR, Each, attention, by_type, decoder, everywhere, experts, mlp, rms
+from dpo_jax.model.spec import MLA, MLP, Attention, DecoderSpec, Experts, GatedDelta, HeadNorm, Layer, Norm, Place, Rope
 
 # ---------------------------------------------------------------------------------------------- llama and its kin
 
@@ -118,7 +118,7 @@ def _hunyuan(k: Keys) -> DecoderSpec:
     return decoder(k, attention(k, head_norm=HeadNorm(norm, after_rope=True)), mlp(k), norm)
 
 
-def _glm(k: Keys, place: Any = "pre") -> DecoderSpec:
+def _glm(k: Keys, place: Place = "pre") -> DecoderSpec:
     mixer = attention(k, turns="interleaved partial", output_bias=False)
     return decoder(k, mixer, mlp(k), rms(k), layer={"place": place})
 
@@ -249,7 +249,7 @@ def _gemma4(k: Keys) -> DecoderSpec:
     return decoder(k, mixer, fed, norm, each=each, inputs_vocab=vocab if inputs else 0, **fields)
 
 
-def _own_heads(k: Keys, own: Any, i: int, mixer: Attention) -> dict[str, int]:
+def _own_heads(k: Keys, own: Mapping[str | int, Any], i: int, mixer: Attention) -> dict[str, int]:
     """Size and number of heads of a layer that has its own."""
     table = dict(own.get(str(i), own.get(i, {})))
     heads = {"head_dim": table.pop("head_dim", mixer.head_dim)}
@@ -346,7 +346,7 @@ def _bloom(k: Keys) -> DecoderSpec:
     return decoder(k, mixer, fed, read.layer_norm(k, "layer_norm_epsilon"), embed_norm=True)
 
 
-def _cohere(k: Keys, each: Any = None) -> DecoderSpec:
+def _cohere(k: Keys, each: Each | None = None) -> DecoderSpec:
     norm = read.layer_norm(k, bias=False)
     mixer = attention(k, turns="interleaved", head_norm=HeadNorm(norm, "each_head") if k.flag("use_qk_norm") else None)
     scale, layer = k.positive("logit_scale"), {"place": "parallel"}

@@ -139,13 +139,13 @@ class Keys:
                 self._left[new] = self._all[new] = self._left.pop(old)
                 self._names[new] = old
 
-    def refuse(self, name: str, value: Any, why: str) -> UserError:
+    def refuse(self, name: str, value: object, why: str) -> UserError:
         """The error for a key, its value, and why that will not do."""
         shown = json.dumps(value, default=str)
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
         return UserError(f"{self._file}: {self._prefix}{self._names.get(name, name)} = {shown}: {why}")
 
-    def take(self, name: str, default: Any = None) -> Any:
+    def take(self, name: str, default: object = None) -> Any:
         """Value of a key that may be missing or null."""
         value = self._left.pop(name, None)
         return default if value is None else value

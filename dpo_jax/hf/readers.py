@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dpo_jax.hf.keys import Keys
@@ -34,13 +34,13 @@ def rope(
         why = f"of the {head_dim} channels of a head an even number must turn"
         raise table.refuse("partial_rotary_factor", share, why)
     common = Rope(table.positive("rope_theta"), channels=channels, interleaved=interleaved)
-    found = dataclasses.replace(common, kind=kind, **_scaling(kind, table, k.peek("max_position_embeddings")))
+    found = dataclasses.replace(common, kind=kind, **_scaling(kind, table, k))
     table.finish(frozenset({"original_max_position_embeddings", "max_position_embeddings", "factor"}))
     return found
 
 
-def _scaling(kind: str, table: Keys, longest: Any) -> dict[str, Any]:
-    """Fields of a rotation of this kind."""
+def _scaling(kind: str, table: Keys, k: Keys) -> dict[str, Any]:
+    """Fields of a rotation of this kind, from its table and the whole config."""
     match kind:
         case "default":
             table.require({"factor": 1.0})
@@ -50,9 +50,9 @@ def _scaling(kind: str, table: Keys, longest: Any) -> dict[str, Any]:
         case "llama3":
             return _llama3(table)
         case "yarn":
-            return _yarn(table, longest)
+            return _yarn(table, k)
         case "longrope":
-            return _longrope(table, longest)
+            return _longrope(table, k)
     kinds = "default, linear, llama3, yarn, longrope, proportional"
     raise table.refuse("rope_type", kind, f"not supported; supported: {kinds}")
 
@@ -65,9 +65,9 @@ def _llama3(table: Keys) -> dict[str, Any]:
     return {"factor": factor, "low_frequency": low, "high_frequency": high, "original_positions": original}
 
 
-def _yarn(table: Keys, longest: Any) -> dict[str, Any]:
+def _yarn(table: Keys, k: Keys) -> dict[str, Any]:
     original = table.size("original_max_position_embeddings")
-    factor = table.perhaps("factor") or longest / original
+    factor = table.perhaps("factor") or k.peek("max_position_embeddings") / original
     one, all_dim = table.perhaps("mscale"), table.perhaps("mscale_all_dim")
     magnitude = grown(factor, one) / grown(factor, all_dim) if one and all_dim else grown(factor)
     return {
@@ -85,9 +85,9 @@ def grown(factor: float, strength: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * strength * math.log(factor) + 1.0
 
 
-def _longrope(table: Keys, longest: Any) -> dict[str, Any]:
+def _longrope(table: Keys, k: Keys) -> dict[str, Any]:
     original = table.size("original_max_position_embeddings")
-    factor = table.perhaps("factor") or longest / original
+    factor = table.perhaps("factor") or k.peek("max_position_embeddings") / original
     magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     short, long = (tuple(map(float, table.take(name, []))) for name in ("short_factor", "long_factor"))
     magnitude = table.perhaps("attention_factor") or magnitude
@@ -190,7 +190,7 @@ def by_type(k: Keys, *, used: bool = True, nope: bool = False) -> Each:
     return each
 
 
-def turning(found: Mapping[str, Rope], types: Any, then: Each) -> Each:
+def turning(found: Mapping[str, Rope], types: Sequence[str], then: Each) -> Each:
     """Each layer with the rotation of its type."""
     return lambda i, layer: mixed(then(i, layer), rope=found[types[i]])
 

@@ -80,7 +80,7 @@ def reward_config(spec: DecoderSpec, folder: Path) -> dict[str, Any]:
 def _padding(spec: DecoderSpec, folder: Path, config: Mapping[str, Any]) -> int | None:
     """The config's padding token, or else the tokenizer's, or else a token that ends texts; None if there is none."""
 
-    def fits(token: Any) -> bool:
+    def fits(token: object) -> bool:
         return isinstance(token, int) and not isinstance(token, bool) and 0 <= token < spec.vocab_size
 
     if fits(config.get("pad_token_id")):  # older llama folders say -1, which no token is

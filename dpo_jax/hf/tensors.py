@@ -140,7 +140,7 @@ class Tensors:
             self._add(file, handle)
         self._check_index()
 
-    def _add(self, file: str, handle: Any) -> None:
+    def _add(self, file: str, handle: safe_open) -> None:
         for name in handle.offset_keys():
             if name in self.infos:
                 raise UserError(f"tensor {name!r} is in both {self.infos[name].file} and {file} of {self.folder}")
@@ -178,7 +178,7 @@ def tensor_names(folder: Path) -> list[str]:
     return list(Tensors(folder).infos) if there else []
 
 
-def _open(folder: Path, file: str) -> Any:
+def _open(folder: Path, file: str) -> safe_open:
     path = member(folder, file)
     try:
         handle = safe_open(path, framework="numpy")

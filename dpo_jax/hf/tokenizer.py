@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.errors import UserError
 from dpo_jax.hf.configs import quiet
 from dpo_jax.hf.tensors import SIDE_FILES, local_folder, one_line, read_json
@@ -12,8 +13,8 @@ from dpo_jax.hf.tensors import SIDE_FILES, local_folder, one_line, read_json
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def load_tokenizer(folder_or_hub_id: str | Path, template: str | None = None) -> Any:
-    """The tokenizer of a folder or hub repository, a transformers `PreTrainedTokenizerBase`.
+def load_tokenizer(folder_or_hub_id: str | Path, template: str | None = None) -> Tokenizer:
+    """The tokenizer of a folder or hub repository, a `PreTrainedTokenizerBase` of transformers.
 
     Args:
       folder_or_hub_id: where it is.
@@ -65,7 +66,7 @@ class GenerationSettings(NamedTuple):
     top_k: int
 
 
-def generation_settings(folder: str | Path, tokenizer: Any = None) -> GenerationSettings:
+def generation_settings(folder: str | Path, tokenizer: Tokenizer | None = None) -> GenerationSettings:
     """Token ids and sampling of a folder, each from the first that says so.
 
     Those are `generation_config.json`, then `config.json`, then the tokenizer (ids only), then transformers' defaults
@@ -78,7 +79,7 @@ def generation_settings(folder: str | Path, tokenizer: Any = None) -> Generation
     files = [name for name in ("generation_config.json", "config.json") if os.path.lexists(folder / name)]
     tables = [(folder / name, read_json(folder, name)) for name in files]
 
-    def first(key: str, fits: Callable[[Any], bool], default: Any) -> Any:
+    def first(key: str, fits: Callable[[Any], bool], default: object) -> Any:
         for file, table in tables:
             if table.get(key) is not None:
                 if not fits(table[key]):
@@ -98,13 +99,13 @@ def generation_settings(folder: str | Path, tokenizer: Any = None) -> Generation
     )
 
 
-def _is_id(value: Any) -> bool:
+def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_ids(value: Any) -> bool:
+def _is_ids(value: object) -> bool:
     return _is_id(value) or (isinstance(value, list) and bool(value) and all(_is_id(item) for item in value))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -217,7 +217,7 @@ def has_torch() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
-def token_rows(vocab_size: int, padding: Any = None) -> np.ndarray:
+def token_rows(vocab_size: int, padding: int | None = None) -> np.ndarray:
     """Fixed pseudo-random token ids, [ROWS, LENGTH], none of which is padding."""
     rows = np.random.default_rng(0).integers(0, vocab_size, (ROWS, LENGTH))
     return np.where(rows == padding, (rows + 1) % vocab_size, rows)

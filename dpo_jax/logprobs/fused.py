@@ -138,8 +138,7 @@ def scored(
         rows = jnp.pad(rows, ((0, extra), (0, 0)))
         bias = None if bias is None else jnp.pad(bias, (0, extra))
     plan = plan._replace(split=split, vocab=vocab, filled=rows.shape[0] > vocab)
-    scores: Any = _scored(hidden, rows, targets, bias, plan)
-    return scores
+    return _scored(hidden, rows, targets, bias, plan)
 
 
 def _fitted(split: HeadSplit | None, hidden: Float[Array, "N D"], vocab: int) -> HeadSplit | None:

@@ -5,12 +5,13 @@ E channels of a value.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -123,6 +124,8 @@ def _softmax(scores: Float[Array, "B H T S"], sinks: Float[Array, " H"] | None) 
     return jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
 
 
-def _batched(a: Float[Array, "N T X"], b: Float[Array, "N S Y"], b_axis: int, dtype: Any) -> Float[Array, "N T Z"]:
+def _batched(
+    a: Float[Array, "N T X"], b: Float[Array, "N S Y"], b_axis: int, dtype: DTypeLike
+) -> Float[Array, "N T Z"]:
     """Product of each matrix of a batch with its partner, over a's last axis and the given one of b."""
     return lax.dot_general(a, b, (((2,), (b_axis,)), ((0,), (0,))), preferred_element_type=dtype)

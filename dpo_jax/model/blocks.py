@@ -3,7 +3,7 @@
 Letters: B rows, T positions, D width, N channels of embedding and head, L layers, P channels of an input by layer.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dpo_jax.model import delta
 from dpo_jax.model import spec as specs
 from dpo_jax.model.delta import GatedDeltaNet
 from dpo_jax.model.experts import Mixture, Routing
@@ -18,6 +19,9 @@ from dpo_jax.model.layers import ACTIVATIONS, Dense, MLPLayer, NormLayer, normal
 from dpo_jax.model.mixers import AttentionLayer, KeyValue, MLALayer, View
 from dpo_jax.model.remat import named
 from dpo_jax.model.spec import DecoderSpec
+
+Memory = KeyValue | delta.Memory | None
+"""What a mixer remembers of the tokens before; None where a packed row is read at once."""
 
 
 class Context(NamedTuple):
@@ -63,8 +67,8 @@ class Block(nnx.Module):
         self.layer = layer
 
     def __call__(
-        self, carry: Carry, context: Context, memory: Any, inputs: Float[Array, "B T P"] | None
-    ) -> tuple[Carry, Any, Routing | None]:
+        self, carry: Carry, context: Context, memory: Memory, inputs: Float[Array, "B T P"] | None
+    ) -> tuple[Carry, Memory, Routing | None]:
         """The layer's output, the memory of its mixer, and how its experts were chosen."""
         x, place = carry.x, self.layer.place
         attended, memory, kept = self._attend(_before(self.attention_norm, x, place), context, memory, carry.kept)

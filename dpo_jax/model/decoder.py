@@ -12,21 +12,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dpo_jax import trees
 from dpo_jax.logprobs.fused import HeadSplit
 from dpo_jax.model import spec as specs
 from dpo_jax.model.attention import Bounds, Layout, causal
-from dpo_jax.model.blocks import Block, Carry, Context, Ends
+from dpo_jax.model.blocks import Block, Carry, Context, Ends, Memory
 from dpo_jax.model.delta import empty_memory
 from dpo_jax.model.experts import Routing, added
 from dpo_jax.model.mixers import CachedView, KeyValue, PackedView
 from dpo_jax.model.remat import recomputed
 from dpo_jax.model.settings import REMATS
 from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.trees import Params, Tree
 
-Params = dict[str, Any]
 FLOAT32 = re.compile(r".*/(scale|decay_rate|decay_bias|scalar|router/(correction|channel_scale|expert_scale))")
 """Leaves that stay in float32 whatever the dtype of computation: what uses them computes in float32."""
 
@@ -114,13 +115,13 @@ def abstract_params(spec: DecoderSpec) -> Params:
     return jax.eval_shape(lambda: init_params(spec, jax.random.key(0)))
 
 
-def cast(params: Params, dtype: Any) -> Params:
+def cast(params: Params, dtype: DTypeLike) -> Params:
     """Parameters in the dtype of computation; those that are used in float32 stay as they are."""
     table = trees.paths(params)
     return trees.from_paths({p: x if FLOAT32.fullmatch(p) else x.astype(dtype) for p, x in table.items()})
 
 
-def held_in(path: str, dtype: Any) -> Any:
+def held_in(path: str, dtype: DTypeLike) -> DTypeLike:
     """dtype of a leaf where parameters are read for, or kept in, this dtype: float32 for those that stay in it."""
     return jnp.float32 if FLOAT32.fullmatch(path) else dtype
 
@@ -201,13 +202,13 @@ def scalar_scores(spec: DecoderSpec, params: Params, states: Float[Array, "M N"]
     return lax.dot_general(states, kernel, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def empty_cache(spec: DecoderSpec, batch: int, slots: int, dtype: Any) -> Cache:
+def empty_cache(spec: DecoderSpec, batch: int, slots: int, dtype: DTypeLike) -> Cache:
     """A cache for `slots` tokens of `batch` rows."""
     memory = {}
     for name, layer, numbers in stacks(spec):
         match layer.mixer:
             case specs.GatedDelta() as delta:
-                blank: Any = empty_memory(delta, batch, dtype)
+                blank: Memory = empty_memory(delta, batch, dtype)
             case specs.Attention(borrows=str()):
                 continue
             case mixer:
@@ -216,7 +217,7 @@ def empty_cache(spec: DecoderSpec, batch: int, slots: int, dtype: Any) -> Cache:
     return Cache(memory, jnp.full((batch, slots), -1, jnp.int32), jnp.int32(0))
 
 
-def _empty_pair(mixer: specs.Attention | specs.MLA, batch: int, slots: int, dtype: Any) -> KeyValue:
+def _empty_pair(mixer: specs.Attention | specs.MLA, batch: int, slots: int, dtype: DTypeLike) -> KeyValue:
     """Keys and values of nothing."""
     match mixer:
         case specs.Attention(kv_heads=heads, head_dim=channels):
@@ -250,7 +251,7 @@ def extend(
     return x, Cache(memory, slots, cache.filled + tokens.shape[1])
 
 
-def _borrowed(spec: DecoderSpec, shape: tuple[int, ...], dtype: Any) -> dict[str, KeyValue]:
+def _borrowed(spec: DecoderSpec, shape: tuple[int, ...], dtype: DTypeLike) -> dict[str, KeyValue]:
     """Keys and values that layers will keep for others, before they do: zeros, so that a scan knows their shape."""
     mixers = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, specs.Attention) and layer.mixer.keeps]
     return {str(mixer.keeps): _empty_pair(mixer, shape[0], shape[1], dtype) for mixer in mixers}
@@ -305,7 +306,7 @@ def _pattern(spec: DecoderSpec, kinds: tuple[specs.Layer, ...], context: Context
     return run
 
 
-def _repeat(run, carry: Carry, stacked: Any, times: int, scan: bool):
+def _repeat(run, carry: Carry, stacked: Tree, times: int, scan: bool):
     """Fold `run` over the leading axis of `stacked`: one compiled body, or every layer by itself.
 
     The unrolled form takes the stack apart with one split per leaf, whose gradient is one concatenation; indexing each

@@ -5,16 +5,16 @@ Letters: B rows, T positions, S slots that can be seen, D width, H heads, K key-
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from dpo_jax.model import spec as specs
-from dpo_jax.model.attention import Layout, VisibilityRules, alibi_slopes, attend_seen
+from dpo_jax.model.attention import Bounds, Layout, VisibilityRules, alibi_slopes, attend_seen
 from dpo_jax.model.backends.dispatch import PackedRows
 from dpo_jax.model.layers import Dense, NormLayer
 from dpo_jax.model.remat import named
@@ -53,12 +53,21 @@ class PackedView:
     forest: PackedRows
 
     @classmethod
-    def of(cls, spec: specs.DecoderSpec, layout: Layout, backend: str = "xla", **shared_out: Any) -> "PackedView":
-        """The view of these rows; `backend` and what follows are those of `Forest.of`."""
-        forest = PackedRows.of(layout, _windows(spec), backend, **shared_out)
+    def of(
+        cls,
+        spec: specs.DecoderSpec,
+        layout: Layout,
+        backend: str = "xla",
+        *,
+        bounds: Bounds | None = None,
+        activations: NamedSharding | None = None,
+        remat: bool = False,
+    ) -> "PackedView":
+        """The view of these rows; `backend` and what follows are those of `PackedRows.of`."""
+        forest = PackedRows.of(layout, _windows(spec), backend, bounds=bounds, activations=activations, remat=remat)
         return cls(layout.position, layout.group, turns_of(spec, layout.position, _lengths(spec, layout)), forest)
 
-    def remember(self, key: Array, value: Array, memory: Any) -> tuple[KeyValue, Any]:
+    def remember(self, key: Array, value: Array, memory: KeyValue | None) -> tuple[KeyValue, KeyValue | None]:
         """These keys and values are all there are."""
         return (key, value), memory
 
@@ -111,8 +120,9 @@ class CachedView:
         turns = turns_of(spec, position, jnp.broadcast_to(lengths[:, None], positions.shape))
         return cls(position, (positions >= 0).astype(jnp.int32), turns, seen, distance, filled)
 
-    def remember(self, key: Array, value: Array, memory: Any) -> tuple[KeyValue, Any]:
+    def remember(self, key: Array, value: Array, memory: KeyValue | None) -> tuple[KeyValue, KeyValue | None]:
         """The cache with these keys and values in it, twice: to be seen, and to be kept."""
+        assert memory is not None
         keys, values = memory
         start = (0, self.filled, 0, 0)
         pair = lax.dynamic_update_slice(keys, key, start), lax.dynamic_update_slice(values, value, start)
@@ -146,8 +156,8 @@ class AttentionLayer(nnx.Module):
         self.spec = spec
 
     def __call__(
-        self, x: Float[Array, "B T D"], view: View, memory: Any, kept: dict[str, KeyValue]
-    ) -> tuple[Float[Array, "B T D"], Any, dict[str, KeyValue]]:
+        self, x: Float[Array, "B T D"], view: View, memory: KeyValue | None, kept: dict[str, KeyValue]
+    ) -> tuple[Float[Array, "B T D"], KeyValue | None, dict[str, KeyValue]]:
         """Project, rotate, attend, project back; with the memory and the kept keys and values as they are then."""
         spec = self.spec
         query = self._placed(self.query(x), self.query_norm, view)
@@ -227,8 +237,8 @@ class MLALayer(nnx.Module):
         self.spec = spec
 
     def __call__(
-        self, x: Float[Array, "B T D"], view: View, memory: Any, kept: dict[str, KeyValue]
-    ) -> tuple[Float[Array, "B T D"], Any, dict[str, KeyValue]]:
+        self, x: Float[Array, "B T D"], view: View, memory: KeyValue | None, kept: dict[str, KeyValue]
+    ) -> tuple[Float[Array, "B T D"], KeyValue | None, dict[str, KeyValue]]:
         """As `AttentionLayer`; the cache holds whole keys and values."""
         spec, heads = self.spec, (*x.shape[:2], self.spec.heads, -1)
         low = x if self.query_down is None or self.query_norm is None else self.query_norm(self.query_down(x))

@@ -42,7 +42,7 @@ def recomputed(layer: Callable, policy: str) -> Callable:
     if row.keeps is None:
         return layer
     if row.host:
-        keeps: Any = policies.save_and_offload_only_these_names(
+        keeps = policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=list(row.keeps),
             offload_src="device",

@@ -31,6 +31,9 @@ Trained = Mapping[str, bool | tuple[bool, ...]]
 """By leaf path whether it is trained, or for a stack of layers which of them are."""
 
 
+Leaf = jax.Array | np.ndarray
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["trained", "frozen"], meta_fields=["rows"])
 @dataclasses.dataclass(frozen=True)
 class Weights:
@@ -83,7 +86,7 @@ def divided(params: Params, trained: Trained) -> Weights:
     return Weights(trees.from_paths(kept), trees.from_paths(frozen), tuple(rows))
 
 
-def _taken(leaf: jax.Array, layers: Sequence[bool], whose: bool) -> jax.Array:
+def _taken(leaf: Leaf, layers: Sequence[bool], whose: bool) -> Leaf:
     numbers = [number for number, trained in enumerate(layers) if trained == whose]
     if numbers == list(range(numbers[0], numbers[-1] + 1)):
         return leaf[numbers[0] : numbers[-1] + 1]

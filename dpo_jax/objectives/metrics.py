@@ -4,14 +4,14 @@ Names are TRL's where TRL has the metric. Letters: P pairs.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dpo_jax.objectives.mixture import Progress, beta_of, counts_of, labels_of, leading, modified
-from dpo_jax.objectives.pairwise import LossOutput, Pairs, per_token, rewards
+from dpo_jax.objectives.pairwise import LossOutput, Pairs, Scalar, per_token, rewards
 from dpo_jax.objectives.terms import Term, data_of
 
 Values = dict[str, Float[Array, ""]]
@@ -80,7 +80,7 @@ def of_terms(terms: Sequence[Term], pairs: Pairs, found: Sequence[LossOutput]) -
     return values
 
 
-def of_pairs(lead: Term, pairs: Pairs, beta: Any) -> Values:
+def of_pairs(lead: Term, pairs: Pairs, beta: Scalar) -> Values:
     """Rewards, log-probabilities, lengths and distance from the reference of pairs."""
     real = pairs.real
     chosen, rejected = rewards(pairs, beta, average=lead.row.reward == "average")
@@ -118,7 +118,7 @@ def of_reference(pairs: Pairs, margins: Float[Array, "*P"]) -> Values:
     }
 
 
-def of_examples(pairs: Pairs, beta: Any, found: LossOutput) -> Values:
+def of_examples(pairs: Pairs, beta: Scalar, found: LossOutput) -> Values:
     """The same for single completions: `chosen` are the desirable ones, `rejected` the others (nan where none is).
 
     `rewards/accuracies` is the share on the right side of KTO's baseline; `objective/kto_baseline` is that, in nats.

@@ -20,7 +20,7 @@ from dpo_jax.objectives.terms import Term, make_terms, takes
 class Progress(NamedTuple):
     """Where in a run a loss is taken: the share of the run that is done, and what earlier steps left to remember."""
 
-    progress: Any = 0.0
+    progress: Scalar = 0.0
     memory: Float[Array, " m"] | None = None
 
 
@@ -81,7 +81,7 @@ def leading(terms: Sequence[Term]) -> Term:
     return next((term for term in terms if term.row.data != "chosen"), terms[0])
 
 
-def beta_of(term: Term, progress: Any) -> Scalar:
+def beta_of(term: Term, progress: Scalar) -> Scalar:
     """Beta of a term where a share `progress` of the run is done; 1 for an objective without beta."""
     beta, end = term.settings.get("beta", 1.0), term.settings.get("beta_end")
     if end is None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 Scalar = float | Float[Array, ""]
@@ -90,7 +91,11 @@ class LossOutput(NamedTuple):
 
 
 def make_pairs(
-    policy_chosen: Any, policy_rejected: Any, reference_chosen: Any = 0.0, reference_rejected: Any = 0.0, **more: Any
+    policy_chosen: ArrayLike,
+    policy_rejected: ArrayLike,
+    reference_chosen: ArrayLike = 0.0,
+    reference_rejected: ArrayLike = 0.0,
+    **more: Any,
 ) -> Pairs:
     """`Pairs` in float32 of one shape, the reference cut off from gradients.
 
@@ -103,7 +108,7 @@ def make_pairs(
     """
     shape = jnp.shape(policy_chosen)
 
-    def full(value: Any) -> Any:
+    def full(value: ArrayLike) -> Array:
         return jnp.broadcast_to(jnp.asarray(value).astype(jnp.float32), shape)
 
     ones, zeros = ("chosen_length", "rejected_length", "label", "weight"), ("margin",)
@@ -205,12 +210,12 @@ def per_token(sums: Float[Array, "*P"], length: Float[Array, "*P"]) -> Float[Arr
     return sums / jnp.maximum(length, 1.0)
 
 
-def cross_entropy(h: Float[Array, "*P"], chance: Any = 1.0) -> Float[Array, "*P"]:
+def cross_entropy(h: Float[Array, "*P"], chance: Scalar | Float[Array, "*P"] = 1.0) -> Float[Array, "*P"]:
     """`-chance * log S(h) - (1 - chance) * log S(-h)`: cost of the logit h where `chance` is that of being right."""
     return -chance * jax.nn.log_sigmoid(h) - (1 - chance) * jax.nn.log_sigmoid(-h)
 
 
-def _power(u: Any, alpha: Scalar) -> Any:
+def _power(u: Float[Array, "*P"], alpha: Scalar) -> Float[Array, "*P"]:
     gap = jnp.asarray(alpha, jnp.float32) - 1.0
     near = jnp.abs(gap) < 1e-6  # the limit at 1 is the reverse KL
     safe = jnp.where(near, 1.0, gap)
@@ -218,7 +223,7 @@ def _power(u: Any, alpha: Scalar) -> Any:
     return jnp.where(near, u, jnp.expm1(jnp.minimum(safe * u, most)) / safe)
 
 
-DIVERGENCES: dict[str, Callable[[Any, Scalar], Any]] = {
+DIVERGENCES: dict[str, Callable[[Array, Scalar], Array]] = {
     "reverse_kl": lambda u, alpha: u,
     "forward_kl": lambda u, alpha: -jnp.expm1(jnp.minimum(-u, LARGEST_EXPONENT)),
     "js_divergence": lambda u, alpha: jnp.log(2.0) + jax.nn.log_sigmoid(u),
@@ -275,7 +280,7 @@ def sigmoid(
     return LossOutput(cross_entropy(h, _smoothed(pairs.label, label_smoothing)), h)
 
 
-def _smoothed(label: Any, label_smoothing: Scalar) -> Any:
+def _smoothed(label: Float[Array, "*P"], label_smoothing: Scalar) -> Float[Array, "*P"]:
     return label * (1 - label_smoothing) + (1 - label) * label_smoothing
 
 
@@ -429,7 +434,7 @@ def odds_ratio(pairs: Pairs) -> LossOutput:
     return LossOutput(cross_entropy(chosen - rejected), chosen - rejected)
 
 
-def _log_odds(mean_logp: Any) -> Any:
+def _log_odds(mean_logp: Float[Array, "*P"]) -> Float[Array, "*P"]:
     a = jnp.minimum(mean_logp, -SMALLEST_SURPRISE)
     # log(1 - exp(a)) by whichever form keeps its digits; the other one is given a harmless argument
     near, far = jnp.maximum(a, -0.7), jnp.minimum(a, -0.7)

@@ -48,7 +48,7 @@ class ObjectiveSettings(_Table):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_defaults(cls, data: Any) -> Any:
+    def _with_defaults(cls, data: object) -> object:
         if isinstance(data, list | tuple):
             return {"mixture": tuple(data)}
         if isinstance(data, Mapping) and data.get("mixture") is None:
@@ -107,7 +107,7 @@ class ObjectiveSettings(_Table):
         return f"objective.mixture: {f'block {int(number) + 1}, {inner}' if dot else inner}: {remedy}"
 
 
-def as_written(objective: Any) -> ObjectiveSettings | None:
+def as_written(objective: object) -> ObjectiveSettings | None:
     """The settings that the values of `objective` give; None where they are wrong, which is reported elsewhere."""
     try:
         return ObjectiveSettings.model_validate(objective or {})

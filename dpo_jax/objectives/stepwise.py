@@ -1,13 +1,12 @@
 """Objectives that look beyond the pair: at all ranked completions of a prompt, or at all the pairs of a step.
 
-Letters and names as in pairwise.py; a step's arrays may have any shape, and hold entries that are not real.
+Letters and names as in pairwise.py; a step's arrays may have any shape, and hold entries that are not real; N are
+all of them.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dpo_jax.objectives.pairwise import LossOutput, Pairs, Ranking, Scalar, cross_entropy, log_ratios, rewards
 
@@ -58,12 +57,12 @@ def aot_unpaired(pairs: Pairs, *, beta: Scalar, label_smoothing: Scalar) -> Loss
     return LossOutput(cross_entropy(h, 1 - label_smoothing), h)
 
 
-def _order(values: Any, real: Any) -> Any:
+def _order(values: Float[Array, "*P"], real: Bool[Array, "*P"]) -> Int[Array, " N"]:
     """Indices that sort all values, flat; what is not real comes last."""
     return jnp.argsort(jnp.where(real, jax.lax.stop_gradient(values), jnp.inf).reshape(-1))
 
 
-def _at_rank(values: Any, order: Any, real: Any) -> Any:
+def _at_rank(values: Float[Array, "*P"], order: Int[Array, " N"], real: Bool[Array, "*P"]) -> Float[Array, "*P"]:
     """For each place, the value whose rank is the rank that `order` gives the place."""
     mine = values.reshape(-1)[_order(values, real)]
     ranks = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
@@ -121,7 +120,13 @@ def beta_dpo(
     return LossOutput(jnp.where(kept, cross_entropy(h) * (count / number), 0.0), h, memory)
 
 
-def _drawn(gaps: Any, real: Any, noise: Any, memory: Any, number: Any) -> tuple[Any, Any]:
+def _drawn(
+    gaps: Float[Array, "*P"],
+    real: Bool[Array, "*P"],
+    noise: Float[Array, "*P"] | None,
+    memory: Float[Array, " 2"],
+    number: Float[Array, ""],
+) -> tuple[Bool[Array, "*P"], Float[Array, ""]]:
     """Which pairs are drawn (weights with Gumbel noise, the `number` largest, is drawing without replacement)."""
     uniform = jnp.full_like(gaps, 0.5) if noise is None else jnp.clip(noise, 1e-6, 1 - 1e-6)
     distance = (gaps - memory[0]) / jnp.maximum(memory[1], SMALLEST_SPREAD)

@@ -50,7 +50,7 @@ class Setting(NamedTuple):
         signs = ((">", self.above), (">=", self.least), ("<", self.below), ("<=", self.most))
         return "a number" + " and".join(f" {sign} {limit:g}" for sign, limit in signs if limit is not None)
 
-    def accepts(self, value: Any) -> bool:
+    def accepts(self, value: object) -> bool:
         """Whether a value is one of them."""
         if self.choices:
             return value in self.choices
@@ -149,11 +149,11 @@ MODIFIERS: dict[str, Setting] = {
 """What changes an objective from outside: LD-DPO's length desensitisation, WPO's weights, and no reference."""
 
 
-def _ln2(**_: Any) -> float:
+def _ln2(**_: object) -> float:
     return LN2
 
 
-def _exo(label_smoothing: float, **_: Any) -> float:
+def _exo(label_smoothing: float, **_: object) -> float:
     return -LN2 - 0.5 * (math.log1p(-label_smoothing) + math.log(label_smoothing))
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax import trees
+from dpo_jax.data.batch import Batch
 from dpo_jax.model import spec as specs
 from dpo_jax.model.decoder import abstract_params
 from dpo_jax.model.spec import DecoderSpec
@@ -25,7 +26,7 @@ class Load(NamedTuple):
     slots: float
 
 
-def load_of(batch: Any, windows: set[int | None]) -> Load:
+def load_of(batch: Batch, windows: set[int | None]) -> Load:
     """The load of one step's batch (host arrays)."""
     real, used = np.asarray(batch.group) > 0, int(batch.micro_batches)
     position = np.asarray(batch.position)[real]

@@ -3,24 +3,25 @@
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dpo_jax import sharding, trees
+from dpo_jax.data.batch import Batch
 from dpo_jax.logprobs.tokens import CHUNK
 from dpo_jax.model.attention import Layout
 from dpo_jax.model.decoder import cast, hidden_and_routing, init_params
 from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.preference.scoring import bounds_of
+from dpo_jax.trees import Tree
 
 LOGITS = 3
 """Arrays of a chunk's size, float32, that the head holds at a time: logits, their exponentials, their slope."""
 
 
-def per_device(tree: Any, shardings: Any) -> int:
+def per_device(tree: Tree, shardings: Tree) -> int:
     """Bytes of a tree's leaves on one device."""
     sizes = jax.tree.map(
         lambda leaf, where: math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize, tree, shardings
@@ -28,7 +29,7 @@ def per_device(tree: Any, shardings: Any) -> int:
     return sum(jax.tree.leaves(sizes))
 
 
-def state_items(state: Any, shardings: Any) -> dict[str, int]:
+def state_items(state: dict[str, Tree], shardings: dict[str, Tree]) -> dict[str, int]:
     """Bytes of the state's parts: weights, the optimizer's moments, a reference that moves, and counters."""
     named = {"trained": "parameters", "optimizer": "optimizer", "reference": "reference"}
     found: dict[str, int] = {}
@@ -39,57 +40,57 @@ def state_items(state: Any, shardings: Any) -> dict[str, int]:
 
 
 def step_items(
-    problem: TrainingObjective, weights: Weights, forest: Any, mesh: jax.sharding.Mesh, *, several: bool
+    objective: TrainingObjective, weights: Weights, forest: Batch, mesh: jax.sharding.Mesh, *, several: bool
 ) -> dict[str, int]:
     """Bytes that a step needs beside its state, at its fullest moment: in a layer's backward pass or in the head's.
 
     Args:
-      problem: what is computed.
+      objective: what is computed.
       weights: shapes of what is trained and what is not.
       forest: shapes of one micro-batch, all shards of it.
       mesh: whose shards they are.
       several: whether gradients of several micro-batches are added up.
     """
-    dtype, trained = jnp.dtype(problem.compute_dtype), weights.trained
+    dtype, trained = jnp.dtype(objective.compute_dtype), weights.trained
     params = jax.eval_shape(lambda weights: weights.params, weights)
     shardings, places_of_trained = (sharding.param_shardings(tree, mesh) for tree in (params, trained))
     narrow, narrow_trained = (jax.eval_shape(functools.partial(cast, dtype=dtype), tree) for tree in (params, trained))
     copied = {path for path, leaf in trees.paths(params).items() if leaf.dtype != trees.paths(narrow)[path].dtype}
     places, leaves = trees.paths(shardings), trees.paths(narrow)
     # Of one layer at a time: what is computed again of it, and slopes along all that it has.
-    kept, whole = (activation_bytes(problem, forest, mesh, remat=remat) for remat in (None, "none"))
+    kept, whole = (activation_bytes(objective, forest, mesh, remat=remat) for remat in (None, "none"))
     copy = sum(per_device(leaves[path], places[path]) for path in copied)
-    layer = (2 * whole - kept) // len(problem.spec.layers)
-    head = 0 if problem.spec.scalar_head else _head(problem, forest, mesh)
+    layer = (2 * whole - kept) // len(objective.spec.layers)
+    head = 0 if objective.spec.scalar_head else _head(objective, forest, mesh)
     return {
         "weights in the dtype of computation": copy,
         "gradient": per_device(trained, places_of_trained),
         "gradient of a micro-batch": per_device(narrow_trained, places_of_trained) if several else 0,
         "activations": kept,
         "a layer's backward pass": layer if layer > head else 0,
-        "gathered weights": _gathered(problem, leaves, places, mesh),
+        "gathered weights": _gathered(objective, leaves, places, mesh),
         "head": head if head >= layer else 0,
     }
 
 
 def activation_bytes(
-    problem: TrainingObjective, forest: Any, mesh: jax.sharding.Mesh, *, remat: str | None = None
+    objective: TrainingObjective, forest: Batch, mesh: jax.sharding.Mesh, *, remat: str | None = None
 ) -> int:
     """Bytes on one device that a micro-batch's forward pass keeps for its backward pass: JAX's residuals, less weights.
 
-    `remat` stands in for the problem's own.
+    `remat` stands in for the objective's own.
     """
     execution = dataclasses.replace(
-        problem.execution, activations=None, remat=remat or problem.execution.remat, bounds=bounds_of(forest)
+        objective.execution, activations=None, remat=remat or objective.execution.remat, bounds=bounds_of(forest)
     )
     params = jax.eval_shape(
-        lambda: cast(init_params(problem.spec, jax.random.key(0)), jnp.dtype(problem.compute_dtype)),
+        lambda: cast(init_params(objective.spec, jax.random.key(0)), jnp.dtype(objective.compute_dtype)),
     )
     rows = (math.prod(forest.tokens.shape[:-1]), forest.tokens.shape[-1])
 
     def forward(weights, tokens, group, branch, position):
         view = Layout(group, branch, position)
-        states = lambda weights: hidden_and_routing(problem.spec, weights, tokens, view, None, execution)[0]  # noqa: E731
+        states = lambda weights: hidden_and_routing(objective.spec, weights, tokens, view, None, execution)[0]  # noqa: E731
         return jax.vjp(states, weights)[1]
 
     ids = jax.ShapeDtypeStruct(rows, jnp.int32)
@@ -97,19 +98,22 @@ def activation_bytes(
     weights = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)}
     tensor, shards = mesh.shape["tensor"], mesh.shape["data"] * mesh.shape["fsdp"]
     return sum(
-        leaf.size * leaf.dtype.itemsize // (tensor if _is_split(leaf, problem.spec.width, tensor) else 1) // shards
+        leaf.size * leaf.dtype.itemsize // (tensor if _is_split(leaf, objective.spec.width, tensor) else 1) // shards
         for leaf in residuals
         if (leaf.shape, leaf.dtype) not in weights
     )
 
 
-def _is_split(leaf: Any, width: int, tensor: int) -> bool:
+def _is_split(leaf: jax.ShapeDtypeStruct, width: int, tensor: int) -> bool:
     """Whether a residual is inside a layer, where the mesh's tensor axis splits it, and not the layer's states."""
     return leaf.ndim >= 3 and leaf.shape[-1] not in (width, 1) and leaf.shape[-1] % tensor == 0
 
 
 def _gathered(
-    problem: TrainingObjective, leaves: dict[str, Any], places: dict[str, Any], mesh: jax.sharding.Mesh
+    objective: TrainingObjective,
+    leaves: dict[str, jax.ShapeDtypeStruct],
+    places: dict[str, jax.sharding.NamedSharding],
+    mesh: jax.sharding.Mesh,
 ) -> int:
     """The largest layer's weights, whole over the fsdp axis, and its gradient before it is scattered."""
     if mesh.shape["fsdp"] == 1:
@@ -123,10 +127,10 @@ def _gathered(
     return 2 * max(layers.values(), default=0)
 
 
-def _head(problem: TrainingObjective, forest: Any, mesh: jax.sharding.Mesh) -> int:
+def _head(objective: TrainingObjective, forest: Batch, mesh: jax.sharding.Mesh) -> int:
     """Chunks of logits, states of the scored tokens and the slope along them in float32, and a chunk of weights."""
-    width, dtype = problem.spec.head_width, jnp.dtype(problem.compute_dtype)
+    width, dtype = objective.spec.head_width, jnp.dtype(objective.compute_dtype)
     scored = forest.source.size // (mesh.shape["data"] * mesh.shape["fsdp"])
-    chunk = min(CHUNK, problem.spec.vocab_size)
+    chunk = min(CHUNK, objective.spec.vocab_size)
     states = scored * width * (2 * 4 + dtype.itemsize)
     return LOGITS * scored * chunk * 4 + states + chunk * width * (4 + dtype.itemsize)

@@ -1,26 +1,33 @@
 """How well a model prefers what people preferred: loss and metrics, exact over the whole held-out set at once."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32
 
+from dpo_jax.data.batch import Batch
 from dpo_jax.data.batches import Batches
 from dpo_jax.data.encoded import Encoded
+from dpo_jax.model.decoder import Params
+from dpo_jax.model.weights import Weights
+from dpo_jax.objectives.metrics import Means, Values
 from dpo_jax.objectives.mixture import Progress
 from dpo_jax.objectives.pairwise import Pairs
 from dpo_jax.objectives.terms import Term
 from dpo_jax.preference.loss import measure
 
+Measure = Callable[[Pairs, Float[Array, ""]], tuple[Float[Array, ""], Values]]
+"""`(all pairs [P], progress) -> (loss, metrics)`."""
+
 
 def evaluate(
-    collect: Callable[[Any, Any], Any],
-    params: Any,
+    collect: Callable[[Weights, Batch], tuple[Pairs, Means]],
+    weights: Weights,
     batches: Batches,
-    place: Callable[[Any], Any],
-    measure: Callable[[Pairs, Any], Any],
+    place: Callable[[Batch], Batch],
+    measure: Measure,
     progress: float = 1.0,
 ) -> dict[str, float]:
     """The loss and every metric over all pairs of a sweep, as if they were one step.
@@ -29,17 +36,17 @@ def evaluate(
     also what sorts them, and quantiles.
 
     Args:
-      collect: `(params, batch) -> (pairs [M, D, P], token statistics as sums and counts)`.
-      params: weights of the model.
+      collect: `(weights, batch) -> (pairs [M, D, P], token statistics as sums and counts)`.
+      weights: of the model.
       batches: a sweep over the pairs.
       place: puts a host batch on the devices.
-      measure: `(all pairs [P], progress) -> (loss, metrics)`, as `measurement` makes it.
+      measure: as `measurement` makes it.
       progress: share of the run that is done, for a beta that is scheduled.
     """
     parts: list[Pairs] = []
     totals: dict[str, np.ndarray] = {}
     for step in range(batches.steps):
-        pairs, means = jax.device_get(collect(params, place(batches.at(step))))
+        pairs, means = jax.device_get(collect(weights, place(batches.at(step))))
         parts.append(jax.tree.map(lambda leaf, real=pairs.real: leaf[real], pairs))
         for name, mean in means.items():
             totals[name] = totals.get(name, np.zeros(2)) + np.asarray([mean.total, mean.count], np.float64)
@@ -50,16 +57,16 @@ def evaluate(
     return {name: float(value) for name, value in (found | statistics).items()}
 
 
-def measurement(terms: tuple[Term, ...]) -> Callable[[Pairs, Any], Any]:
+def measurement(terms: tuple[Term, ...]) -> Measure:
     """What `evaluate` takes as `measure` for these objectives; compiled once for each number of pairs."""
     return jax.jit(lambda pairs, progress: measure(terms, pairs, Progress(progress))[:2])
 
 
 def token_logprobs(
-    score: Callable[[Any, Any], Any],
-    params: Any,
+    score: Callable[[Params, Batch], Float32[Array, "M D K"]],
+    params: Params,
     batches: Batches,
-    place: Callable[[Any], Any],
+    place: Callable[[Batch], Batch],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
     """Log-probability of every scored token of a data set, float32 in nats; nan for one that no pair uses.

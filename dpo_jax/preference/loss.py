@@ -1,25 +1,29 @@
-"""A preference problem: the loss and the metrics of packed pairs under objectives, as a function of the weights.
+"""A training objective: the loss and the metrics of packed pairs under objectives, as a function of the weights.
 
-Letters: M micro-batches, D shards, K scored tokens, P pairs.
+Letters: M micro-batches, D shards, K scored tokens, P pairs, m numbers remembered from step to step.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int
 
-from dpo_jax.model.decoder import DEFAULT_EXECUTION, Execution, cast
+from dpo_jax.data.batch import Batch
+from dpo_jax.model.decoder import DEFAULT_EXECUTION, Execution, Params, cast
 from dpo_jax.model.experts import Routing, added, load_balance
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights
-from dpo_jax.objectives.metrics import Means, means, merge, preference_metrics
+from dpo_jax.objectives.metrics import Means, Values, means, merge, preference_metrics
 from dpo_jax.objectives.mixture import START, Progress, counts_of, outcomes, start_constant, total
 from dpo_jax.objectives.pairwise import Pairs
 from dpo_jax.objectives.table import Kind
 from dpo_jax.objectives.terms import Term, data_of, make_terms
-from dpo_jax.preference.scoring import Scores, Wanted, fold, pairs_of, score, token_metrics
+from dpo_jax.preference.micro_batches import fold, micro_batch
+from dpo_jax.preference.scoring import Scores, Wanted, pairs_of, score, token_metrics
+from dpo_jax.trees import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,43 +87,51 @@ class Seen(NamedTuple):
     routing: Routing | None
 
 
-def micro_pairs(problem: TrainingObjective, compute: Any, forest: Any, reference: Any, *, quick: bool = False) -> Seen:
+def micro_pairs(
+    objective: TrainingObjective, compute: Params, forest: Batch, reference: Params | None, *, quick: bool = False
+) -> Seen:
     """What the objectives see of one micro-batch; no statistics with `quick`.
 
     The reference's log-probabilities come from its weights where it is live, else from the batch.
     """
-    wanted = problem.wanted._replace(statistics=False) if quick else problem.wanted
-    scores = score(problem.spec, compute, forest, execution=problem.execution, wanted=wanted)
-    pairs = pairs_of(scores, _reference_tokens(problem, reference, forest), forest, wanted)
-    return Seen(pairs, {} if quick else _token_means(problem, lax.stop_gradient(scores), forest), scores.routing)
+    wanted = objective.wanted._replace(statistics=False) if quick else objective.wanted
+    scores = score(objective.spec, compute, forest, execution=objective.execution, wanted=wanted)
+    pairs = pairs_of(scores, _reference_tokens(objective, reference, forest), forest, wanted)
+    return Seen(pairs, {} if quick else _token_means(objective, lax.stop_gradient(scores), forest), scores.routing)
 
 
-def _reference_tokens(problem: TrainingObjective, reference: Any, forest: Any) -> jax.Array:
+def _reference_tokens(objective: TrainingObjective, reference: Params | None, forest: Batch) -> jax.Array:
     if reference is None:
         return forest.reference
-    return score(problem.spec, lax.stop_gradient(reference), forest, execution=problem.execution).tokens
+    return score(objective.spec, lax.stop_gradient(reference), forest, execution=objective.execution).tokens
 
 
-def _computing(problem: TrainingObjective, weights: Weights, reference: Any) -> tuple[Weights, Any]:
+def _computing(
+    objective: TrainingObjective, weights: Weights, reference: Params | None
+) -> tuple[Weights, Params | None]:
     """Weights of the policy, and of a live reference that any term looks at, in the dtype of computation."""
-    dtype = jnp.dtype(problem.compute_dtype)
-    live = cast(reference, dtype) if reference is not None and problem.uses_reference else None
+    dtype = jnp.dtype(objective.compute_dtype)
+    live = cast(reference, dtype) if reference is not None and objective.uses_reference else None
     narrow = dataclasses.replace(weights, trained=cast(weights.trained, dtype), frozen=cast(weights.frozen, dtype))
     return narrow, live
 
 
-def _token_means(problem: TrainingObjective, scores: Scores, forest: Any) -> Means:
-    if not problem.wanted.statistics:
+def _token_means(objective: TrainingObjective, scores: Scores, forest: Batch) -> Means:
+    if not objective.wanted.statistics:
         return {}
-    return token_metrics(scores, forest, chosen_only=problem.data in ("unpaired", "chosen"))
+    return token_metrics(scores, forest, chosen_only=objective.data in ("unpaired", "chosen"))
 
 
 # ---------------------------------------------------------------------------------------------- whole steps
 
 
 def loss_and_gradient(
-    problem: TrainingObjective, weights: Weights, batch: Any, reference: Any = None, moment: Progress = START
-) -> tuple[Any, Any, Any, Any]:
+    objective: TrainingObjective,
+    weights: Weights,
+    batch: Batch,
+    reference: Params | None = None,
+    moment: Progress = START,
+) -> tuple[Float[Array, ""], Values, Params, Float[Array, " m"] | None]:
     """Loss, metrics, float32 gradient and memory over the whole batch, summed micro-batch by micro-batch.
 
     The gradient is that of the trained weights, and has their structure.
@@ -128,18 +140,20 @@ def loss_and_gradient(
     loss depends on the step's other pairs, all of them are scored first, and once more with a gradient; so too where
     experts are balanced over a step of several micro-batches.
     """
-    compute, reference = _computing(problem, weights, reference)
-    solve = _two_passes if problem.step_wide or (problem.balances and batch.real.shape[0] > 1) else _one_pass
-    seen, gradient = solve(problem, compute, batch, reference, moment)
-    loss, metrics, memory = measure(problem.terms, seen.pairs, moment)
+    compute, reference = _computing(objective, weights, reference)
+    solve = _two_passes if objective.step_wide or (objective.balances and batch.real.shape[0] > 1) else _one_pass
+    seen, gradient = solve(objective, compute, batch, reference, moment)
+    loss, metrics, memory = measure(objective.terms, seen.pairs, moment)
     metrics = metrics | means(seen.statistics)
     if seen.routing is not None:
         balance = load_balance(*seen.routing)
-        loss, metrics = loss + problem.router_aux * balance, metrics | {"aux_loss": balance}
+        loss, metrics = loss + objective.router_aux * balance, metrics | {"aux_loss": balance}
     return loss, metrics, gradient, memory
 
 
-def measure(terms: tuple[Term, ...], pairs: Pairs, moment: Progress) -> tuple[Any, Any, Any]:
+def measure(
+    terms: tuple[Term, ...], pairs: Pairs, moment: Progress
+) -> tuple[Float[Array, ""], Values, Float[Array, " m"] | None]:
     """Loss, metrics and memory of all the pairs of a step, or of a held-out set."""
     found = outcomes(terms, pairs, moment)
     loss = total(terms, found, counts_of(pairs.real, pairs.chosen_length))
@@ -147,40 +161,44 @@ def measure(terms: tuple[Term, ...], pairs: Pairs, moment: Progress) -> tuple[An
     return loss, preference_metrics(terms, pairs, found, moment), memory
 
 
-def _one_pass(problem: TrainingObjective, compute: Weights, batch: Any, reference: Any, moment: Progress) -> Any:
+def _one_pass(
+    objective: TrainingObjective, compute: Weights, batch: Batch, reference: Params | None, moment: Progress
+) -> tuple[Seen, Params]:
     """Every micro-batch with its gradient."""
     counts = counts_of(batch.real, jnp.take_along_axis(batch.lengths, batch.chosen, axis=-1))
 
     def micro(trained, forest):
-        seen = micro_pairs(problem, dataclasses.replace(compute, trained=trained).params, forest, reference)
-        loss = total(problem.terms, outcomes(problem.terms, seen.pairs, moment), counts)
-        return loss + _balance(problem, seen.routing, seen.routing), seen
+        seen = micro_pairs(objective, dataclasses.replace(compute, trained=trained).params, forest, reference)
+        loss = total(objective.terms, outcomes(objective.terms, seen.pairs, moment), counts)
+        return loss + _balance(objective, seen.routing, seen.routing), seen
 
     def visit(state, forest, number):
         sofar, gradient = state
         (_, seen), slope = jax.value_and_grad(micro, has_aux=True)(compute.trained, forest)
         return _absorbed(sofar, seen, number), _added(gradient, slope)
 
-    return fold(visit, (_nothing(problem, batch), _no_gradient(compute.trained)), batch)
+    return fold(visit, (_nothing(objective, batch), _no_gradient(compute.trained)), batch)
 
 
-def _two_passes(problem: TrainingObjective, compute: Weights, batch: Any, reference: Any, moment: Progress) -> Any:
+def _two_passes(
+    objective: TrainingObjective, compute: Weights, batch: Batch, reference: Params | None, moment: Progress
+) -> tuple[Seen, Params]:
     """The step's pairs, then the gradient along the slope of the step's loss at each of them."""
-    seen = all_pairs(problem, compute.params, batch, reference)
+    seen = all_pairs(objective, compute.params, batch, reference)
     pairs = seen.pairs
     counts = counts_of(pairs.real, pairs.chosen_length)
 
     def loss(policy):
         moved = _with_policy(pairs, policy)
-        return total(problem.terms, outcomes(problem.terms, moved, moment), counts)
+        return total(objective.terms, outcomes(objective.terms, moved, moment), counts)
 
     slopes = jax.grad(loss)(_policy_of(pairs))
 
     def micro(trained, forest, slope):
         params = dataclasses.replace(compute, trained=trained).params
-        part = micro_pairs(problem, params, forest, reference, quick=True)
+        part = micro_pairs(objective, params, forest, reference, quick=True)
         products = jax.tree.map(lambda x, y: (x * y).sum(), _policy_of(part.pairs), slope)
-        return sum(jax.tree.leaves(products), _balance(problem, part.routing, seen.routing))
+        return sum(jax.tree.leaves(products), _balance(objective, part.routing, seen.routing))
 
     def visit(gradient, forest, number):
         slope = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, number, 0, keepdims=False), slopes)
@@ -189,33 +207,33 @@ def _two_passes(problem: TrainingObjective, compute: Weights, batch: Any, refere
     return seen, fold(visit, _no_gradient(compute.trained), batch)
 
 
-def _balance(problem: TrainingObjective, part: Routing | None, whole: Routing | None) -> jax.Array:
+def _balance(objective: TrainingObjective, part: Routing | None, whole: Routing | None) -> jax.Array:
     """A micro-batch's part of the load-balancing loss of a whole step, weighted: linear in its routers' scores."""
     if part is None or whole is None:
         return jnp.zeros(())
     counts, total_weight = lax.stop_gradient((whole.counts, whole.total))
-    return problem.router_aux * load_balance(counts, part.scores, total_weight)
+    return objective.router_aux * load_balance(counts, part.scores, total_weight)
 
 
-def all_pairs(problem: TrainingObjective, compute: Any, batch: Any, reference: Any) -> Seen:
+def all_pairs(objective: TrainingObjective, compute: Params, batch: Batch, reference: Params | None) -> Seen:
     """Every pair of a batch, [M, D, P], the sums of its token statistics, and of its routing; no gradient."""
 
     def visit(sofar, forest, number):
-        return _absorbed(sofar, micro_pairs(problem, compute, forest, reference), number)
+        return _absorbed(sofar, micro_pairs(objective, compute, forest, reference), number)
 
-    return fold(visit, _nothing(problem, batch), batch)
+    return fold(visit, _nothing(objective, batch), batch)
 
 
 def evaluate_batch(
-    problem: TrainingObjective, weights: Weights, batch: Any, reference: Any = None
+    objective: TrainingObjective, weights: Weights, batch: Batch, reference: Params | None = None
 ) -> tuple[Pairs, Means]:
-    """Pairs and statistics from the weights as they are trained: what `evaluation.preference` puts together."""
-    compute, reference = _computing(problem, weights, reference)
-    seen = all_pairs(problem, compute.params, batch, reference)
+    """Pairs and statistics from the weights as they are trained: what `heldout.evaluate` puts together."""
+    compute, reference = _computing(objective, weights, reference)
+    seen = all_pairs(objective, compute.params, batch, reference)
     return seen.pairs, seen.statistics
 
 
-def _policy_of(pairs: Pairs) -> Any:
+def _policy_of(pairs: Pairs) -> dict[str, Tree]:
     """What of the pairs carries a gradient."""
     shared, ranking = pairs.shared, pairs.ranking
     return {
@@ -225,7 +243,7 @@ def _policy_of(pairs: Pairs) -> Any:
     }
 
 
-def _with_policy(pairs: Pairs, policy: Any) -> Pairs:
+def _with_policy(pairs: Pairs, policy: dict[str, Tree]) -> Pairs:
     """The pairs with these values in place of what carries a gradient."""
     chosen, rejected = policy["sums"]
     shared, ranking = pairs.shared, pairs.ranking
@@ -236,25 +254,25 @@ def _with_policy(pairs: Pairs, policy: Any) -> Pairs:
     return pairs._replace(policy_chosen=chosen, policy_rejected=rejected, shared=shared, ranking=ranking)
 
 
-def _nothing(problem: TrainingObjective, batch: Any) -> Seen:
+def _nothing(objective: TrainingObjective, batch: Batch) -> Seen:
     """No pairs yet in the shape of all of a batch's, and no token statistics or routing."""
 
     def first(batch):
-        forest = batch._replace(**{name: leaf[0] for name, leaf in batch._asdict().items() if leaf.ndim})
+        forest = micro_batch(batch, 0)
         completions, tokens = jnp.zeros(forest.ids.shape), jnp.zeros(forest.source.shape)
         scores = Scores(tokens, completions, completions, completions, completions, completions)
-        return pairs_of(scores, forest.reference, forest, problem.wanted), _token_means(problem, scores, forest)
+        return pairs_of(scores, forest.reference, forest, objective.wanted), _token_means(objective, scores, forest)
 
     pairs, statistics = jax.eval_shape(first, batch)
     depth = batch.real.shape[0]
     stack = jax.tree.map(lambda leaf: jnp.zeros((depth, *leaf.shape), leaf.dtype), pairs)
-    experts, routing = problem.spec.experts, None
-    if experts is not None and problem.balances:
+    experts, routing = objective.spec.experts, None
+    if experts is not None and objective.balances:
         routing = Routing(jnp.zeros((experts.count,)), jnp.zeros((experts.count,)), jnp.zeros(()))
     return Seen(stack, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), statistics), routing)
 
 
-def _absorbed(sofar: Seen, seen: Seen, number: Any) -> Seen:
+def _absorbed(sofar: Seen, seen: Seen, number: Int[Array, ""]) -> Seen:
     """With one micro-batch more in its place, without its gradient."""
     pairs, statistics, routing = lax.stop_gradient((seen.pairs, seen.statistics, seen.routing))
     stack = jax.tree.map(lambda all, one: all.at[number].set(one), sofar.pairs, pairs)
@@ -262,10 +280,10 @@ def _absorbed(sofar: Seen, seen: Seen, number: Any) -> Seen:
     return Seen(stack, merge(sofar.statistics, statistics), sums)
 
 
-def _no_gradient(params: Any) -> Any:
+def _no_gradient(params: Params) -> Params:
     """Zeros in float32, also where parameters are bfloat16: sums over micro-batches need the digits."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
 
 
-def _added(gradient: Any, slope: Any) -> Any:
+def _added(gradient: Params, slope: Params) -> Params:
     return jax.tree.map(lambda total, leaf: total + leaf.astype(total.dtype), gradient, slope)

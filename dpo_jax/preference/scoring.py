@@ -1,17 +1,18 @@
 """Log-probabilities of completions from packed forests: the decoder, the head on scored tokens only, and sums.
 
 Letters: D shards, R rows, T slots, K scored tokens, C completions, P pairs, W completions of a ranking. `forest` is one
-micro-batch: any object with the arrays of `data.batches.Batch` less their leading M axis.
+micro-batch: a `Batch` without its leading M axis.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
+from dpo_jax.data.batch import Batch
 from dpo_jax.logprobs.tokens import linear_scores
 from dpo_jax.model.attention import Bounds, Layout
 from dpo_jax.model.decoder import (
@@ -26,6 +27,7 @@ from dpo_jax.model.experts import Routing
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.objectives.metrics import Mean, Means
 from dpo_jax.objectives.pairwise import Pairs, Ranking, Sums
+from dpo_jax.preference.micro_batches import fold
 
 
 class Wanted(NamedTuple):
@@ -57,7 +59,7 @@ class Scores(NamedTuple):
 def score(
     spec: DecoderSpec,
     params: Params,
-    forest: Any,
+    forest: Batch,
     *,
     execution: Execution = DEFAULT_EXECUTION,
     wanted: Wanted = Wanted(),  # noqa: B008 (a constant)
@@ -89,7 +91,7 @@ def score(
 
 
 def _states(
-    spec: DecoderSpec, params: Params, forest: Any, execution: Execution, *, routed: bool
+    spec: DecoderSpec, params: Params, forest: Batch, execution: Execution, *, routed: bool
 ) -> tuple[Float[Array, "D N W"], Routing | None]:
     """Final hidden states of every slot, and how experts were chosen if that is wanted."""
     shards, rows, length = forest.tokens.shape
@@ -101,7 +103,7 @@ def _states(
     return states.reshape(shards, rows * length, spec.head_width), routing
 
 
-def bounds_of(forest: Any) -> Bounds:
+def bounds_of(forest: Batch) -> Bounds:
     """What the shapes of a micro-batch say of its rows: it has room for as many completions of each of its P pairs as
     the fullest prompt has."""
     completions = forest.ids.shape[-1]
@@ -118,7 +120,7 @@ def _texts(layout: Layout) -> Float[Array, "B T"]:
     return jnp.where(layout.group == 0, 0, jnp.where(layout.branch > 0, 1, branches)).astype(jnp.float32)
 
 
-def _scalar(spec: DecoderSpec, params: Params, states: Float[Array, "D N W"], forest: Any) -> Scores:
+def _scalar(spec: DecoderSpec, params: Params, states: Float[Array, "D N W"], forest: Batch) -> Scores:
     """A reward model's score of each completion, at its last token."""
     last = jnp.take_along_axis(states, forest.last[:, :, None], axis=1)
     values = scalar_scores(spec, params, last.reshape(-1, spec.head_width)).reshape(forest.last.shape)
@@ -126,7 +128,7 @@ def _scalar(spec: DecoderSpec, params: Params, states: Float[Array, "D N W"], fo
     return Scores(jnp.zeros(forest.source.shape, jnp.float32), values, nothing, nothing, nothing, nothing)
 
 
-def summed(values: Float[Array, "D K"], forest: Any) -> Float[Array, "D C"]:
+def summed(values: Float[Array, "D K"], forest: Batch) -> Float[Array, "D C"]:
     """Values of scored tokens added up by completion; padding lands one past the last completion and is cut off."""
     shards, completions = forest.ids.shape
     owner = (forest.completion + jnp.arange(shards)[:, None] * (completions + 1)).reshape(-1)
@@ -134,7 +136,7 @@ def summed(values: Float[Array, "D K"], forest: Any) -> Float[Array, "D C"]:
     return sums.reshape(shards, completions + 1)[:, :-1]
 
 
-def shared_sums(tokens: Float[Array, "D K"], forest: Any) -> tuple[Float[Array, "D P"], Float[Array, "D P"]]:
+def shared_sums(tokens: Float[Array, "D K"], forest: Batch) -> tuple[Float[Array, "D P"], Float[Array, "D P"]]:
     """Sums over the first `min(chosen length, rejected length)` tokens of chosen and of rejected completions.
 
     A running sum that starts anew at each completion, so that no large number is taken from another. A completion's
@@ -162,7 +164,7 @@ def _restarting(left, right):
     return jnp.where(starts, value, before + value), started | starts
 
 
-def pairs_of(scores: Scores, reference: Float[Array, "D K"], forest: Any, wanted: Wanted = Wanted()) -> Pairs:  # noqa: B008
+def pairs_of(scores: Scores, reference: Float[Array, "D K"], forest: Batch, wanted: Wanted = Wanted()) -> Pairs:  # noqa: B008
     """What an objective sees of one micro-batch, [D, P]; the reference gets no gradient, padding gets zeros."""
     reference = lax.stop_gradient(reference)
     sums = summed(reference, forest)
@@ -190,7 +192,7 @@ def pairs_of(scores: Scores, reference: Float[Array, "D K"], forest: Any, wanted
     )
 
 
-def _ranking(policy: Float[Array, "D C"], reference: Float[Array, "D C"], forest: Any) -> Ranking:
+def _ranking(policy: Float[Array, "D C"], reference: Float[Array, "D C"], forest: Batch) -> Ranking:
     """All completions of each entry's prompt; what is no completion gets rank -1 and zeros."""
     shape, there = forest.rank.shape, forest.rank >= 0
 
@@ -201,7 +203,7 @@ def _ranking(policy: Float[Array, "D C"], reference: Float[Array, "D C"], forest
     return Ranking(pick(policy), pick(reference), forest.rank)
 
 
-def token_metrics(scores: Scores, forest: Any, *, chosen_only: bool = False) -> Means:
+def token_metrics(scores: Scores, forest: Batch, *, chosen_only: bool = False) -> Means:
     """TRL's token statistics: means over the completion tokens of the entries, prompts left out.
 
     `entropy` in nats over chosen and rejected tokens; `logits/*` the mean over the vocabulary of each token's logits;
@@ -226,28 +228,9 @@ def token_metrics(scores: Scores, forest: Any, *, chosen_only: bool = False) -> 
     return found | {"entropy": both, "logits/rejected": Mean(total(scores.mean_logit, forest.rejected), rejected)}
 
 
-def fold(visit, state: Any, batch: Any) -> Any:
-    """Fold `visit(state, forest, number)` over the micro-batches of a batch that are in use.
-
-    Their number is a value of the batch, not of its shape, so steps that need more or fewer share one compilation.
-    """
-
-    def body(number, state):
-        forest = batch._replace(
-            **{
-                name: lax.dynamic_index_in_dim(leaf, number, 0, keepdims=False)
-                for name, leaf in batch._asdict().items()
-                if leaf.ndim
-            }
-        )
-        return visit(state, forest, number)
-
-    if batch.real.shape[0] == 1:  # without a loop a sum over micro-batches, such as the gradient, is held once only
-        return body(jnp.int32(0), state)
-    return lax.fori_loop(0, batch.micro_batches, body, state)
-
-
-def score_batch(spec: DecoderSpec, params: Params, batch: Any, *, execution: Execution = DEFAULT_EXECUTION) -> Any:
+def score_batch(
+    spec: DecoderSpec, params: Params, batch: Batch, *, execution: Execution = DEFAULT_EXECUTION
+) -> Float32[Array, "M D K"]:
     """Log-probabilities of all scored tokens of a batch, float32 [M, D, K] in nats, without a gradient."""
 
     def visit(logps, forest, number):

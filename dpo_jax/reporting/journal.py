@@ -120,7 +120,7 @@ class Service:
     def __init__(self, name: str, folder: Path, resume_step: int):
         """Begin a run named after the output folder, or go on with it."""
         try:
-            self._module: Any = importlib.import_module(name)
+            self._module = importlib.import_module(name)
         except ModuleNotFoundError:
             raise UserError(
                 f"log.loggers: {name}: is not installed; pip install 'dpo_jax[loggers]', or leave it out"

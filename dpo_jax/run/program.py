@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,8 @@ import numpy as np
 
 from dpo_jax import sharding
 from dpo_jax.config.run import Run
-from dpo_jax.data.batches import Batch, Batches
+from dpo_jax.data.batch import Batch
+from dpo_jax.data.batches import Batches
 from dpo_jax.data.encode import encode
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.errors import UserError
@@ -24,6 +24,7 @@ from dpo_jax.planning.costs import Load
 from dpo_jax.planning.estimate import Moved
 from dpo_jax.planning.lengths import COMPLETION_TOKENS, PROMPT_TOKENS, UNITS_PER_STEP, made_up
 from dpo_jax.preference.loss import TrainingObjective
+from dpo_jax.preference.micro_batches import micro_batch
 from dpo_jax.run import models
 from dpo_jax.run.data import Packing, examples, number_of_steps
 from dpo_jax.run.reference import Reference, held_as, moving_reference
@@ -54,14 +55,9 @@ class PlannedStep:
         return self.trainer.mesh
 
     @property
-    def forest(self) -> Any:
+    def forest(self) -> Batch:
         """Shapes of one micro-batch."""
-        arrays = {
-            name: jax.ShapeDtypeStruct(np.shape(leaf)[1:], leaf.dtype)
-            for name, leaf in self.dummy._asdict().items()
-            if np.ndim(leaf)
-        }
-        return self.dummy._replace(**arrays)
+        return jax.eval_shape(lambda batch: micro_batch(batch, 0), self.dummy)
 
 
 def find_config(run: Run, mesh: jax.sharding.Mesh) -> Sources:
@@ -144,7 +140,7 @@ def describe(
     packing = Packing.of(run.batch, run.data.max_length, terms, mesh, attention_length=attention_length)
     batches = packing.steps(encoded, spec, steps, shuffle=run.data.shuffle, seed=run.seed)
     trainer = Trainer(objective, weights, batches, reference, mesh, optimizer=run.optimizer, seed=run.seed)
-    dummies = sorted(batches.blanks(), key=lambda dummy: -dummy.tokens.size)
+    dummies = sorted(batches.dummies(), key=lambda dummy: -dummy.tokens.size)
     made = _some(batches)
     load = costs.mean_load([costs.load_of(batch, costs.windows_of(spec)) for batch in made])
     micro = float(np.mean([int(batch.micro_batches) for batch in made]))

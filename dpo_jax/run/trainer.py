@@ -75,7 +75,7 @@ class Trainer:
     @property
     def recompilations(self) -> int:
         """Compilations since `compile`; 0 is what a run wants."""
-        return self._step.late
+        return self._step.recompilations
 
     def fresh(self, trained: Any) -> State:
         """The state before the first step; weights and a moving reference are the given arrays themselves."""
@@ -96,7 +96,7 @@ class Trainer:
 
     def compile(self, journal: Journal) -> None:
         """Compile the step for each shape of the run, one at a time for every `CORES_A_PROGRAM` cores."""
-        signatures = [self._arguments(batch) for batch in self.batches.blanks()]
+        signatures = [self._arguments(batch) for batch in self.batches.dummies()]
         journal.phase(f"compiling 1/{len(signatures)}")
         for done in self._step.prepare(signatures, workers=max(1, processes(None) // CORES_A_PROGRAM)):
             journal.phase(f"compiling {min(done + 1, len(signatures))}/{len(signatures)}")

@@ -36,7 +36,7 @@ from jax.experimental import multihost_utils
 from dpo_jax.errors import UserError
 from dpo_jax.files import sync_folder, write_whole
 from dpo_jax.training.settings import CheckpointSettings
-from dpo_jax.trees import paths
+from dpo_jax.trees import Tree, paths
 
 _MANIFEST = "manifest.json"
 _SEALED = "sealed"
@@ -88,7 +88,7 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.folder, options=_options())
         logging.getLogger("absl").addFilter(_said_once)
 
-    def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
+    def save(self, step: int, state: Tree, record: dict[str, Any]) -> None:
         """Start saving a tree of arrays and a JSON-able record; a step that is already saved is left alone.
 
         Raises:
@@ -123,7 +123,7 @@ class Checkpoints:
         self._good.add(found)
         return found
 
-    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+    def restore(self, step: int, abstract_state: Tree) -> tuple[Tree, dict[str, Any]]:
         """A step's state and record; the state has the target's structure, and its shardings on any devices.
 
         Args:
@@ -173,7 +173,7 @@ class Checkpoints:
         """The folder itself."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close; a failed last save is raised, unless something else went wrong before: then it is only said."""
         try:
             self.close()
@@ -255,7 +255,7 @@ class Checkpoints:
                 raise self._unusable(step, damage)
             self._good.add(step)
 
-    def _require_fit(self, step: int, abstract_state: Any) -> None:
+    def _require_fit(self, step: int, abstract_state: Tree) -> None:
         """Refuse a target whose leaves are not those of the checkpoint: Orbax would cast dtypes without a word."""
         saved, wanted = self._read(step, "leaves"), _leaves(abstract_state)
         different = [path for path in saved | wanted if saved.get(path) != wanted.get(path)]
@@ -298,7 +298,7 @@ class _Names(ocp.step.NameFormat):
     def build_name(self, step: int) -> str:
         return str(step)
 
-    def find_all(self, base_path: Any) -> Iterator[Any]:
+    def find_all(self, base_path: object) -> Iterator[Any]:
         del base_path
         return iter(())
 
@@ -331,12 +331,12 @@ def _silent(_: str) -> None:
     """Say nothing: every process but the first."""
 
 
-def _target(leaf: Any) -> jax.ShapeDtypeStruct:
+def _target(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     assert leaf.sharding is not None, "restore needs a sharding for every leaf"
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def _leaves(tree: Any) -> dict[str, str]:
+def _leaves(tree: Tree) -> dict[str, str]:
     """Each leaf's dtype and shape by path: `{"params/w": "float32[4, 8]"}`."""
     return {path: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for path, leaf in paths(tree).items()}
 
@@ -388,7 +388,7 @@ def _seal(step: Path) -> None:
     write_whole(step / _MANIFEST, _manifest_text(table))
 
 
-def _manifest_text(table: Any) -> str:
+def _manifest_text(table: object) -> str:
     return json.dumps(table, indent=1, sort_keys=True) + "\n"
 
 

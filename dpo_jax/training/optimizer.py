@@ -1,7 +1,5 @@
 """The optimizers, their schedule, where their state lives, and the table that says which leaves decay."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,6 +10,7 @@ from jaxtyping import Array, BFloat16, Float32, PRNGKeyArray
 
 from dpo_jax import trees
 from dpo_jax.training.settings import OptimizerSettings
+from dpo_jax.trees import Params, Tree
 
 DECAY: tuple[tuple[str, bool], ...] = (
     (r".*/kernel", True),
@@ -89,12 +88,12 @@ def clipped(largest: float) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-def wide(params: Any) -> Any:
+def wide(params: Params) -> Params:
     """Parameters in float32, which optimizers compute in."""
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
 
 
-def state_shardings(state: Any, params: Any, places: Any, whole: NamedSharding) -> Any:
+def state_shardings(state: Tree, params: Params, places: Params, whole: NamedSharding) -> Tree:
     """Where an optimizer's state goes: each moment where its parameter is, and what is of no parameter to `whole`.
 
     A factored moment, which a parameter's shape less one axis tells, is split like the axes that it has left.
@@ -118,12 +117,12 @@ def state_shardings(state: Any, params: Any, places: Any, whole: NamedSharding) 
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def decay_mask(params: Any) -> Any:
+def decay_mask(params: Params) -> Params:
     """True for each leaf that decays; an unclaimed leaf is an error."""
     return trees.map_by_rules(params, DECAY, table="weight decay")
 
 
-def descend(params: Any, directions: Any, learning_rate: jax.Array, key: PRNGKeyArray) -> Any:
+def descend(params: Params, directions: Tree, learning_rate: jax.Array, key: PRNGKeyArray) -> Params:
     """`params - learning_rate * directions`, leaf by leaf; leaves in bfloat16 are rounded at random by the key."""
     leaves, structure = jax.tree.flatten(params)
     moved = []

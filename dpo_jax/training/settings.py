@@ -57,7 +57,7 @@ UNUSED = tuple(
     )
     for key in ("beta1", "beta2", "epsilon", "moment_dtype")
 )
-"""Rows of `config.IGNORED`: the setting, whether a run's optimizer would ignore it, and the remedy."""
+"""Rows of `config.run.IGNORED`: the setting, whether a run's optimizer would ignore it, and the remedy."""
 
 
 class OptimizerSettings(Section):
@@ -101,7 +101,7 @@ class OptimizerSettings(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _lions_decay(cls, data: Any) -> Any:
+    def _lions_decay(cls, data: object) -> object:
         """Lion's own default (arXiv:2302.06675)."""
         if isinstance(data, Mapping) and data.get("name") == "lion":
             return {"beta2": 0.99, **data}

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from dpo_jax.data.batch import Batch
 from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.mixture import Progress
 from dpo_jax.preference.loss import TrainingObjective, loss_and_gradient
 from dpo_jax.training.optimizer import descend, wide
+from dpo_jax.trees import Params
 
 State = dict[str, Any]
 """`trained` (the trained weights: float32, or bfloat16 but for small leaves), `optimizer` (float32, its first moment
@@ -45,7 +47,7 @@ class MovingReference(NamedTuple):
 
 
 def fresh_state(
-    trained: Any, optimizer: optax.GradientTransformation, *, reference: Any = None, remembers: int = 0
+    trained: Params, optimizer: optax.GradientTransformation, *, reference: Params | None = None, remembers: int = 0
 ) -> State:
     """The state before the first step; `reference` are the starting weights of one that will move."""
     zero = jnp.zeros((), jnp.int32)
@@ -61,14 +63,14 @@ def fresh_state(
 
 
 def make_step(
-    problem: TrainingObjective,
+    objective: TrainingObjective,
     optimizer: optax.GradientTransformationExtraArgs,
     learning_rate: optax.Schedule,
     *,
     steps: int = 1,
     moving: MovingReference | None = None,
     seed: int = 0,
-) -> Callable[[State, Weights, Any, Any], tuple[State, dict[str, jax.Array]]]:
+) -> Callable[[State, Weights, Params | None, Batch], tuple[State, dict[str, jax.Array]]]:
     """The step function `(state, frozen, reference, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     `frozen` are the weights that are not trained: a `Weights` whose trained tree is empty. `reference` holds the
@@ -80,11 +82,13 @@ def make_step(
     goes on, so that the data do too. The gradient's norm says so, and where that is finite all updates are.
     """
 
-    def step(state: State, frozen: Weights, reference: Any, batch: Any) -> tuple[State, dict[str, jax.Array]]:
+    def step(
+        state: State, frozen: Weights, reference: Params | None, batch: Batch
+    ) -> tuple[State, dict[str, jax.Array]]:
         moment = moment_of(state, steps)
         reference = state.get("reference", reference)
         loss, metrics, gradient, memory = loss_and_gradient(
-            problem, with_trained(frozen, state["trained"]), batch, reference, moment
+            objective, with_trained(frozen, state["trained"]), batch, reference, moment
         )
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -117,7 +121,7 @@ def make_step(
     return step
 
 
-def with_trained(frozen: Weights, trained: Any) -> Weights:
+def with_trained(frozen: Weights, trained: Params) -> Weights:
     """The whole model's weights."""
     return dataclasses.replace(frozen, trained=trained)
 
@@ -127,7 +131,7 @@ def moment_of(state: State, steps: int) -> Progress:
     return Progress(state["step"].astype(jnp.float32) / max(steps - 1, 1), state.get("memory"))
 
 
-def moved(reference: Any, params: Any, step: jax.Array, moving: MovingReference) -> Any:
+def moved(reference: Params, params: Params, step: jax.Array, moving: MovingReference) -> Params:
     """The reference after so many steps: nearer to the policy if a move is due."""
     rate = moving.rate
     return lax.cond(

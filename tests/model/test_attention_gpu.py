@@ -21,6 +21,7 @@ from dpo_jax.model.attention import Bounds, VisibilityRules, attend_seen
 from dpo_jax.model.backends import cudnn, fa4, table, texts, tokamax
 from dpo_jax.model.backends.dispatch import PackedRows, attend
 from dpo_jax.model.decoder import Execution, init_params
+from dpo_jax.preference.micro_batches import micro_batch
 from dpo_jax.preference.scoring import score
 from dpo_jax.run import models
 from tests.support.attention import FOREST, as_rules, assert_close, forest, inputs, plainly
@@ -177,7 +178,7 @@ def test_batches_keep_within_their_bounds(plain_kernel, backend, share):
         static_argnums=2,
     )
     for micro in range(int(batch.micro_batches)):
-        forest = batch._replace(**{name: x[micro] for name, x in batch._asdict().items() if np.ndim(x)})
+        forest = micro_batch(batch, micro)
         inside = forest.completion < forest.ids.shape[-1]
         ours, theirs = (np.asarray(run(params, forest, which))[inside] for which in (backend, "xla"))
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)  # float32 sums in another order

@@ -11,6 +11,7 @@ from dpo_jax.hf.configs import quiet
 from dpo_jax.hf.mapping import claim
 from dpo_jax.hf.tensors import Tensors
 from dpo_jax.preference import scoring
+from dpo_jax.preference.micro_batches import micro_batch
 from tests.support.family_models import KINDS, LENGTH, ours, own, read, reloaded, weights_of
 from tests.support.forests import random_encoded
 from tests.support.tiers import MIXERS, by_day
@@ -36,8 +37,7 @@ def our_gradients(name: str) -> dict[str, np.ndarray]:
     @jax.jit
     @jax.grad
     def gradient(params, batch):
-        forest = batch._replace(**{key: leaf[0] for key, leaf in batch._asdict().items() if leaf.ndim})
-        return scoring.score(model.spec, params, forest).logps.sum()
+        return scoring.score(model.spec, params, micro_batch(batch, 0)).logps.sum()
 
     assert batch.micro_batches == 1
     leaves = trees.paths(jax.device_get(gradient(model.params, batch)))

@@ -83,9 +83,9 @@ def test_what_is_compiled_ahead_is_not_compiled_again(workers):
     assert list(double.prepare(kinds, workers=workers)) == [1, 2, 3]
     for size in (5, 3, 4):
         assert double(jnp.ones(size)).tolist() == [2.0] * size
-    assert double.late == 0
+    assert double.recompilations == 0
     double(jnp.ones(6))
-    assert double.late == 1
+    assert double.recompilations == 1
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -172,7 +172,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(params, referen
     state = fresh_state(params, optimizer)
     good = Batches(ENCODED, 12, 1, 2).at(0)
     state, _ = step(state, Weights({}), reference, good)
-    bad = good._replace(weight=np.where(good.real, np.float32(np.nan), good.weight))
+    bad = dataclasses.replace(good, weight=np.where(good.real, np.float32(np.nan), good.weight))
     after, metrics = step(state, Weights({}), reference, bad)
     for name in ("trained", "optimizer"):
         jax.tree.map(np.testing.assert_array_equal, after[name], state[name])

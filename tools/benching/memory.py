@@ -91,8 +91,10 @@ def compile_step(shape: Shape) -> tuple[Any, int]:
     batch = Batches(encoded, shape.pairs, 1, 1, attention_length=768, reference=reference).at(0)
     settings = OptimizerSettings(schedule="constant", warmup_steps=0)
     optimizer = make_optimizer(settings)
-    problem = TrainingObjective(spec, compute_dtype="float32", execution=Execution(scan_layers=True, remat="attention"))
-    step = make_step(problem, optimizer, schedule(settings, 1))
+    objective = TrainingObjective(
+        spec, compute_dtype="float32", execution=Execution(scan_layers=True, remat="attention")
+    )
+    step = make_step(objective, optimizer, schedule(settings, 1))
     state = jax.eval_shape(lambda params: fresh_state(params, optimizer), abstract_params(spec))
     described = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), (state, batch))
     compiled = jax.jit(step, donate_argnums=0).lower(described[0], Weights({}), None, described[1]).compile()

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.data.batches import Batch, Batches
+from dpo_jax.data.batch import Batch
+from dpo_jax.data.batches import Batches
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.logprobs.tokens import linear_logprobs
 from dpo_jax.model.decoder import Execution, init_params
@@ -129,12 +130,12 @@ def layouts(options: Options) -> list[Row]:
 
 def _step_cost(shape: Shape, dtype: str, batches: list[Batch], pairs: int) -> Row:
     """Slots, seconds by pair, largest temporary memory, and the mean loss of these steps."""
-    problem = TrainingObjective(llama(shape), compute_dtype=dtype, execution=Execution(remat="attention"))
-    params = init_params(problem.spec, jax.random.key(0))
+    objective = TrainingObjective(llama(shape), compute_dtype=dtype, execution=Execution(remat="attention"))
+    params = init_params(objective.spec, jax.random.key(0))
     compiled = {}
     for batch in batches:
         if batch.tokens.shape not in compiled:
-            solve = jax.jit(lambda params, batch: loss_and_gradient(problem, Weights(params), batch)[::2])
+            solve = jax.jit(lambda params, batch: loss_and_gradient(objective, Weights(params), batch)[::2])
             compiled[batch.tokens.shape] = solve.lower(params, batch).compile()
     losses = [float(compiled[batch.tokens.shape](params, batch)[0]) for batch in batches]
 
@@ -174,7 +175,8 @@ def padded(encoded: Encoded, pairs: np.ndarray, like: Batch) -> Batch:
         return np.asarray(values, dtype)[None, None]
 
     numbers = np.arange(len(texts))
-    return like._replace(
+    return dataclasses.replace(
+        like,
         **dict(zip(("tokens", "group", "branch", "position"), slots, strict=True)),
         source=lead(np.concatenate(sources)),
         target=lead(np.concatenate([answer for _, answer in texts])),
@@ -245,9 +247,9 @@ def _row_cost(shape: Shape, total: int, length: int) -> Row:
     shown = batch.tokens.shape[2:]
     if shown != (pairs, length):
         raise ValueError(f"{pairs} pairs of {length} slots were packed as {shown[0]} rows of {shown[1]}")
-    problem = TrainingObjective(llama(shape), execution=Execution(remat="attention"))
-    params = init_params(problem.spec, jax.random.key(0))
-    solve = jax.jit(lambda params, batch: loss_and_gradient(problem, Weights(params), batch)[::2])
+    objective = TrainingObjective(llama(shape), execution=Execution(remat="attention"))
+    params = init_params(objective.spec, jax.random.key(0))
+    solve = jax.jit(lambda params, batch: loss_and_gradient(objective, Weights(params), batch)[::2])
     compiled = solve.lower(params, batch).compile()
     return {
         "row": length,

@@ -1,6 +1,6 @@
 """dpo_jax under the stopwatch: `PYTHON tools/runners/ours.py SPEC.json`, as protocol.py says.
 
-It is `dpo_jax.train` less the export: the same stages with the same settings, the loop with its prefetching thread, its
+It is `dpo_jax.train` less the export: the same parts with the same settings, the loop with its prefetching thread, its
 journal and its alarms. Only the journal also tells the stopwatch, and nothing is saved. A step is reported as the loop
 records it: when the device has it, while the next one already runs. The reference is always computed ahead.
 """
@@ -67,7 +67,7 @@ class Unsaved:
 
 
 def run(spec: Spec, events: Events, folder: Path) -> None:
-    """The stages of `dpo_jax.train.train`, up to the last step."""
+    """The parts of `dpo_jax.train.train`, up to the last step."""
     from dpo_jax.config import run as config
 
     settled = config.load(settings(spec, folder))

@@ -10,6 +10,7 @@ Letters: B rows, T slots, L places, M texts of a row, H heads, K key-value heads
 """
 
 import inspect
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ def missing() -> str | None:
     return None
 
 
-def _has(private: Any) -> bool:
+def _has(private: ModuleType) -> bool:
     return hasattr(private, "dot_product_attention") and hasattr(getattr(private, "MaskType", None), "PADDING_CAUSAL")
 
 
@@ -115,7 +116,7 @@ def _kernel(
     return attended
 
 
-def _counts_key_heads(private: Any) -> bool:
+def _counts_key_heads(private: ModuleType) -> bool:
     """Whether offsets of keys are counted in their own heads: jax 0.10 counts them in those of the queries."""
     fix = getattr(private, "_fix_seqlen_offsets", None)
     if fix is None:

@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from types import ModuleType
 
 import jax
 from jax.sharding import NamedSharding
@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from dpo_jax.model.attention import Bounds, Layout, VisibilityRules
+from dpo_jax.trees import Tree
 
 HEADS = "tensor"
 """Axis of the mesh that heads are shared out over."""
@@ -29,7 +30,7 @@ class PackedRows:
     """Packed rows, ready to be attended within. `prepared` is by window."""
 
     backend: str
-    prepared: Mapping[int | None, Any]
+    prepared: Mapping[int | None, Tree]
     activations: NamedSharding | None
     remat: bool
 
@@ -89,7 +90,7 @@ def attend(
     return PackedRows.of(layout, [window], backend, bounds=bounds).attend(query, key, value, window, rules)
 
 
-def _module(backend: str) -> Any:
+def _module(backend: str) -> ModuleType:
     return importlib.import_module(f"dpo_jax.model.backends.{backend}")
 
 

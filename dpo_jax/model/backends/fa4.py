@@ -87,7 +87,7 @@ def _kernel(
     window: int | None,
 ) -> Float[Array, "N H C"]:
     """Causal attention within sequences that begin at the offsets, of what `sees` allows."""
-    package: Any = importlib.import_module("fa4_jax")
+    package = importlib.import_module("fa4_jax")
     mask = _mask()(offsets, branch, position, window)
     return package.flash_attn_varlen(query, key, value, offsets, offsets, causal=True, scale=scale, mask_mod=mask)
 
@@ -95,7 +95,7 @@ def _kernel(
 @functools.cache
 def _mask() -> Any:
     """The predicate as the package wants it: arrays are data, and what is static is compiled in."""
-    package: Any = importlib.import_module("fa4_jax")
+    package = importlib.import_module("fa4_jax")
 
     @dataclasses.dataclass(frozen=True)
     class Branches(package.MaskMod):

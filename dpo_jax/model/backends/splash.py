@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpo_jax.model.attention import Bounds, Layout, VisibilityRules, visible
+from dpo_jax.trees import Tree
 
 LANES = 128
 """Slots, and channels, come in multiples of so many."""
 
 
-def prepare(layout: Layout, window: int | None, bounds: Bounds | None = None) -> Any:
+def prepare(layout: Layout, window: int | None, bounds: Bounds | None = None) -> Tree:
     """The kernel for each row's mask: a pytree with rows on the first axis."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
@@ -38,7 +39,7 @@ def attend(
     query: Float[Array, "B T H C"],
     key: Float[Array, "B T K C"],
     value: Float[Array, "B T K E"],
-    prepared: Any,
+    prepared: Tree,
     window: int | None,
     rules: VisibilityRules,
 ) -> Float[Array, "B T H E"]:

@@ -12,7 +12,7 @@ Letters: B rows, T slots, L places, H heads, K key-value heads, C channels.
 
 import dataclasses
 import importlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +130,7 @@ def _kernel(
     softcap: float | None,
 ) -> Float[Array, "B L H C"]:
     """Attention of each place to its range."""
-    base: Any = importlib.import_module(BASE)
-    kernel: Any = importlib.import_module(API).IMPLEMENTATIONS[KERNEL]
+    base = importlib.import_module(BASE)
+    kernel = importlib.import_module(API).IMPLEMENTATIONS[KERNEL]
     mask = base.Mask(k_start=begin[:, None], k_end=end[:, None])
     return kernel(query, key, value, mask=mask, logits_scale=scale, logits_soft_cap=softcap)
