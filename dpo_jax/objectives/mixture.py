@@ -81,7 +81,7 @@ def leading(terms: Sequence[Term]) -> Term:
     return next((term for term in terms if term.row.data != "chosen"), terms[0])
 
 
-def beta_of(term: Term, progress: Scalar) -> Scalar:
+def beta_of(term: Term, progress: int | Scalar) -> Scalar:
     """Beta of a term where a share `progress` of the run is done; 1 for an objective without beta."""
     beta, end = term.settings.get("beta", 1.0), term.settings.get("beta_end")
     if end is None:

@@ -6,6 +6,7 @@ all of them.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dpo_jax.objectives.pairwise import LossOutput, Pairs, Ranking, Scalar, cross_entropy, log_ratios, rewards
@@ -57,12 +58,14 @@ def aot_unpaired(pairs: Pairs, *, beta: Scalar, label_smoothing: Scalar) -> Loss
     return LossOutput(cross_entropy(h, 1 - label_smoothing), h)
 
 
-def _order(values: Float[Array, "*P"], real: Bool[Array, "*P"]) -> Int[Array, " N"]:
+def _order(values: Float[Array, "*P"], real: Bool[Array | np.ndarray, "*P"]) -> Int[Array, " N"]:
     """Indices that sort all values, flat; what is not real comes last."""
     return jnp.argsort(jnp.where(real, jax.lax.stop_gradient(values), jnp.inf).reshape(-1))
 
 
-def _at_rank(values: Float[Array, "*P"], order: Int[Array, " N"], real: Bool[Array, "*P"]) -> Float[Array, "*P"]:
+def _at_rank(
+    values: Float[Array, "*P"], order: Int[Array, " N"], real: Bool[Array | np.ndarray, "*P"]
+) -> Float[Array, "*P"]:
     """For each place, the value whose rank is the rank that `order` gives the place."""
     mine = values.reshape(-1)[_order(values, real)]
     ranks = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
@@ -122,8 +125,8 @@ def beta_dpo(
 
 def _drawn(
     gaps: Float[Array, "*P"],
-    real: Bool[Array, "*P"],
-    noise: Float[Array, "*P"] | None,
+    real: Bool[Array | np.ndarray, "*P"],
+    noise: Float[Array | np.ndarray, "*P"] | None,
     memory: Float[Array, " 2"],
     number: Float[Array, ""],
 ) -> tuple[Bool[Array, "*P"], Float[Array, ""]]:

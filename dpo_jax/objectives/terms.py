@@ -17,7 +17,7 @@ class Term:
     """One objective of a mixture: its weight in the sum, and every setting that it takes."""
 
     name: str
-    weight: int | float
+    weight: Any
     settings: Mapping[str, Any]
 
     @property
