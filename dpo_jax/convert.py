@@ -19,7 +19,7 @@ def _export(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--dtype", choices=["keep", "float32", "bfloat16"], default="keep", help="of the weights written"
     )
-    parser.add_argument("--max-shard-gb", type=float, help="split anew into files of at most this many GB (10^9 bytes)")
+    parser.add_argument("--max-shard-gb", type=float, help="split into files of at most this many GB (10^9 bytes)")
     options = parser.parse_args(argv)
     if options.max_shard_gb is not None and not 0 < options.max_shard_gb < 1e6:
         raise UserError(f"--max-shard-gb {options.max_shard_gb}: a number above zero is wanted")

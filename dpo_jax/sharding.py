@@ -147,15 +147,15 @@ class Compiled:
         self._ready: dict[Signature, jax.stages.Compiled] = {}
         self.recompilations = 0
 
-    def prepare(self, kinds: Sequence[tuple], *, workers: int = 1) -> Iterator[int]:
-        """Compile for arguments of each kind: their shapes, dtypes and shardings (arrays or jax.ShapeDtypeStruct).
+    def prepare(self, signatures: Sequence[tuple], *, workers: int = 1) -> Iterator[int]:
+        """Compile for arguments of each signature: their shapes, dtypes and shardings (arrays or jax.ShapeDtypeStruct).
 
         So many are compiled at a time, each in a thread, while the next ones are lowered in this one. Yields how many
         are done as they are; it is this that has them made. What XLA raises is raised here, and the others are dropped.
         """
         pool = ThreadPoolExecutor(workers)
         try:
-            made = {pool.submit(self.lower(*args).compile): _signature(args) for args in kinds}
+            made = {pool.submit(self.lower(*args).compile): _signature(args) for args in signatures}
             for done, future in enumerate(as_completed(made), 1):
                 self._ready[made[future]] = future.result()
                 yield done

@@ -26,7 +26,7 @@ SAMPLED_STEPS = 32
 PLANNED_STEPS = 64
 """Steps that are planned together."""
 CHECKED_STEPS = 10_000
-"""Runs of at most so many steps are looked through: for shapes that no step has, and for the most micro-batches."""
+"""Runs of at most this steps are looked through: for shapes that no step has, and for the most micro-batches."""
 COMPILE_STEPS = 3
 """Steps that a further shape must save in a run, as it has to be compiled too."""
 
@@ -40,8 +40,8 @@ class Batches:
       pairs: pairs per step.
       shards: devices that split the batch.
       steps: how many steps there are.
-      order: "shuffled" anew in each epoch; "file", the data's own in each epoch; or "length", every pair once, units of
-        like length together, where the last step may hold fewer pairs.
+      order: "shuffled" in each epoch; "file", the data's own in each epoch; or "length", every pair once, units of like
+        length together, where the last step may hold fewer pairs.
       seed: of the shuffled order.
       attention_length: row length at which attention costs as much per slot as everything else.
       max_shapes: row shapes that the steps may come in.

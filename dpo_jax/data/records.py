@@ -219,10 +219,12 @@ def _elements(text: str, name: str) -> Iterator[tuple[int, Any]]:
         closing = text[after : after + 1] == "]"
         if not closing and text[after : after + 1] != ",":
             where = line + text.count("\n", start, after)
-            raise UserError(f"{clean(name)}:{where}: not JSON: expected a comma or ] after an element; mend the file")
+            raise UserError(
+                f"{clean(name)}:{where}: not JSON: expected a comma or ] after an element; correct the file"
+            )
         after += not closing
     if rest := text[at + 1 :].strip():
-        raise UserError(f"{clean(name)}:{line}: not JSON: {clean(rest, 20)!r} after the array; mend the file")
+        raise UserError(f"{clean(name)}:{line}: not JSON: {clean(rest, 20)!r} after the array; correct the file")
 
 
 def _skip(text: str, at: int) -> int:
@@ -240,9 +242,9 @@ def _element(text: str, start: int, where: str) -> tuple[Any, int]:
     except BadRow as error:
         return error, _LENIENT.raw_decode(text, start)[1]
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error.msg} (line {error.lineno}); mend the file") from None
+        raise UserError(f"{where}: not JSON: {error.msg} (line {error.lineno}); correct the file") from None
     except (RecursionError, ValueError) as error:
-        raise UserError(f"{where}: an element cannot be read ({clean(str(error))}); mend the file") from None
+        raise UserError(f"{where}: an element cannot be read ({clean(str(error))}); correct the file") from None
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[Row]:

@@ -176,7 +176,7 @@ class Report:
         if self.rows and self.bad / self.rows > max_bad_fraction:
             raise UserError(
                 f"{self.bad:,} of {self.rows:,} rows are bad ({self.bad / self.rows:.2%}, data.max_bad_fraction is "
-                f"{max_bad_fraction:.2%}): {self._largest(BAD)}; mend the rows or raise data.max_bad_fraction"
+                f"{max_bad_fraction:.2%}): {self._largest(BAD)}; correct the rows or raise data.max_bad_fraction"
             )
         if not self.kept:
             where = ", ".join(clean(name, 400) for name in self.files) or "the data"

@@ -4,7 +4,7 @@ An answer depends on its prompt, the decoding, the seed and its place in the lis
 share its batch (up to float reassociation, where the batch has another shape). Parameters come in the dtype to compute
 in: see `decoder.cast`.
 
-Longrope turns a whole text anew once it is longer than the original length, so what a cache remembers of it is void
+Longrope turns a whole text again once it is longer than the original length, so what a cache remembers of it is void
 then. An answer that grows past it is written in two legs: up to there, and on from the whole text, read again.
 
 Letters: B rows, T prompt slots, A answer slots, N new tokens, V vocabulary, D width.

@@ -106,7 +106,9 @@ def _pattern(row: Mapping[str, Any]) -> re.Pattern[str]:
     try:
         return re.compile(pattern, re.DOTALL)
     except (re.error, RecursionError, OverflowError) as error:
-        raise BadRow("not a pattern", f"good = {clean(pattern, 60)!r}: {error}; mend the regular expression") from error
+        raise BadRow(
+            "not a pattern", f"good = {clean(pattern, 60)!r}: {error}; correct the regular expression"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------- tokens

@@ -242,7 +242,7 @@ def save_hf(
       extra_files: further text files by name, such as `dpo_jax.json`.
       replace: an earlier export at `folder`, with nothing in it changed or added, may be replaced.
       dtype: of the tensors written; `keep` is each tensor's own in `like`.
-      max_shard_bytes: split anew into files of at most this size; None keeps the files of `like`
+      max_shard_bytes: split into files of at most this size; None keeps the files of `like`
         (5 GB if dtype changes).
 
     Raises:

@@ -302,7 +302,7 @@ def check_tensors(path: Path, infos: Mapping[str, TensorInfo], digest: str) -> N
 
 
 def split(infos: Mapping[str, TensorInfo], max_bytes: int) -> dict[str, TensorInfo]:
-    """Tensors assigned anew to files of at most `max_bytes` each (a larger tensor has a file of its own), in order."""
+    """Tensors assigned to new files of at most `max_bytes` each (a larger tensor has a file of its own), in order."""
     groups: list[dict[str, TensorInfo]] = [{}]
     room = max_bytes
     for name, info in infos.items():

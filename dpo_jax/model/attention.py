@@ -1,4 +1,4 @@
-"""Who sees whom in a packed forest, and attention where that is known for every pair.
+"""Who sees whom in a packed row, and attention where that is known for every pair.
 
 Letters: B rows, T queries, S keys, K key-value heads, G queries per key-value head, H = K G heads, C channels of a key,
 E channels of a value.

@@ -208,7 +208,7 @@ def _prepared(
     return scores, _Chunks(key, value, strength, reach, kept[..., -1:, :].mT, _inverse_of_unit(lower))
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)  # gradients keep the states alone, and compute the rest anew
+@functools.partial(jax.checkpoint, prevent_cse=False)  # gradients keep the states alone, and compute the rest again
 def _advance(
     state: Float32[Array, "B K G C V"], chunk: _Chunks
 ) -> tuple[Float32[Array, "B K G C V"], tuple[Float32[Array, "B K G C V"], Float32[Array, "B K G L V"]]]:

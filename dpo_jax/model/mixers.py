@@ -1,4 +1,4 @@
-"""The layers that let tokens see each other, over what may be seen: a packed forest, or a cache and what follows it.
+"""The layers that let tokens see each other, over what may be seen: a packed row, or a cache and what follows it.
 
 Letters: B rows, T positions, S slots that can be seen, D width, H heads, K key-value heads, C channels.
 """
@@ -42,7 +42,7 @@ def _windows(spec: specs.DecoderSpec) -> set[int | None]:
 
 @dataclasses.dataclass(frozen=True)
 class PackedView:
-    """A packed forest that is read at once; what is the same for every layer is computed once.
+    """A packed row that is read at once; what is the same for every layer is computed once.
 
     `text` is the number of each token's group, 0 for padding.
     """
@@ -50,7 +50,7 @@ class PackedView:
     position: Int[Array, "B T"]
     text: Int[Array, "B T"]
     turns: Turns
-    forest: PackedRows
+    rows: PackedRows
 
     @classmethod
     def of(
@@ -64,8 +64,8 @@ class PackedView:
         remat: bool = False,
     ) -> "PackedView":
         """The view of these rows; `backend` and what follows are those of `PackedRows.of`."""
-        forest = PackedRows.of(layout, _windows(spec), backend, bounds=bounds, activations=activations, remat=remat)
-        return cls(layout.position, layout.group, turns_of(spec, layout.position, _lengths(spec, layout)), forest)
+        rows = PackedRows.of(layout, _windows(spec), backend, bounds=bounds, activations=activations, remat=remat)
+        return cls(layout.position, layout.group, turns_of(spec, layout.position, _lengths(spec, layout)), rows)
 
     def remember(self, key: Array, value: Array, memory: KeyValue | None) -> tuple[KeyValue, KeyValue | None]:
         """These keys and values are all there are."""
@@ -73,7 +73,7 @@ class PackedView:
 
     def attend(self, query: Array, pair: KeyValue, window: int | None, rules: VisibilityRules) -> Array:
         """Attention within each text of the row."""
-        return self.forest.attend(query, *pair, window, rules)
+        return self.rows.attend(query, *pair, window, rules)
 
 
 def _lengths(spec: specs.DecoderSpec, layout: Layout) -> Int[Array, "B T"]:

@@ -38,7 +38,7 @@ def means(metrics: Mapping[str, Mean]) -> Values:
     return {name: mean.total / mean.count for name, mean in metrics.items()}
 
 
-def preference_metrics(terms: Sequence[Term], pairs: Pairs, found: Sequence[LossOutput], moment: Progress) -> Values:
+def preference_metrics(terms: Sequence[Term], pairs: Pairs, found: Sequence[LossOutput], progress: Progress) -> Values:
     """Everything that can be said from log-probabilities alone, over the real pairs; padding may hold anything.
 
     `objective/NAME` is each term's own loss (before its weight in the sum), `objective/NAME_margin` the mean of the
@@ -55,7 +55,7 @@ def preference_metrics(terms: Sequence[Term], pairs: Pairs, found: Sequence[Loss
     the policy, so it tells how far the policy has moved on this data, not the true divergence.
     """
     kind, lead = data_of(terms), leading(terms)
-    seen, beta = modified(lead, pairs), beta_of(lead, moment.progress)
+    seen, beta = modified(lead, pairs), beta_of(lead, progress.share)
     values = of_terms(terms, pairs, found)
     if lead.settings.get("beta_end") is not None:
         values["beta"] = jnp.asarray(beta, jnp.float32)

@@ -20,7 +20,7 @@ from dpo_jax.objectives.terms import Term, make_terms, takes
 class Progress(NamedTuple):
     """Where in a run a loss is taken: the share of the run that is done, and what earlier steps left to remember."""
 
-    progress: Scalar = 0.0
+    share: Scalar = 0.0
     memory: Float[Array, " m"] | None = None
 
 
@@ -55,9 +55,9 @@ def objective_loss(name: str, pairs: Pairs, **settings: Any) -> LossOutput:
     return found
 
 
-def outcomes(terms: Sequence[Term], pairs: Pairs, moment: Progress = START) -> list[LossOutput]:
+def outcomes(terms: Sequence[Term], pairs: Pairs, progress: Progress = START) -> list[LossOutput]:
     """What each term says of each pair; losses are multiplied by the pair's weight and are 0 where nothing is real."""
-    return [_outcome(term, pairs, moment) for term in terms]
+    return [_outcome(term, pairs, progress) for term in terms]
 
 
 def total(terms: Sequence[Term], found: Sequence[LossOutput], counts: Mapping[str, Any]) -> Float[Array, ""]:
@@ -126,13 +126,13 @@ def start_constant(terms: Sequence[Term]) -> float | None:
     return None if any(value is None for value in values) else sum(value for value in values if value is not None)
 
 
-def _outcome(term: Term, pairs: Pairs, moment: Progress) -> LossOutput:
+def _outcome(term: Term, pairs: Pairs, progress: Progress) -> LossOutput:
     seen = modified(term, pairs)
     settings = {name: term.settings[name] for name in term.row.settings}
     if "beta" in settings:
-        settings["beta"] = beta_of(term, moment.progress)
+        settings["beta"] = beta_of(term, progress.share)
     if term.row.remembers:
-        settings["memory"] = moment.memory
+        settings["memory"] = progress.memory
     found = term.row.function(seen, **settings)
     weight = seen.weight
     if term.weighting != "none":

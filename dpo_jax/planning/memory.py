@@ -40,14 +40,14 @@ def state_items(state: dict[str, Tree], shardings: dict[str, Tree]) -> dict[str,
 
 
 def step_items(
-    objective: TrainingObjective, weights: Weights, forest: Batch, mesh: jax.sharding.Mesh, *, several: bool
+    objective: TrainingObjective, weights: Weights, packed: Batch, mesh: jax.sharding.Mesh, *, several: bool
 ) -> dict[str, int]:
     """Bytes that a step needs beside its state, at its fullest moment: in a layer's backward pass or in the head's.
 
     Args:
       objective: what is computed.
       weights: shapes of what is trained and what is not.
-      forest: shapes of one micro-batch, all shards of it.
+      packed: shapes of one micro-batch, all shards of it.
       mesh: whose shards they are.
       several: whether gradients of several micro-batches are added up.
     """
@@ -58,10 +58,10 @@ def step_items(
     copied = {path for path, leaf in trees.paths(params).items() if leaf.dtype != trees.paths(narrow)[path].dtype}
     places, leaves = trees.paths(shardings), trees.paths(narrow)
     # Of one layer at a time: what is computed again of it, and slopes along all that it has.
-    kept, whole = (activation_bytes(objective, forest, mesh, remat=remat) for remat in (None, "none"))
+    kept, whole = (activation_bytes(objective, packed, mesh, remat=remat) for remat in (None, "none"))
     copy = sum(per_device(leaves[path], places[path]) for path in copied)
     layer = (2 * whole - kept) // len(objective.spec.layers)
-    head = 0 if objective.spec.scalar_head else _head(objective, forest, mesh)
+    head = 0 if objective.spec.scalar_head else _head(objective, packed, mesh)
     return {
         "weights in the dtype of computation": copy,
         "gradient": per_device(trained, places_of_trained),
@@ -74,19 +74,19 @@ def step_items(
 
 
 def activation_bytes(
-    objective: TrainingObjective, forest: Batch, mesh: jax.sharding.Mesh, *, remat: str | None = None
+    objective: TrainingObjective, packed: Batch, mesh: jax.sharding.Mesh, *, remat: str | None = None
 ) -> int:
     """Bytes on one device that a micro-batch's forward pass keeps for its backward pass: JAX's residuals, less weights.
 
     `remat` stands in for the objective's own.
     """
     execution = dataclasses.replace(
-        objective.execution, activations=None, remat=remat or objective.execution.remat, bounds=bounds_of(forest)
+        objective.execution, activations=None, remat=remat or objective.execution.remat, bounds=bounds_of(packed)
     )
     params = jax.eval_shape(
         lambda: cast(init_params(objective.spec, jax.random.key(0)), jnp.dtype(objective.compute_dtype)),
     )
-    rows = (math.prod(forest.tokens.shape[:-1]), forest.tokens.shape[-1])
+    rows = (math.prod(packed.tokens.shape[:-1]), packed.tokens.shape[-1])
 
     def forward(weights, tokens, group, branch, position):
         view = Layout(group, branch, position)
@@ -127,10 +127,10 @@ def _gathered(
     return 2 * max(layers.values(), default=0)
 
 
-def _head(objective: TrainingObjective, forest: Batch, mesh: jax.sharding.Mesh) -> int:
+def _head(objective: TrainingObjective, packed: Batch, mesh: jax.sharding.Mesh) -> int:
     """Chunks of logits, states of the scored tokens and the slope along them in float32, and a chunk of weights."""
     width, dtype = objective.spec.head_width, jnp.dtype(objective.compute_dtype)
-    scored = forest.source.size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    scored = packed.source.size // (mesh.shape["data"] * mesh.shape["fsdp"])
     chunk = min(CHUNK, objective.spec.vocab_size)
     states = scored * width * (2 * 4 + dtype.itemsize)
     return LOGITS * scored * chunk * 4 + states + chunk * width * (4 + dtype.itemsize)

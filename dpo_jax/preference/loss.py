@@ -88,22 +88,22 @@ class Seen(NamedTuple):
 
 
 def micro_pairs(
-    objective: TrainingObjective, compute: Params, forest: Batch, reference: Params | None, *, quick: bool = False
+    objective: TrainingObjective, compute: Params, packed: Batch, reference: Params | None, *, quick: bool = False
 ) -> Seen:
     """What the objectives see of one micro-batch; no statistics with `quick`.
 
     The reference's log-probabilities come from its weights where it is live, else from the batch.
     """
     wanted = objective.wanted._replace(statistics=False) if quick else objective.wanted
-    scores = score(objective.spec, compute, forest, execution=objective.execution, wanted=wanted)
-    pairs = pairs_of(scores, _reference_tokens(objective, reference, forest), forest, wanted)
-    return Seen(pairs, {} if quick else _token_means(objective, lax.stop_gradient(scores), forest), scores.routing)
+    scores = score(objective.spec, compute, packed, execution=objective.execution, wanted=wanted)
+    pairs = pairs_of(scores, _reference_tokens(objective, reference, packed), packed, wanted)
+    return Seen(pairs, {} if quick else _token_means(objective, lax.stop_gradient(scores), packed), scores.routing)
 
 
-def _reference_tokens(objective: TrainingObjective, reference: Params | None, forest: Batch) -> jax.Array:
+def _reference_tokens(objective: TrainingObjective, reference: Params | None, packed: Batch) -> jax.Array:
     if reference is None:
-        return forest.reference
-    return score(objective.spec, lax.stop_gradient(reference), forest, execution=objective.execution).tokens
+        return packed.reference
+    return score(objective.spec, lax.stop_gradient(reference), packed, execution=objective.execution).tokens
 
 
 def _computing(
@@ -116,10 +116,10 @@ def _computing(
     return narrow, live
 
 
-def _token_means(objective: TrainingObjective, scores: Scores, forest: Batch) -> Means:
+def _token_means(objective: TrainingObjective, scores: Scores, packed: Batch) -> Means:
     if not objective.wanted.statistics:
         return {}
-    return token_metrics(scores, forest, chosen_only=objective.data in ("unpaired", "chosen"))
+    return token_metrics(scores, packed, chosen_only=objective.data in ("unpaired", "chosen"))
 
 
 # ---------------------------------------------------------------------------------------------- whole steps
@@ -130,7 +130,7 @@ def loss_and_gradient(
     weights: Weights,
     batch: Batch,
     reference: Params | None = None,
-    moment: Progress = START,
+    progress: Progress = START,
 ) -> tuple[Float[Array, ""], Values, Params, Float[Array, " m"] | None]:
     """Loss, metrics, float32 gradient and memory over the whole batch, summed micro-batch by micro-batch.
 
@@ -142,8 +142,8 @@ def loss_and_gradient(
     """
     compute, reference = _computing(objective, weights, reference)
     solve = _two_passes if objective.step_wide or (objective.balances and batch.real.shape[0] > 1) else _one_pass
-    seen, gradient = solve(objective, compute, batch, reference, moment)
-    loss, metrics, memory = measure(objective.terms, seen.pairs, moment)
+    seen, gradient = solve(objective, compute, batch, reference, progress)
+    loss, metrics, memory = measure(objective.terms, seen.pairs, progress)
     metrics = metrics | means(seen.statistics)
     if seen.routing is not None:
         balance = load_balance(*seen.routing)
@@ -152,36 +152,36 @@ def loss_and_gradient(
 
 
 def measure(
-    terms: tuple[Term, ...], pairs: Pairs, moment: Progress
+    terms: tuple[Term, ...], pairs: Pairs, progress: Progress
 ) -> tuple[Float[Array, ""], Values, Float[Array, " m"] | None]:
     """Loss, metrics and memory of all the pairs of a step, or of a held-out set."""
-    found = outcomes(terms, pairs, moment)
+    found = outcomes(terms, pairs, progress)
     loss = total(terms, found, counts_of(pairs.real, pairs.chosen_length))
     memory = next((outcome.memory for outcome in found if outcome.memory is not None), None)
-    return loss, preference_metrics(terms, pairs, found, moment), memory
+    return loss, preference_metrics(terms, pairs, found, progress), memory
 
 
 def _one_pass(
-    objective: TrainingObjective, compute: Weights, batch: Batch, reference: Params | None, moment: Progress
+    objective: TrainingObjective, compute: Weights, batch: Batch, reference: Params | None, progress: Progress
 ) -> tuple[Seen, Params]:
     """Every micro-batch with its gradient."""
     counts = counts_of(batch.real, jnp.take_along_axis(batch.lengths, batch.chosen, axis=-1))
 
-    def micro(trained, forest):
-        seen = micro_pairs(objective, dataclasses.replace(compute, trained=trained).params, forest, reference)
-        loss = total(objective.terms, outcomes(objective.terms, seen.pairs, moment), counts)
+    def micro(trained, packed):
+        seen = micro_pairs(objective, dataclasses.replace(compute, trained=trained).params, packed, reference)
+        loss = total(objective.terms, outcomes(objective.terms, seen.pairs, progress), counts)
         return loss + _balance(objective, seen.routing, seen.routing), seen
 
-    def visit(state, forest, number):
+    def visit(state, packed, number):
         sofar, gradient = state
-        (_, seen), slope = jax.value_and_grad(micro, has_aux=True)(compute.trained, forest)
+        (_, seen), slope = jax.value_and_grad(micro, has_aux=True)(compute.trained, packed)
         return _absorbed(sofar, seen, number), _added(gradient, slope)
 
     return fold(visit, (_nothing(objective, batch), _no_gradient(compute.trained)), batch)
 
 
 def _two_passes(
-    objective: TrainingObjective, compute: Weights, batch: Batch, reference: Params | None, moment: Progress
+    objective: TrainingObjective, compute: Weights, batch: Batch, reference: Params | None, progress: Progress
 ) -> tuple[Seen, Params]:
     """The step's pairs, then the gradient along the slope of the step's loss at each of them."""
     seen = all_pairs(objective, compute.params, batch, reference)
@@ -190,19 +190,19 @@ def _two_passes(
 
     def loss(policy):
         moved = _with_policy(pairs, policy)
-        return total(objective.terms, outcomes(objective.terms, moved, moment), counts)
+        return total(objective.terms, outcomes(objective.terms, moved, progress), counts)
 
     slopes = jax.grad(loss)(_policy_of(pairs))
 
-    def micro(trained, forest, slope):
+    def micro(trained, packed, slope):
         params = dataclasses.replace(compute, trained=trained).params
-        part = micro_pairs(objective, params, forest, reference, quick=True)
+        part = micro_pairs(objective, params, packed, reference, quick=True)
         products = jax.tree.map(lambda x, y: (x * y).sum(), _policy_of(part.pairs), slope)
         return sum(jax.tree.leaves(products), _balance(objective, part.routing, seen.routing))
 
-    def visit(gradient, forest, number):
+    def visit(gradient, packed, number):
         slope = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, number, 0, keepdims=False), slopes)
-        return _added(gradient, jax.grad(micro)(compute.trained, forest, slope))
+        return _added(gradient, jax.grad(micro)(compute.trained, packed, slope))
 
     return seen, fold(visit, _no_gradient(compute.trained), batch)
 
@@ -218,8 +218,8 @@ def _balance(objective: TrainingObjective, part: Routing | None, whole: Routing 
 def all_pairs(objective: TrainingObjective, compute: Params, batch: Batch, reference: Params | None) -> Seen:
     """Every pair of a batch, [M, D, P], the sums of its token statistics, and of its routing; no gradient."""
 
-    def visit(sofar, forest, number):
-        return _absorbed(sofar, micro_pairs(objective, compute, forest, reference), number)
+    def visit(sofar, packed, number):
+        return _absorbed(sofar, micro_pairs(objective, compute, packed, reference), number)
 
     return fold(visit, _nothing(objective, batch), batch)
 
@@ -258,10 +258,10 @@ def _nothing(objective: TrainingObjective, batch: Batch) -> Seen:
     """No pairs yet in the shape of all of a batch's, and no token statistics or routing."""
 
     def first(batch):
-        forest = micro_batch(batch, 0)
-        completions, tokens = jnp.zeros(forest.ids.shape), jnp.zeros(forest.source.shape)
+        packed = micro_batch(batch, 0)
+        completions, tokens = jnp.zeros(packed.ids.shape), jnp.zeros(packed.source.shape)
         scores = Scores(tokens, completions, completions, completions, completions, completions)
-        return pairs_of(scores, forest.reference, forest, objective.wanted), _token_means(objective, scores, forest)
+        return pairs_of(scores, packed.reference, packed, objective.wanted), _token_means(objective, scores, packed)
 
     pairs, statistics = jax.eval_shape(first, batch)
     depth = batch.real.shape[0]

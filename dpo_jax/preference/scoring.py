@@ -1,6 +1,6 @@
-"""Log-probabilities of completions from packed forests: the decoder, the head on scored tokens only, and sums.
+"""Log-probabilities of completions from packed rows: the decoder, the head on scored tokens only, and sums.
 
-Letters: D shards, R rows, T slots, K scored tokens, C completions, P pairs, W completions of a ranking. `forest` is one
+Letters: D shards, R rows, T slots, K scored tokens, C completions, P pairs, W completions of a ranking. `packed` is one
 micro-batch: a `Batch` without its leading M axis.
 """
 
@@ -59,17 +59,17 @@ class Scores(NamedTuple):
 def score(
     spec: DecoderSpec,
     params: Params,
-    forest: Batch,
+    packed: Batch,
     *,
     execution: Execution = DEFAULT_EXECUTION,
     wanted: Wanted = Wanted(),  # noqa: B008 (a constant)
 ) -> Scores:
     """Score every completion of one micro-batch. Gradients flow through `tokens`, `logps` and routing scores."""
-    states, routing = _states(spec, params, forest, execution, routed=wanted.routing)
+    states, routing = _states(spec, params, packed, execution, routed=wanted.routing)
     if spec.scalar_head:
-        return _scalar(spec, params, states, forest)._replace(routing=routing)
-    sources = jnp.take_along_axis(states, forest.source[:, :, None], axis=1).reshape(-1, spec.head_width)
-    targets = forest.target.reshape(-1)
+        return _scalar(spec, params, states, packed)._replace(routing=routing)
+    sources = jnp.take_along_axis(states, packed.source[:, :, None], axis=1).reshape(-1, spec.head_width)
+    targets = packed.target.reshape(-1)
     head = head_of(spec, params)
     found = linear_scores(
         sources,
@@ -86,28 +86,28 @@ def score(
     hits = (found.top1 == targets).astype(jnp.float32)
     alignment = lax.stop_gradient(found.logps) - found.collision
     by_token = (found.logps, found.entropy, found.mean_logit, hits, alignment)
-    logps, entropy, logit, hit, aligned = (summed(values.reshape(forest.source.shape), forest) for values in by_token)
-    return Scores(found.logps.reshape(forest.source.shape), logps, entropy, logit, hit, aligned, routing)
+    logps, entropy, logit, hit, aligned = (summed(values.reshape(packed.source.shape), packed) for values in by_token)
+    return Scores(found.logps.reshape(packed.source.shape), logps, entropy, logit, hit, aligned, routing)
 
 
 def _states(
-    spec: DecoderSpec, params: Params, forest: Batch, execution: Execution, *, routed: bool
+    spec: DecoderSpec, params: Params, packed: Batch, execution: Execution, *, routed: bool
 ) -> tuple[Float[Array, "D N W"], Routing | None]:
     """Final hidden states of every slot, and how experts were chosen if that is wanted."""
-    shards, rows, length = forest.tokens.shape
+    shards, rows, length = packed.tokens.shape
     flat = (shards * rows, length)
-    layout = Layout(forest.group.reshape(flat), forest.branch.reshape(flat), forest.position.reshape(flat))
+    layout = Layout(packed.group.reshape(flat), packed.branch.reshape(flat), packed.position.reshape(flat))
     weights = _texts(layout) if routed else None
-    execution = dataclasses.replace(execution, bounds=bounds_of(forest))
-    states, routing = hidden_and_routing(spec, params, forest.tokens.reshape(flat), layout, weights, execution)
+    execution = dataclasses.replace(execution, bounds=bounds_of(packed))
+    states, routing = hidden_and_routing(spec, params, packed.tokens.reshape(flat), layout, weights, execution)
     return states.reshape(shards, rows * length, spec.head_width), routing
 
 
-def bounds_of(forest: Batch) -> Bounds:
+def bounds_of(packed: Batch) -> Bounds:
     """What the shapes of a micro-batch say of its rows: it has room for as many completions of each of its P pairs as
     the fullest prompt has."""
-    completions = forest.ids.shape[-1]
-    return Bounds(min(completions, forest.tokens.shape[-1]), -(-completions // forest.chosen.shape[-1]))
+    completions = packed.ids.shape[-1]
+    return Bounds(min(completions, packed.tokens.shape[-1]), -(-completions // packed.chosen.shape[-1]))
 
 
 def _texts(layout: Layout) -> Float[Array, "B T"]:
@@ -120,43 +120,43 @@ def _texts(layout: Layout) -> Float[Array, "B T"]:
     return jnp.where(layout.group == 0, 0, jnp.where(layout.branch > 0, 1, branches)).astype(jnp.float32)
 
 
-def _scalar(spec: DecoderSpec, params: Params, states: Float[Array, "D N W"], forest: Batch) -> Scores:
+def _scalar(spec: DecoderSpec, params: Params, states: Float[Array, "D N W"], packed: Batch) -> Scores:
     """A reward model's score of each completion, at its last token."""
-    last = jnp.take_along_axis(states, forest.last[:, :, None], axis=1)
-    values = scalar_scores(spec, params, last.reshape(-1, spec.head_width)).reshape(forest.last.shape)
-    nothing = jnp.zeros(forest.ids.shape, jnp.float32)
-    return Scores(jnp.zeros(forest.source.shape, jnp.float32), values, nothing, nothing, nothing, nothing)
+    last = jnp.take_along_axis(states, packed.last[:, :, None], axis=1)
+    values = scalar_scores(spec, params, last.reshape(-1, spec.head_width)).reshape(packed.last.shape)
+    nothing = jnp.zeros(packed.ids.shape, jnp.float32)
+    return Scores(jnp.zeros(packed.source.shape, jnp.float32), values, nothing, nothing, nothing, nothing)
 
 
-def summed(values: Float[Array, "D K"], forest: Batch) -> Float[Array, "D C"]:
+def summed(values: Float[Array, "D K"], packed: Batch) -> Float[Array, "D C"]:
     """Values of scored tokens added up by completion; padding lands one past the last completion and is cut off."""
-    shards, completions = forest.ids.shape
-    owner = (forest.completion + jnp.arange(shards)[:, None] * (completions + 1)).reshape(-1)
+    shards, completions = packed.ids.shape
+    owner = (packed.completion + jnp.arange(shards)[:, None] * (completions + 1)).reshape(-1)
     sums = jax.ops.segment_sum(values.reshape(-1), owner, shards * (completions + 1))
     return sums.reshape(shards, completions + 1)[:, :-1]
 
 
-def shared_sums(tokens: Float[Array, "D K"], forest: Batch) -> tuple[Float[Array, "D P"], Float[Array, "D P"]]:
+def shared_sums(tokens: Float[Array, "D K"], packed: Batch) -> tuple[Float[Array, "D P"], Float[Array, "D P"]]:
     """Sums over the first `min(chosen length, rejected length)` tokens of chosen and of rejected completions.
 
-    A running sum that starts anew at each completion, so that no large number is taken from another. A completion's
+    A running sum that starts again at each completion, so that no large number is taken from another. A completion's
     tokens stand one after the other, and completions in the order of their numbers.
     """
     starts = jnp.concatenate(
-        [jnp.ones_like(forest.completion[:, :1], bool), forest.completion[:, 1:] != forest.completion[:, :-1]], axis=1
+        [jnp.ones_like(packed.completion[:, :1], bool), packed.completion[:, 1:] != packed.completion[:, :-1]], axis=1
     )
     running, _ = lax.associative_scan(_restarting, (tokens, starts), axis=1)
-    lengths = forest.lengths.astype(jnp.int32)
+    lengths = packed.lengths.astype(jnp.int32)
     first = jnp.cumsum(lengths, axis=1) - lengths
-    chosen, rejected = (jnp.take_along_axis(lengths, ids, axis=1) for ids in (forest.chosen, forest.rejected))
+    chosen, rejected = (jnp.take_along_axis(lengths, ids, axis=1) for ids in (packed.chosen, packed.rejected))
     shared = jnp.minimum(chosen, rejected)
 
     def upto(ids):
         place = jnp.take_along_axis(first, ids, axis=1) + jnp.maximum(shared, 1) - 1
         sums = jnp.take_along_axis(running, jnp.clip(place, 0, running.shape[1] - 1), axis=1)
-        return jnp.where(forest.real & (shared > 0), sums, 0.0)
+        return jnp.where(packed.real & (shared > 0), sums, 0.0)
 
-    return upto(forest.chosen), upto(forest.rejected)
+    return upto(packed.chosen), upto(packed.rejected)
 
 
 def _restarting(left, right):
@@ -164,46 +164,46 @@ def _restarting(left, right):
     return jnp.where(starts, value, before + value), started | starts
 
 
-def pairs_of(scores: Scores, reference: Float[Array, "D K"], forest: Batch, wanted: Wanted = Wanted()) -> Pairs:  # noqa: B008
+def pairs_of(scores: Scores, reference: Float[Array, "D K"], packed: Batch, wanted: Wanted = Wanted()) -> Pairs:  # noqa: B008
     """What an objective sees of one micro-batch, [D, P]; the reference gets no gradient, padding gets zeros."""
     reference = lax.stop_gradient(reference)
-    sums = summed(reference, forest)
+    sums = summed(reference, packed)
 
     def pick(values, ids):
-        return jnp.where(forest.real, jnp.take_along_axis(values, ids, axis=1), 0.0)
+        return jnp.where(packed.real, jnp.take_along_axis(values, ids, axis=1), 0.0)
 
     def both(values):
-        return pick(values, forest.chosen), pick(values, forest.rejected)
+        return pick(values, packed.chosen), pick(values, packed.rejected)
 
-    lengths = both(forest.lengths)
-    averaged = scores.alignment / jnp.maximum(forest.lengths, 1.0)
+    lengths = both(packed.lengths)
+    averaged = scores.alignment / jnp.maximum(packed.lengths, 1.0)
     return Pairs(
         *both(scores.logps),
         *both(sums),
         *lengths,
-        margin=forest.margin,
-        label=forest.label,
-        weight=forest.weight,
-        real=forest.real,
-        noise=forest.noise,
-        shared=Sums(*shared_sums(scores.tokens, forest), *shared_sums(reference, forest)) if wanted.shared else None,
+        margin=packed.margin,
+        label=packed.label,
+        weight=packed.weight,
+        real=packed.real,
+        noise=packed.noise,
+        shared=Sums(*shared_sums(scores.tokens, packed), *shared_sums(reference, packed)) if wanted.shared else None,
         alignment=both(averaged) if wanted.alignment else None,
-        ranking=_ranking(scores.logps, sums, forest) if forest.rank.shape[-1] else None,
+        ranking=_ranking(scores.logps, sums, packed) if packed.rank.shape[-1] else None,
     )
 
 
-def _ranking(policy: Float[Array, "D C"], reference: Float[Array, "D C"], forest: Batch) -> Ranking:
+def _ranking(policy: Float[Array, "D C"], reference: Float[Array, "D C"], packed: Batch) -> Ranking:
     """All completions of each entry's prompt; what is no completion gets rank -1 and zeros."""
-    shape, there = forest.rank.shape, forest.rank >= 0
+    shape, there = packed.rank.shape, packed.rank >= 0
 
     def pick(values):
-        found = jnp.take_along_axis(values, forest.ranked.reshape(shape[0], -1), axis=1).reshape(shape)
+        found = jnp.take_along_axis(values, packed.ranked.reshape(shape[0], -1), axis=1).reshape(shape)
         return jnp.where(there, found, 0.0)
 
-    return Ranking(pick(policy), pick(reference), forest.rank)
+    return Ranking(pick(policy), pick(reference), packed.rank)
 
 
-def token_metrics(scores: Scores, forest: Batch, *, chosen_only: bool = False) -> Means:
+def token_metrics(scores: Scores, packed: Batch, *, chosen_only: bool = False) -> Means:
     """TRL's token statistics: means over the completion tokens of the entries, prompts left out.
 
     `entropy` in nats over chosen and rejected tokens; `logits/*` the mean over the vocabulary of each token's logits;
@@ -212,20 +212,20 @@ def token_metrics(scores: Scores, forest: Batch, *, chosen_only: bool = False) -
     """
 
     def total(values, ids):
-        return jnp.where(forest.real, jnp.take_along_axis(values, ids, axis=1), 0.0).sum()
+        return jnp.where(packed.real, jnp.take_along_axis(values, ids, axis=1), 0.0).sum()
 
-    chosen = total(forest.lengths, forest.chosen)
+    chosen = total(packed.lengths, packed.chosen)
     found = {
-        "entropy": Mean(total(scores.entropy, forest.chosen), chosen),
-        "logits/chosen": Mean(total(scores.mean_logit, forest.chosen), chosen),
-        "mean_token_accuracy": Mean(total(scores.hits, forest.chosen), chosen),
+        "entropy": Mean(total(scores.entropy, packed.chosen), chosen),
+        "logits/chosen": Mean(total(scores.mean_logit, packed.chosen), chosen),
+        "mean_token_accuracy": Mean(total(scores.hits, packed.chosen), chosen),
     }
     if chosen_only:
         return found
-    rejected = total(forest.lengths, forest.rejected)
+    rejected = total(packed.lengths, packed.rejected)
     entropy = found["entropy"]
-    both = Mean(entropy.total + total(scores.entropy, forest.rejected), chosen + rejected)
-    return found | {"entropy": both, "logits/rejected": Mean(total(scores.mean_logit, forest.rejected), rejected)}
+    both = Mean(entropy.total + total(scores.entropy, packed.rejected), chosen + rejected)
+    return found | {"entropy": both, "logits/rejected": Mean(total(scores.mean_logit, packed.rejected), rejected)}
 
 
 def score_batch(
@@ -233,7 +233,7 @@ def score_batch(
 ) -> Float32[Array, "M D K"]:
     """Log-probabilities of all scored tokens of a batch, float32 [M, D, K] in nats, without a gradient."""
 
-    def visit(logps, forest, number):
-        return logps.at[number].set(score(spec, params, forest, execution=execution).tokens)
+    def visit(logps, packed, number):
+        return logps.at[number].set(score(spec, params, packed, execution=execution).tokens)
 
     return fold(visit, jnp.zeros(batch.source.shape, jnp.float32), batch)

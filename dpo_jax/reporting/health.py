@@ -4,7 +4,7 @@ Pure functions of numbers: nothing is acted on, nothing is read from elsewhere. 
 usually means, and what to try. Steps are noisy (a batch may be one pair), so a mean is believed only with `SURE`
 standard errors to spare; a short run of small batches says nothing rather than something false.
 
-A record is what one step's metrics are; with `log.every` above 1 there is one each so many steps.
+A record is what one step's metrics are; with `log.every` above 1 there is one every `log.every` steps.
 """
 
 import collections

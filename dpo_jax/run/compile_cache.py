@@ -2,7 +2,7 @@
 
 jax keeps what took longer than a second to compile, under a key of the program, its options, jaxlib and the devices.
 Several runs may share the folder: it is locked while it is read or written, an entry that cannot be read costs a
-warning and is compiled anew, and what was not used for longest is removed once all take more than `MOST_BYTES`.
+warning and is compiled again, and what was not used for longest is removed once all take more than `MOST_BYTES`.
 A program for a CPU holds the instructions of that very kind of CPU, so each kind has a folder of its own.
 """
 

@@ -55,7 +55,7 @@ class PlannedStep:
         return self.trainer.mesh
 
     @property
-    def forest(self) -> Batch:
+    def packed(self) -> Batch:
         """Shapes of one micro-batch."""
         return jax.eval_shape(lambda batch: micro_batch(batch, 0), self.dummy)
 
@@ -176,7 +176,7 @@ def predicted(step: PlannedStep) -> dict[str, int]:
     if frozen := trainer.frozen.frozen:
         found["frozen parameters"] = memory.per_device(frozen, sharding.param_shardings(frozen, step.mesh))
     weights, several = trainer.weights(trainer.abstract), step.dummy.real.shape[0] > 1
-    return found | memory.step_items(step.objective, weights, step.forest, step.mesh, several=several)
+    return found | memory.step_items(step.objective, weights, step.packed, step.mesh, several=several)
 
 
 def reported(compiled: jax.stages.Compiled) -> dict[str, int]:
@@ -222,5 +222,5 @@ def moved_by(step: PlannedStep) -> Moved:
     places = sharding.param_shardings(params, step.mesh)
     narrow = jax.eval_shape(functools.partial(cast, dtype=jnp.dtype(step.objective.compute_dtype)), params)
     shard = memory.per_device(narrow, places)
-    kept = memory.activation_bytes(step.objective, step.forest, step.mesh, remat="none")
+    kept = memory.activation_bytes(step.objective, step.packed, step.mesh, remat="none")
     return Moved(shard * step.mesh.shape["fsdp"], shard, memory.per_device(params, places), kept)

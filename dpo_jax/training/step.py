@@ -85,10 +85,10 @@ def make_step(
     def step(
         state: State, frozen: Weights, reference: Params | None, batch: Batch
     ) -> tuple[State, dict[str, jax.Array]]:
-        moment = moment_of(state, steps)
+        progress = progress_of(state, steps)
         reference = state.get("reference", reference)
         loss, metrics, gradient, memory = loss_and_gradient(
-            objective, with_trained(frozen, state["trained"]), batch, reference, moment
+            objective, with_trained(frozen, state["trained"]), batch, reference, progress
         )
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -126,7 +126,7 @@ def with_trained(frozen: Weights, trained: Params) -> Weights:
     return dataclasses.replace(frozen, trained=trained)
 
 
-def moment_of(state: State, steps: int) -> Progress:
+def progress_of(state: State, steps: int) -> Progress:
     """Where in a run of so many steps the state stands: share 0 at the first step, 1 at the last."""
     return Progress(state["step"].astype(jnp.float32) / max(steps - 1, 1), state.get("memory"))
 

@@ -1,4 +1,4 @@
-"""Attention over packed forests by cuDNN's flash attention for packed rows, text by text.
+"""Attention over packed rows by cuDNN's flash attention for packed rows, text by text.
 
 A prompt stands once for each of its completions (see `texts`), so every text is a causal segment: the plainest thing
 that the kernel does. It takes NVIDIA GPUs from compute capability 9.0 on. JAX has no public function for packed rows:

@@ -1,4 +1,4 @@
-"""One way to attend within packed forests, whichever backend computes it and however rows and heads are shared out.
+"""One way to attend within packed rows, whichever backend computes it and however rows and heads are shared out.
 
 A backend is a module of this folder with three functions. `prepare(layout, window, bounds)` makes what is the same for
 every layer: arrays with the rows on their first axis. `attend(query, key, value, prepared, window, rules)` computes.
@@ -47,7 +47,7 @@ class PackedRows:
     ) -> "PackedRows":
         """These rows for layers with these windows; with `remat` the backward pass computes scores again.
 
-        `bounds` are wanted by backends that lay texts out anew.
+        `bounds` are wanted by backends that lay texts out again.
 
         `activations` says how rows are split: each device then attends within its own, and with its own heads where
         the mesh's `tensor` axis divides them.

@@ -1,7 +1,8 @@
-"""Attention over packed forests by FlashAttention-4 (the package fa4-jax), tree by tree.
+"""Attention over packed rows by FlashAttention-4 (the package fa4-jax), prompt group by prompt group.
 
-Each tree is a sequence of the kernel's packed form, causal, and a predicate inside its tiles hides the other branches.
-No tile of two trees is computed, and nothing is laid out anew. Padding at the end of a row is a sequence of its own.
+Each group is a sequence of the kernel's packed form, causal, and a predicate inside its tiles hides the other branches.
+No tile of two prompt groups is computed, and nothing is laid out again. Padding at the end of a row is a sequence of
+its own.
 
 Where several queries share a key, the kernel adds up gradients of keys and values in no fixed order.
 
@@ -43,7 +44,7 @@ def prepare(layout: Layout, window: int | None, bounds: Bounds | None) -> GroupR
 
 
 def keeps_scores(length: int) -> bool:
-    """Whether the backward pass finds scores where the forward pass left them: it computes them anew."""
+    """Whether the backward pass finds scores where the forward pass left them: it computes them again."""
     return False
 
 

@@ -1,4 +1,4 @@
-"""Attention over packed forests by JAX's splash kernel for TPUs, which skips blocks that a dynamic mask leaves empty.
+"""Attention over packed rows by JAX's splash kernel for TPUs, which skips blocks that a dynamic mask leaves empty.
 
 The mask is one of bytes for each row, [T, T], made once for all layers: 16 MiB at 4096 slots.
 
@@ -16,7 +16,7 @@ from dpo_jax.model.attention import Bounds, Layout, VisibilityRules, visible
 from dpo_jax.trees import Tree
 
 LANES = 128
-"""Slots, and channels, come in multiples of so many."""
+"""Slots, and channels, come in multiples of this."""
 
 
 def prepare(layout: Layout, window: int | None, bounds: Bounds | None = None) -> Tree:
@@ -31,7 +31,7 @@ def prepare(layout: Layout, window: int | None, bounds: Bounds | None = None) ->
 
 
 def keeps_scores(length: int) -> bool:
-    """Whether the backward pass finds scores where the forward pass left them: it computes them anew."""
+    """Whether the backward pass finds scores where the forward pass left them: it computes them again."""
     return False
 
 

@@ -18,9 +18,9 @@ class Backend:
     features: frozenset[str] = frozenset()
     """Of `window`, `softcap`, `sinks`, `alibi` and `value width` (other than the key's)."""
     head_step: int = 1
-    """Channels of a head come in multiples of so many,"""
+    """Channels of a head come in multiples of this,"""
     head_most: int | None = None
-    """and are at most so many."""
+    """and are at most this."""
     capability: float | None = None
     """Least compute capability of an NVIDIA GPU; None where that is not what counts."""
     capability_below: float | None = None

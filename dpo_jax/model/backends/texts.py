@@ -1,4 +1,4 @@
-"""Packed forests laid out text by text, for kernels that know no trees: a prompt stands there once for each completion.
+"""Packed rows laid out text by text, for kernels that know no prompt groups: a prompt stands there for each completion.
 
 A text is a prompt with one of its completions, or alone where it has none; each attends causally within itself. Both
 directions, and both gradients, are gathers of whole channels, so the order of all sums is fixed.
@@ -50,7 +50,7 @@ def _lay_out(row: Layout, bounds: Bounds) -> Texts:
         return reduce(x, group, length + 1)
 
     inner = (branch > 0).astype(jnp.int32)
-    begin, trunk = by_tree(jax.ops.segment_min, slots), by_tree(jax.ops.segment_sum, 1 - inner)
+    begin, prefix = by_tree(jax.ops.segment_min, slots), by_tree(jax.ops.segment_sum, 1 - inner)
     there = (by_tree(jax.ops.segment_sum, jnp.ones_like(slots)) > 0) & (jnp.arange(length + 1) > 0)
     count = jnp.where(there, jnp.maximum(by_tree(jax.ops.segment_max, branch), 1), 0)
     base = jnp.cumsum(count) - count
@@ -58,13 +58,13 @@ def _lay_out(row: Layout, bounds: Bounds) -> Texts:
     own = jnp.where(branch > 0, base[group] + branch - 1, most)  # text of a completion's slot
     tree = jnp.searchsorted(jnp.cumsum(count), jnp.arange(most), side="right", method="scan_unrolled")
     real = jnp.arange(most) < count.sum()
-    size = jax.ops.segment_sum(inner, own, most + 1)[:-1] + jnp.where(real, trunk[jnp.minimum(tree, length)], 0)
+    size = jax.ops.segment_sum(inner, own, most + 1)[:-1] + jnp.where(real, prefix[jnp.minimum(tree, length)], 0)
     start = jnp.cumsum(size) - size
     begin_own = jax.ops.segment_min(slots, own, most + 1)
 
     which = jnp.arange(bounds.branches)[None, :]
     text = jnp.where((branch > 0)[:, None], own[:, None], base[group][:, None] + which)
-    inside = jnp.where(branch > 0, trunk[group] + slots - begin_own[own], slots - begin[group])
+    inside = jnp.where(branch > 0, prefix[group] + slots - begin_own[own], slots - begin[group])
     copied = which < jnp.where(branch > 0, 1, count[group])[:, None]
     copies = jnp.where(copied, start[jnp.minimum(text, most - 1)] + inside[:, None], places).astype(jnp.int32)
 

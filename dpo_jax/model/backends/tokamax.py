@@ -1,4 +1,4 @@
-"""Attention over packed forests by tokamax's kernel for Hopper GPUs, which takes one range of keys for each query.
+"""Attention over packed rows by tokamax's kernel for Hopper GPUs, which takes one range of keys for each query.
 
 Trees of up to two branches are turned until each slot sees one range of the row: the first branch backwards, the
 prompt, the second branch. Where there may be more branches, and under a window, texts are laid out one by one (see
@@ -54,7 +54,9 @@ def prepare(layout: Layout, window: int | None, bounds: Bounds | None) -> Ranges
       ValueError: the number of branches is not bounded.
     """
     if bounds is None:
-        raise ValueError("tokamax lays rows out anew, and wants to know how many branches a tree has; give bounds")
+        raise ValueError(
+            "tokamax lays rows out again, and wants to know how many completions a prompt group has; give bounds"
+        )
     if window is None and bounds.branches <= 2:
         return jax.vmap(lambda group, branch: _turned(group, branch))(layout.group, layout.branch)
     return _by_text(layout, window, bounds)

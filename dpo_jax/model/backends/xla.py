@@ -1,9 +1,9 @@
-"""Attention over packed forests in plain XLA: exact on every platform, and what other backends are held against.
+"""Attention over packed rows in plain XLA: exact on every platform, and what other backends are held against.
 
 Queries go in blocks, and a row packs many trees: a block needs the keys of its trees' prompts and of its own branches.
 So one loop goes over blocks of queries and an inner one over those blocks of keys, as often as the data says. Scores
 and masks exist for one pair of blocks at a time. The softmax is put together block by block, and the backward pass
-computes scores anew from each query's log-sum-exp (arXiv:2205.14135). The order of all sums is fixed, so the same
+computes scores again from each query's log-sum-exp (arXiv:2205.14135). The order of all sums is fixed, so the same
 inputs give the same bits.
 
 Letters: B rows, T slots, K key-value heads, G queries for each of them, H = K G heads, C channels of a key, E channels
