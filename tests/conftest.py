@@ -11,7 +11,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also for the processes that tes
 
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # nor do they keep or find compiled programs
 
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")  # a core has its own pytest worker
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_cpu_multi_thread_eigen=false "  # a core has its own pytest worker
+    "--xla_cpu_use_fusion_emitters=false "  # the older way to compile a fusion takes half of the time
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
 
 import hypothesis
 import jax
@@ -56,10 +61,14 @@ COMPILING = (
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
+    compiling = {path: _compiles(path.relative_to(ROOT / "tests")) for path in {item.path for item in items}}
     for item in items:
-        place = item.path.relative_to(ROOT / "tests")
-        if any(place.is_relative_to(part) for part in COMPILING):
+        if compiling[item.path]:
             item.add_marker("compiles")
+
+
+def _compiles(place: Path) -> bool:
+    return any(place.is_relative_to(part) for part in COMPILING)
 
 
 @pytest.fixture(scope="module", autouse=True)
