@@ -30,7 +30,8 @@ def world(tmp_path_factory):
     """A model folder and files of pairs, the second of them held out."""
     root = tmp_path_factory.mktemp("world")
     tokenizer = byte_tokenizer()
-    write_folder(root / "model", vocab_size=300, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+    ends = {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    write_folder(root / "model", num_hidden_layers=2, **ends)
     tokenizer.save_pretrained(str(root / "model"))
     rows = [
         {"prompt": [user(f"Say {n}")], "chosen": [assistant("yes " * (n % 5 + 1))], "rejected": [assistant("no" * n)]}
@@ -209,7 +210,7 @@ def same_losses(one, other, rel):
 @pytest.mark.parametrize(
     "more",
     [
-        ("mesh.data=4", "mesh.fsdp=1"),
+        night(("mesh.data=4", "mesh.fsdp=1")),
         ("mesh.fsdp=2", "mesh.tensor=2"),
         ("reference.mode=live", "model.scan_layers=false"),
     ],

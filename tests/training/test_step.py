@@ -27,6 +27,7 @@ from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import MovingReference, fresh_state, make_step
 from tests.conftest import ROOT
 from tests.support.forests import SPEC, random_encoded
+from tests.support.tiers import by_day
 from tools import parity
 
 ENCODED = random_encoded(units=9, completions=(2, 4), seed=3)
@@ -217,7 +218,13 @@ def cases(name):
     return [case for case in table.get("traj", table) if not case.startswith("_")] or ["no folder"]
 
 
-@pytest.mark.parametrize("case", cases("golden.json"))
+CASES = {"sigmoid", "aot", "ipo_js_divergence", "sigmoid_wpo", "sigmoid_ld0.5", "mpo", "sigmoid_maxlen12_keep_end"} | {
+    "no folder"
+}
+"""One of each kind: of pairs, of a step, a divergence, weights, cut lengths, a mixture, cut texts."""
+
+
+@pytest.mark.parametrize("case", by_day(cases("golden.json"), CASES))
 def test_loss_gradient_and_every_metric_are_trls(trl, case):
     """Tolerances and their reasons stand in tools/parity.py."""
     golden = json.loads((trl.path / "golden.json").read_text())[case]
@@ -225,7 +232,7 @@ def test_loss_gradient_and_every_metric_are_trls(trl, case):
     assert lines and [line for line in lines if line.missed] == []
 
 
-@pytest.mark.parametrize("loss_type", cases("trajectory.json"))
+@pytest.mark.parametrize("loss_type", by_day(cases("trajectory.json"), CASES))
 def test_eight_steps_of_adamw_are_trls(trl, loss_type):
     log = json.loads((trl.path / "trajectory.json").read_text())["traj"][loss_type]
     lines = list(parity.compare_trajectory(trl, loss_type, log))
