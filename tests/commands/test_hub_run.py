@@ -59,6 +59,7 @@ def arguments(world, output, *more):
         "data.train": world / "train.jsonl",
         "data.cache": world / "cache",
         "batch.pairs": 4,
+        "batch.micro_tokens": 64,  # of one device, all steps have one shape
         "steps": 2,
         "optimizer.learning_rate": 1e-3,
         "optimizer.warmup_steps": 0,

@@ -58,6 +58,7 @@ def arguments(world, output, *more):
         "data.eval": world / "eval.jsonl",
         "data.cache": world / "cache",
         "batch.pairs": 4,
+        "batch.micro_tokens": 256,  # all steps have one shape, so that one program is compiled
         "steps": STEPS,
         "optimizer.learning_rate": 1e-3,
         "optimizer.warmup_steps": 0,
@@ -171,7 +172,8 @@ def moving(world):
     return counted(world, world / "moving", *MOVING)
 
 
-MOVING = ("reference.update_every=2", "objective.name=beta_dpo", "objective.beta_end=0.3")
+MOVING = ("reference.update_every=2", "objective.name=beta_dpo", "objective.beta_end=0.3", "batch.micro_tokens=null")
+"""Its steps have several shapes, too."""
 
 
 @pytest.mark.parametrize(

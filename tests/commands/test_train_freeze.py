@@ -23,7 +23,9 @@ def world(tmp_path_factory):
     ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "vocab_size": 300}
     write_folder(root / "model", "llama", "bfloat16", **ends, tie_word_embeddings=False)
     tokenizer.save_pretrained(str(root / "model"))
-    rows = [{"prompt": f"Say {n}", "chosen": "yes " * (n % 5 + 1), "rejected": "no" * n} for n in range(1, 15)]
+    rows = [
+        {"prompt": f"Say {n}", "chosen": "yes " * (n % 2 + 1), "rejected": "no" * (n % 3 + 1)} for n in range(11, 25)
+    ]
     write(root / "train.jsonl", *rows)
     return root
 
