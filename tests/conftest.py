@@ -69,6 +69,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker("compiles")
 
 
+def pytest_collection_finish():
+    """What was imported to collect stays, and is not looked through again by each collection of garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 def _compiles(place: Path) -> bool:
     return any(place.is_relative_to(part) for part in COMPILING)
 
