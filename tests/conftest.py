@@ -11,7 +11,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also for the processes that tes
 
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # nor do they keep or find compiled programs
 
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")  # a core has its own pytest worker
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_cpu_multi_thread_eigen=false "  # a core has its own pytest worker
+    "--xla_cpu_use_fusion_emitters=false "  # the older way to compile a fusion takes half of the time
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
+
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # tests compile far longer than they compute
 
 import hypothesis
 import jax
@@ -23,7 +30,7 @@ hypothesis.settings.load_profile("busy")  # what is tested is no stopwatch, and 
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_enable_compilation_cache", False)
-jax.config.update("jax_disable_most_optimizations", True)  # tests compile far longer than they compute
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -56,10 +63,21 @@ COMPILING = (
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
+    compiling = {path: _compiles(path.relative_to(ROOT / "tests")) for path in {item.path for item in items}}
     for item in items:
-        place = item.path.relative_to(ROOT / "tests")
-        if any(place.is_relative_to(part) for part in COMPILING):
+        if compiling[item.path]:
             item.add_marker("compiles")
+
+
+def pytest_collection_finish():
+    """What was imported to collect stays, and is not looked through again by each collection of garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+def _compiles(place: Path) -> bool:
+    return any(place.is_relative_to(part) for part in COMPILING)
 
 
 @pytest.fixture(scope="module", autouse=True)

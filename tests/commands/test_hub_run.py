@@ -18,8 +18,7 @@ from dpo_jax.hf import tensors
 from dpo_jax.reporting.journal import Journal, read_records
 from dpo_jax.run.sources import check_export, find_models
 from tests.conftest import ROOT
-from tests.hf.test_hub import at_hub, contents, use
-from tests.support.hub_stand_in import READ_ONLY, TOKEN, Hub, Repository, serving
+from tests.support.hub_stand_in import READ_ONLY, TOKEN, Hub, Repository, at_hub, contents, serving, use
 from tests.support.tiny_folders import write_folder
 from tests.support.tiny_rows import assistant, byte_tokenizer, user, write
 
@@ -60,6 +59,7 @@ def arguments(world, output, *more):
         "data.train": world / "train.jsonl",
         "data.cache": world / "cache",
         "batch.pairs": 4,
+        "batch.micro_tokens": 64,  # of one device, all steps have one shape
         "steps": 2,
         "optimizer.learning_rate": 1e-3,
         "optimizer.warmup_steps": 0,

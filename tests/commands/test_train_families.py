@@ -1,5 +1,6 @@
 """The whole job on other models than llama: experts, linear attention, learned positions, other towers."""
 
+import functools
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dpo_jax import train
+from dpo_jax.config import run as config
 from dpo_jax.reporting.journal import read_records
 from tests.support.tiny_folders import SIZES, write_config, write_folder
 from tests.support.tiny_rows import byte_tokenizer, write
@@ -24,7 +26,7 @@ LINEAR = {
     "linear_value_head_dim": 8,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "layer_types": ["linear_attention", "full_attention"],
     "head_dim": 8,
 }
 OTHERS = dict.fromkeys(("num_key_value_heads", "rope_parameters", "rms_norm_eps", "intermediate_size"), ...)
@@ -38,9 +40,11 @@ def world(tmp_path_factory):
     root, tokenizer = tmp_path_factory.mktemp("world"), byte_tokenizer()
     for family, changes in FAMILIES.items():
         ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "vocab_size": 300}
-        write_folder(root / family, family, **{**changes, **ends})
+        write_folder(root / family, family, **{"num_hidden_layers": 2, **changes, **ends})
         tokenizer.save_pretrained(str(root / family))
-    rows = [{"prompt": f"Say {n}", "chosen": "yes " * (n % 5 + 1), "rejected": "no" * n} for n in range(1, 15)]
+    rows = [
+        {"prompt": f"Say {n}", "chosen": "yes " * (n % 2 + 1), "rejected": "no" * (n % 3 + 1)} for n in range(11, 25)
+    ]
     write(root / "train.jsonl", *rows)
     return root
 
@@ -60,30 +64,40 @@ def arguments(world, family, output, *more):
     return [f"{key}={value}" for key, value in given.items()] + list(more)
 
 
+@pytest.fixture(scope="module")
+def ran(world):
+    """Folder of a family's plain run, which is run when it is first asked for."""
+
+    @functools.cache
+    def run(family):
+        assert train.main(arguments(world, family, f"run_{family}")) == 0
+        return world / f"run_{family}"
+
+    return run
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_ends_with_the_family_s_own_folder(world, family):
-    assert train.main(arguments(world, family, f"run_{family}")) == 0
-    steps = [record for record in read_records(world / f"run_{family}" / "metrics.jsonl") if "loss" in record]
+def test_a_run_ends_with_the_family_s_own_folder(world, ran, family):
+    steps = [record for record in read_records(ran(family) / "metrics.jsonl") if "loss" in record]
     # at the first step policy and reference are the same; what balances experts stands beside that
     first = steps[0]["loss"] - EXPERTS["router_aux_loss_coef"] * steps[0].get("aux_loss", 0.0)
     assert first == pytest.approx(np.log(2), abs=1e-4) and ("aux_loss" in steps[0]) == (family == "qwen3_moe")
-    before, after = (load_file(path / "model.safetensors") for path in (world / family, world / f"run_{family}/model"))
+    before, after = (load_file(path / "model.safetensors") for path in (world / family, ran(family) / "model"))
     assert {n: (t.dtype, t.shape) for n, t in before.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
     assert any((before[name] != after[name]).any() for name in before)
 
 
-def test_sharing_prompts_is_asked_of_the_spec_and_changes_nothing(world):
-    """Linear attention cannot share them, so to ask for it gives the same bits as not to."""
-    found = []
-    for share in ("true", "false"):
-        output = f"share_{share}"
-        assert train.main(arguments(world, "qwen3_5_text", output, f"batch.share_prompts={share}")) == 0
-        found.append((world / output / "model" / "model.safetensors").read_bytes())
+def test_sharing_prompts_is_asked_of_the_spec_and_changes_nothing(world, ran):
+    """Linear attention cannot share them, so to ask for it, as a run does, gives the same bits as not to."""
+    assert config.load(arguments(world, "qwen3_5_text", "x")).batch.share_prompts
+    assert train.main(arguments(world, "qwen3_5_text", "whole", "batch.share_prompts=false")) == 0
+    found = [(folder / "model" / "model.safetensors").read_bytes() for folder in (ran("qwen3_5_text"), world / "whole")]
     assert found[0] == found[1]
 
 
 def test_other_towers_are_carried_through_a_run(world):
     inner = {key: value for key, value in SIZES.items() if key not in ("bos_token_id", "eos_token_id")}
+    inner["num_hidden_layers"] = 2
     text = {**inner, "model_type": "ministral3", "vocab_size": 300, "head_dim": 8, "max_position_embeddings": 64}
     folder = write_folder(world / "inner", "ministral3", **{**text, "model_type": "ministral3"})
     config = {"model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"], "text_config": text}

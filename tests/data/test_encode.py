@@ -11,21 +11,12 @@ from hypothesis import strategies as st
 
 from dpo_jax.data.encode import TRUNCATIONS, collect, encode
 from dpo_jax.data.encoded import Encoded
-from dpo_jax.data.report import Report
-from dpo_jax.data.settings import DataSettings
 from dpo_jax.errors import UserError
+from tests.support.encoding import encoded_rows, settings
 from tests.support.tiny_rows import CHAT, CHATML, GOOD, HI, IDS, NO, SPECIAL, YO, assistant, byte_tokenizer, user, write
 
 END = SPECIAL.index("<|im_end|>")
 EOS = SPECIAL.index("<eos>")
-
-
-def settings(**changes) -> DataSettings:
-    return DataSettings(train="x", **{"max_length": 512, **changes})
-
-
-def encoded_rows(folder, tokenizer, *rows, **changes) -> tuple[Encoded, Report]:
-    return collect(str(write(folder / "rows.jsonl", *rows)), tokenizer, settings(**changes))
 
 
 def texts(encoded: Encoded, tokenizer, pair: int = 0) -> tuple[str, str, str]:

@@ -8,15 +8,11 @@ import pytest
 from dpo_jax.data import encode as encode_module
 from dpo_jax.data.encode import collect, encode
 from dpo_jax.data.encoded import SETTINGS, Encoded
-from dpo_jax.data.report import Report
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.errors import UserError
+from tests.support.encoding import assert_equal, settings
 from tests.support.forests import random_encoded
 from tests.support.tiny_rows import CHAT, CHATML, GOOD, byte_tokenizer, write
-
-
-def settings(**changes) -> DataSettings:
-    return DataSettings(train="x", **{"max_length": 512, **changes})
 
 
 @pytest.fixture
@@ -28,14 +24,6 @@ def cached(tmp_path):
         return collect(str(path), tokenizer, settings(**changes), tmp_path / "cache", first=first)
 
     return run, path, tmp_path / "cache"
-
-
-def assert_equal(one: tuple[Encoded, Report], other: tuple[Encoded, Report]) -> None:
-    for field in dataclasses.fields(Encoded):
-        first, second = getattr(one[0], field.name), getattr(other[0], field.name)
-        assert np.array_equal(first, second) and getattr(first, "dtype", 0) == getattr(second, "dtype", 0), field.name
-    reports = [{**report.to_dict(), "cache": ""} for _, report in (one, other)]
-    assert reports[0] == reports[1]
 
 
 def test_a_cached_result_is_the_same_and_is_not_made_again(cached, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 
 from dpo_jax.data.encode import TRUNCATIONS, collect
-from tests.data.test_encode import encoded_rows, settings
+from tests.support.encoding import encoded_rows, settings
 from tests.support.tiny_rows import CHAT, GOOD, MESSAGES, assistant, byte_tokenizer, user, write
 
 

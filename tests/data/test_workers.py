@@ -13,9 +13,9 @@ from dpo_jax.data.report import Report
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.data.templates import codec
 from dpo_jax.errors import UserError
-from tests.data.test_encoded import assert_equal
 from tests.support import pieces
 from tests.support.bad_rows import BAD_ROWS
+from tests.support.encoding import assert_equal
 from tests.support.tiny_rows import CHAT, GOOD, IMPLICIT, RANKED, UNPAIRED, byte_tokenizer, write
 
 

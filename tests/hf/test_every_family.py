@@ -27,7 +27,7 @@ from tests.support.family_models import (
     theirs,
     torch_logits,
 )
-from tests.support.tiers import one_of_each_kind
+from tests.support.tiers import MIXERS, by_day, one_of_each_kind
 
 pytest.importorskip("torch")
 GOLDEN = (
@@ -38,7 +38,7 @@ GOLDEN = (
 ).split()
 
 
-@pytest.fixture(params=one_of_each_kind(GOLDEN))
+@pytest.fixture(params=by_day(GOLDEN, MIXERS))
 def kept(request, shared) -> Folder:
     """A folder that was written once, by another version of this test's generator."""
     return golden(shared / "families" / request.param)

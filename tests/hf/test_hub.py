@@ -9,7 +9,6 @@ import huggingface_hub
 import numpy as np
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.utils import disable_progress_bars
 from safetensors.numpy import save_file
 
 from dpo_jax import convert
@@ -17,29 +16,12 @@ from dpo_jax.errors import UserError
 from dpo_jax.hf import hub, tensors
 from dpo_jax.hf.push import check_push, push
 from dpo_jax.hf.tensors import Tensors, local_folder
-from tests.support.hub_stand_in import READ_ONLY, TOKEN, Hub, Repository, serving
+from tests.support.hub_stand_in import READ_ONLY, TOKEN, Repository, at_hub, contents, serving, use
 
 # The hub's own client uploads with an argument that its HTTP library would rather have under another name.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 MODEL = "org/tiny"
-
-
-def use(patch: pytest.MonkeyPatch, hub: Hub, home: Path) -> None:
-    """The hub's client, in this process, talks to the stand-in and keeps its cache in `home`."""
-    for name, value in {
-        "ENDPOINT": hub.url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_CACHE": str(home / "hub"),
-        "HF_TOKEN_PATH": str(home / "token"),
-        "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_DISABLE_TELEMETRY": True,
-        "HF_HUB_OFFLINE": False,
-    }.items():
-        patch.setattr(constants, name, value)
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
-        patch.delenv(name, raising=False)
-    disable_progress_bars()
 
 
 @pytest.fixture
@@ -92,14 +74,6 @@ def write_export(folder: Path, seed: int = 0, shards: int = 1, base: str = "tiny
     sums = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
     tensors.write_bytes(folder / tensors.SUMS, sums.encode())
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def at_hub(far: Hub, name: str, revision: str = "main") -> dict[str, bytes]:
-    return {file: content for file, content in far.files(name, revision).items() if file != ".gitattributes"}
 
 
 def line(act, *args, **how) -> str:

@@ -15,7 +15,7 @@ from dpo_jax.hf.checkpoint import save_hf
 from dpo_jax.hf.verify import Verification, check
 from tests.conftest import ROOT
 from tests.support.reward_folders import torch_folder
-from tests.support.tiers import one_of_each_kind
+from tests.support.tiers import MIXERS, by_day
 from tests.support.tiny_folders import write_folder
 
 TENSORS, FILES, SUMS = "tensors", "files", "SHA256SUMS"
@@ -80,7 +80,7 @@ def test_a_reward_model_is_compared_by_its_scores(tmp_path):
     assert scores.shape == (verify.ROWS, 1) and np.ptp(scores) > 0.1
 
 
-@pytest.mark.parametrize("family", one_of_each_kind(FAMILIES) or ["none"])
+@pytest.mark.parametrize("family", by_day(FAMILIES, MIXERS) or ["none"])
 def test_a_folder_that_pytorch_wrote_comes_back(family, shared):
     report = check(shared / "families" / family, torch=False)
     assert report.ok, report

@@ -1,5 +1,6 @@
 """A head that is split over devices, or frozen, says what the whole one says, and no device ever has all of it."""
 
+import functools
 import math
 import re
 
@@ -13,8 +14,10 @@ from jax.sharding import PartitionSpec as P
 from dpo_jax import linear_logprobs, sharding
 from dpo_jax.logprobs.fused import HeadSplit, TokenScores
 from dpo_jax.logprobs.tokens import linear_scores
+from tests.support.tiers import by_day
 
 MESHES = {"tensor 2, fsdp 2": (1, 2, 2), "tensor 4": (1, 1, 4), "fsdp 4": (1, 4, 1), "data 2, fsdp 2": (2, 2, 1)}
+DAY = {"tensor 2, fsdp 2", "tensor 4"}
 COTANGENT = jnp.linspace(-1.0, 2.0, 8)
 
 
@@ -34,7 +37,16 @@ def measured(targets, **options):
     return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+ASKED = dict(chunk=32, statistics=True, collision=True, softcap=4.0, scale=0.7)
+
+
+@functools.cache
+def on_one_device(vocab, frozen):
+    hidden, rows, bias, targets = problem(vocab)
+    return measured(targets, **ASKED, frozen=frozen)(hidden, rows, bias)
+
+
+@pytest.mark.parametrize("mesh", by_day(MESHES, DAY))
 @pytest.mark.parametrize("vocab", [5, 101])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_split_head_is_the_whole_head(mesh, vocab, frozen):
@@ -42,9 +54,9 @@ def test_a_split_head_is_the_whole_head(mesh, vocab, frozen):
     data, fsdp, tensor = MESHES[mesh]
     devices = sharding.make_mesh(data, fsdp, tensor, jax.devices()[:4])
     hidden, rows, bias, targets = problem(vocab)
-    asked = dict(chunk=32, statistics=True, collision=True, softcap=4.0, scale=0.7, frozen=frozen)
-    slopes, scores = measured(targets, **asked)(hidden, rows, bias)
-    split_slopes, split_scores = measured(targets, **asked, split=sharding.head_split(devices))(hidden, rows, bias)
+    slopes, scores = on_one_device(vocab, frozen)
+    split = sharding.head_split(devices)
+    split_slopes, split_scores = measured(targets, **ASKED, frozen=frozen, split=split)(hidden, rows, bias)
     # float32 sums of up to 128 terms of order one in another order
     for name, want in scores._asdict().items():
         np.testing.assert_allclose(getattr(split_scores, name), want, rtol=1e-6, atol=2e-6, err_msg=name)
@@ -81,7 +93,7 @@ def collectives(text):
     return [(kind, math.prod(int(size) for size in dims.split(",") if size)) for dims, kind in found]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", by_day(MESHES, DAY))
 @pytest.mark.parametrize("vocab", [512, 509])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_no_device_gathers_the_head_or_the_logits(mesh, vocab, frozen):
@@ -120,7 +132,7 @@ def test_a_frozen_head_gives_hidden_states_the_same_gradient(softcap, scale, wit
             options = dict(bias=bias, scale=scale, softcap=softcap, chunk=32, frozen=frozen)
             return (linear_logprobs(hidden, rows.T, targets, **options) * COTANGENT).sum()
 
-        return jax.grad(loss, (0, 1))(hidden, rows)
+        return jax.jit(jax.grad(loss, (0, 1)))(hidden, rows)
 
     (trained, _), (frozen, none) = slope(False), slope(True)
     np.testing.assert_allclose(frozen, trained, rtol=1e-5, atol=2e-6)  # float32 sums of 101 products in another order

@@ -11,7 +11,18 @@ from dpo_jax import sharding
 from dpo_jax.model.attention import VisibilityRules, alibi_slopes, attend_seen, visible
 from dpo_jax.model.backends import xla
 from dpo_jax.model.backends.dispatch import PackedRows, attend
-from tests.support.attention import RULES, SHAPES, WINDOWS, as_rules, assert_close, forest, inputs, plainly, slopes_of
+from tests.support.attention import (
+    RULES,
+    SHAPES,
+    WINDOWS,
+    as_rules,
+    assert_close,
+    forest,
+    inputs,
+    measured,
+    slopes_of,
+    wanted,
+)
 from tests.support.tiers import by_day
 
 
@@ -27,7 +38,7 @@ def test_blocks_are_the_plain_formula(rules, window, shape):
         return attend(query, key, value, layout, as_rules(rules, sinks), window=window)
 
     # sums of 8 to 200 terms of size 1 in another order; a wrong mask or factor is off by 1e-2 at least
-    assert_close(by_blocks, lambda arrays: plainly(arrays, layout, rules, window), arrays, slope, 2e-5)
+    assert_close(measured(by_blocks, arrays, slope), wanted(shape, rules, window), 2e-5)
 
 
 def test_a_row_of_one_block_is_the_plain_formula():
@@ -94,29 +105,32 @@ def test_the_same_inputs_give_the_same_bits():
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 2}, {"fsdp": 1, "tensor": 4}])
-def test_devices_change_nothing(sizes):
-    """Rows and heads on devices of their own, and the gradient of sinks summed over rows; two heads over four devices
-    stay whole."""
-    mesh = sharding.make_mesh(**sizes)
+def on_devices(where):
+    """What is measured of rows that are placed so."""
     layout, arrays, slope = inputs("grouped")
     layout, arrays, slope = jax.tree.map(
         lambda x: x if x.ndim == 1 else jnp.concatenate([x, x[:1]]), (layout, arrays, slope)
     )
 
-    def on_devices(arrays, where):
+    def attended(arrays):
         query, key, value, sinks = arrays
         ready = PackedRows.of(layout, [7], activations=where)
         return ready.attend(query, key, value, 7, as_rules("everything", sinks))
 
+    return measured(attended, arrays, slope)
+
+
+@functools.cache
+def on_one_device():
+    return on_devices(None)
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 2}, {"fsdp": 1, "tensor": 4}])
+def test_devices_change_nothing(sizes):
+    """Rows and heads on devices of their own, and the gradient of sinks summed over rows; two heads over four devices
+    stay whole."""
     # a device's own sums have the same order; the gradient of sinks is a sum over rows
-    assert_close(
-        lambda arrays: on_devices(arrays, sharding.rows(mesh)),
-        lambda arrays: on_devices(arrays, None),
-        arrays,
-        slope,
-        1e-6,
-    )
+    assert_close(on_devices(sharding.rows(sharding.make_mesh(**sizes))), on_one_device(), 1e-6)
 
 
 def test_slopes_of_more_heads_than_a_power_of_two():

@@ -12,7 +12,7 @@ from dpo_jax.model.backends import table
 from dpo_jax.model.backends.dispatch import attend
 from dpo_jax.model.settings import ModelSettings
 from dpo_jax.run import models
-from tests.support.attention import as_rules, assert_close, inputs, plainly
+from tests.support.attention import as_rules, assert_close, inputs, measured, wanted
 from tests.support.specs import plain_spec
 
 PLAIN = dict(width=16, layers=2, heads=2, mlp_width=24)
@@ -41,7 +41,7 @@ def test_splash_is_the_plain_formula(rules, window, shape):
         return attend(query, key, value, layout, as_rules(rules, sinks), window=window, backend="splash")
 
     # float32 sums of 8 to 200 terms in another order
-    assert_close(by_kernel, lambda arrays: plainly(arrays, layout, rules, window), arrays, slope, 2e-5)
+    assert_close(measured(by_kernel, arrays, slope), wanted(shape, rules, window), 2e-5)
 
 
 @pytest.mark.parametrize("feature", table.FEATURES)

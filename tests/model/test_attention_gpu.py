@@ -24,7 +24,7 @@ from dpo_jax.model.decoder import Execution, init_params
 from dpo_jax.preference.micro_batches import micro_batch
 from dpo_jax.preference.scoring import score
 from dpo_jax.run import models
-from tests.support.attention import FOREST, as_rules, assert_close, forest, inputs, plainly
+from tests.support.attention import FOREST, as_rules, assert_close, forest, inputs, measured, plainly, wanted
 from tests.support.forests import SPEC, random_encoded
 from tests.support.specs import plain_spec
 from tests.support.tiers import by_day
@@ -118,7 +118,7 @@ def test_what_a_kernel_is_given_is_the_plain_formula(plain_kernel, backend, shap
         return attend(query, key, value, layout, VisibilityRules(0.25), window=window, backend=backend, bounds=bounds)
 
     # sums of 8 to 200 terms of size 1 in another order; a wrong place or segment is off by 1e-2 at least
-    assert_close(by_kernel, lambda arrays: plainly(arrays, layout, "plain", window), arrays, slope, 2e-5)
+    assert_close(measured(by_kernel, arrays, slope), wanted(shape, "plain", window), 2e-5)
 
 
 @pytest.mark.parametrize("rules", ["plain", "softcap"])
@@ -132,7 +132,8 @@ def test_turned_pairs_are_the_plain_formula(plain_kernel, rules):
         return attend(*arrays[:3], layout, as_rules(rules, arrays[3]), backend="tokamax", bounds=bounds)
 
     # float32 sums of 8 to 200 terms in another order; the soft cap's own slope is in them
-    assert_close(by_kernel, lambda arrays: plainly(arrays, layout, rules, None), arrays, slope, 2e-5)
+    plain = measured(lambda arrays: plainly(arrays, layout, rules, None), arrays, slope)
+    assert_close(measured(by_kernel, arrays, slope), plain, 2e-5)
 
 
 def test_a_range_is_no_longer_than_it_must_be():
@@ -184,22 +185,32 @@ def test_batches_keep_within_their_bounds(plain_kernel, backend, share):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)  # float32 sums in another order
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"data": 4}])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_devices_change_nothing(plain_kernel, backend, sizes):
+def on_devices(backend, where):
+    """What is measured of rows that are placed so."""
     layout, arrays, slope = inputs("grouped")
     layout, arrays, slope = jax.tree.map(
         lambda x: x if x.ndim == 1 else jnp.concatenate([x, x[:1]]), (layout, arrays, slope)
     )
 
-    def on_devices(arrays, where):
+    def attended(arrays):
         query, key, value, sinks = arrays
         ready = PackedRows.of(layout, [7], backend, bounds=BOUNDS, activations=where, remat=True)
         return ready.attend(query, key, value, 7, as_rules("plain", sinks))
 
+    return measured(attended, arrays, slope)
+
+
+@functools.cache
+def on_one_device(backend):
+    return on_devices(backend, None)
+
+
+@pytest.mark.parametrize("sizes", by_day([{"fsdp": 2, "tensor": 2}, {"data": 4}], [{"fsdp": 2, "tensor": 2}]))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_devices_change_nothing(plain_kernel, backend, sizes):
     rows = sharding.rows(sharding.make_mesh(**{"fsdp": 1, **sizes}))
     # each device's sums are those of a single one
-    assert_close(lambda x: on_devices(x, rows), lambda x: on_devices(x, None), arrays, slope, 1e-6)
+    assert_close(on_devices(backend, rows), on_one_device(backend), 1e-6)
 
 
 # ---------------------------------------------------------------------------------------------- the real kernel
@@ -267,7 +278,7 @@ def test_fa4_is_the_plain_formula(window):
         return attend(*arrays[:3], layout, VisibilityRules(0.25), window=window, backend="fa4", bounds=BOUNDS)
 
     # float32 sums of 8 to 200 terms in another order
-    assert_close(by_package, lambda arrays: plainly(arrays, layout, "plain", window), arrays, slope, 2e-5)
+    assert_close(measured(by_package, arrays, slope), wanted("grouped", "plain", window), 2e-5)
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -329,7 +340,7 @@ def test_tokamax_is_the_plain_formula(monkeypatch, window):
             return attend(*arrays[:3], layout, VisibilityRules(0.25), window=window, backend="tokamax", bounds=bounds)
 
         # float32 sums of 8 to 200 terms in another order
-        assert_close(by_package, lambda arrays: plainly(arrays, layout, "plain", window), arrays, slope, 2e-5)
+        assert_close(measured(by_package, arrays, slope), wanted("grouped", "plain", window), 2e-5)
 
 
 # ---------------------------------------------------------------------------------------------- refusals

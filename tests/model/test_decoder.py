@@ -1,6 +1,7 @@
 """The decoder as a function: its options change nothing, and a forest is what its separate texts are."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -43,15 +44,19 @@ def tokens(batch, length, seed=0):
     return jax.random.randint(jax.random.key(seed), (batch, length), 0, SPEC.vocab_size)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def measured(params, execution):
+    """The sum of squares of all states, and its gradient."""
+
+    def total(params):
+        return (decoder.hidden(SPEC, params, tokens(2, 9), causal(2, 9), execution) ** 2).sum()
+
+    return jax.value_and_grad(total)(params)
+
+
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("remat", by_day(["none", "attention", "dots", "names", "block", "offload"], ["none", "block"]))
 def test_execution_changes_neither_value_nor_gradient(params, scan, remat):
-    ids = tokens(2, 9)
-
-    def total(params, execution):
-        return (decoder.hidden(SPEC, params, ids, causal(2, 9), execution) ** 2).sum()
-
-    measured = jax.jit(jax.value_and_grad(total), static_argnums=1)
     want, gradient = measured(params, Execution())
     value, ours = measured(params, Execution(scan, remat))
     np.testing.assert_allclose(value, want, rtol=1e-5)

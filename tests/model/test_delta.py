@@ -1,5 +1,7 @@
 """Laws of the gated delta rule: chunks are the recurrence, packing is invisible, pieces are the whole."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,27 +20,30 @@ from dpo_jax.sharding import make_mesh
 SPEC = specs.GatedDelta(key_heads=2, value_heads=4, key_dim=8, value_dim=6, kernel=4, norm=specs.Norm(1e-6))
 WIDTH = 12
 ROWS, LENGTH = 4, 150  # two whole chunks and a part of one
-GRAPH, FRESH = nnx.split(GatedDeltaNet(SPEC, WIDTH, rngs=nnx.Rngs(0)))
+
+
+@functools.cache
+def net():
+    """The layer's graph, and fresh parameters."""
+    return nnx.split(GatedDeltaNet(SPEC, WIDTH, rngs=nnx.Rngs(0)))
 
 
 def draw(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
+@functools.cache
 def random_params():
     """Parameters that all matter: strengths around a half, heads that forget at once and heads that hardly do."""
-    leaves, structure = jax.tree.flatten(FRESH)
+    leaves, structure = jax.tree.flatten(net()[1])
     params = jax.tree.unflatten(structure, [0.5 * draw(i, *leaf.shape) for i, leaf in enumerate(leaves)])
     params["decay_rate"][...] = jnp.log(jnp.array([0.003, 0.1, 1.0, 16.0]))
     return params
 
 
-PARAMS = random_params()
-
-
 @jax.jit
 def apply(params, x, text, memory=None):
-    return nnx.merge(GRAPH, params)(x, text, memory)
+    return nnx.merge(net()[0], params)(x, text, memory)
 
 
 rule = jax.jit(delta.gated_delta)
@@ -49,7 +54,7 @@ def gradients(params, x, text, weights):
     """Of `sum(y * weights)`, by the parameters and by x; and y."""
 
     def total(params, x):
-        y, _ = nnx.merge(GRAPH, params)(x, text)
+        y, _ = nnx.merge(net()[0], params)(x, text)
         return (y * weights).sum(), y
 
     return jax.grad(total, argnums=(0, 1), has_aux=True)(params, x)
@@ -132,11 +137,11 @@ def cut(lengths: list[int]) -> list[int]:
 def test_every_text_of_a_row_is_the_recurrence_over_it_alone(lengths):
     x = draw(7, 2, LENGTH, WIDTH)
     text = jnp.stack([numbered(lengths), numbered(lengths[::-1])])
-    y, memory = apply(PARAMS, x, text)
+    y, memory = apply(random_params(), x, text)
     assert memory is None
     assert jnp.isfinite(y).all()
     for row, order in enumerate((lengths, lengths[::-1])):
-        close(y[row, : sum(order)], each_alone(PARAMS, x[row], order))
+        close(y[row, : sum(order)], each_alone(random_params(), x[row], order))
 
 
 def test_packing_is_invisible_to_gradients():
@@ -144,14 +149,14 @@ def test_packing_is_invisible_to_gradients():
     x, weights = draw(1, ROWS, LENGTH, WIDTH), draw(2, ROWS, LENGTH, WIDTH)
     text = jnp.stack([numbered(lengths)] + [numbered([])] * (ROWS - 1))
     weights = jnp.where(text[..., None] > 0, weights, 0)  # outputs at padding mean nothing
-    (of_params, of_x), _ = gradients(PARAMS, x, text, weights)
+    (of_params, of_x), _ = gradients(random_params(), x, text, weights)
 
     stops = np.cumsum(lengths)
     alone = [(slice(stop - n, stop), n) for n, stop in zip(lengths, stops, strict=True)]
     rows = np.zeros((2, len(lengths), LENGTH, WIDTH), np.float32)
     for number, (place, n) in enumerate(alone):
         rows[0][number, :n], rows[1][number, :n] = x[0, place], weights[0, place]
-    (expected, of_rows), _ = gradients(PARAMS, rows[0], np.stack([numbered([n]) for n in lengths]), rows[1])
+    (expected, of_rows), _ = gradients(random_params(), rows[0], np.stack([numbered([n]) for n in lengths]), rows[1])
     close(of_params, expected)
     close(of_x[0, : stops[-1]], np.concatenate([of_rows[number, :n] for number, (_, n) in enumerate(alone)]))
     assert not of_x[0, stops[-1] :].any() and not of_x[1:].any()
@@ -174,7 +179,7 @@ def test_layer_and_gradient_are_those_of_transformers(length):
         layer_types=["linear_attention"],
         num_hidden_layers=1,
     )
-    params = jax.tree.map(jnp.asarray, PARAMS)
+    params = jax.tree.map(jnp.asarray, random_params())
     params["decay_rate"][...] = jnp.log(jnp.array([0.003, 0.1, 1.0, 2.0]))  # theirs loses digits where decay is strong
     theirs = Qwen3_5GatedDeltaNet(config, 0).float()  # pyright: ignore[reportArgumentType]
     leaves = {
@@ -211,11 +216,11 @@ def test_reading_in_pieces_is_reading_at_once(pieces):
     length = sum(pieces)
     x = draw(5, 3, length, WIDTH)
     text = (jnp.arange(length)[None, :] >= jnp.array([0, min(2, pieces[0]), pieces[0]])[:, None]).astype(jnp.int32)
-    expected, _ = apply(PARAMS, x, text)
-    _, at_once = apply(PARAMS, x, text, empty_memory(SPEC, 3, jnp.float32))
+    expected, _ = apply(random_params(), x, text)
+    _, at_once = apply(random_params(), x, text, empty_memory(SPEC, 3, jnp.float32))
     memory, parts, start = empty_memory(SPEC, 3, jnp.float32), [], 0
     for size in pieces:
-        part, memory = apply(PARAMS, x[:, start : start + size], text[:, start : start + size], memory)
+        part, memory = apply(random_params(), x[:, start : start + size], text[:, start : start + size], memory)
         parts.append(part)
         start += size
     real = (text > 0)[..., None]
@@ -226,19 +231,19 @@ def test_reading_in_pieces_is_reading_at_once(pieces):
 @pytest.mark.parametrize("padding", [3, 90])
 def test_padding_before_a_text_leaves_the_memory_as_if_it_were_not_there(padding):
     x, empty = draw(5, 2, 40, WIDTH), empty_memory(SPEC, 2, jnp.float32)
-    y, expected = apply(PARAMS, x, jnp.ones((2, 40), jnp.int32), empty)
+    y, expected = apply(random_params(), x, jnp.ones((2, 40), jnp.int32), empty)
     padded = jnp.pad(x, ((0, 0), (padding, 0), (0, 0)), constant_values=3.0)
     text = jnp.pad(jnp.ones((2, 40), jnp.int32), ((0, 0), (padding, 0)))
-    got, memory = apply(PARAMS, padded, text, empty)
+    got, memory = apply(random_params(), padded, text, empty)
     close(got[:, padding:], y)
     close(memory, expected)
-    _, untouched = apply(PARAMS, padded[:, :padding], text[:, :padding], empty)
+    _, untouched = apply(random_params(), padded[:, :padding], text[:, :padding], empty)
     assert not any(leaf.any() for leaf in untouched)
 
 
 def test_strong_decay_and_padding_give_finite_gradients():
     """About -50 for each token and head, and a row that is padding alone."""
-    params = jax.tree.map(jnp.asarray, PARAMS)
+    params = jax.tree.map(jnp.asarray, random_params())
     params["decay_rate"][...], params["decay_bias"][...] = jnp.full((4,), jnp.log(16.0)), jnp.full((4,), 3.1)
     x, text = draw(8, ROWS, LENGTH, WIDTH), jnp.stack([numbered(each) for each in ([LENGTH], [40, 50], [], [9])])
     found = gradients(params, x, text, draw(9, ROWS, LENGTH, WIDTH))
@@ -271,7 +276,9 @@ def test_tokens_that_repeat_lose_no_digits():
 @pytest.mark.parametrize("place", [1, 30, 64, 100])
 def test_no_output_depends_on_a_later_token(place):
     weights = jnp.where(jnp.arange(LENGTH)[None, :, None] < place, draw(2, ROWS, LENGTH, WIDTH), 0)
-    (_, of_x), _ = gradients(PARAMS, draw(1, ROWS, LENGTH, WIDTH), jnp.ones((ROWS, LENGTH), jnp.int32), weights)
+    (_, of_x), _ = gradients(
+        random_params(), draw(1, ROWS, LENGTH, WIDTH), jnp.ones((ROWS, LENGTH), jnp.int32), weights
+    )
     assert not of_x[:, place:].any()
     assert (jnp.abs(of_x[:, place - 1]) > 0).all()
 
@@ -280,9 +287,9 @@ def test_devices_change_neither_value_nor_gradient():
     mesh = make_mesh(data=2, fsdp=2)
     x, weights = draw(1, ROWS, LENGTH, WIDTH), draw(2, ROWS, LENGTH, WIDTH)
     text = jnp.stack([numbered(each) for each in ([LENGTH], [40, 60, 5], [3, 64], [])])
-    expected = gradients(PARAMS, x, text, weights)
+    expected = gradients(random_params(), x, text, weights)
     split = NamedSharding(mesh, P(("data", "fsdp")))
-    params = jax.device_put(PARAMS, NamedSharding(mesh, P()))
+    params = jax.device_put(random_params(), NamedSharding(mesh, P()))
     with jax.set_mesh(mesh):
         got = gradients(params, *(jax.device_put(each, split) for each in (x, text, weights)))
     close(got, expected)
@@ -290,8 +297,8 @@ def test_devices_change_neither_value_nor_gradient():
 
 
 def test_half_precision_stays_outside():
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params())
     x, text = draw(1, 2, 9, WIDTH).astype(jnp.bfloat16), jnp.ones((2, 9), jnp.int32)
     y, memory = apply(half, x, text, empty_memory(SPEC, 2, jnp.bfloat16))
     assert (y.dtype, memory.conv.dtype, memory.state.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
-    close(y[0].astype(jnp.float32), recurrence(PARAMS, x[0]), 0.03)  # weights and projections round to 8 bits
+    close(y[0].astype(jnp.float32), recurrence(random_params(), x[0]), 0.03)  # weights and projections round to 8 bits

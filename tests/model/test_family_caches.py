@@ -53,7 +53,11 @@ def test_pieces_are_the_whole(name):
         np.testing.assert_allclose(found[row, pad:], wanted[row, : LENGTH - pad], rtol=0, atol=LOGIT)
 
 
-@pytest.mark.parametrize("name", ["llama_longrope", "phi3_long"])
+LONGROPE = ["llama_longrope", "phi3_long"]
+"""Their original length is 16."""
+
+
+@pytest.mark.parametrize("name", by_day(LONGROPE, {"phi3_long"}))
 def test_longrope_reads_a_short_text_in_pieces(name):
     """Up to the original length; what is beyond it turns all that came before, which a cache cannot."""
     folder = own(name)
@@ -90,22 +94,21 @@ def greedy(name: str, *, padded: bool, places=((0, 12), (1, 9))) -> list[bool]:
     ]
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_text", "gemma4_text", "bloom", "opt_narrow", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name",
+    by_day(["qwen3_5_text", "gemma4_text", "bloom", "opt_narrow", "deepseek_v3"], {"qwen3_5_text", "gemma4_text"}),
+)
 def test_greedy_answers_are_the_likeliest_tokens(name):
     assert all(greedy(name, padded=True))
 
 
-LONGROPE = ["llama_longrope", "phi3_long"]
-"""Their original length is 16."""
-
-
-@pytest.mark.parametrize("name", LONGROPE)
+@pytest.mark.parametrize("name", by_day(LONGROPE, {"phi3_long"}))
 def test_greedy_answers_go_on_beyond_longropes_original_length(name):
     """A text that grows past it is turned anew as a whole, as transformers reads it anew then."""
     assert all(greedy(name, padded=False, places=[(row, size) for row in (0, 1) for size in range(11, 17)]))
 
 
-@pytest.mark.parametrize("name", LONGROPE)
+@pytest.mark.parametrize("name", by_day(LONGROPE, {"phi3_long"}))
 def test_longrope_reads_a_long_prompt_in_pieces(name, monkeypatch):
     """Every piece of a prompt beyond the original length is turned by the long factors, the first ones too."""
     monkeypatch.setattr(generating, "READ_AT_ONCE", 8)
@@ -114,7 +117,7 @@ def test_longrope_reads_a_long_prompt_in_pieces(name, monkeypatch):
     assert all(likeliest(model, [*prompt, *answer.tokens], 22, padded=False))
 
 
-@pytest.mark.parametrize("name", LONGROPE)
+@pytest.mark.parametrize("name", by_day(LONGROPE, {"llama_longrope"}))
 @pytest.mark.parametrize("stop", [(), (50, 51, 52, 53)])
 def test_an_answer_in_two_legs_is_one_answer(name, stop):
     """Drawn tokens do not depend on the company, and a stream says the same, also where it passes the length."""

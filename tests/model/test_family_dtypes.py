@@ -22,7 +22,7 @@ from dpo_jax.training.optimizer import make_optimizer
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import fresh_state, make_step
 from tests.support.family_models import KINDS, LENGTH, own, read, reloaded, scratch
-from tests.support.forests import random_encoded
+from tests.support.forests import random_encoded, settled
 from tests.support.tiers import MIXERS, by_day
 
 pytest.importorskip("torch")
@@ -57,7 +57,7 @@ def trained(name: str) -> list[Model]:
     share = model.spec.shares_trunk(LENGTH)
     batches = Batches(ENCODED, ENCODED.num_pairs, 1, 2, share_prompts=share)
     step = jax.jit(make_step(TrainingObjective(model.spec), optimizer, lambda count: jnp.where(count == 0, 0.0, RATE)))
-    states = [fresh_state(model.params, optimizer)]
+    states = [settled(fresh_state(model.params, optimizer))]
     for number in range(2):
         state, metrics = step(states[-1], Weights({}), model.params, batches.at(number))
         assert np.isfinite(metrics["loss"]) and metrics["skipped_steps"] == 0

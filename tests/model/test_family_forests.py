@@ -18,7 +18,7 @@ from dpo_jax.preference import scoring
 from tests.support.family_configs import CONFIGS
 from tests.support.family_models import LENGTH, ROWS, allowed, our_logits, ours, own
 from tests.support.forests import random_encoded
-from tests.support.tiers import one_of_each_kind
+from tests.support.tiers import MIXERS, by_day
 
 pytest.importorskip("torch")
 ENCODED = random_encoded(units=5, completions=(2, 3), vocab=88, seed=37, longest=13)
@@ -76,7 +76,7 @@ def test_the_texts_are_long_enough():
     assert 20 < longest() <= LENGTH
 
 
-@pytest.mark.parametrize("name", one_of_each_kind(CONFIGS))
+@pytest.mark.parametrize("name", by_day(CONFIGS, {*MIXERS, "mistral", "phi3_long"}))
 def test_a_forest_is_its_texts(name):
     """Prompts are shared where the spec says that they may be."""
     model = ours(own(name).path)
@@ -86,13 +86,13 @@ def test_a_forest_is_its_texts(name):
     np.testing.assert_allclose(found, plainly(name), rtol=0, atol=tolerance(name))
 
 
-@pytest.mark.parametrize("name", LINEAR + LONGROPE)
+@pytest.mark.parametrize("name", by_day(LINEAR + LONGROPE, {"qwen3_5_text", "phi3_long"}))
 def test_a_shared_prompt_would_be_wrong_there(name):
     found = by_token(ours(own(name).path), ENCODED, share=True, micro_tokens=256)
     assert np.abs(found - plainly(name)).max() > 100 * tolerance(name)
 
 
-@pytest.mark.parametrize("name", LONGROPE)
+@pytest.mark.parametrize("name", by_day(LONGROPE, {"phi3_long"}))
 def test_short_texts_may_share_a_prompt_under_longrope(name):
     """Up to the original length all take the short factors; one text beyond it must not change those beside it."""
     spec = read_spec(own(name).path)
@@ -103,12 +103,14 @@ def test_short_texts_may_share_a_prompt_under_longrope(name):
     np.testing.assert_allclose(found, alone(model, encoded, padded=False), rtol=0, atol=tolerance(name))
 
 
-@pytest.mark.parametrize("name", ["gemma4_everything", "qwen3_5_text", "gpt_oss", "bloom", "deepseek_v3", "opt_narrow"])
-@pytest.mark.parametrize(
-    "execution", [Execution(scan_layers=False), Execution(remat="block")], ids=["unrolled", "remat"]
-)
-def test_execution_changes_nothing(name, execution):
+@pytest.mark.parametrize("name", by_day(MIXERS, {"gpt_oss", "deepseek_v3", "qwen3_5_text"}))
+def test_execution_changes_nothing(name):
+    """Neither layers that are not scanned nor layers that are computed again."""
     model = ours(own(name).path)
     batch = Batches(ENCODED, ENCODED.num_pairs, 1, 1, share_prompts=False, micro_tokens=256).at(0)
-    whole, found = (score(model.spec, model.params, batch, execution=how) for how in (Execution(), execution))
-    np.testing.assert_allclose(found, whole, rtol=0, atol=tolerance(name))
+    whole, *others = (
+        score(model.spec, model.params, batch, execution=how)
+        for how in (Execution(), Execution(scan_layers=False), Execution(remat="block"))
+    )
+    for found in others:
+        np.testing.assert_allclose(found, whole, rtol=0, atol=tolerance(name))

@@ -7,18 +7,13 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dpo_jax import sharding
-from dpo_jax.hf.checkpoint import load_hf
-from dpo_jax.hf.configs import read_spec
-from dpo_jax.model import decoder
-from dpo_jax.model.attention import causal
-from dpo_jax.model.decoder import Execution, Model, abstract_params
 from tests.support.family_models import KINDS, allowed, our_logits, ours, own
-from tests.support.tiers import by_day
+from tests.support.sharded import placed, sharded_logits
+from tests.support.tiers import MIXERS, by_day
 
 pytest.importorskip("torch")
 MESHES = {
@@ -31,33 +26,14 @@ EIGHT = """
 import sys
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_disable_most_optimizations", True)
 import numpy as np
 from pathlib import Path
 from dpo_jax import sharding
-from tests.model.test_family_sharding import sharded_logits
+from tests.support.sharded import sharded_logits
 mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
 for folder in map(Path, sys.argv[1:]):
     np.save(folder / "eight.npy", sharded_logits(folder, np.load(folder / "ids.npy"), mesh))
 """
-
-
-def placed(folder: Path, mesh) -> Model:
-    """The folder's model, each device's part read for it alone."""
-    spec = read_spec(folder)
-    return load_hf(folder, shardings=sharding.param_shardings(abstract_params(spec), mesh), spec=spec)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def shared_out(spec, params, ids, where):
-    states = decoder.hidden(spec, params, ids, causal(*ids.shape), Execution(activations=where))
-    return decoder.head_logits(spec, params, states.reshape(-1, spec.head_width)).reshape(*ids.shape, -1)
-
-
-def sharded_logits(folder: Path, ids: np.ndarray, mesh) -> np.ndarray:
-    """Logits of rows that are split over the mesh, with weights that are split too."""
-    model, where = placed(folder, mesh), sharding.rows(mesh)
-    return np.asarray(shared_out(model.spec, model.params, jax.device_put(jnp.asarray(ids), where), where))
 
 
 def mesh_of(sizes: dict[str, int]):
@@ -65,7 +41,7 @@ def mesh_of(sizes: dict[str, int]):
 
 
 @pytest.mark.parametrize("mesh", by_day(MESHES, {"data 2, tensor 2"}))
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", by_day(KINDS, MIXERS))
 def test_a_mesh_changes_nothing(name, mesh):
     found = sharded_logits(own(name).path, four_rows(name), mesh_of(MESHES[mesh]))
     np.testing.assert_allclose(found, wanted_of(name), rtol=0, atol=allowed(wanted_of(name)))
@@ -112,7 +88,7 @@ def test_eight_devices_change_nothing(name):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=allowed(wanted))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", by_day(KINDS, MIXERS))
 def test_matrices_are_split(name):
     """Over four devices no device holds more than half of the weights; what is whole is small."""
     model = placed(own(name).path, mesh_of({"fsdp": 2, "tensor": 2}))

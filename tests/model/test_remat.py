@@ -15,6 +15,7 @@ from dpo_jax.model.decoder import Execution, init_params
 from dpo_jax.model.settings import REMATS, ModelSettings
 from dpo_jax.model.spec import MLA, MLP, Experts, GatedDelta, Norm, Rope
 from tests.support.specs import plain_spec
+from tests.support.tiers import by_day
 
 PLAIN = plain_spec(width=32, layers=4, heads=4, mlp_width=96, head_dim=8)
 LAYER, NORM = PLAIN.layers[0], Norm(1e-6)
@@ -39,7 +40,7 @@ def compiled(kind, policy, slots=128):
     return jax.jit(jax.value_and_grad(total)).lower(params).compile(), params
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", by_day(LAYERS, {"plain", "delta"}))
 def test_policies_keep_less_and_less_and_change_no_number(kind):
     temporary, wanted = {}, None
     for policy in REMATS:

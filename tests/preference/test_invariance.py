@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from dpo_jax.objectives.table import OBJECTIVES
 from dpo_jax.objectives.terms import make_terms
 from dpo_jax.preference.loss import TrainingObjective, loss_and_gradient, measure
 from tests.support.forests import SPEC, random_encoded
-from tests.support.tiers import by_day
+from tests.support.tiers import by_pairs
 
 SCALAR = dataclasses.replace(SPEC, scalar_head=True)
 ENCODED = random_encoded(units=70, completions=(2, 3), seed=3, soft=True, longest=18)
@@ -230,12 +231,15 @@ LAYOUTS = [  # every two of: micro-batches 1, 2, 4; devices 1, 2, 4; prompts sha
 ]
 
 
+DAY = [(name, (2, 2, True)) for name in KINDS] + [("per pair", (2, 4, False))]
+"""Every kind where all is at once: micro-batches, devices, shared prompts; and one where prompts are not shared."""
+
+
 @pytest.mark.parametrize(
-    "layout",
-    by_day(LAYOUTS, [(4, 1, True), (1, 2, False), (1, 4, True)]),
-    ids=lambda x: f"{x[0]}_micro-{x[1]}_devices-{'shared' if x[2] else 'whole'}",
+    "name,layout",
+    by_pairs(itertools.product(KINDS, LAYOUTS), DAY),
+    ids=lambda x: x if isinstance(x, str) else f"{x[0]}_micro-{x[1]}_devices-{'shared' if x[2] else 'whole'}",
 )
-@pytest.mark.parametrize("name", KINDS)
 def test_every_objective_is_that_of_padded_rows(name, layout):
     """1e-5: float32 sums in another order; the gradient is compared as a whole, by its norm."""
     plain, found = padded(name), laid_out(name, *layout)

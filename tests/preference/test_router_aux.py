@@ -20,6 +20,7 @@ from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import TrainingObjective, loss_and_gradient
 from dpo_jax.run.first_step import preference_loss
 from tests.support.forests import SPEC, random_encoded
+from tests.support.tiers import by_day
 
 MIXED = dataclasses.replace(SPEC.layers[1], mlp=None, experts=Experts(4, 2, 12, shared=MLP(8), shared_gate=True))
 SPARSE = dataclasses.replace(SPEC, layers=(SPEC.layers[0], MIXED, MIXED), router_aux=0.5)
@@ -54,7 +55,7 @@ def directly(params):
     return load_balance(*routing)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", by_day(LAYOUTS, {"several"}))
 def test_value_and_gradient_are_those_of_separate_rows(params, layout):
     batch = Batches(ENCODED, ENCODED.num_pairs, 1, 1, **LAYOUTS[layout]).at(0)
     assert (int(batch.micro_batches) > 1) == (layout != "one micro-batch")

@@ -3,6 +3,7 @@
 Letters: B rows, T slots, H heads, K key-value heads, C channels of a key, E channels of a value.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -78,22 +79,27 @@ def plainly(arrays, layout: Layout, name: str, window: int | None) -> jax.Array:
     return attend_seen(query, key, value, visible(layout, window), as_rules(name, sinks), distance)
 
 
-def assert_close(ours: Callable, theirs: Callable, arrays, slope, tolerance: float) -> None:
-    """Both functions of the arrays have the same value where there is a slope, and the same gradient along it.
+def measured(function: Callable, arrays, slope) -> list[np.ndarray]:
+    """The function's value where there is a slope, and its gradient along it."""
 
-    The tolerance is a share of the largest value of each array.
-    """
+    def total(arrays):
+        found = function(arrays).astype(jnp.float32)
+        return (found * slope.astype(jnp.float32)).sum(), jnp.where(slope != 0, found, 0)
 
-    def measured(function):
-        def total(arrays):
-            found = function(arrays).astype(jnp.float32)
-            return (found * slope.astype(jnp.float32)).sum(), jnp.where(slope != 0, found, 0)
+    (_, found), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(arrays)
+    return [np.asarray(x, np.float32) for x in (found, *gradient)]
 
-        (_, found), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(arrays)
-        return found, *gradient
 
+@functools.cache
+def wanted(shape: str, rules: str, window: int | None) -> list[np.ndarray]:
+    """What the plain formula gives for `inputs(shape)`."""
+    layout, arrays, slope = inputs(shape)
+    return measured(lambda arrays: plainly(arrays, layout, rules, window), arrays, slope)
+
+
+def assert_close(ours: list[np.ndarray], theirs: list[np.ndarray], tolerance: float) -> None:
+    """Both `measured` the same value and the same gradient. The tolerance is a share of the largest of each array."""
     names = ("values", "query", "key", "value", "sinks")
-    for name, one, other in zip(names, measured(ours), measured(theirs), strict=True):
-        one, other = (np.asarray(x, np.float32) for x in (one, other))
+    for name, one, other in zip(names, ours, theirs, strict=True):
         scale = max(float(np.abs(other).max()), 1e-3)
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * scale, err_msg=name)

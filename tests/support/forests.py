@@ -1,7 +1,10 @@
 """Small random preference data, already tokenised, and a decoder for it, for the tests of batches and of steps."""
 
 from dataclasses import replace
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.data.encoded import Encoded
@@ -9,6 +12,11 @@ from dpo_jax.data.entries import ranks
 from tests.support.specs import plain_spec
 
 SPEC = plain_spec(width=16, layers=2, heads=4, mlp_width=24, windows=(None, 6))
+
+
+def settled(tree: Any) -> Any:
+    """The same arrays with dtypes that are not weak, as they come out of a step: a step is compiled once for both."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), tree)
 
 
 def random_encoded(units=9, completions=(2, 2), vocab=50, seed=0, longest=12, skips=False, soft=False) -> Encoded:

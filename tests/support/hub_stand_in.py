@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import constants
+from huggingface_hub.utils import disable_progress_bars
 
 TOKEN, READ_ONLY = "hf_" + "w" * 30, "hf_" + "r" * 30
 USERS = {TOKEN: ("ada", "write"), READ_ONLY: ("ada", "read")}
@@ -329,3 +332,28 @@ def serving() -> Iterator[Hub]:
             server.shutdown()
             thread.join()
             server.server_close()
+
+
+def use(patch: pytest.MonkeyPatch, hub: Hub, home: Path) -> None:
+    """The hub's client, in this process, talks to the stand-in and keeps its cache in `home`."""
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+        "HF_HUB_OFFLINE": False,
+    }.items():
+        patch.setattr(constants, name, value)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
+        patch.delenv(name, raising=False)
+    disable_progress_bars()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def at_hub(far: Hub, name: str, revision: str = "main") -> dict[str, bytes]:
+    return {file: content for file, content in far.files(name, revision).items() if file != ".gitattributes"}

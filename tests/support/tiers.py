@@ -20,6 +20,11 @@ def by_day(values: Iterable[Any], day: Collection[Any]) -> list[Any]:
     return [value if value in day else night(value) for value in values]
 
 
+def by_pairs(values: Iterable[tuple[Any, ...]], day: Collection[tuple[Any, ...]]) -> list[Any]:
+    """The same of several parameters at once."""
+    return [value if value in day else night(*value) for value in values]
+
+
 def night(*values: Any) -> Any:
     """A set of parameters that waits for the night."""
     return pytest.param(*values, marks=pytest.mark.nightly)

@@ -19,7 +19,7 @@ from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.training.optimizer import descend, make_optimizer, state_shardings, stochastically_rounded, wide
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import MovingReference, fresh_state, make_step
-from tests.support.forests import SPEC, random_encoded
+from tests.support.forests import SPEC, random_encoded, settled
 from tests.support.tiers import by_day
 
 KEY = jax.random.key(7)
@@ -131,7 +131,7 @@ def run_of(kind, moving):
         return state
 
     params = cast(fresh(0), jnp.dtype(settings.param_dtype))
-    return fresh_state(params, optimizer, reference=fresh(1) if moving else None), go
+    return settled(fresh_state(params, optimizer, reference=fresh(1) if moving else None)), go
 
 
 @pytest.mark.parametrize("kind", by_day(KINDS, ["adafactor"]))

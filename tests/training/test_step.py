@@ -26,7 +26,8 @@ from dpo_jax.training.optimizer import decay_mask, make_optimizer, schedule
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import MovingReference, fresh_state, make_step
 from tests.conftest import ROOT
-from tests.support.forests import SPEC, random_encoded
+from tests.support.forests import SPEC, random_encoded, settled
+from tests.support.tiers import by_day
 from tools import parity
 
 ENCODED = random_encoded(units=9, completions=(2, 4), seed=3)
@@ -141,7 +142,7 @@ def test_a_moving_reference_moves_when_it_is_due_and_only_then(params, reference
     optimizer = make_optimizer(OptimizerSettings())
     moving = MovingReference(every=2, rate=rate)
     step = jax.jit(make_step(TrainingObjective(SPEC), optimizer, lambda step: 1e-2, steps=4, moving=moving))
-    state, batches = fresh_state(params, optimizer, reference=reference), Batches(ENCODED, 12, 1, 4)
+    state, batches = settled(fresh_state(params, optimizer, reference=reference)), Batches(ENCODED, 12, 1, 4)
     for number in range(4):
         before = state["reference"]
         state, _ = step(state, Weights({}), None, batches.at(number))
@@ -155,7 +156,10 @@ def test_what_an_objective_remembers_goes_from_step_to_step(params, reference):
     problem = TrainingObjective(SPEC, make_terms([{"name": "beta_dpo", "momentum": 0.75, "keep_fraction": 1.0}]))
     optimizer = make_optimizer(OptimizerSettings(learning_rate=0.0))
     step = jax.jit(make_step(problem, optimizer, lambda step: 0.0))
-    state, batch = fresh_state(params, optimizer, remembers=problem.remembers), Batches(ENCODED, 12, 1, 2).at(1)
+    state, batch = (
+        settled(fresh_state(params, optimizer, remembers=problem.remembers)),
+        Batches(ENCODED, 12, 1, 2).at(1),
+    )
     pairs = jax.jit(functools.partial(evaluate_batch, problem))(Weights(params), batch, reference)[0]
     gaps = (pairs.policy_chosen - pairs.reference_chosen - pairs.policy_rejected + pairs.reference_rejected)[pairs.real]
     for remembered in (0.25, 0.25 * 0.75 + 0.25):
@@ -169,7 +173,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(params, referen
     settings = OptimizerSettings(learning_rate=1e-2, weight_decay=0.1)
     optimizer = make_optimizer(settings)
     step = jax.jit(make_step(TrainingObjective(SPEC), optimizer, schedule(settings, 10)))
-    state = fresh_state(params, optimizer)
+    state = settled(fresh_state(params, optimizer))
     good = Batches(ENCODED, 12, 1, 2).at(0)
     state, _ = step(state, Weights({}), reference, good)
     bad = dataclasses.replace(good, weight=np.where(good.real, np.float32(np.nan), good.weight))
@@ -217,7 +221,13 @@ def cases(name):
     return [case for case in table.get("traj", table) if not case.startswith("_")] or ["no folder"]
 
 
-@pytest.mark.parametrize("case", cases("golden.json"))
+CASES = {"sigmoid", "aot", "ipo_js_divergence", "sigmoid_wpo", "sigmoid_ld0.5", "mpo", "sigmoid_maxlen12_keep_end"} | {
+    "no folder"
+}
+"""One of each kind: of pairs, of a step, a divergence, weights, cut lengths, a mixture, cut texts."""
+
+
+@pytest.mark.parametrize("case", by_day(cases("golden.json"), CASES))
 def test_loss_gradient_and_every_metric_are_trls(trl, case):
     """Tolerances and their reasons stand in tools/parity.py."""
     golden = json.loads((trl.path / "golden.json").read_text())[case]
@@ -225,7 +235,7 @@ def test_loss_gradient_and_every_metric_are_trls(trl, case):
     assert lines and [line for line in lines if line.missed] == []
 
 
-@pytest.mark.parametrize("loss_type", cases("trajectory.json"))
+@pytest.mark.parametrize("loss_type", by_day(cases("trajectory.json"), CASES))
 def test_eight_steps_of_adamw_are_trls(trl, loss_type):
     log = json.loads((trl.path / "trajectory.json").read_text())["traj"][loss_type]
     lines = list(parity.compare_trajectory(trl, loss_type, log))
@@ -253,7 +263,7 @@ def test_the_weights_after_eight_steps_are_trls(trl):
     settings = OptimizerSettings.model_validate(parity.TRAJECTORY)
     optimizer, encoded = make_optimizer(settings), parity.encoded_rows(trl, {})
     step = jax.jit(make_step(TrainingObjective(trl.policy.spec), optimizer, schedule(settings, 8), steps=8))
-    state = fresh_state(trl.policy.params, optimizer)
+    state = settled(fresh_state(trl.policy.params, optimizer))
     for number in range(8):
         state, _ = step(state, Weights({}), trl.reference.params, Batches(encoded, 6, 1, 8, order="file").at(number))
     final, leaves = load_file(trl.path / "final_sigmoid_8steps.safetensors"), trees.paths(state["trained"])
