@@ -41,3 +41,10 @@ def test_the_worked_example_of_a_tutorial(capsys):
     assert margins == pytest.approx(np.log(7 / 3) - np.log(3 / 7), abs=1e-6) == pytest.approx(1.6946, abs=5e-5)
     assert losses == pytest.approx(np.log1p(np.exp(-margins)), abs=1e-6)
     assert f"losses {losses:.4f}, margins {margins:.4f}" in block
+
+
+def test_every_module_has_a_place_in_the_tree_and_no_other_is_named():
+    tree = README.partition("## The tree")[2].split("```")[1]
+    named = set(re.findall(r"\b\w+\.py\b", tree.partition("configs/")[0]))
+    modules = {path.name for path in (ROOT / "dpo_jax").rglob("*.py") if "backends" not in path.parts}
+    assert named == modules - {"__init__.py"}

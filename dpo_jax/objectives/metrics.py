@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dpo_jax.objectives.mixture import Progress, beta_of, counts_of, labels_of, leading, modified
-from dpo_jax.objectives.pairwise import LossOutput, Pairs, Scalar, per_token, rewards
+from dpo_jax.objectives.pairs import LossOutput, Pairs, Scalar
+from dpo_jax.objectives.pairwise import per_token, rewards
 from dpo_jax.objectives.terms import Term, data_of
 
 Values = dict[str, Float[Array, ""]]

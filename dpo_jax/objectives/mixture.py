@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dpo_jax.objectives.pairwise import LossOutput, Pairs, Scalar, desensitized, policy_weights
+from dpo_jax.objectives.pairs import LossOutput, Pairs, Scalar
+from dpo_jax.objectives.pairwise import desensitized, policy_weights
 from dpo_jax.objectives.table import OBJECTIVES
 from dpo_jax.objectives.terms import Term, make_terms, takes
 
@@ -41,7 +42,7 @@ def objective_loss(name: str, pairs: Pairs, **settings: Any) -> LossOutput:
 
     Args:
       name: a key of `objectives.OBJECTIVES`.
-      pairs: from `losses.make_pairs`.
+      pairs: from `make_pairs`.
       **settings: as in the table; what is not given has the table's default.
 
     Raises:

@@ -9,14 +9,14 @@ rejected completion, n a number of tokens, S the sigmoid, and e the label smooth
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-Scalar = float | Float[Array, ""]
+from dpo_jax.objectives.pairs import LossOutput, Pairs, Scalar, make_pairs
+
 LARGEST_EXPONENT = 40.0
 """The f-divergences' phi is at least -exp(40): constant beyond (log-ratios of tens of nats), and its square finite."""
 SMALLEST_SURPRISE = 1e-6
@@ -29,97 +29,6 @@ class DPOLoss(NamedTuple):
     losses: Float[Array, "*P"]
     chosen_rewards: Float[Array, "*P"]
     rejected_rewards: Float[Array, "*P"]
-
-
-class Sums(NamedTuple):
-    """Log-probabilities over a part of each completion, in nats."""
-
-    policy_chosen: Float[Array, "*P"]
-    policy_rejected: Float[Array, "*P"]
-    reference_chosen: Float[Array, "*P"]
-    reference_rejected: Float[Array, "*P"]
-
-
-class Ranking(NamedTuple):
-    """All completions of each prompt with their rank (0 is best, equals share one, -1 is no completion)."""
-
-    policy: Float[Array, "*P W"]
-    reference: Float[Array, "*P W"]
-    rank: Int[Array, "*P W"]
-
-
-class Pairs(NamedTuple):
-    """What an objective may look at, one value per pair; `make_pairs` fills in what is not given.
-
-    Attributes:
-      chosen_length: scored tokens, as `rejected_length`.
-      margin: by how much, in nats, the chosen reward should be ahead.
-      label: chance that the chosen completion is the better one; for KTO 1 means desirable and 0 undesirable.
-      weight: factor of the pair's loss; applied by whoever adds the losses up.
-      real: false where an entry only fills up the array.
-      noise: a uniform number in (0, 1), for objectives that draw.
-      shared: sums over the first `min(chosen_length, rejected_length)` tokens of each completion (LD-DPO).
-      alignment: for chosen and rejected, mean over the tokens of `log p(token) - log sum_v p(v)^2` (WPO).
-      ranking: all ranked completions, where more than two are compared.
-    """
-
-    policy_chosen: Float[Array, "*P"]
-    policy_rejected: Float[Array, "*P"]
-    reference_chosen: Float[Array, "*P"]
-    reference_rejected: Float[Array, "*P"]
-    chosen_length: Float[Array, "*P"]
-    rejected_length: Float[Array, "*P"]
-    margin: Float[Array, "*P"]
-    label: Float[Array, "*P"]
-    weight: Float[Array, "*P"]
-    real: Bool[Array, "*P"]
-    noise: Float[Array, "*P"] | None = None
-    shared: Sums | None = None
-    alignment: tuple[Float[Array, "*P"], Float[Array, "*P"]] | None = None
-    ranking: Ranking | None = None
-
-
-class LossOutput(NamedTuple):
-    """What an objective says of each pair: its loss, and the quantity that it makes grow.
-
-    `memory` is what an objective that remembers earlier steps wants to be given at the next one.
-    """
-
-    losses: Float[Array, "*P"]
-    margins: Float[Array, "*P"]
-    memory: Float[Array, " m"] | None = None
-
-
-def make_pairs(
-    policy_chosen: ArrayLike,
-    policy_rejected: ArrayLike,
-    reference_chosen: ArrayLike = 0.0,
-    reference_rejected: ArrayLike = 0.0,
-    **more: Any,
-) -> Pairs:
-    """`Pairs` in float32 of one shape, the reference cut off from gradients.
-
-    Args:
-      policy_chosen: log-probabilities of the chosen completions, in nats; the shape of everything else.
-      policy_rejected: of the rejected completions.
-      reference_chosen: the reference's; 0 where there is none.
-      reference_rejected: the reference's.
-      **more: other fields of `Pairs`; lengths, labels and weights are 1 and margins 0 where they are not given.
-    """
-    shape = jnp.shape(policy_chosen)
-
-    def full(value: ArrayLike) -> Array:
-        return jnp.broadcast_to(jnp.asarray(value).astype(jnp.float32), shape)
-
-    ones, zeros = ("chosen_length", "rejected_length", "label", "weight"), ("margin",)
-    filled = {name: full(more.pop(name, 1.0)) for name in ones} | {name: full(more.pop(name, 0.0)) for name in zeros}
-    reference = jax.lax.stop_gradient((full(reference_chosen), full(reference_rejected)))
-    real = more.pop("real", jnp.ones(shape, bool))
-    for name in ("shared", "ranking"):
-        if (part := more.get(name)) is not None:
-            data = {key: jax.lax.stop_gradient(value) for key, value in part._asdict().items() if "reference" in key}
-            more[name] = part._replace(**data)
-    return Pairs(full(policy_chosen), full(policy_rejected), *reference, **filled, real=real, **more)
 
 
 @jax.jit

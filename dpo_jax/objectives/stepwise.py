@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dpo_jax.objectives.pairwise import LossOutput, Pairs, Ranking, Scalar, cross_entropy, log_ratios, rewards
+from dpo_jax.objectives.pairs import LossOutput, Pairs, Ranking, Scalar
+from dpo_jax.objectives.pairwise import cross_entropy, log_ratios, rewards
 
 SMALLEST_BETA = 1e-3
 """Least beta that beta-DPO adapts to (as in its authors' code)."""

@@ -418,31 +418,6 @@ SCHEDULED: dict[str, Setting] = {
 }
 """What any objective with a beta takes beside it: beta goes from `beta` to `beta_end` over the run."""
 
-SETTINGS: dict[str, str] = {
-    "beta": "strength of the pull towards the reference",
-    "beta_end": "beta at the last step, where it changes on the way",
-    "beta_schedule": "how beta goes from beta to beta_end (default linear)",
-    "label_smoothing": "chance that a pair is labelled the wrong way round",
-    "reference_free": "leave the reference out of a loss that has one",
-    "divergence": "f-divergence that holds the policy to the reference (f-DPO)",
-    "divergence_alpha": "alpha of alpha_divergence, as in TRL: 0 is the forward KL, 1 the reverse KL",
-    "ld_alpha": "weight of tokens beyond the length that both completions have (LD-DPO)",
-    "weighting": "weigh a pair by how likely the policy is to say it (WPO), at most 1 if clamped",
-    "tau": "temperature of discopop's gate",
-    "gamma": "simpo's target margin",
-    "length_penalty": "rdpo's cost of a token, in nats",
-    "calibration_weight": "weight of cal_dpo's calibration",
-    "adapt": "how much beta_dpo's beta follows the step's gaps",
-    "keep_fraction": "share of pairs that beta_dpo keeps",
-    "momentum": "of beta_dpo's running mean of gaps",
-    "desirable_weight": "kto's weight of desirable completions",
-    "undesirable_weight": "kto's weight of undesirable completions",
-    "center": "pulls a reward model's scores towards 0 on average",
-    "sft_weight": "weight of sft in rpo and cpo",
-    "odds_weight": "weight of the odds ratio in orpo",
-}
-"""What each setting is; one that is not here is given in the form of a list."""
-
 KNOWN_AS = {
     name: answer
     for names, answer in (

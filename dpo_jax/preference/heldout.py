@@ -14,7 +14,7 @@ from dpo_jax.model.decoder import Params
 from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.metrics import Means, Values
 from dpo_jax.objectives.mixture import Progress
-from dpo_jax.objectives.pairwise import Pairs
+from dpo_jax.objectives.pairs import Pairs
 from dpo_jax.objectives.terms import Term
 from dpo_jax.preference.loss import measure
 

@@ -26,7 +26,7 @@ from dpo_jax.model.decoder import (
 from dpo_jax.model.experts import Routing
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.objectives.metrics import Mean, Means
-from dpo_jax.objectives.pairwise import Pairs, Ranking, Sums
+from dpo_jax.objectives.pairs import Pairs, Ranking, Sums
 from dpo_jax.preference.micro_batches import fold
 
 

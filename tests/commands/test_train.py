@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from dpo_jax import evaluate, train
-from dpo_jax.objectives.pairwise import LossOutput
+from dpo_jax.objectives.pairs import LossOutput
 from dpo_jax.objectives.table import OBJECTIVES, Objective, Setting
 from dpo_jax.reporting.journal import Journal, read_records
 from dpo_jax.reporting.metrics import TIME_FIELDS

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dpo_jax import dpo_loss, dpo_loss_from_indices
 from dpo_jax.objectives.mixture import objective_loss
-from dpo_jax.objectives.pairwise import make_pairs
+from dpo_jax.objectives.pairs import make_pairs
 from dpo_jax.objectives.table import OBJECTIVES
 
 nats = st.floats(-50, 50, width=32)

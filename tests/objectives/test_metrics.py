@@ -7,7 +7,7 @@ import pytest
 
 from dpo_jax.objectives.metrics import Mean, means, merge, quantile
 from dpo_jax.objectives.mixture import START, Progress, beta_of, labels_of, outcomes, start_constant
-from dpo_jax.objectives.pairwise import Pairs
+from dpo_jax.objectives.pairs import Pairs
 from dpo_jax.objectives.terms import make_terms
 from dpo_jax.preference.loss import measure
 

@@ -7,7 +7,7 @@ import pytest
 
 from dpo_jax.objectives import pairwise as losses
 from dpo_jax.objectives import stepwise as group_losses
-from dpo_jax.objectives.pairwise import Sums, make_pairs
+from dpo_jax.objectives.pairs import Sums, make_pairs
 from dpo_jax.objectives.table import OBJECTIVES
 from tests.support import formulas
 from tests.support.formulas import PAIR_FIELDS

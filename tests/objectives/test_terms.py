@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from dpo_jax.objectives.pairwise import LossOutput
-from dpo_jax.objectives.settings import ObjectiveSettings
-from dpo_jax.objectives.table import KNOWN_AS, MODIFIERS, OBJECTIVES, RECIPES, SCHEDULED, SETTINGS, Setting
+from dpo_jax.objectives.pairs import LossOutput
+from dpo_jax.objectives.settings import SETTINGS, ObjectiveSettings
+from dpo_jax.objectives.table import KNOWN_AS, MODIFIERS, OBJECTIVES, RECIPES, SCHEDULED, Setting
 from dpo_jax.objectives.terms import data_of, make_terms, names, takes, with_defaults
 from tests.support.formulas import RECIPE_FORMULAS
 from tests.support.steps import PAIRS, by_name, evaluate, exact, numbers, random_step

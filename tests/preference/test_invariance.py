@@ -16,7 +16,7 @@ from dpo_jax.model.attention import causal
 from dpo_jax.model.decoder import Execution, cast, hidden, init_params, scalar_scores
 from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.mixture import Progress
-from dpo_jax.objectives.pairwise import Pairs, Ranking, Sums
+from dpo_jax.objectives.pairs import Pairs, Ranking, Sums
 from dpo_jax.objectives.table import OBJECTIVES
 from dpo_jax.objectives.terms import make_terms
 from dpo_jax.preference.loss import TrainingObjective, loss_and_gradient, measure

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.objectives.pairwise import Ranking, make_pairs
+from dpo_jax.objectives.pairs import Ranking, make_pairs
 from dpo_jax.objectives.table import OBJECTIVES
 from tests.support.formulas import FORMULAS, PAIR_FIELDS
 
