@@ -135,7 +135,7 @@ def histogram(encoded: Encoded, block: str) -> list[str]:
     return lines
 
 
-# ------------------------------------------------------------------------------------------------ entries
+# ------------------------------------------------------------------------------------------------ examples
 
 
 def chosen_names(encoded: Encoded, report: Report) -> np.ndarray:

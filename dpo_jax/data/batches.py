@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike
 
 from dpo_jax.data.batch import Batch
 from dpo_jax.data.encode import Encoded
-from dpo_jax.data.entries import first_completions
+from dpo_jax.data.examples import first_completions
 from dpo_jax.data.filling import PromptGroups, fill, trees_of
 from dpo_jax.data.packing import PackingPlan, RowGroups, RowShape, choose_shapes, plan
 

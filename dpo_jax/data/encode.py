@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from dpo_jax.data.encoded import Encoded, Entry
-from dpo_jax.data.entries import ranks
+from dpo_jax.data.examples import ranks
 from dpo_jax.data.layouts import Pair, Record
 from dpo_jax.data.messages import BadRow
 from dpo_jax.data.records import Stretch, read_record, stretches, tables

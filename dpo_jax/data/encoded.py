@@ -45,7 +45,7 @@ class Encoded:
     first kept token, which TRL keeps and does not score) is the span.
 
     An entry of P is a pair of completions, or one completion that is both chosen and rejected (`single`). What an entry
-    must be for an objective is arranged in entries.py.
+    must be for an objective is arranged in examples.py.
 
     Attributes:
       label: of a pair, the chance that chosen is the better one; of a single completion, 1 desirable or 0 undesirable.
@@ -96,7 +96,7 @@ class Encoded:
 
     @property
     def single(self) -> Bool[np.ndarray, " P"]:
-        """Which entries are one completion and not two."""
+        """Which examples are one completion and not two."""
         return self.chosen == self.rejected
 
     @functools.cached_property
@@ -131,7 +131,7 @@ class Encoded:
     def cut(self, completion: int) -> tuple[Int32[np.ndarray, " _"], Int32[np.ndarray, " _"]]:
         """Ids that truncation took before what is read, and after it.
 
-        Read off the order in which `encode` stores its texts; entries.py may leave texts out or borrow them.
+        Read off the order in which `encode` stores its texts; examples.py may leave texts out or borrow them.
         """
         unit = int(self.completion_unit[completion])
         start, after = int(self.prompt_start[unit]), int(self.completion_start[completion] + self._length(completion))

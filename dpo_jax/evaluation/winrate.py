@@ -186,6 +186,6 @@ def answer(
     return rows
 
 
-def share_of_good_answers(answers: Sequence[Mapping[str, Any]]) -> float:
+def pass_rate(answers: Sequence[Mapping[str, Any]]) -> float:
     """Good answers among all, from 0 to 1."""
     return sum(row["good"] for row in answers) / len(answers)

@@ -68,7 +68,7 @@ def load_hf(
     folder = local_folder(folder_or_hub_id)
     spec = read_spec(folder) if spec is None else spec
     source = Tensors(folder)
-    find = reward.claim_trunk if reward.head_is_new(spec, folder) else claim
+    find = reward.claim_decoder if reward.head_is_new(spec, folder) else claim
     claims = find(spec, source.infos, str(folder), scheme_of(spec, folder))
     _check_copies(source, claims)
     leaves = trees.paths(abstract_params(spec))
@@ -254,7 +254,7 @@ def save_hf(
     _check_like(model, origin)
     infos, config, scheme = source.infos, None, scheme_of(model.spec, origin)
     if reward.head_is_new(model.spec, origin):
-        trunk = reward.claim_trunk(model.spec, infos, str(origin), scheme)
+        trunk = reward.claim_decoder(model.spec, infos, str(origin), scheme)
         claims, infos = reward.with_score(model.spec, trunk, infos, scheme)
         config = reward.reward_config(model.spec, origin)
     else:

@@ -26,7 +26,7 @@ def head_is_new(spec: DecoderSpec, folder: Path) -> bool:
     return spec.scalar_head and not read_spec(folder).scalar_head
 
 
-def claim_trunk(spec: DecoderSpec, infos: dict[str, TensorInfo], where: str, scheme: Scheme) -> Claims:
+def claim_decoder(spec: DecoderSpec, infos: dict[str, TensorInfo], where: str, scheme: Scheme) -> Claims:
     """What a reward model takes over of a language model's folder: every weight but the head, under any name.
 
     Raises:
@@ -41,7 +41,7 @@ def claim_trunk(spec: DecoderSpec, infos: dict[str, TensorInfo], where: str, sch
 def with_score(
     spec: DecoderSpec, claims: Claims, infos: Mapping[str, TensorInfo], scheme: Scheme
 ) -> tuple[Claims, dict[str, TensorInfo]]:
-    """The tensors of the reward model's own folder, from `claim_trunk` of the language model's and its tensors.
+    """The tensors of the reward model's own folder, from `claim_decoder` of the language model's and its tensors.
 
     Each has the name that transformers looks for (an embedding may have stood under the head's). The score comes last,
     in the embedding's dtype, in the last file or the one that held nothing but the head.

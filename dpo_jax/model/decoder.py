@@ -246,12 +246,12 @@ def extend(
     """
     slots = lax.dynamic_update_slice(cache.positions, positions, (0, cache.filled))
     view = CachedView.of(spec, positions, slots, cache.filled, lengths)
-    kept = _borrowed(spec, cache.positions.shape, params["embed"]["embedding"].dtype)
+    kept = _shared_kv(spec, cache.positions.shape, params["embed"]["embedding"].dtype)
     x, memory, _ = _run(spec, params, tokens, Context(view, None, None), DEFAULT_EXECUTION, cache.memory, kept)
     return x, Cache(memory, slots, cache.filled + tokens.shape[1])
 
 
-def _borrowed(spec: DecoderSpec, shape: tuple[int, ...], dtype: DTypeLike) -> dict[str, KeyValue]:
+def _shared_kv(spec: DecoderSpec, shape: tuple[int, ...], dtype: DTypeLike) -> dict[str, KeyValue]:
     """Keys and values that layers will keep for others, before they do: zeros, so that a scan knows their shape."""
     mixers = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, specs.Attention) and layer.mixer.keeps]
     return {str(mixer.keeps): _empty_pair(mixer, shape[0], shape[1], dtype) for mixer in mixers}
@@ -261,7 +261,7 @@ def _run(spec: DecoderSpec, params: Params, tokens, context: Context, execution:
     """Embed, run every block with its memory, normalise; also the new memory, and the routing of all layers."""
     ends = _merged(*_ends_graph(spec), {name: leaf for name, leaf in params.items() if name != "blocks"})
     x = _settled(ends.first(tokens, context.view.position), context.activations)
-    inputs, carry = ends.each(tokens, x), Carry(x, kept or _borrowed(spec, tokens.shape, x.dtype))
+    inputs, carry = ends.each(tokens, x), Carry(x, kept or _shared_kv(spec, tokens.shape, x.dtype))
     found, routings = {}, []
     for segment in specs.segments(spec.layers):
         names = [str(segment.first + k) for k in range(len(segment.kinds))]

@@ -231,7 +231,7 @@ class DecoderSpec:
         ropes = [mixer.rope for mixer in mixers if not isinstance(mixer, GatedDelta) and mixer.rope is not None]
         return min((rope.original_positions for rope in ropes if rope.kind == "longrope"), default=None)
 
-    def shares_trunk(self, longest: int) -> bool:
+    def can_share_prompt(self, longest: int) -> bool:
         """Whether completions of texts of at most `longest` tokens may share one computed prompt.
 
         Not where a layer carries a running state, nor where rotations depend on how long the whole text is.

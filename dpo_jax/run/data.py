@@ -11,7 +11,7 @@ import numpy as np
 from dpo_jax import sharding
 from dpo_jax.data.batches import Batches
 from dpo_jax.data.encode import Encoded, encode
-from dpo_jax.data.entries import as_entries
+from dpo_jax.data.examples import as_examples
 from dpo_jax.data.settings import BatchSettings, DataSettings
 from dpo_jax.errors import UserError
 from dpo_jax.model.spec import DecoderSpec
@@ -62,13 +62,13 @@ def examples(encoded: Encoded, terms: tuple[Term, ...], max_length: int) -> Enco
       UserError: the rows cannot be that, or have margins or labels that every term of the objective would ignore.
     """
     name = " + ".join(term.name for term in terms)
-    found = as_entries(encoded, data_of(terms), objective=name, max_length=max_length)
+    found = as_examples(encoded, data_of(terms), objective=name, max_length=max_length)
     used = {use for term in terms for use in term.row.uses}
     for column, plain in (("margin", 0.0), ("label", 1.0)):
         rows = np.flatnonzero(getattr(encoded, column) != plain)
         if len(rows) and column not in used:
             raise UserError(
-                f"{encoded.origin(int(rows[0]))}: has a {column} (as have {len(rows)} entries in all), which "
+                f"{encoded.origin(int(rows[0]))}: has a {column} (as have {len(rows)} examples in all), which "
                 f"objective.name={name} would ignore; remove the column or choose an objective that takes it"
             )
     return found
@@ -81,7 +81,7 @@ def number_of_steps(examples: int, pairs_per_step: int, *, steps: int | None, ep
       UserError: there are fewer examples than a step takes.
     """
     if examples < pairs_per_step:
-        raise UserError(f"batch.pairs: {pairs_per_step} is more than the {examples} entries of data.train; lower it")
+        raise UserError(f"batch.pairs: {pairs_per_step} is more than the {examples} examples of data.train; lower it")
     return steps if steps is not None else max(1, int((epochs or 1) * examples / pairs_per_step))
 
 
@@ -124,7 +124,7 @@ class Packing:
 
     def can_share_prompt(self, spec: DecoderSpec) -> bool:
         """Whether prompts are laid out once for all their completions."""
-        return self.share_prompts and spec.shares_trunk(self.max_length)
+        return self.share_prompts and spec.can_share_prompt(self.max_length)
 
     def steps(
         self,

@@ -92,7 +92,7 @@ class Evaluator:
         )
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
-        return winrate.share_of_good_answers(answers)
+        return winrate.pass_rate(answers)
 
 
 def _collected(collect: Callable, live: Any, weights: Weights, batch: Any) -> Any:

@@ -13,7 +13,7 @@ from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.reporting.journal import Journal
 from dpo_jax.run.reference import Reference
-from dpo_jax.training.optimizer import make_optimizer, schedule, state_shardings, wide
+from dpo_jax.training.optimizer import make_optimizer, schedule, state_shardings, to_float32
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import State, fresh_state, make_step, with_trained
 
@@ -53,7 +53,7 @@ class Trainer:
         self._start = reference.weights if self.moving else None
         self.reference = None if self.moving else reference.weights
         self.optimizer = make_optimizer(optimizer)
-        moving = jax.eval_shape(lambda weights: wide(weights.params), weights) if self.moving else None
+        moving = jax.eval_shape(lambda weights: to_float32(weights.params), weights) if self.moving else None
         self.abstract = jax.eval_shape(self._fresh, weights.trained, moving)
         self.shardings = self._state_shardings()
         rate = schedule(optimizer, batches.steps)

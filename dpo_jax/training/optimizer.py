@@ -54,9 +54,9 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformationE
     Its `update` wants the norm of all gradients, `norm=`. If that is finite, so are directions and moments: no gradient
     is larger, its square is finite too, and no denominator is 0.
 
-    Gradients and parameters are given to it in float32 whatever the parameters are kept in (see `wide`). Adafactor
-    (arXiv:1804.04235) is without momentum, relative steps and scaling by parameters; a stack of layers is clipped as
-    one block.
+    Gradients and parameters are given to it in float32 whatever the parameters are kept in (see `to_float32`).
+    Adafactor (arXiv:1804.04235) is without momentum, relative steps and scaling by parameters; a stack of layers is
+    clipped as one block.
     """
     parts: list[optax.GradientTransformation] = []
     if settings.clip_norm is not None:
@@ -88,7 +88,7 @@ def clipped(largest: float) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-def wide(params: Params) -> Params:
+def to_float32(params: Params) -> Params:
     """Parameters in float32, which optimizers compute in."""
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
 
@@ -122,7 +122,7 @@ def decay_mask(params: Params) -> Params:
     return trees.map_by_rules(params, DECAY, table="weight decay")
 
 
-def descend(params: Params, directions: Tree, learning_rate: jax.Array, key: PRNGKeyArray) -> Params:
+def apply_updates(params: Params, directions: Tree, learning_rate: jax.Array, key: PRNGKeyArray) -> Params:
     """`params - learning_rate * directions`, leaf by leaf; leaves in bfloat16 are rounded at random by the key."""
     leaves, structure = jax.tree.flatten(params)
     moved = []

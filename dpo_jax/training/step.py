@@ -13,7 +13,7 @@ from dpo_jax.data.batch import Batch
 from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.mixture import Progress
 from dpo_jax.preference.loss import TrainingObjective, loss_and_gradient
-from dpo_jax.training.optimizer import descend, wide
+from dpo_jax.training.optimizer import apply_updates, to_float32
 from dpo_jax.trees import Params
 
 State = dict[str, Any]
@@ -53,7 +53,7 @@ def fresh_state(
     zero = jnp.zeros((), jnp.int32)
     state = {
         "trained": trained,
-        "optimizer": optimizer.init(wide(trained)),
+        "optimizer": optimizer.init(to_float32(trained)),
         "step": zero,
         "skipped": zero,
         "consecutive_nonfinite": zero,
@@ -97,8 +97,10 @@ def make_step(
 
         def update(kept: State) -> State:
             with jax.numpy_dtype_promotion("standard"):  # optax takes powers of floats by integer counts
-                directions, moments = optimizer.update(gradient, kept["optimizer"], wide(kept["trained"]), norm=norm)
-            updated = {"trained": descend(kept["trained"], directions, rate, key), "optimizer": moments}
+                directions, moments = optimizer.update(
+                    gradient, kept["optimizer"], to_float32(kept["trained"]), norm=norm
+                )
+            updated = {"trained": apply_updates(kept["trained"], directions, rate, key), "optimizer": moments}
             return updated | ({} if "memory" not in kept else {"memory": memory})
 
         # A branch, not a choice between new and old arrays: XLA then writes the new ones over the old ones.

@@ -346,7 +346,7 @@ def test_a_column_that_the_objective_would_ignore_is_refused(world, tmp_path, ca
     write(tmp_path / "rows.jsonl", {**rows[0], "margin": 0}, *rows[1:])
     argv = [a for a in arguments(world, tmp_path / "run", "evaluation.every=null") if not a.startswith("data.")]
     line = refused([*argv, f"data.train={tmp_path / 'rows.jsonl'}", "objective.name=ipo"], capsys)
-    assert "rows.jsonl:2: has a margin (as have 5 entries" in line and "objective.name=ipo would ignore" in line
+    assert "rows.jsonl:2: has a margin (as have 5 examples" in line and "objective.name=ipo would ignore" in line
     assert (tmp_path / "run" / "data.json").exists()  # what was read is told all the same
 
 

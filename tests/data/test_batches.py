@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dpo_jax.data import batches as batches_module
 from dpo_jax.data.batches import Batches, pair_tokens, prefetch
-from dpo_jax.data.entries import as_entries
+from dpo_jax.data.examples import as_examples
 from dpo_jax.data.packing import Lengths, RowGroups, RowShape, balance, choose_shapes, fits, pack, plan
 from tests.support.first_fit import balanced, first_fit
 from tests.support.forests import random_encoded
@@ -146,7 +146,7 @@ def test_the_last_slot_of_a_completion_holds_its_last_token():
 
 def test_rankings_hold_all_completions_of_their_prompt_with_their_ranks():
     encoded = random_encoded(units=12, completions=(2, 4))
-    whole = as_entries(encoded, "rankings", objective="plackett_luce", max_length=64)
+    whole = as_examples(encoded, "rankings", objective="plackett_luce", max_length=64)
     batches = Batches(whole, 5, 2, 1, rankings=True)
     batch = batches.at(0)
     found = []

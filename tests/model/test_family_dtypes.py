@@ -54,7 +54,7 @@ def trained(name: str) -> list[Model]:
     """The model as it came, after a step of the project's own at rate 0, and after one more at `RATE`."""
     model = load_hf(halved(name))
     optimizer = make_optimizer(OptimizerSettings(weight_decay=1.0))
-    share = model.spec.shares_trunk(LENGTH)
+    share = model.spec.can_share_prompt(LENGTH)
     batches = Batches(ENCODED, ENCODED.num_pairs, 1, 2, share_prompts=share)
     step = jax.jit(make_step(TrainingObjective(model.spec), optimizer, lambda count: jnp.where(count == 0, 0.0, RATE)))
     states = [settled(fresh_state(model.params, optimizer))]

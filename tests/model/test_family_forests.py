@@ -80,7 +80,7 @@ def test_the_texts_are_long_enough():
 def test_a_forest_is_its_texts(name):
     """Prompts are shared where the spec says that they may be."""
     model = ours(own(name).path)
-    share = model.spec.shares_trunk(longest())
+    share = model.spec.can_share_prompt(longest())
     assert share != (name in LINEAR + LONGROPE)
     found = by_token(model, ENCODED, share=share, micro_tokens=256)
     np.testing.assert_allclose(found, plainly(name), rtol=0, atol=tolerance(name))
@@ -96,7 +96,7 @@ def test_a_shared_prompt_would_be_wrong_there(name):
 def test_short_texts_may_share_a_prompt_under_longrope(name):
     """Up to the original length all take the short factors; one text beyond it must not change those beside it."""
     spec = read_spec(own(name).path)
-    assert spec.shares_trunk(16) and not spec.shares_trunk(17)
+    assert spec.can_share_prompt(16) and not spec.can_share_prompt(17)
     encoded = random_encoded(units=5, completions=(2, 3), vocab=88, seed=12, longest=8)
     model = ours(own(name).path)
     found = by_token(model, encoded, share=True, micro_tokens=256)

@@ -31,7 +31,7 @@ def our_gradients(name: str) -> dict[str, np.ndarray]:
     """By the folder's names: a tensor packs its parts, and so does its gradient."""
     folder = own(name).path
     model = ours(folder)
-    share = model.spec.shares_trunk(LENGTH)
+    share = model.spec.can_share_prompt(LENGTH)
     batch = Batches(ENCODED, ENCODED.num_pairs, 1, 1, share_prompts=share).at(0)
 
     @jax.jit

@@ -16,7 +16,7 @@ from dpo_jax.model.decoder import init_params
 from dpo_jax.model.weights import Weights, divided, layer_paths, what_is_trained
 from dpo_jax.objectives.terms import make_terms
 from dpo_jax.preference.loss import TrainingObjective, loss_and_gradient
-from dpo_jax.training.optimizer import descend, make_optimizer
+from dpo_jax.training.optimizer import apply_updates, make_optimizer
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import fresh_state, make_step
 from tests.support.forests import SPEC as MIXED
@@ -102,7 +102,7 @@ def test_trained_leaves_move_as_in_a_full_run_with_the_other_gradients_zeroed(pa
 
 
 def zeroed_update(params, directions, trained):
-    return descend(params, zeroed(directions, trained), jnp.float32(1e-2), jax.random.key(0))
+    return apply_updates(params, zeroed(directions, trained), jnp.float32(1e-2), jax.random.key(0))
 
 
 def test_moments_are_those_of_what_is_trained(params):

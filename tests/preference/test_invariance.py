@@ -11,7 +11,7 @@ import pytest
 
 from dpo_jax import logits, sharding, trees
 from dpo_jax.data.batches import Batches
-from dpo_jax.data.entries import as_entries
+from dpo_jax.data.examples import as_examples
 from dpo_jax.model.attention import causal
 from dpo_jax.model.decoder import Execution, cast, hidden, init_params, scalar_scores
 from dpo_jax.model.weights import Weights
@@ -76,7 +76,7 @@ def weights_of(name):
 @functools.cache
 def entries_of(name):
     kind = {"rankings": "rankings", "single completions": "unpaired"}.get(name, "pairs")
-    return as_entries(ENCODED, kind, objective=name, max_length=64)
+    return as_examples(ENCODED, kind, objective=name, max_length=64)
 
 
 def batches_of(name, micro, devices, share):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.data.encoded import Encoded
-from dpo_jax.data.entries import ranks
+from dpo_jax.data.examples import ranks
 from tests.support.specs import plain_spec
 
 SPEC = plain_spec(width=16, layers=2, heads=4, mlp_width=24, windows=(None, 6))

@@ -16,7 +16,13 @@ from dpo_jax.errors import UserError
 from dpo_jax.model.decoder import cast, init_params
 from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import TrainingObjective
-from dpo_jax.training.optimizer import descend, make_optimizer, state_shardings, stochastically_rounded, wide
+from dpo_jax.training.optimizer import (
+    apply_updates,
+    make_optimizer,
+    state_shardings,
+    stochastically_rounded,
+    to_float32,
+)
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import MovingReference, fresh_state, make_step
 from tests.support.forests import SPEC, random_encoded, settled
@@ -56,7 +62,7 @@ def test_small_updates_hold_on_average_where_rounding_to_nearest_loses_them():
     direction = {"w": jnp.ones(start.shape)}
 
     def step(number, params):
-        return descend(params, direction, rate, jax.random.fold_in(KEY, number))
+        return apply_updates(params, direction, rate, jax.random.fold_in(KEY, number))
 
     moved = jax.lax.fori_loop(0, steps, step, {"w": start})["w"].astype(jnp.float32)
     nearest = start
@@ -199,6 +205,6 @@ def test_a_setting_that_the_optimizer_would_ignore_is_refused(given, line):
 
 
 def test_wide_is_float32():
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(wide(cast(init_params(SPEC, KEY), jnp.bfloat16)))} == {
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(to_float32(cast(init_params(SPEC, KEY), jnp.bfloat16)))} == {
         "float32"
     }

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from dpo_jax import logits, sharding, trees
 from dpo_jax.data.batches import Batches
-from dpo_jax.data.entries import as_entries
+from dpo_jax.data.examples import as_examples
 from dpo_jax.hf.checkpoint import entries_of
 from dpo_jax.model.decoder import init_params
 from dpo_jax.model.weights import Weights
@@ -93,7 +93,7 @@ def test_metrics_do_not_depend_on_the_layout(params, reference):
 )
 def test_two_passes_are_one_pass(params, reference, monkeypatch, block, kind):
     """What looks at the whole step is scored first, then again with a gradient; a loss of pairs may go either way."""
-    encoded = as_entries(MANY, kind, objective=block["name"], max_length=64)
+    encoded = as_examples(MANY, kind, objective=block["name"], max_length=64)
     problem = TrainingObjective(SPEC, make_terms([block]))
     layout = {"micro_tokens": 64, "rankings": kind == "rankings"}
     loss, _, gradient = one_step(problem, params, reference, encoded, 20, **layout)

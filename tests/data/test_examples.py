@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_jax.data.encoded import Encoded
-from dpo_jax.data.entries import as_entries, first_completions, ranks
+from dpo_jax.data.examples import as_examples, first_completions, ranks
 from dpo_jax.errors import UserError
 from tests.support.forests import random_encoded
 
@@ -17,7 +17,7 @@ MOST = {"objective": "kto", "max_length": LENGTH}
 
 
 def entries(encoded: Encoded, kind: str, **changes) -> Encoded:
-    return as_entries(encoded, kind, **{**MOST, **changes})
+    return as_examples(encoded, kind, **{**MOST, **changes})
 
 
 def shuffled(encoded: Encoded, seed: int) -> Encoded:
@@ -146,17 +146,19 @@ def lender(encoded: Encoded, unit: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "lenders"),
+    ("prompts", "partners"),
     [([0, 0, 1, 1, 1, 2], [2, 2, 5, 5, 5, 0]), ([0, 1, 1, 0], [1, 3, 3, 1]), ([0, 0, 1], [2, 2, 0])],
 )
-def test_rows_of_one_prompt_borrow_from_the_next_prompt(prompts, lenders):
+def test_rows_of_one_prompt_borrow_from_the_next_prompt(prompts, partners):
     """KTO's files have a prompt's answers one below the other."""
     encoded = random_encoded(units=len(prompts), completions=(1, 1), seed=1)
     spans = {name: getattr(encoded, name)[prompts] for name in ("prompt_start", "prompt_length")}
     encoded = dataclasses.replace(encoded, **spans)
     made = entries(encoded, "unpaired", max_length=1000)
-    borrowed = [made.completion(int(made.rejected[made.pair_unit == unit][0])).tolist() for unit in range(len(prompts))]
-    assert borrowed == [encoded.completion(unit).tolist() for unit in lenders]
+    mismatched = [
+        made.completion(int(made.rejected[made.pair_unit == unit][0])).tolist() for unit in range(len(prompts))
+    ]
+    assert mismatched == [encoded.completion(unit).tolist() for unit in partners]
     with pytest.raises(UserError, match="all 3 rows have the same; give rows with at least 2 prompts"):
         same = {name: getattr(encoded, name)[[0, 0, 0]] for name in ("prompt_start", "prompt_length")}
         entries(dataclasses.replace(random_encoded(units=3, completions=(1, 1), seed=1), **same), "unpaired")

@@ -1,6 +1,6 @@
-"""Entries of a training step: the same encoded data as pairs, as rankings, as desirable or not, or as chosen alone.
+"""Examples of a training step: the same encoded data as pairs, as rankings, as desirable or not, or as chosen alone.
 
-Letters, as in encoded.py: U units, C completions, P entries. Nothing here copies or moves a token.
+Letters, as in encoded.py: U units, C completions, P examples. Nothing here copies or moves a token.
 """
 
 from dataclasses import replace
@@ -19,18 +19,18 @@ _BY_COMPLETION = (
     "truncated",
     "rank",
 )
-_BY_ENTRY = ("pair_unit", "chosen", "rejected", "weight", "margin", "label")
+_BY_EXAMPLE = ("pair_unit", "chosen", "rejected", "weight", "margin", "label")
 
 
-def as_entries(encoded: Encoded, kind: str, *, objective: str, max_length: int) -> Encoded:
-    """The data with the entries that an objective wants, from data as `encode` made it.
+def as_examples(encoded: Encoded, kind: str, *, objective: str, max_length: int) -> Encoded:
+    """The data with the examples that an objective wants, from data as `encode` made it.
 
     pairs      the data itself.
-    rankings   one entry per unit, its best completion against its worst; `rank` tells how the others lie between.
-    unpaired   one entry per single completion and two per pair, (chosen, label) and (rejected, 1 - label). Each unit
+    rankings   one example per unit, its best completion against its worst; `rank` tells how the others lie between.
+    unpaired   one example per single completion and two per pair, (chosen, label) and (rejected, 1 - label). Each unit
                has one more completion, its last: the first of the next unit with another prompt, whose tokens stay
-               where they are, shortened to fit `max_length`. All entries of the unit have it as `rejected`.
-    chosen     the completions that an entry prefers, each entry with `rejected` = `chosen`.
+               where they are, shortened to fit `max_length`. All examples of the unit have it as `rejected`.
+    chosen     the completions that an example prefers, each example with `rejected` = `chosen`.
 
     Args:
       encoded: the data.
@@ -58,7 +58,8 @@ def ranks(encoded: Encoded) -> Int32[np.ndarray, " C"]:
     """How many completions of its unit are preferred to each completion, by the pairs and what follows from them.
 
     A pair's chosen always ranks before its rejected, also where a > c is missing beside a > b and b > c, as it is when
-    a and c are the same tokens. For data whose entries are still those that were read; `Encoded.rank` keeps the result.
+    a and c are the same tokens. For data whose examples are still those that were read; `Encoded.rank` keeps the
+    result.
     """
     first, pairs = first_completions(encoded), np.flatnonzero(~encoded.single)
     sizes = np.diff(first)
@@ -93,18 +94,18 @@ def _paired(encoded: Encoded, objective: str) -> Encoded:
 def _rankings(encoded: Encoded) -> Encoded:
     first, place = first_completions(encoded), np.arange(encoded.num_completions, dtype=np.int32)
     order = place[np.lexsort((place, encoded.rank, encoded.completion_unit))]
-    entry = np.searchsorted(encoded.pair_unit, np.arange(encoded.num_units))
-    return replace(_with_entries(encoded, entry), chosen=order[first[:-1]], rejected=order[first[1:] - 1])
+    example = np.searchsorted(encoded.pair_unit, np.arange(encoded.num_units))
+    return replace(_with_examples(encoded, example), chosen=order[first[:-1]], rejected=order[first[1:] - 1])
 
 
-def _with_entries(encoded: Encoded, entries: np.ndarray) -> Encoded:
-    """The data with these of its entries."""
-    return replace(encoded, **{name: getattr(encoded, name)[entries] for name in _BY_ENTRY})
+def _with_examples(encoded: Encoded, examples: np.ndarray) -> Encoded:
+    """The data with these of its examples."""
+    return replace(encoded, **{name: getattr(encoded, name)[examples] for name in _BY_EXAMPLE})
 
 
 def _unpaired(encoded: Encoded, objective: str, max_length: int) -> Encoded:
-    lenders = _lenders(encoded)
-    if lenders is None:
+    partners = _mismatched_units(encoded)
+    if partners is None:
         raise UserError(
             f"objective.name={objective} compares with the completion of another prompt, and all "
             f"{encoded.num_units} rows have the same; give rows with at least 2 prompts"
@@ -112,20 +113,20 @@ def _unpaired(encoded: Encoded, objective: str, max_length: int) -> Encoded:
     first, units = first_completions(encoded), np.arange(encoded.num_units)
     own = np.arange(encoded.num_completions, dtype=np.int32) + encoded.completion_unit
     foreign = (first[1:] + units).astype(np.int32)
-    borrowed = _borrowed(encoded, first, lenders, max_length)
-    entry = np.repeat(np.arange(encoded.num_pairs), np.where(encoded.single, 1, 2))
-    is_rejected = np.concatenate([[False], entry[1:] == entry[:-1]])
-    entries = _with_entries(encoded, entry)
+    mismatched = _mismatched(encoded, first, partners, max_length)
+    example = np.repeat(np.arange(encoded.num_pairs), np.where(encoded.single, 1, 2))
+    is_rejected = np.concatenate([[False], example[1:] == example[:-1]])
+    examples = _with_examples(encoded, example)
     return replace(
-        entries,
-        chosen=own[np.where(is_rejected, entries.rejected, entries.chosen)],
-        rejected=foreign[entries.pair_unit],
-        label=np.where(is_rejected, 1 - entries.label, entries.label),
-        **{name: _merged(getattr(encoded, name), own, values, foreign) for name, values in borrowed.items()},
+        examples,
+        chosen=own[np.where(is_rejected, examples.rejected, examples.chosen)],
+        rejected=foreign[examples.pair_unit],
+        label=np.where(is_rejected, 1 - examples.label, examples.label),
+        **{name: _merged(getattr(encoded, name), own, values, foreign) for name, values in mismatched.items()},
     )
 
 
-def _lenders(encoded: Encoded) -> np.ndarray | None:
+def _mismatched_units(encoded: Encoded) -> np.ndarray | None:
     """For each unit the next one, round in a circle, whose prompt is another; None where there is no other prompt."""
     spans = zip(encoded.prompt_start.tolist(), encoded.prompt_length.tolist(), strict=True)
     texts = [encoded.tokens[start : start + length].tobytes() for start, length in spans]
@@ -137,10 +138,10 @@ def _lenders(encoded: Encoded) -> np.ndarray | None:
     return np.repeat(after, np.diff(np.concatenate([starts, [len(texts)]])))
 
 
-def _borrowed(encoded: Encoded, first: np.ndarray, lenders: np.ndarray, max_length: int) -> dict[str, np.ndarray]:
+def _mismatched(encoded: Encoded, first: np.ndarray, partners: np.ndarray, max_length: int) -> dict[str, np.ndarray]:
     """Each unit's completion of another unit, by column. It counts as truncated where it is so there, too."""
     units = np.arange(encoded.num_units)
-    source = first[lenders]
+    source = first[partners]
     skip = np.minimum(encoded.completion_skip[first[:-1]], encoded.prompt_length - 1)
     room = np.maximum(max_length - (encoded.prompt_length - skip), 1)
     length = np.minimum(encoded.completion_length[source], room)
