@@ -16,11 +16,11 @@ from dpo_jax.model import spec as specs
 from dpo_jax.model.delta import GatedDeltaNet
 from dpo_jax.model.experts import Mixture, Routing
 from dpo_jax.model.layers import ACTIVATIONS, Dense, MLPLayer, NormLayer, normal
-from dpo_jax.model.mixers import AttentionLayer, KeyValue, MLALayer, View
+from dpo_jax.model.mixers import AttentionLayer, Cached, KeyValue, MLALayer, View
 from dpo_jax.model.remat import named
 from dpo_jax.model.spec import DecoderSpec
 
-Memory = KeyValue | delta.Memory | None
+Memory = Cached | delta.Memory | None
 """What a mixer remembers of the tokens before; None where a packed row is read at once."""
 
 

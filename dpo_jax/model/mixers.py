@@ -21,6 +21,8 @@ from dpo_jax.model.remat import named
 from dpo_jax.model.rope import Rotation, rotate, rotation
 
 KeyValue = tuple[Float[Array, "B S K C"], Float[Array, "B S K E"]]
+Cached = tuple[Float[Array, "B _ _ _"], Float[Array, "B _ _ _"]]
+"""Keys and values as `KeyValue`, beside others of another size: layers differ in heads and channels."""
 Turns = Mapping[tuple[specs.Rope, int], Rotation]
 
 
@@ -156,8 +158,8 @@ class AttentionLayer(nnx.Module):
         self.spec = spec
 
     def __call__(
-        self, x: Float[Array, "B T D"], view: View, memory: KeyValue | None, kept: dict[str, KeyValue]
-    ) -> tuple[Float[Array, "B T D"], KeyValue | None, dict[str, KeyValue]]:
+        self, x: Float[Array, "B T D"], view: View, memory: Cached | None, kept: dict[str, KeyValue]
+    ) -> tuple[Float[Array, "B T D"], Cached | None, dict[str, KeyValue]]:
         """Project, rotate, attend, project back; with the memory and the kept keys and values as they are then."""
         spec = self.spec
         query = self._placed(self.query(x), self.query_norm, view)
@@ -237,8 +239,8 @@ class MLALayer(nnx.Module):
         self.spec = spec
 
     def __call__(
-        self, x: Float[Array, "B T D"], view: View, memory: KeyValue | None, kept: dict[str, KeyValue]
-    ) -> tuple[Float[Array, "B T D"], KeyValue | None, dict[str, KeyValue]]:
+        self, x: Float[Array, "B T D"], view: View, memory: Cached | None, kept: dict[str, KeyValue]
+    ) -> tuple[Float[Array, "B T D"], Cached | None, dict[str, KeyValue]]:
         """As `AttentionLayer`; the cache holds whole keys and values."""
         spec, heads = self.spec, (*x.shape[:2], self.spec.heads, -1)
         low = x if self.query_down is None or self.query_norm is None else self.query_norm(self.query_down(x))

@@ -137,4 +137,4 @@ def _drawn(
     scores = -0.5 * jnp.square(distance) - jnp.log(-jnp.log(uniform))
     order = _order(-scores, real)
     ranks = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
-    return jnp.asarray(real) & (ranks.reshape(gaps.shape).astype(jnp.float32) < number), number
+    return jnp.logical_and(real, ranks.reshape(gaps.shape).astype(jnp.float32) < number), number
