@@ -12,7 +12,7 @@ from dpo_jax.evaluation.generate import Decoding, generate, stream
 from dpo_jax.model import decoder
 from dpo_jax.model.decoder import Model, empty_cache
 from tests.support.family_models import KINDS, LENGTH, our_logits, ours, own
-from tests.support.tiers import MIXERS, by_day
+from tests.support.tiers import LIGHT_MIXERS, by_day
 
 pytest.importorskip("torch")
 LOGIT = 5e-5
@@ -43,7 +43,7 @@ def in_pieces(model: Model, ids: np.ndarray) -> np.ndarray:
     return np.concatenate(found, axis=1)
 
 
-@pytest.mark.parametrize("name", by_day([*KINDS, "ministral3", "gemma4_keys"], MIXERS))
+@pytest.mark.parametrize("name", by_day([*KINDS, "ministral3", "gemma4_keys"], LIGHT_MIXERS))
 def test_pieces_are_the_whole(name):
     assert sum(PIECES) == LENGTH
     folder = own(name)

@@ -23,7 +23,7 @@ from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import fresh_state, make_step
 from tests.support.family_models import KINDS, LENGTH, own, read, reloaded, scratch
 from tests.support.forests import random_encoded, settled
-from tests.support.tiers import MIXERS, by_day
+from tests.support.tiers import LIGHT_MIXERS, by_day
 
 pytest.importorskip("torch")
 ENCODED = random_encoded(units=3, completions=(2, 2), vocab=88, seed=7, longest=12)
@@ -69,7 +69,7 @@ def bits(folder: Path) -> dict[str, tuple]:
     return {name: (array.dtype, array.shape, array.tobytes()) for name, array in read(folder).items()}
 
 
-@pytest.mark.parametrize("name", by_day(KINDS, MIXERS))
+@pytest.mark.parametrize("name", by_day(KINDS, LIGHT_MIXERS))
 @pytest.mark.parametrize("steps", by_day([0, 1], [1]), ids=["no step", "a step at rate 0"])
 def test_what_did_not_move_comes_back_bit_for_bit(name, steps, tmp_path):
     save_hf(trained(name)[steps], tmp_path / "export", halved(name))
@@ -77,7 +77,7 @@ def test_what_did_not_move_comes_back_bit_for_bit(name, steps, tmp_path):
     assert bits(tmp_path / "export") == bits(halved(name))
 
 
-@pytest.mark.parametrize("name", by_day(KINDS, MIXERS))
+@pytest.mark.parametrize("name", by_day(KINDS, LIGHT_MIXERS))
 def test_a_step_moves_all_but_buffers_and_keeps_dtypes(name, tmp_path):
     """Every tensor moves, by its gradient or, as an expert that no token chose, by weight decay."""
     save_hf(trained(name)[2], tmp_path / "export", halved(name))

@@ -14,7 +14,7 @@ from dpo_jax.preference import scoring
 from dpo_jax.preference.micro_batches import micro_batch
 from tests.support.family_models import KINDS, LENGTH, ours, own, read, reloaded, weights_of
 from tests.support.forests import random_encoded
-from tests.support.tiers import MIXERS, by_day
+from tests.support.tiers import LIGHT_MIXERS, by_day
 
 pytest.importorskip("torch")
 ENCODED = random_encoded(units=4, completions=(2, 2), vocab=88, seed=24, longest=12)
@@ -65,7 +65,7 @@ def torch_gradients(name: str, target) -> dict[str, np.ndarray]:
     return read(target)
 
 
-@pytest.mark.parametrize("name", by_day(KINDS, MIXERS))
+@pytest.mark.parametrize("name", by_day(KINDS, LIGHT_MIXERS))
 def test_every_gradient_is_that_of_pytorch(name, tmp_path):
     found, wanted = our_gradients(name), torch_gradients(name, tmp_path / "gradients")
     assert found.keys() == wanted.keys()

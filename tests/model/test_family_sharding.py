@@ -13,7 +13,7 @@ import pytest
 from dpo_jax import sharding
 from tests.support.family_models import KINDS, allowed, our_logits, ours, own
 from tests.support.sharded import placed, sharded_logits
-from tests.support.tiers import MIXERS, by_day
+from tests.support.tiers import LIGHT_MIXERS, by_day
 
 pytest.importorskip("torch")
 MESHES = {
@@ -41,7 +41,7 @@ def mesh_of(sizes: dict[str, int]):
 
 
 @pytest.mark.parametrize("mesh", by_day(MESHES, {"data 2, tensor 2"}))
-@pytest.mark.parametrize("name", by_day(KINDS, MIXERS))
+@pytest.mark.parametrize("name", by_day(KINDS, LIGHT_MIXERS))
 def test_a_mesh_changes_nothing(name, mesh):
     found = sharded_logits(own(name).path, four_rows(name), mesh_of(MESHES[mesh]))
     np.testing.assert_allclose(found, wanted_of(name), rtol=0, atol=allowed(wanted_of(name)))
@@ -88,7 +88,7 @@ def test_eight_devices_change_nothing(name):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=allowed(wanted))
 
 
-@pytest.mark.parametrize("name", by_day(KINDS, MIXERS))
+@pytest.mark.parametrize("name", by_day(KINDS, LIGHT_MIXERS))
 def test_matrices_are_split(name):
     """Over four devices no device holds more than half of the weights; what is whole is small."""
     model = placed(own(name).path, mesh_of({"fsdp": 2, "tensor": 2}))

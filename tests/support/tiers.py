@@ -13,6 +13,8 @@ from tests.support.family_models import KINDS
 
 MIXERS = ("gemma4_everything", "gpt_oss", "deepseek_v3", "qwen3_5_text", "bloom", "opt_narrow")
 """One model of each way to mix tokens and to know places, where a law costs seconds for each model."""
+LIGHT_MIXERS = tuple("gemma4_text" if name == "gemma4_everything" else name for name in MIXERS)
+"""The same with a smaller model of Gemma's, where a law compiles several programs for each."""
 
 
 def by_day(values: Iterable[Any], day: Collection[Any]) -> list[Any]:
