@@ -1,6 +1,7 @@
 """How many processes do the work is invisible in what comes out, and none of them outlives it."""
 
 import os
+import signal
 
 import psutil
 import pytest
@@ -110,7 +111,15 @@ def test_who_wants_no_more_leaves_no_process_behind():
     assert all(map(gone, seen))
 
 
-def test_ctrl_c_leaves_no_process_behind():
+@pytest.fixture
+def listens_to_ctrl_c():
+    """A shell's background jobs ignore it, and so would tests that run in one: they would wait for ever."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_leaves_no_process_behind(listens_to_ctrl_c):
     before = set(psutil.Process().children())
     with pytest.raises(KeyboardInterrupt):
         list(workers.in_order(pieces.interrupts, None, [0, 1, 0, 0], workers=2, alone=0))
