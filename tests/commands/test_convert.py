@@ -64,11 +64,11 @@ def test_a_check_keeps_the_export_where_it_is_wanted_and_nowhere_else(source, mo
     monkeypatch.setattr(verify.tempfile, "tempdir", str(temporary))
     assert convert.main(["check", str(source), "--no-torch"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert "21 tensors; writes 42.31 KiB to a temporary folder in" in out[0] and "takes 86.7 kB of memory" in out[0]
+    assert "21 tensors; writes 42.31 KiB to a temporary folder in" in out[0] and "takes 84.62 KiB of memory" in out[0]
     assert out[-2:] == ["-        logits                   not compared, as asked", "the export is the original"]
     assert convert.main(["check", str(source), "--no-torch", "--keep", str(tmp_path / "kept")]) == 0
     assert (tmp_path / "kept" / "config.json").is_file() and not list(temporary.iterdir())
-    assert "writes 43.3 kB to " + str(tmp_path / "kept") in capsys.readouterr().out
+    assert "writes 42.31 KiB to " + str(tmp_path / "kept") in capsys.readouterr().out
 
 
 def test_a_check_that_fails_gives_one_as_its_exit_code(source, monkeypatch, capsys):
