@@ -71,6 +71,7 @@ def test_arrays_hold_exactly_the_steps_pairs_and_their_texts(seed, shards, share
     for step in range(4):
         batch = batches.at(step)
         wanted = batches.pairs_of(step)
+        assert int(batch.micro_batches) == 1 + np.nonzero(batch.real)[0].max()  # those in use hold all that is real
         assert pairs_in(batch) == sorted(
             (int(encoded.chosen[p]), int(encoded.rejected[p]), float(encoded.weight[p]), float(encoded.margin[p]))
             for p in wanted
@@ -88,6 +89,23 @@ def test_the_order_is_a_function_of_seed_and_step_and_visits_every_pair_once_an_
     for epoch in range(4):
         assert sorted(np.concatenate([one.pairs_of(2 * epoch), one.pairs_of(2 * epoch + 1)])) == list(range(10))
     assert any((one.pairs_of(s) != one.pairs_of(s + 2)).any() for s in range(2))  # a new order in each epoch
+
+
+def test_a_sweep_takes_units_of_like_length_together():
+    encoded = random_encoded(units=40, completions=(1, 4))
+    swept = Batches(encoded, 5, 1, 1).sweep()
+    pairs = np.concatenate([swept.pairs_of(step) for step in range(swept.steps)])
+    texts = np.add.reduceat(encoded.completion_length, np.unique(encoded.completion_unit, return_index=True)[1])
+    slots = (encoded.prompt_length + texts)[encoded.pair_unit[pairs]]
+    assert sorted(pairs) == list(range(encoded.num_pairs)) and (np.diff(slots) <= 0).all() and slots[0] > slots[-1]
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_tokens_of_a_pair_are_those_of_both_texts_and_of_a_single_one_its_own(skips):
+    encoded = random_encoded(units=9, completions=(1, 3), skips=skips)
+    sizes = [len(encoded.prompt(c)) + len(encoded.completion(c)) for c in range(encoded.num_completions)]
+    wanted = [sizes[c] + sizes[r] * (c != r) for c, r in zip(encoded.chosen, encoded.rejected, strict=True)]
+    assert pair_tokens(encoded).tolist() == wanted
 
 
 @pytest.mark.parametrize("order", ["shuffled", "file"])
