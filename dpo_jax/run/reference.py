@@ -110,10 +110,11 @@ def make_reference(
 
 
 def _copied(policy: Weights, dtype: str) -> Params:
-    """The policy's parameters in this dtype, none in a buffer that is trained: the first step gives those away."""
-    new = cast(policy.trained, jnp.dtype(dtype))
-    new = jax.tree.map(lambda new, old: jnp.copy(new) if new.dtype == old.dtype else new, new, policy.trained)
-    return cast(Weights(new, policy.frozen, policy.rows).params, jnp.dtype(dtype))
+    """The policy's parameters in this dtype, none in the policy's own buffers: the first step gives away those that are
+    trained, and those of a reference that moves."""
+    params = policy.params
+    new = cast(params, jnp.dtype(dtype))
+    return jax.tree.map(lambda new, old: jnp.copy(new) if new.dtype == old.dtype else new, new, params)
 
 
 def _computed_in(policy: Weights, objective: TrainingObjective) -> str:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dpo_jax import sharding, trees
@@ -78,3 +79,16 @@ def test_log_probabilities_of_other_weights_have_other_names(folder):
     assert {kind(freeze, "bfloat16", "bfloat16") for freeze in FREEZES.values()} == {"bfloat16"}
     assert kind((), "bfloat16") == "float32 of bfloat16"
     assert len({kind(freeze, "bfloat16") for freeze in FREEZES.values()}) == len(FREEZES)
+
+
+@pytest.mark.parametrize("name", FREEZES)
+def test_a_live_copy_of_the_policy_shares_no_buffer_with_it(folder, name):
+    """Those of a reference that moves are given away with the state, so frozen ones must not be among them."""
+    _, weights = loaded(folder, FREEZES[name])
+    copied = reference._copied(weights, "float32")
+
+    def buffers(tree):
+        return {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)}
+
+    assert not buffers(copied) & buffers(weights)
+    jax.tree.map(np.testing.assert_array_equal, copied, weights.params)
