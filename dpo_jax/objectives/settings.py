@@ -47,9 +47,9 @@ def _field(name: str) -> tuple[Any, Any]:
 def _loosest(settings: Sequence[Setting]) -> dict[str, Any]:
     lows = [(s.least, "ge") if s.least is not None else (s.above, "gt") for s in settings]
     highs = [(s.most, "le") if s.most is not None else (s.below, "lt") for s in settings]
-    ends = (
-        (min(lows), max(highs, key=lambda end: (end[0], end[1] == "le"))) if None not in dict(highs) else (min(lows),)
-    )
+    ends = [min(lows)]
+    if None not in dict(highs):
+        ends.append(max(highs, key=lambda end: (end[0], end[1] == "le")))
     return {name: limit for limit, name in ends}
 
 

@@ -130,10 +130,8 @@ def describe(
       attention_length: lay rows out as where attention costs this much (see `run.data`); None is that of the mesh.
     """
     spec = read_spec(sources.policy, scalar_head=run.objective.trains_reward_model)
-    terms, weights = (
-        run.objective.terms,
-        models.abstract_policy(spec, run.model.freeze, mesh, run.optimizer.param_dtype),
-    )
+    terms = run.objective.terms
+    weights = models.abstract_policy(spec, run.model.freeze, mesh, run.optimizer.param_dtype)
     objective = models.make_objective(run.model, terms, spec, weights, mesh, statistics=run.log.token_statistics)
     steps = number_of_steps(encoded.num_pairs, run.batch.pairs, steps=run.steps, epochs=run.epochs)
     reference = _reference(run.reference, objective, mesh)
