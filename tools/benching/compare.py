@@ -139,12 +139,14 @@ def alternate(
     return runs
 
 
-def execute(runner: Runner, spec: Path, repeat: int, timeout: float) -> Run:
+def execute(runner: Runner, spec: Path, repeat: int, timeout: float, more: Sequence[str] = ()) -> Run:
     """One run. stdout has its events; the end of stderr is the problem, should there be one."""
     before, started = _Clock.now(), time.perf_counter()
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     try:
-        done = subprocess.run(runner.command(spec), capture_output=True, text=True, timeout=timeout, env=environment)
+        command = [*runner.command(spec), *more]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
         events, problem = parse(done.stdout)
         if done.returncode:
             problem = f"exit code {done.returncode}: {last_line(done.stderr, runner.python)}"

@@ -209,7 +209,7 @@ def write_tiny(folder: Path, seed: int = 0, **changes: Any) -> Path:
         values = np.ones(entry.shape) if norm else 0.02 * rng.standard_normal(entry.shape, np.float32)
         tensors[entry.name] = values.astype(np.float32)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_tokenizer(folder, (TINY | changes)["vocab_size"])
+    write_tokenizer(folder, (TINY | changes)["vocab_size"])
     return folder
 
 
@@ -220,7 +220,8 @@ def write_config(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def _write_tokenizer(folder: Path, size: int) -> None:
+def write_tokenizer(folder: Path, size: int) -> None:
+    """A tokenizer of so many tokens, whose words are `w4`, `w5`, ..."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     special = ["<pad>", "<s>", "</s>", "<unk>"]

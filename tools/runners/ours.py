@@ -10,6 +10,7 @@ from protocol import Events, Spec, cpu_seconds, spec_of_command_line  # isort: s
 
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,31 @@ class Unsaved:
         return False
 
 
-def run(spec: Spec, events: Events, folder: Path) -> None:
-    """The parts of `dpo_jax.train.train`, up to the last step."""
+class Traced:
+    """Lets JAX's profiler watch two of the last steps, where a folder is given."""
+
+    def __init__(self, folder: Path | None, steps: int):
+        """Of so many steps."""
+        self.folder, self.first = folder, steps - 4
+
+    def after(self, step: int) -> None:
+        """A step is done."""
+        import jax
+
+        if self.folder is not None and step == self.first:
+            jax.profiler.start_trace(self.folder)
+        if self.folder is not None and step == self.first + 2:
+            jax.profiler.stop_trace()
+
+
+def run(spec: Spec, events: Events, folder: Path, more: Sequence[str] = (), trace: Path | None = None) -> None:
+    """The parts of `dpo_jax.train.train`, up to the last step; `more` are settings that the spec has no word for."""
     from dpo_jax.config import run as config
 
-    settled = config.load(settings(spec, folder))
+    settled = config.load([*settings(spec, folder), *more])
     config.quiet_libraries()
 
+    from dpo_jax.planning import costs
     from dpo_jax.reporting.journal import Journal
     from dpo_jax.run import output
     from dpo_jax.run.prepare import Job
@@ -88,9 +107,10 @@ def run(spec: Spec, events: Events, folder: Path) -> None:
 
         def step(self, step: int, metrics: Any) -> None:
             super().step(step, metrics)
+            traced.after(step - 1)
             events.step(step - 1, float(metrics["loss"]), spec.pairs_per_step)
 
-    compiling = Compiling()
+    compiling, traced = Compiling(), Traced(trace, spec.steps)
     with output.opened(settled) as made:
         job = Job.read(settled, made)
         wanted = spec.steps * spec.pairs_per_step
@@ -110,6 +130,8 @@ def run(spec: Spec, events: Events, folder: Path) -> None:
             del weights
             unsaved: Any = Unsaved()
             advance(trainer, state, recorder, unsaved)
+    decoder, batches = objective.spec, [trainer.batches.at(step) for step in range(spec.warmup, spec.steps)]
+    load = costs.mean_load([costs.load_of(batch, costs.windows_of(decoder)) for batch in batches])
     shapes = [f"{shape.rows}x{shape.length}" for shape in trainer.batches.shapes]
     events.done(
         PACKAGES,
@@ -117,6 +139,9 @@ def run(spec: Spec, events: Events, folder: Path) -> None:
         compile_wall=compiling.seconds,
         late_compilations=trainer.recompilations,
         row_shapes=shapes,
+        useful_flops=costs.step_flops(decoder, load),
+        tokens=load.tokens,
+        slots=load.slots,
     )
 
 

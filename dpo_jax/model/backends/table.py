@@ -118,9 +118,14 @@ def why_not(name: str, spec: specs.DecoderSpec, dtype: str, device: Device) -> s
     return next(_broken_rules(name, BACKENDS[name], spec, dtype, device), None)
 
 
+def unfit(name: str, device: Device) -> str | None:
+    """The rule by which a backend cannot run on a device, or here at all, whatever the model; None if it can."""
+    return next(_rules_of_device(name, BACKENDS[name], device), None)
+
+
 def _broken_rules(name: str, backend: Backend, spec: specs.DecoderSpec, dtype: str, device: Device) -> Iterator[str]:
     if device.platform not in backend.platforms:
-        yield f"runs on {' and '.join(backend.platforms)} and the devices are of platform {device.platform}"
+        yield _other_platform(backend, device)
     if dtype not in backend.dtypes:
         yield f"computes in {' and '.join(backend.dtypes)} and model.compute_dtype is {dtype}"
     yield from (f"has no {FEATURES[need]}, and the model does" for need in FEATURES if need in lacking(backend, spec))
@@ -129,6 +134,16 @@ def _broken_rules(name: str, backend: Backend, spec: specs.DecoderSpec, dtype: s
             yield f"takes heads of multiples of {backend.head_step} channels, and the model's have {size}"
         if backend.head_most is not None and size > backend.head_most:
             yield f"takes heads of up to {backend.head_most} channels, and the model's have {size}"
+    yield from _rules_of_device(name, backend, device)
+
+
+def _other_platform(backend: Backend, device: Device) -> str:
+    return f"runs on {' and '.join(backend.platforms)} and the devices are of platform {device.platform}"
+
+
+def _rules_of_device(name: str, backend: Backend, device: Device) -> Iterator[str]:
+    if device.platform not in backend.platforms:
+        yield _other_platform(backend, device)
     if backend.capability is not None and not _in_range(backend, device.capability):
         wanted = "or more" if backend.capability_below is None else f"to below {backend.capability_below}"
         found = "no NVIDIA GPU" if device.capability is None else f"of {device.capability}"
