@@ -60,7 +60,7 @@ CASES = {
     "wide keys": Case(16, 16, 192, value=128),
 }
 ROWS, LENGTH, TIMED_ROWS, TIMED_LENGTH = 2, 512, 8, 1280
-BLOCKS = {"xla": xla.BLOCK, "xla, tiles of 256": 256, "xla, whole rows": 4096}
+BLOCKS = {"xla": xla.BLOCK, **{f"xla, tiles of {size}": size for size in (256, 512, 1024, 4096)}}
 """Sizes of the tiles of the backend xla that are tried."""
 
 

@@ -151,20 +151,37 @@ def beside_trl(work: Work, place: Place) -> dict[str, Any]:
     return steps.rivals(work, place.scratch, repeats=1 if place.quick else 2)
 
 
+NAMED = "--xla_gpu_enable_command_buffer="
+"""Kernels are launched one by one, so that the profiler knows which operation each is of."""
 BIG = ("optimizer.param_dtype=bfloat16", "optimizer.name=adafactor", "model.remat=names")
+
+
+def timed(name: str, work: Work, seconds: float = 240) -> tuple[str, tuple[Callable[[Place], Any], float]]:
+    """An entry of the table."""
+    return name, (functools.partial(step, work, name.replace(" ", "_")), seconds)
+
+
+def with_attention(name: str, *more: str) -> Work:
+    """The 0.6B step with a backend."""
+    return Work("0.6B", settings=(f"model.attention={name}", *more))
+
+
 PARTS: dict[str, tuple[Callable[[Place], Any], float]] = {
     "versions": (versions, 90),
     "numerics": (lambda _: attention.numerics(), 300),
     "timings": (lambda _: attention.timings(), 150),
     "quickstart": (quickstart, 300),
     "same_bits": (same_bits, 300),
-    "0.6B": (functools.partial(step, Work("0.6B"), "0.6B"), 240),
-    "0.6B xla": (functools.partial(step, Work("0.6B", settings=("model.attention=xla",)), "0.6B_xla"), 240),
-    "0.6B cudnn": (functools.partial(step, Work("0.6B", settings=("model.attention=cudnn",)), "0.6B_cudnn"), 240),
-    "0.6B fa4": (functools.partial(step, Work("0.6B", settings=("model.attention=fa4",)), "0.6B_fa4"), 240),
-    "0.6B tokamax": (functools.partial(step, Work("0.6B", settings=("model.attention=tokamax",)), "0.6B_tokamax"), 240),
-    "1B": (functools.partial(step, Work("1B"), "1B"), 240),
-    "8B": (functools.partial(step, Work("8B", settings=BIG), "8B"), 420),
+    **dict(
+        [
+            timed("0.6B", Work("0.6B")),
+            timed("0.6B named", Work("0.6B", flags=NAMED)),
+            *(timed(f"0.6B {name}", with_attention(name)) for name in ("xla", "cudnn", "fa4", "tokamax")),
+            *(timed(f"0.6B {n} 16k", with_attention(n, "batch.micro_tokens=16384")) for n in ("cudnn", "tokamax")),
+            timed("1B", Work("1B")),
+            timed("8B", Work("8B", settings=BIG), 420),
+        ]
+    ),
     "beside TRL": (functools.partial(beside_trl, Work("0.6B", pairs=8, steps=10, warmup=3)), 420),
 }
 """By name: what it does, and the most seconds that it may take."""

@@ -29,10 +29,8 @@ class Work:
     steps: int = 14
     warmup: int = 4
     settings: tuple[str, ...] = ()
-
-    def named(self) -> str:
-        """For a table."""
-        return f"{self.size}, {self.pairs} pairs, {' '.join(self.settings)}"
+    flags: str = ""
+    """XLA_FLAGS."""
 
 
 def prepared(work: Work, folder: Path, rate: float = 1e-4) -> tuple[Spec, dict[str, float]]:
@@ -70,6 +68,7 @@ def step_time(work: Work, folder: Path, trace: Path | None = None) -> dict[str, 
     path = folder / "spec.json"
     spec.write(path)
     script = str(ROOT / "tools" / "device" / "ours.py")
+    os.environ["XLA_FLAGS"] = work.flags
     runner = Runner(OURS, sys.executable, script)
     run = compare.execute(runner, path, 0, 600.0, (*(["--trace", str(trace)] if trace else []), *work.settings))
     found: dict[str, Any] = {"work": dataclasses.asdict(work), "mean_tokens": means}

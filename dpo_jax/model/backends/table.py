@@ -45,18 +45,6 @@ class Device:
 FLOATS = ("float32", "bfloat16")
 BACKENDS = {
     "splash": Backend(("tpu",), FLOATS, frozenset({"window", "softcap", "sinks", "value width"})),
-    "cudnn": Backend(
-        ("gpu",), ("bfloat16",), frozenset({"window"}), head_step=8, head_most=256, capability=9.0, private=True
-    ),
-    "fa4": Backend(
-        ("gpu",),
-        ("bfloat16",),
-        frozenset({"window"}),
-        head_step=8,
-        head_most=256,
-        capability=9.0,
-        packages=("fa4-jax",),
-    ),
     "tokamax": Backend(
         ("gpu",),
         ("bfloat16",),
@@ -67,6 +55,26 @@ BACKENDS = {
         capability_below=10.0,
         packages=("tokamax",),
         private=True,
+        verified=("gpu",),
+    ),
+    "cudnn": Backend(
+        ("gpu",),
+        ("bfloat16",),
+        frozenset({"window"}),
+        head_step=8,
+        head_most=256,
+        capability=9.0,
+        private=True,
+        verified=("gpu",),
+    ),
+    "fa4": Backend(
+        ("gpu",),
+        ("bfloat16",),
+        frozenset({"window"}),
+        head_step=8,
+        head_most=256,
+        capability=9.0,
+        packages=("fa4-jax",),
     ),
     "xla": Backend(
         ("cpu", "gpu", "tpu"),
