@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,6 +91,11 @@ def command(*words: str, seconds: float = 240.0) -> dict[str, Any]:
     return {"exit": done.returncode, "seconds": round(time.perf_counter() - began, 1), "says": says[-3500:]}
 
 
+def numerics(name: str, _: Place) -> dict[str, Any]:
+    """A backend against the plain formula."""
+    return attention.numerics(name)
+
+
 def quickstart(place: Place) -> dict[str, Any]:
     """The whole main job, its export held against PyTorch, and an answer of the result."""
     folder = place.scratch / "quickstart"
@@ -104,8 +110,11 @@ def same_bits(place: Place) -> dict[str, Any]:
     """Whether a run ends with the same bits when it is run again, and when it stops half-way and goes on."""
     base = ("-m", "dpo_jax.train", "configs/quickstart.yaml", "epochs=null", "steps=20")
     folders = [place.scratch / name for name in ("whole", "again", "halves")]
-    said = [command(*base, f"output={folder}") for folder in folders[:2]]
-    said += [stopped_and_resumed(base, folders[2])]
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the three share the device
+    with ThreadPoolExecutor() as pool:
+        whole = [pool.submit(command, *base, f"output={folder}") for folder in folders[:2]]
+        halves = pool.submit(stopped_and_resumed, base, folders[2])
+        said = [*(one.result() for one in whole), *halves.result()]
     digests = {folder.name: digest(folder / "model" / "model.safetensors") for folder in folders}
     return {
         "digests": digests,
@@ -153,7 +162,9 @@ def beside_trl(work: Work, place: Place) -> dict[str, Any]:
 
 NAMED = "--xla_gpu_enable_command_buffer="
 """Kernels are launched one by one, so that the profiler knows which operation each is of."""
-BIG = ("optimizer.param_dtype=bfloat16", "optimizer.name=adafactor", "model.remat=names")
+SLICES = "--xla_gpu_enable_dynamic_slice_fusion=true"
+"""Products read a layer's weights where they lie, among those of all layers."""
+BIG = ("optimizer.param_dtype=bfloat16", "optimizer.name=adafactor")
 
 
 def timed(name: str, work: Work, seconds: float = 240) -> tuple[str, tuple[Callable[[Place], Any], float]]:
@@ -168,7 +179,7 @@ def with_attention(name: str, *more: str) -> Work:
 
 PARTS: dict[str, tuple[Callable[[Place], Any], float]] = {
     "versions": (versions, 90),
-    "numerics": (lambda _: attention.numerics(), 300),
+    **{f"numerics {name}": (functools.partial(numerics, name), 150) for name in ("cudnn", "tokamax", "fa4", "xla")},
     "timings": (lambda _: attention.timings(), 150),
     "quickstart": (quickstart, 300),
     "same_bits": (same_bits, 300),
@@ -176,10 +187,12 @@ PARTS: dict[str, tuple[Callable[[Place], Any], float]] = {
         [
             timed("0.6B", Work("0.6B")),
             timed("0.6B named", Work("0.6B", flags=NAMED)),
+            timed("0.6B slices", Work("0.6B", flags=SLICES)),
+            timed("0.6B none", Work("0.6B", settings=("model.remat=none",), flags=SLICES)),
             *(timed(f"0.6B {name}", with_attention(name)) for name in ("xla", "cudnn", "fa4", "tokamax")),
             *(timed(f"0.6B {n} 16k", with_attention(n, "batch.micro_tokens=16384")) for n in ("cudnn", "tokamax")),
             timed("1B", Work("1B")),
-            timed("8B", Work("8B", settings=BIG), 420),
+            timed("8B", Work("8B", steps=11, settings=BIG), 420),
         ]
     ),
     "beside TRL": (functools.partial(beside_trl, Work("0.6B", pairs=8, steps=10, warmup=3)), 420),
