@@ -2,8 +2,9 @@
 
 In tools/BENCHMARKS.md between `<!-- benchmarks -->` and `<!-- /benchmarks -->` stand the newest comparisons, one row
 for each program. The newest of those that are alike in workload, dtype, reference, pairs in a step and machine is
-shown, whatever it says. Between `<!-- growth -->` and `<!-- /growth -->` stand the newest measurements of how cost
-grows, and in README.md between `<!-- speed -->` and `<!-- /speed -->` how much slower each other program was.
+shown, whatever it says. Between the marks `growth` stand the newest measurements of how cost grows, between the marks
+`device` what tools/device_kit.py measured, and in README.md between the marks `speed` how much slower each other
+program was.
 """
 
 import argparse
@@ -19,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from dpo_jax.errors import UserError  # noqa: E402
 from tools.benching import micro, records  # noqa: E402
 from tools.benching.compare import OURS, QUIET  # noqa: E402
+from tools.device import report  # noqa: E402
 
 HEAD = (
     "| workload | program | pairs/s | CPU-s per pair | peak memory | first step after | dpo_jax is faster by | CPU | "
@@ -139,7 +141,16 @@ def growth(found: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(parts)
 
 
-PAGES = {"tools/BENCHMARKS.md": {"benchmarks": table, "growth": growth}, "README.md": {"speed": summary}}
+def device(_: Iterable[Mapping[str, Any]]) -> str:
+    """What the device kit measured: its records have a file of their own."""
+    found = records.read(report.RUNS)
+    return "\n".join(written(found) for written in (report.beside, report.steps, report.attention))
+
+
+PAGES = {
+    "tools/BENCHMARKS.md": {"benchmarks": table, "growth": growth, "device": device},
+    "README.md": {"speed": summary},
+}
 """Blocks of each page, and what writes them."""
 
 

@@ -1,11 +1,12 @@
 """Measures dpo_jax on a machine with an accelerator and no network: one folder to carry there, one command to run.
 
-    python tools/device_kit.py build FOLDER          # here: the package, wheels that such a machine lacks, run.sh
-    bash FOLDER/run.sh OUT [--only PART ...]                 # there; OUT/kit.json has what was measured, OUT/kit.log the rest
-    python tools/device_kit.py run OUT [--only PART ...]     # the same where the package is installed already
+    python tools/device_kit.py build FOLDER         # here: the package, wheels that such a machine lacks, run.sh
+    bash FOLDER/run.sh OUT [--only PART ...]        # there: OUT/kit.json has what was measured, OUT/kit.log the rest
+    python tools/device_kit.py keep OUT             # here: into tools/device_runs.jsonl, whence BENCHMARKS.md has it
+    python tools/device_kit.py run OUT              # on a machine where the package is installed already
 
-The machine is an ordinary one with Python 3.12, jax 0.11 for CUDA, flax, optax, orbax, torch and transformers 5.17. Each
-part runs in a process of its own, and its result is written as it ends: what a crash or a time limit takes is one part.
+The machine is an ordinary one with Python 3.12, jax 0.11 for CUDA, flax, optax, orbax, torch and transformers 5.17.
+Each part runs in a process of its own, and its result is written as it ends: a crash or a time limit takes one part.
 `--quick` tries all parts with tiny models, on whatever device there is.
 """
 
@@ -34,6 +35,7 @@ WHEELS = (
 PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (34, 31, 28, 27, 24, 17, 5)] + ["manylinux2014_x86_64"]
 MADE_FROM = "made_from.json"
 """Of the package in a kit: the commit."""
+LEAST_SECONDS, NO_TIME = 20.0, "no time left"
 MOST_BYTES = 60 * 10**6
 RUN = """\
 #!/usr/bin/env bash
@@ -41,7 +43,8 @@ RUN = """\
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 site=${TMPDIR:-/tmp}/dpo_jax_kit
-python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" "$here"/wheels/*.whl
+pip="python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir"
+$pip --upgrade --target "$site" "$here"/wheels/*.whl
 mkdir -p "$site/xprof/cli/tools"  # tokamax imports the profiler's reader, which it needs for nothing that is done here
 touch "$site/xprof/__init__.py" "$site/xprof/cli/__init__.py" "$site/xprof/cli/tools/__init__.py"
 touch "$site/xprof/cli/tools/get_kernel_stats_tool.py"
@@ -92,11 +95,10 @@ def run(out: Path, names: Sequence[str], seconds: float, quick: bool) -> None:
     with tempfile.TemporaryDirectory(dir=disk) as scratch:
         for name in names or list(PARTS):
             left = seconds - (time.monotonic() - began)
-            if left < 20:
-                record["parts"][name] = {"failed": "no time left"}
-                continue
             print(f"== {name}", flush=True)
-            record["parts"][name] = in_child(name, out, Path(scratch), min(PARTS[name][1], left), quick)
+            limit = min(PARTS[name][1], left)
+            tried = left >= LEAST_SECONDS
+            record["parts"][name] = in_child(name, out, Path(scratch), limit, quick) if tried else {"failed": NO_TIME}
             text = json.dumps(record, indent=1)
             (out / "kit.json.tmp").write_text(text + "\n", "utf-8")
             (out / "kit.json.tmp").replace(out / "kit.json")
@@ -140,6 +142,7 @@ def main() -> None:
     )
     commands = parser.add_subparsers(required=True, dest="what")
     commands.add_parser("build", help="write the folder to carry along").add_argument("folder", type=Path)
+    commands.add_parser("keep", help="add to the records").add_argument("out", type=Path)
     running = commands.add_parser("run", help="measure on this machine")
     running.add_argument("out", type=Path)
     running.add_argument("--only", nargs="+", default=(), metavar="PART", help="these parts alone")
@@ -154,6 +157,10 @@ def main() -> None:
     match given.what:
         case "build":
             build(given.folder.absolute())
+        case "keep":
+            from tools.device import report
+
+            report.keep(given.out)
         case "run":
             run(given.out.absolute(), given.only, given.seconds, given.quick)
         case _:

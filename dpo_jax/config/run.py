@@ -438,5 +438,7 @@ def quiet_libraries() -> None:
     for name in ("absl", "orbax", "jax", "datasets", "httpx", "httpx2", "filelock"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")  # a log wants no bars
+    # tokamax tells of every shape that its tables of kernel settings do not have, in lines of 900 characters
+    logging.getLogger("absl").addFilter(lambda record: not record.getMessage().startswith("Autotuning cache miss"))
     # transformers resets its own level when it is imported, but keeps filters; torch is not needed here
     logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())

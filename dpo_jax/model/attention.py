@@ -32,6 +32,10 @@ class Layout(NamedTuple):
     position: Int[Array, "B T"]
 
 
+TILE = 64
+"""Slots of a tile of scores. On a CPU, of 32, 64, 128 and 256, by queries and by keys, this took least time."""
+
+
 class Bounds(NamedTuple):
     """What is known of rows when their computation is compiled."""
 
@@ -39,6 +43,8 @@ class Bounds(NamedTuple):
     """Most texts of a row: completions, and prompts that have none."""
     branches: int
     """Most branches of a tree, at least 1."""
+    tile: int = TILE
+    """Slots of a tile of scores, by queries and by keys, where a backend goes tile by tile."""
 
 
 def causal(batch: int, length: int) -> Layout:

@@ -63,11 +63,11 @@ class ModelSettings(Section):
         description="what the backward pass keeps of each layer, and does not compute again; from none to block less "
         f"and less: {'; '.join(f'{name} {row.says}' for name, row in REMATS.items())}",
     )
-    attention: Literal["auto", "xla", "splash", "cudnn", "fa4", "tokamax"] = Field(
+    attention: Literal["auto", "xla", "splash", "tokamax", "cudnn"] = Field(
         default="auto",
-        description="what computes attention; auto: the fastest that was verified on the platform, so far always xla; "
-        "splash is a kernel for TPUs, cudnn, fa4 (package fa4-jax) and tokamax (that package) are for NVIDIA GPUs of "
-        "compute capability 9.0 or more",
+        description="what computes attention; auto: the fastest that was verified on the platform (on NVIDIA GPUs of "
+        "compute capability 9.0 or more tokamax, if that package is installed, or cudnn; else xla); splash is a kernel "
+        "for TPUs",
     )
     freeze: tuple[str, ...] = Field(
         default=(),

@@ -80,9 +80,9 @@ def activation_bytes(
 
     `remat` stands in for the objective's own.
     """
-    execution = dataclasses.replace(
-        objective.execution, activations=None, remat=remat or objective.execution.remat, bounds=bounds_of(packed)
-    )
+    given = objective.execution
+    bounds = bounds_of(packed, given.tile)
+    execution = dataclasses.replace(given, activations=None, remat=remat or given.remat, bounds=bounds)
     params = jax.eval_shape(
         lambda: cast(init_params(objective.spec, jax.random.key(0)), jnp.dtype(objective.compute_dtype)),
     )

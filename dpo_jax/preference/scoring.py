@@ -98,16 +98,16 @@ def _states(
     flat = (shards * rows, length)
     layout = Layout(packed.group.reshape(flat), packed.branch.reshape(flat), packed.position.reshape(flat))
     weights = _texts(layout) if routed else None
-    execution = dataclasses.replace(execution, bounds=bounds_of(packed))
+    execution = dataclasses.replace(execution, bounds=bounds_of(packed, execution.tile))
     states, routing = hidden_and_routing(spec, params, packed.tokens.reshape(flat), layout, weights, execution)
     return states.reshape(shards, rows * length, spec.head_width), routing
 
 
-def bounds_of(packed: Batch) -> Bounds:
+def bounds_of(packed: Batch, tile: int) -> Bounds:
     """What the shapes of a micro-batch say of its rows: it has room for as many completions of each of its P pairs as
     the fullest prompt has."""
     completions = packed.ids.shape[-1]
-    return Bounds(min(completions, packed.tokens.shape[-1]), -(-completions // packed.chosen.shape[-1]))
+    return Bounds(min(completions, packed.tokens.shape[-1]), -(-completions // packed.chosen.shape[-1]), tile)
 
 
 def _texts(layout: Layout) -> Float[Array, "B T"]:

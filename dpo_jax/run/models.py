@@ -14,6 +14,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.hf import checkpoint, tensors
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.model import remat
+from dpo_jax.model.attention import TILE
 from dpo_jax.model.backends import table
 from dpo_jax.model.decoder import Execution, Model, Params, abstract_params, cast, held_in
 from dpo_jax.model.settings import MeshSettings, ModelSettings
@@ -178,7 +179,8 @@ def make_objective(
 ) -> TrainingObjective:
     """The objective on this model; of its weights (arrays or shapes) it matters which are trained."""
     where, split, attention = sharding.rows(mesh), sharding.head_split(mesh), attention_of(model, spec, mesh)
-    execution = Execution(model.scan_layers, model.remat, where, attention, split, head_is_frozen(spec, weights))
+    tile = table.TILES.get(sharding.platform(mesh), TILE)
+    execution = Execution(model.scan_layers, model.remat, where, attention, tile, split, head_is_frozen(spec, weights))
     return TrainingObjective(
         spec=spec,
         terms=terms,

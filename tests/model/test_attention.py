@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import sharding
-from dpo_jax.model.attention import VisibilityRules, alibi_slopes, attend_seen, visible
+from dpo_jax.model.attention import TILE, Bounds, VisibilityRules, alibi_slopes, attend_seen, visible
 from dpo_jax.model.backends import xla
 from dpo_jax.model.backends.dispatch import PackedRows, attend
 from tests.support.attention import (
@@ -41,6 +41,21 @@ def test_blocks_are_the_plain_formula(rules, window, shape):
     assert_close(measured(by_blocks, arrays, slope), wanted(shape, rules, window), 2e-5)
 
 
+@pytest.mark.parametrize("tile", [32, 100, 256])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_tiles_change_nothing(tile, window):
+    """Of any size: they divide the row, do not, or hold all of it."""
+    layout, arrays, slope = inputs("wide values")
+    bounds = Bounds(texts=6, branches=3, tile=tile)
+
+    def by_tiles(arrays):
+        query, key, value, sinks = arrays
+        return attend(query, key, value, layout, as_rules("everything", sinks), window=window, bounds=bounds)
+
+    # as above
+    assert_close(measured(by_tiles, arrays, slope), wanted("wide values", "everything", window), 2e-5)
+
+
 def test_a_row_of_one_block_is_the_plain_formula():
     layout = forest([[(9, 3, 4), (2, 5)]], 30)
     arrays = tuple(jax.random.normal(jax.random.key(i), (1, 30, 2, 8)) for i in range(3))
@@ -59,8 +74,8 @@ def blocks_of(plan):
 def test_only_blocks_with_something_to_see_are_computed(window):
     layout, *_ = inputs("grouped")
     plan = xla.prepare(layout, window)
-    count = plan.layout.group.shape[1] // xla.BLOCK
-    seen = np.asarray(visible(plan.layout, window)).reshape(3, count, xla.BLOCK, count, xla.BLOCK).any(axis=(2, 4))
+    count = plan.layout.group.shape[1] // TILE
+    seen = np.asarray(visible(plan.layout, window)).reshape(3, count, TILE, count, TILE).any(axis=(2, 4))
     for row, found in enumerate(blocks_of(plan)):
         for block, keys in enumerate(found):
             wanted = np.flatnonzero(seen[row, block]).tolist()

@@ -18,7 +18,7 @@ from dpo_jax import sharding
 from dpo_jax.data.batches import Batches
 from dpo_jax.errors import UserError
 from dpo_jax.model.attention import Bounds, VisibilityRules, attend_seen
-from dpo_jax.model.backends import cudnn, fa4, table, texts, tokamax
+from dpo_jax.model.backends import cudnn, table, texts, tokamax
 from dpo_jax.model.backends.dispatch import PackedRows, attend
 from dpo_jax.model.decoder import Execution, init_params
 from dpo_jax.preference.micro_batches import micro_batch
@@ -32,7 +32,7 @@ from tests.support.tiers import by_day
 BOUNDS = Bounds(texts=6, branches=3)
 """What the forest has; looser ones are `LOOSE`."""
 LOOSE = Bounds(texts=11, branches=4)
-BACKENDS = ("cudnn", "fa4", "tokamax")
+BACKENDS = ("cudnn", "tokamax")
 PAIRS = forest([[(70, 30, 45), (20, 5), (3, 9, 2)], [(1, 64, 100)], [(150, 40)]], 200)
 """Trees of one and two branches."""
 HOPPER = table.Device("gpu", 9.0)
@@ -79,18 +79,6 @@ def _undefined(x, number):
 by_segments.defvjp(_by_segments, _by_segments_back)
 
 
-def by_trees(query, key, value, offsets, branch, position, scale, window):
-    """The contract of packed sequences with a predicate, whose indices count from the start of a sequence."""
-    assert len(branch) == len(position) == query.shape[0] + fa4.BEYOND  # a tile at the end may ask for so many more
-    slots = jnp.arange(query.shape[0])
-    number = jnp.searchsorted(offsets, slots, side="right") - 1
-    local = slots - offsets[number]
-    mask = SimpleNamespace(offsets=offsets, branch=branch, position=position, window=window)
-    seen = fa4.sees(mask, number[:, None], local[:, None], local[None, :])
-    seen = seen & (number[:, None] == number[None, :]) & (local[:, None] >= local[None, :])
-    return attend_seen(query[None], key[None], value[None], seen[None], VisibilityRules(scale))[0]
-
-
 def by_ranges(query, key, value, begin, end, scale, softcap):
     """The contract of a range of keys for each query. No place is outside of all: each sees itself at least."""
     order = jnp.arange(query.shape[1])[None, None, :]
@@ -101,7 +89,6 @@ def by_ranges(query, key, value, begin, end, scale, softcap):
 @pytest.fixture
 def plain_kernel(monkeypatch):
     monkeypatch.setattr(cudnn, "_kernel", by_segments)
-    monkeypatch.setattr(fa4, "_kernel", by_trees)
     monkeypatch.setattr(tokamax, "_kernel", by_ranges)
 
 
@@ -145,11 +132,6 @@ def test_a_range_is_no_longer_than_it_must_be():
     texts = tokamax.prepare(forest([[(3, 2, 2)]], 8), 2, Bounds(2, 2))
     assert texts.begin[0].tolist() == [0, 0, 1, 2, 3, 5, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15]
     assert texts.end[0].tolist() == list(range(1, 17))
-
-
-def test_trees_and_padding_are_sequences():
-    found = fa4.prepare(forest([[(2, 1), (1, 1)], [(5, 2)]], 7), None, Bounds(texts=2, branches=1))
-    assert found.begin.tolist() == [[0, 3, 5], [0, 7, 7]]
 
 
 def test_padding_is_zeros(plain_kernel):
@@ -268,36 +250,6 @@ def test_a_single_text_is_still_a_packed_row(hopper):
     assert "max_seg_per_batch\\22: 2" in text
 
 
-@pytest.mark.parametrize("window", [None, 7])
-def test_fa4_is_the_plain_formula(window):
-    """By the package's own plain formula, which it runs on a CPU: the predicate, and the gradients through it."""
-    pytest.importorskip("fa4_jax", reason="the package fa4-jax is not installed")
-    layout, arrays, slope = inputs("grouped")
-
-    def by_package(arrays):
-        return attend(*arrays[:3], layout, VisibilityRules(0.25), window=window, backend="fa4", bounds=BOUNDS)
-
-    # float32 sums of 8 to 200 terms in another order
-    assert_close(measured(by_package, arrays, slope), wanted("grouped", "plain", window), 2e-5)
-
-
-@pytest.mark.parametrize("window", [None, 7])
-def test_fa4_lowers_for_cuda(monkeypatch, tmp_path, window):
-    """The package compiles its kernels, with our predicate in them, while JAX lowers: for an H100, on any machine."""
-    monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
-    monkeypatch.setenv("CUTEJAX_CACHE_DIR", str(tmp_path))
-    pytest.importorskip("fa4_jax", reason="the package fa4-jax is not installed")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the packages below it
-        kernels = pytest.importorskip("fa4_jax.kernels", reason="the compiler below fa4-jax cannot be imported")
-        monkeypatch.setattr(kernels, "_device_arch", lambda: 90)
-        monkeypatch.setattr("fa4_jax.attention._default_backend", lambda: "cute")
-        text = lowered_for_cuda("fa4", window)
-    calls = re.findall(r"custom_call @cutejax\.(\w+)\.", text)
-    assert sum("fwd" in call for call in calls) == 1 and sum("bwd_gqa_varlen" in call for call in calls) == 1
-    assert not re.search(r"tensor<[0-9x]*(200x200|600x600)x", text)
-
-
 @pytest.fixture
 def tokamax_for_hopper(monkeypatch):
     """The package, told that it compiles for an H100: it asks for the device while it lowers."""
@@ -369,7 +321,6 @@ def test_cudnn_says_why_it_cannot(spec, dtype, device, words):
 
 def test_cudnn_can_where_nothing_is_in_the_way():
     assert table.why_not("cudnn", small(windows=(4,)), "bfloat16", HOPPER) is None
-    assert table.automatic(small(), "bfloat16", HOPPER) == "xla"  # it ran on no device yet
 
 
 @pytest.mark.parametrize(("found", "words"), [("9.0", None), ("8.6", "is of 8.6"), ("gfx90a", "is no NVIDIA GPU")])
@@ -381,8 +332,28 @@ def test_the_device_is_asked_what_it_can(found, words):
 
 def test_a_package_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    reason = table.why_not("fa4", small(), "bfloat16", HOPPER)
-    assert reason == "needs the package fa4-jax, which is not installed (pip install 'dpo_jax[kernels]', Python 3.12)"
+    reason = table.why_not("tokamax", small(), "bfloat16", HOPPER)
+    assert reason == "needs the package tokamax, which is not installed (pip install 'dpo_jax[cuda]', Python 3.12)"
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "device", "there", "taken"),
+    [
+        (small(64), "bfloat16", HOPPER, True, "tokamax"),
+        (small(64), "bfloat16", HOPPER, False, "cudnn"),  # tokamax is a package of its own
+        (small(96), "bfloat16", HOPPER, True, "cudnn"),  # no head of 96 channels was run by tokamax
+        (small(64), "bfloat16", table.Device("gpu", 10.0), True, "cudnn"),
+        (small(64, softcap=30.0), "bfloat16", HOPPER, True, "tokamax"),
+        (small(64, softcap=30.0), "bfloat16", HOPPER, False, "xla"),
+        (small(64), "float32", HOPPER, True, "xla"),
+        (small(64), "bfloat16", table.Device("gpu", 8.0), True, "xla"),
+        (small(64), "bfloat16", table.Device("tpu"), True, "xla"),  # splash ran on no device yet
+    ],
+)
+def test_auto_takes_the_fastest_that_was_verified(monkeypatch, spec, dtype, device, there, taken):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if there else None)
+    monkeypatch.setattr(tokamax, "missing", lambda: None)
+    assert table.automatic(spec, dtype, device) == taken
 
 
 def test_a_private_function_that_changed_is_refused(monkeypatch):

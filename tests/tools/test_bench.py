@@ -74,6 +74,14 @@ def test_figures_leave_out_the_warm_up_and_count_by_pair():
     assert found.cpu_with_reference == pytest.approx(1.0 + 8 / 16)
 
 
+def test_on_an_accelerator_the_last_step_is_left_out():
+    """A program that runs ahead of the device reports it together with the one before, as if it took no time."""
+    run = run_of(seconds=2.0)
+    *steps, done = run.events
+    ahead = dataclasses.replace(run, events=[*steps[:-1], steps[-1] | {"wall": 0.0}, done | {"device_peak_bytes": 1}])
+    assert figures(ahead, warmup=1).pairs_per_second == pytest.approx(4 / 2.0)
+
+
 def test_a_run_of_nothing_but_warm_up_has_no_figures():
     with pytest.raises(ValueError, match="no more than the warm-up"):
         figures(run_of(), warmup=4)
@@ -280,6 +288,7 @@ def test_the_table_shows_the_newest_and_says_what_was_disturbed():
 
 def test_the_readme_is_written_between_its_marks():
     readme = "before\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nafter\n<!-- growth -->\n<!-- /growth -->\n"
+    readme += "<!-- device -->\n<!-- /device -->\n"
     page = "tools/BENCHMARKS.md"
     once = bench_table.updated(page, readme, [record([run_of()])])
     assert once.startswith("before\n") and "after\n<!-- growth -->\n<!-- /growth -->" in once and "old" not in once

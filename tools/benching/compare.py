@@ -209,10 +209,15 @@ class _Clock:
 def figures(run: Run, warmup: int) -> Figures:
     """What a run cost a pair, its first `warmup` steps left out.
 
+    On an accelerator the last one is left out, too: a program that runs ahead of the device reports a step when it
+    hands over the next one, and the last together with the one before.
+
     Raises:
       ValueError: no step is left.
     """
-    steps = run.of("step")[warmup:]
+    (done,) = run.of("done")
+    on_device = done.get("device_peak_bytes") is not None
+    steps = run.of("step")[warmup : -1 if on_device else None]
     pairs = sum(step["pairs"] for step in steps)
     if not pairs:
         raise ValueError(f"{run.runner}: {len(run.of('step'))} steps are no more than the warm-up of {warmup}")
@@ -220,7 +225,6 @@ def figures(run: Run, warmup: int) -> Figures:
     # Compiling would take as long for a million pairs: it is part of the time to the first step, not of a pair's.
     reference = [(e["wall"] - e.get("compile_wall", 0.0), e["cpu"], e["pairs"]) for e in run.of("reference")]
     extra, extra_cpu = (sum(e[i] / e[2] for e in reference) for i in (0, 1))
-    (done,) = run.of("done")
     return Figures(
         pairs_per_second=1 / wall,
         cpu_per_pair=cpu,

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.model.attention import Bounds, Layout, VisibilityRules, alibi_slopes, attend_seen, visible
-from dpo_jax.model.backends import table, xla
+from dpo_jax.model.attention import TILE, Bounds, Layout, VisibilityRules, alibi_slopes, attend_seen, visible
+from dpo_jax.model.backends import table
 from dpo_jax.model.backends.dispatch import PackedRows
 from dpo_jax.run.models import device_of
 
@@ -60,8 +60,8 @@ CASES = {
     "wide keys": Case(16, 16, 192, value=128),
 }
 ROWS, LENGTH, TIMED_ROWS, TIMED_LENGTH = 2, 512, 8, 1280
-BLOCKS = {"xla": xla.BLOCK, **{f"xla, tiles of {size}": size for size in (256, 512, 1024, 4096)}}
-"""Sizes of the tiles of the backend xla that are tried."""
+TILES = (64, 256, 512, 1024, 2048)
+"""Slots of the tiles of the backend xla that are tried."""
 
 
 def packed(rows: int, length: int, branches: int, seed: int = 0) -> Layout:
@@ -124,9 +124,9 @@ def plain(case: Case, layout: Layout) -> Callable:
     return attend
 
 
-def by_backend(name: str, case: Case, layout: Layout) -> Callable:
-    """The same by a backend."""
-    bounds = bounds_of(layout)
+def by_backend(name: str, case: Case, layout: Layout, tile: int | None = None) -> Callable:
+    """The same by a backend; tiles are those of the platform unless given."""
+    bounds = bounds_of(layout)._replace(tile=tile or table.TILES.get(jax.default_backend(), TILE))
 
     def attend(query, key, value, sinks):
         rows = PackedRows.of(layout, [case.window], name, bounds=bounds)
@@ -166,7 +166,8 @@ def compared(name: str, case: Case, dtype: Any) -> dict[str, Any]:
 
 def timed(attend: Callable, case: Case, layout: Layout, dtype: Any, repeats: int = 10) -> float:
     """Milliseconds of values and gradients together, the median of some runs after one that compiles."""
-    *arrays, slope = arrays_of(case, *layout.group.shape, dtype)
+    rows, length = layout.group.shape
+    *arrays, slope = arrays_of(case, rows, length, dtype)
     function = graded(attend, layout, slope)
     jax.block_until_ready(function(*arrays))
     seconds = []
@@ -226,9 +227,7 @@ def timings() -> dict[str, Any]:
     if jax.default_backend() == "gpu":
         ways |= {"cudnn, dense mask": whole_rows(case, layout)}
     found = {name: tried(functools.partial(timed, way, case, layout, jnp.bfloat16)) for name, way in ways.items()}
-    before = xla.BLOCK
-    for name, size in BLOCKS.items():
-        xla.BLOCK = size
-        found[name] = tried(functools.partial(timed, by_backend("xla", case, layout), case, layout, jnp.bfloat16, 3))
-    xla.BLOCK = before
+    for tile in TILES:
+        way = by_backend("xla", case, layout, tile)
+        found[f"xla, tiles of {tile}"] = tried(functools.partial(timed, way, case, layout, jnp.bfloat16, 3))
     return found

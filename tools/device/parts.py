@@ -19,7 +19,7 @@ from tools.device import attention, steps
 from tools.device.steps import Work
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers tokenizers numpy torch trl tokamax fa4-jax".split()
+PACKAGES = "jax jaxlib flax optax orbax-checkpoint transformers tokenizers numpy torch trl tokamax".split()
 PACKAGES += ["nvidia-cudnn-cu13"]
 
 
@@ -179,7 +179,7 @@ def with_attention(name: str, *more: str) -> Work:
 
 PARTS: dict[str, tuple[Callable[[Place], Any], float]] = {
     "versions": (versions, 90),
-    **{f"numerics {name}": (functools.partial(numerics, name), 150) for name in ("cudnn", "tokamax", "fa4", "xla")},
+    **{f"numerics {name}": (functools.partial(numerics, name), 150) for name in ("cudnn", "tokamax", "xla")},
     "timings": (lambda _: attention.timings(), 150),
     "quickstart": (quickstart, 300),
     "same_bits": (same_bits, 300),
@@ -189,7 +189,7 @@ PARTS: dict[str, tuple[Callable[[Place], Any], float]] = {
             timed("0.6B named", Work("0.6B", flags=NAMED)),
             timed("0.6B slices", Work("0.6B", flags=SLICES)),
             timed("0.6B none", Work("0.6B", settings=("model.remat=none",), flags=SLICES)),
-            *(timed(f"0.6B {name}", with_attention(name)) for name in ("xla", "cudnn", "fa4", "tokamax")),
+            *(timed(f"0.6B {name}", with_attention(name)) for name in ("xla", "cudnn", "tokamax")),
             *(timed(f"0.6B {n} 16k", with_attention(n, "batch.micro_tokens=16384")) for n in ("cudnn", "tokamax")),
             timed("1B", Work("1B")),
             timed("8B", Work("8B", steps=11, settings=BIG), 420),

@@ -67,7 +67,7 @@ def step_time(work: Work, folder: Path, trace: Path | None = None) -> dict[str, 
     spec, means = prepared(work, folder)
     path = folder / "spec.json"
     spec.write(path)
-    script = str(ROOT / "tools" / "device" / "ours.py")
+    script = str(ROOT / "tools" / "runners" / "ours.py")
     os.environ["XLA_FLAGS"] = work.flags
     runner = Runner(OURS, sys.executable, script)
     run = compare.execute(runner, path, 0, 600.0, (*(["--trace", str(trace)] if trace else []), *work.settings))

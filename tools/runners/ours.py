@@ -1,4 +1,6 @@
-"""dpo_jax under the stopwatch: `PYTHON tools/runners/ours.py SPEC.json`, as protocol.py says.
+"""dpo_jax under the stopwatch: `PYTHON tools/runners/ours.py SPEC.json [--trace FOLDER] [key=value ...]`.
+
+It is called as protocol.py says; what comes after the spec are settings that a spec has no word for.
 
 It is `dpo_jax.train` less the export: the same parts with the same settings, the loop with its prefetching thread, its
 journal and its alarms. Only the journal also tells the stopwatch, and nothing is saved. A step is reported as the loop
@@ -8,6 +10,7 @@ records it: when the device has it, while the next one already runs. The referen
 # protocol comes first, and makes Events before anything heavy is imported
 from protocol import Events, Spec, cpu_seconds, spec_of_command_line  # isort: split
 
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -42,6 +45,15 @@ def settings(spec: Spec, folder: Path) -> list[str]:
         "optimizer.weight_decay=0",
         f"optimizer.clip_norm={'null' if spec.clip_norm is None else spec.clip_norm}",
     ]
+
+
+ADAMW = ("optimizer.beta1=", "optimizer.beta2=", "optimizer.epsilon=")
+
+
+def without_overruled(words: list[str], more: Sequence[str]) -> list[str]:
+    """The settings less those of AdamW where `more` names another optimizer, which would refuse them."""
+    other = any(word.startswith("optimizer.name=") for word in more)
+    return [word for word in words if not (other and word.startswith(ADAMW))]
 
 
 class Compiling:
@@ -88,7 +100,7 @@ def run(spec: Spec, events: Events, folder: Path, more: Sequence[str] = (), trac
     """The parts of `dpo_jax.train.train`, up to the last step; `more` are settings that the spec has no word for."""
     from dpo_jax.config import run as config
 
-    settled = config.load([*settings(spec, folder), *more])
+    settled = config.load([*without_overruled(settings(spec, folder), more), *more])
     config.quiet_libraries()
 
     from dpo_jax.planning import costs
@@ -156,9 +168,10 @@ def device_peak() -> int | None:
 
 def main() -> None:
     """Run the spec of the command line."""
-    events, spec = Events(), spec_of_command_line()
+    events, spec, more = Events(), spec_of_command_line(more=True), sys.argv[2:]
+    trace = Path(more[1]) if more[:1] == ["--trace"] else None
     with tempfile.TemporaryDirectory() as folder:
-        run(spec, events, Path(folder))
+        run(spec, events, Path(folder), more[2:] if trace else more, trace)
 
 
 if __name__ == "__main__":

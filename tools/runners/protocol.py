@@ -106,12 +106,12 @@ class Spec:
         return [rows[step * size : (step + 1) * size] for step in range(self.steps)]
 
 
-def spec_of_command_line() -> Spec:
+def spec_of_command_line(*, more: bool = False) -> Spec:
     """The spec that the command line names. Binds the process to its threads, before any library counts the CPUs.
 
-    Says how it is used and stops if the command line names none.
+    Says how it is used and stops if the command line names none, or says `more` where a runner takes no more.
     """
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2 or (len(sys.argv) > 2 and not more):
         sys.exit(f"usage: {sys.argv[0]} SPEC.json; tools/bench.py writes the file and calls this")
     spec = Spec.read(sys.argv[1])
     bind(spec.threads)

@@ -54,7 +54,7 @@ def prepare(layout: Layout, window: int | None, bounds: Bounds | None) -> Texts:
     return lay_out(layout, bounds)
 
 
-def keeps_scores(length: int) -> bool:
+def keeps_scores(prepared: object) -> bool:
     """Whether the backward pass finds more than a result where the forward pass left it: copies, here always."""
     return True
 

@@ -2,7 +2,7 @@
 
 A backend is a module of this folder with three functions. `prepare(layout, window, bounds)` makes what is the same for
 every layer: arrays with the rows on their first axis. `attend(query, key, value, prepared, window, rules)` computes.
-`keeps_scores(length)` says whether its gradient would keep much more of such rows than what goes in and comes out.
+`keeps_scores(prepared)` says whether its gradient would keep much more of these rows than what goes in and comes out.
 
 Letters: B rows, T slots, H heads, K key-value heads, C channels of a key, E channels of a value.
 """
@@ -47,7 +47,7 @@ class PackedRows:
     ) -> "PackedRows":
         """These rows for layers with these windows; with `remat` the backward pass computes scores again.
 
-        `bounds` are wanted by backends that lay texts out again.
+        `bounds` are wanted by backends that lay texts out again; xla takes its tiles from them.
 
         `activations` says how rows are split: each device then attends within its own, and with its own heads where
         the mesh's `tensor` axis divides them.
@@ -69,7 +69,7 @@ class PackedRows:
         def mix(query, key, value, prepared, sinks, slopes):
             return module.attend(query, key, value, prepared, window, rules._replace(sinks=sinks, slopes=slopes))
 
-        if self.remat and module.keeps_scores(query.shape[1]):
+        if self.remat and module.keeps_scores(self.prepared[window]):
             mix = jax.checkpoint(mix)
         mix = _per_device(mix, query.shape, key.shape[2], self.activations)
         return mix(query, key, value, self.prepared[window], rules.sinks, rules.slopes)

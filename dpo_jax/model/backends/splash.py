@@ -30,7 +30,7 @@ def prepare(layout: Layout, window: int | None, bounds: Bounds | None = None) ->
     return jax.vmap(lambda seen: _marked(make(seen[None]), None))(visible(layout, window))
 
 
-def keeps_scores(length: int) -> bool:
+def keeps_scores(prepared: object) -> bool:
     """Whether the backward pass finds scores where the forward pass left them: it computes them again."""
     return False
 

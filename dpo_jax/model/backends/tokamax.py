@@ -100,7 +100,7 @@ def _by_text(layout: Layout, window: int | None, bounds: Bounds) -> Ranges:
     return Ranges(texts.places, begin, jnp.broadcast_to(order + 1, begin.shape))
 
 
-def keeps_scores(length: int) -> bool:
+def keeps_scores(prepared: object) -> bool:
     """Whether the backward pass finds more than a result where the forward pass left it: copies, here always."""
     return True
 

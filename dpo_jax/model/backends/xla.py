@@ -7,7 +7,7 @@ computes scores again from each query's log-sum-exp (arXiv:2205.14135). The orde
 inputs give the same bits.
 
 Letters: B rows, T slots, K key-value heads, G queries for each of them, H = K G heads, C channels of a key, E channels
-of a value, X either of them, I blocks of a row, N = BLOCK slots of a block, M = B I blocks of all rows, Q = G N.
+of a value, X either of them, I blocks of a row, N slots of a block, M = B I blocks of all rows, Q = G N.
 """
 
 import functools
@@ -19,10 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from dpo_jax.model.attention import Bounds, Layout, VisibilityRules, attend_seen, visible
-
-BLOCK = 64
-"""Slots of a block. Of 32, 64, 128 and 256, by queries and by keys, this took least CPU time from 256 slots up."""
+from dpo_jax.model.attention import TILE, Bounds, Layout, VisibilityRules, attend_seen, visible
 
 UNSEEN = float(np.finfo(np.float32).min)
 
@@ -40,17 +37,23 @@ class TilePlan(NamedTuple):
     keys: Int[Array, "B I I"]
     count: Int[Array, "B I"]
 
+    @property
+    def block(self) -> int:
+        """Slots of a block."""
+        return self.layout.group.shape[1] // self.keys.shape[2]
+
 
 def prepare(layout: Layout, window: int | None, bounds: Bounds | None = None) -> TilePlan:
-    """What is the same for every layer with this window."""
-    layout = Layout(*(_filled(x) for x in layout))
-    needed = jax.vmap(functools.partial(_needed, window))(*layout)
+    """What is the same for every layer with this window; blocks have the bounds' `tile` slots."""
+    block = TILE if bounds is None else bounds.tile
+    layout = Layout(*(_filled(x, block) for x in layout))
+    needed = jax.vmap(functools.partial(_needed, window, block))(*layout)
     keys = jnp.argsort(~needed, axis=-1, stable=True).astype(jnp.int32)
     return TilePlan(layout, keys, needed.sum(axis=-1, dtype=jnp.int32))
 
 
 def _needed(
-    window: int | None, group: Int[Array, " T"], branch: Int[Array, " T"], position: Int[Array, " T"]
+    window: int | None, block: int, group: Int[Array, " T"], branch: Int[Array, " T"], position: Int[Array, " T"]
 ) -> Bool[Array, "I I"]:
     """Which blocks of queries (first axis) may see anything of which blocks of keys.
 
@@ -64,19 +67,19 @@ def _needed(
     prompt_end = jax.ops.segment_max(jnp.where(branch == 0, slots, -1), group, length + 1)[group]
     new = (group != jnp.roll(group, 1)) | (branch != jnp.roll(branch, 1))
     own = lax.cummax(jnp.where(new, slots, 0))
-    change = jnp.zeros((length // BLOCK, length // BLOCK + 1), jnp.int32)
+    change = jnp.zeros((length // block, length // block + 1), jnp.int32)
     for begin, end in ((tree, jnp.minimum(prompt_end, slots)), (own, slots)):
         if window is not None:
             begin = begin + jnp.maximum(position - position[begin] - window + 1, 0)
         there = (begin <= end).astype(jnp.int32)
-        change = change.at[slots // BLOCK, begin // BLOCK].add(there, mode="drop")
-        change = change.at[slots // BLOCK, end // BLOCK + 1].add(-there, mode="drop")
+        change = change.at[slots // block, begin // block].add(there, mode="drop")
+        change = change.at[slots // block, end // block + 1].add(-there, mode="drop")
     return jnp.cumsum(change, axis=1)[:, :-1] > 0
 
 
-def keeps_scores(length: int) -> bool:
-    """Whether the backward pass finds the scores of such rows where the forward pass left them."""
-    return length <= BLOCK
+def keeps_scores(plan: TilePlan) -> bool:
+    """Whether the backward pass finds the scores of these rows where the forward pass left them."""
+    return plan.keys.shape[2] == 1
 
 
 def attend(
@@ -89,11 +92,11 @@ def attend(
 ) -> Float[Array, "B T H E"]:
     """Attention of each slot to what it sees of its own tree; softmax in float32."""
     length = query.shape[1]
-    if length <= BLOCK:  # one block: nothing to skip, and quicker to compile
+    if plan.keys.shape[2] == 1:  # one block: nothing to skip, and quicker to compile
         layout = Layout(*(x[:, :length] for x in plan.layout))
         distance = None if rules.slopes is None else layout.position[:, :, None] - layout.position[:, None, :]
         return attend_seen(query, key, value, visible(layout, window), rules, distance)
-    how = _How(rules.scale, rules.softcap, window)
+    how = _How(rules.scale, rules.softcap, window, plan.block)
     sinks = None if rules.sinks is None else rules.sinks.astype(jnp.float32)
     return _attend(how, query, key, value, sinks, rules.slopes, plan)
 
@@ -104,6 +107,7 @@ class _How(NamedTuple):
     scale: float
     softcap: float | None
     window: int | None
+    block: int
 
 
 class _Blocks(NamedTuple):
@@ -122,13 +126,13 @@ def _attend(how: _How, query, key, value, sinks, slopes, plan: TilePlan):
 def _forward(how: _How, query, key, value, sinks, slopes, plan: TilePlan):
     """The result, and what the backward pass needs: besides the inputs, the result by block and log-sum-exps."""
     batch, length, heads, _ = query.shape
-    blocks = _blocks(query, key, value)
+    blocks = _blocks(query, key, value, how.block)
     count = plan.count.shape[1]
     rows = blocks.query.shape[:3]
 
     def one_block(number, found):
         row, block = number // count, number % count
-        begin = _nothing_yet(blocks, sinks)
+        begin = _nothing_yet(blocks, sinks, how.block)
 
         def one_tile(turn, sofar):
             top, total, mixed = sofar
@@ -147,13 +151,14 @@ def _forward(how: _How, query, key, value, sinks, slopes, plan: TilePlan):
 
     blank = jnp.zeros((*rows, value.shape[-1]), value.dtype), jnp.zeros(rows, jnp.float32)
     out, lse = lax.fori_loop(0, rows[0], one_block, blank)
-    return _whole(out, batch, heads)[:, :length], (query, key, value, sinks, slopes, plan, out, lse)
+    return _whole(out, batch, heads, how.block)[:, :length], (query, key, value, sinks, slopes, plan, out, lse)
 
 
 def _backward(how: _How, kept, slope):
     query, key, value, sinks, slopes, plan, out, lse = kept
     batch, length, heads, _ = query.shape
-    blocks, slope = _blocks(query, key, value), _by_block(_filled(slope), key.shape[2])
+    blocks = _blocks(query, key, value, how.block)
+    slope = _by_block(_filled(slope, how.block), key.shape[2], how.block)
     count = plan.count.shape[1]
     drop = (slope.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
 
@@ -183,11 +188,12 @@ def _backward(how: _How, kept, slope):
     to_query, to_key, to_value = lax.fori_loop(0, lse.shape[0], one_block, blank)
     to_sinks = None
     if sinks is not None:
-        share = jnp.exp(_by_head(sinks, key.shape[2])[None] - lse)
-        to_sinks = -(share * drop).reshape(lse.shape[0], heads, BLOCK).sum(axis=(0, 2))
-    to_query = _whole(to_query, batch, heads)[:, :length]
+        share = jnp.exp(_by_head(sinks, key.shape[2], how.block)[None] - lse)
+        to_sinks = -(share * drop).reshape(lse.shape[0], heads, how.block).sum(axis=(0, 2))
+    to_query = _whole(to_query, batch, heads, how.block)[:, :length]
     to_key, to_value = (
-        _whole(x, batch, like.shape[2])[:, :length].astype(like.dtype) for x, like in ((to_key, key), (to_value, value))
+        _whole(x, batch, like.shape[2], how.block)[:, :length].astype(like.dtype)
+        for x, like in ((to_key, key), (to_value, value))
     )
     return to_query, to_key, to_value, to_sinks, None if slopes is None else jnp.zeros_like(slopes), None
 
@@ -209,12 +215,12 @@ def _tile(how: _How, plan: TilePlan, row: Int[Array, ""], block: Int[Array, ""],
     """The same as `attention.visible`, of one block of a row's queries and one of its keys."""
 
     def part(x, number):
-        return lax.dynamic_slice(x, (row, number * BLOCK), (1, BLOCK))[0]
+        return lax.dynamic_slice(x, (row, number * how.block), (1, how.block))[0]
 
     group, branch, position = (part(x, block)[:, None] for x in plan.layout)
     key_group, key_branch, key_position = (part(x, other)[None, :] for x in plan.layout)
-    order = jnp.arange(BLOCK, dtype=jnp.int32)
-    seen = (block * BLOCK + order)[:, None] >= (other * BLOCK + order)[None, :]
+    order = jnp.arange(how.block, dtype=jnp.int32)
+    seen = (block * how.block + order)[:, None] >= (other * how.block + order)[None, :]
     seen = seen & (group == key_group) & ((key_branch == 0) | (key_branch == branch))
     distance = position - key_position
     return _Tile(seen if how.window is None else seen & (distance < how.window), distance)
@@ -230,13 +236,13 @@ def _scores(
     if how.softcap is not None:
         bent = jnp.tanh(scores / how.softcap)
         scores, tame = how.softcap * bent, 1 - jnp.square(bent)
-    scores = scores.reshape(heads, -1, BLOCK, BLOCK)
+    scores = scores.reshape(heads, -1, how.block, how.block)
     if slopes is not None:
         scores = scores - slopes.reshape(heads, -1, 1, 1) * tile.distance.astype(jnp.float32)[None, None]
-    return jnp.where(tile.seen[None, None], scores, UNSEEN).reshape(heads, -1, BLOCK), tame
+    return jnp.where(tile.seen[None, None], scores, UNSEEN).reshape(heads, -1, how.block), tame
 
 
-def _nothing_yet(blocks: _Blocks, sinks: Float32[Array, " H"] | None) -> tuple[Array, Array, Array]:
+def _nothing_yet(blocks: _Blocks, sinks: Float32[Array, " H"] | None, block: int) -> tuple[Array, Array, Array]:
     """Highest score, sum of exponentials above it, and sum of values, before any key; a sink is a key without value.
 
     What a block adds to queries that see nothing of it is multiplied by zero at the first block that they do see: at
@@ -246,38 +252,38 @@ def _nothing_yet(blocks: _Blocks, sinks: Float32[Array, " H"] | None) -> tuple[A
     mixed = jnp.zeros((*shape, blocks.value.shape[-1]), jnp.float32)
     if sinks is None:
         return jnp.full(shape, UNSEEN), jnp.zeros(shape, jnp.float32), mixed
-    return _by_head(sinks, shape[0]), jnp.ones(shape, jnp.float32), mixed
+    return _by_head(sinks, shape[0], block), jnp.ones(shape, jnp.float32), mixed
 
 
 # ---------------------------------------------------------------------------------------------- shapes
 
 
-def _filled(x: Array) -> Array:
+def _filled(x: Array, block: int) -> Array:
     """[B, T, ...] up to whole blocks; what is added is padding."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)) + ((0, 0),) * (x.ndim - 2))
 
 
-def _blocks(query: Array, key: Array, value: Array) -> _Blocks:
+def _blocks(query: Array, key: Array, value: Array, block: int) -> _Blocks:
     heads = key.shape[2]
-    return _Blocks(*(_by_block(_filled(x), heads) for x in (query, key, value)))
+    return _Blocks(*(_by_block(_filled(x, block), heads, block) for x in (query, key, value)))
 
 
-def _by_block(x: Float[Array, "B T H X"], heads: int) -> Float[Array, "M K Q X"]:
+def _by_block(x: Float[Array, "B T H X"], heads: int, block: int) -> Float[Array, "M K Q X"]:
     """Slots by block, with the queries of a key-value head one after the other."""
     batch, length, _, channels = x.shape
-    x = x.reshape(batch, length // BLOCK, BLOCK, heads, -1, channels).transpose(0, 1, 3, 4, 2, 5)
-    return x.reshape(batch * (length // BLOCK), heads, -1, channels)
+    x = x.reshape(batch, length // block, block, heads, -1, channels).transpose(0, 1, 3, 4, 2, 5)
+    return x.reshape(batch * (length // block), heads, -1, channels)
 
 
-def _whole(x: Float[Array, "M K Q X"], batch: int, heads: int) -> Float[Array, "B T H X"]:
+def _whole(x: Float[Array, "M K Q X"], batch: int, heads: int, block: int) -> Float[Array, "B T H X"]:
     """What `_by_block` took apart."""
-    x = x.reshape(batch, x.shape[0] // batch, heads, BLOCK, x.shape[-1]).transpose(0, 1, 3, 2, 4)
+    x = x.reshape(batch, x.shape[0] // batch, heads, block, x.shape[-1]).transpose(0, 1, 3, 2, 4)
     return x.reshape(batch, -1, heads, x.shape[-1])
 
 
-def _by_head(x: Float32[Array, " H"], heads: int) -> Float32[Array, "K Q"]:
+def _by_head(x: Float32[Array, " H"], heads: int, block: int) -> Float32[Array, "K Q"]:
     """A number of each head, for each query of a block."""
-    return jnp.repeat(x, BLOCK).reshape(heads, -1)
+    return jnp.repeat(x, block).reshape(heads, -1)
 
 
 def _at(x: Array, number: Int[Array, ""]) -> Array:
