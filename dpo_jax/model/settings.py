@@ -1,9 +1,10 @@
 """Settings of the model and of the devices it is laid out on."""
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from dpo_jax.model.backends.table import BACKENDS
 from dpo_jax.settings import Section
 
 
@@ -37,6 +38,12 @@ REMATS: dict[str, Remat] = {
 and layer of an 8B model in bfloat16: dots 2.75 MB and 2 % more arithmetic, names 0.92 MB and 18 %, block 33 %."""
 
 
+if TYPE_CHECKING:
+    Attention = str
+else:
+    Attention = Literal[("auto", *BACKENDS)]
+
+
 class ModelSettings(Section):
     """Which model is trained and how it is computed."""
 
@@ -63,7 +70,7 @@ class ModelSettings(Section):
         description="what the backward pass keeps of each layer, and does not compute again; from none to block less "
         f"and less: {'; '.join(f'{name} {row.says}' for name, row in REMATS.items())}",
     )
-    attention: Literal["auto", "xla", "splash", "tokamax", "cudnn"] = Field(
+    attention: Attention = Field(
         default="auto",
         description="what computes attention; auto: the fastest that was verified on the platform (on NVIDIA GPUs of "
         "compute capability 9.0 or more tokamax, if that package is installed, or cudnn; else xla); splash is a kernel "

@@ -1,4 +1,8 @@
-"""Names of metrics, what they mean, and the labels and formats under which they are shown: the only tables of them."""
+"""Names of metrics, what they mean, and the labels and formats under which they are shown: the only tables of them.
+
+A new metric of log-probabilities is an entry of `objectives.metrics.preference_metrics`, and a line here where it is to
+be explained or shown.
+"""
 
 METRICS: dict[str, str] = {
     "loss": "mean objective of the step's pairs",

@@ -1,4 +1,7 @@
-"""What each backend of attention can do, as data; which one a run takes, and why one cannot be taken."""
+"""What each backend of attention can do, as data; which one a run takes, and why one cannot be taken.
+
+A new backend is a module of this folder (see dispatch.py for its three functions) and a row of `BACKENDS`.
+"""
 
 import dataclasses
 import importlib
