@@ -15,7 +15,7 @@ from dpo_jax.model import delta
 from dpo_jax.model import spec as specs
 from dpo_jax.model.delta import GatedDeltaNet
 from dpo_jax.model.experts import Mixture, Routing
-from dpo_jax.model.layers import ACTIVATIONS, Dense, MLPLayer, NormLayer, normal
+from dpo_jax.model.layers import ACTIVATIONS, Dense, MLPLayer, NormLayer, lookup, normal
 from dpo_jax.model.mixers import AttentionLayer, Cached, KeyValue, MLALayer, View
 from dpo_jax.model.remat import named
 from dpo_jax.model.spec import DecoderSpec
@@ -173,11 +173,11 @@ class Ends(nnx.Module):
 
     def first(self, tokens: Int[Array, "B T"], position: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What the first block sees."""
-        x = self.embed.embedding[...][tokens]
+        x = lookup(self.embed.embedding[...], tokens)
         x = x * jnp.asarray(self.spec.embed_scale, x.dtype) if self.spec.embed_scale != 1.0 else x
         x = x if self.project_in is None else self.project_in(x)
         if self.positions is not None:
-            x = x + self.positions.embedding[...][position + self.spec.position_offset]
+            x = x + lookup(self.positions.embedding[...], position + self.spec.position_offset)
         return _behind(self.embed_norm, x)
 
     def each(self, tokens: Int[Array, "B T"], x: Float[Array, "B T D"]) -> Float[Array, "L B T P"] | None:
@@ -186,7 +186,7 @@ class Ends(nnx.Module):
             return None
         shape = (*tokens.shape, len(self.spec.layers), -1)
         own = (self.inputs_projection(x) * jnp.asarray(self.spec.width**-0.5, x.dtype)).reshape(shape)
-        known = self.inputs.embedding[...][tokens].reshape(shape)
+        known = lookup(self.inputs.embedding[...], tokens).reshape(shape)
         known = known * jnp.asarray(known.shape[-1] ** 0.5, x.dtype)
         both = (self.inputs_norm(own) + known) * jnp.asarray(2**-0.5, x.dtype)
         return jnp.moveaxis(both, 2, 0)

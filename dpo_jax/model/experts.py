@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from dpo_jax.model import spec as specs
 from dpo_jax.model.grouped import grouped_dot
 from dpo_jax.model.kernels import dense
-from dpo_jax.model.layers import ACTIVATIONS, Dense, MLPLayer, NormLayer, normal
+from dpo_jax.model.layers import ACTIVATIONS, Dense, MLPLayer, NormLayer, lookup, normal
 from dpo_jax.model.remat import cheap, named
 
 
@@ -194,7 +194,7 @@ class Linears(nnx.Module):
     def __call__(self, x: Float[Array, "N I"], pairs: ExpertPairs) -> Float[Array, "N O"]:
         """Each row through the layer of its expert."""
         y = named(grouped_dot(x, self.kernel[...], pairs.sizes), "experts")
-        return y if self.bias is None else y + _rows(self.bias[...], pairs.experts)
+        return y if self.bias is None else y + lookup(self.bias[...], pairs.experts)
 
 
 class Mixture(nnx.Module):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dpo_jax.model import spec as specs
 from dpo_jax.model.kernels import dense
@@ -20,6 +20,47 @@ def normal(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
     return nnx.Param(INITIAL_SCALE * jax.random.normal(rngs.params(), shape))
 
 
+# What many tokens share gets the sum of their gradients. JAX would add them up in the dtype of computation, and a
+# bfloat16 stands still after 256 equal terms; here they are added in float32, and the sum is rounded once.
+
+
+@jax.custom_vjp
+def lookup(table: Float[Array, "V N"], index: Int[Array, "*B"]) -> Float[Array, "*B N"]:
+    """Rows of a table."""
+    return table[index]
+
+
+def _lookup(table, index):
+    return table[index], (table, index)
+
+
+def _lookup_back(kept, slope):
+    table, index = kept
+    total = jnp.zeros(table.shape, jnp.float32).at[index].add(slope.astype(jnp.float32))
+    return total.astype(table.dtype), None
+
+
+lookup.defvjp(_lookup, _lookup_back)
+
+
+@jax.custom_vjp
+def biased(x: Float[Array, "*B O"], bias: Float[Array, " O"]) -> Float[Array, "*B O"]:
+    """`x + bias`."""
+    return x + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+
+
+def _biased(x, bias):
+    return biased(x, bias), bias
+
+
+def _biased_back(bias, slope):
+    total = slope.astype(jnp.float32).sum(axis=tuple(range(slope.ndim - 1)))
+    return slope, total.astype(bias.dtype)
+
+
+biased.defvjp(_biased, _biased_back)
+
+
 class Dense(nnx.Module):
     """A linear layer; the kernel is stored (inputs, outputs)."""
 
@@ -31,7 +72,7 @@ class Dense(nnx.Module):
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         """`x @ kernel + bias`."""
         y = dense(x, self.kernel[...])
-        return y if self.bias is None else y + self.bias[...][None, None, :]
+        return y if self.bias is None else biased(y, self.bias[...])
 
 
 class NormLayer(nnx.Module):

@@ -64,7 +64,7 @@ def step_items(
     head = 0 if objective.spec.scalar_head else _head(objective, packed, mesh)
     return {
         "weights in the dtype of computation": copy,
-        "gradient": per_device(trained, places_of_trained),
+        "gradient": per_device(jax.eval_shape(functools.partial(cast, dtype=jnp.float32), trained), places_of_trained),
         "gradient of a micro-batch": per_device(narrow_trained, places_of_trained) if several else 0,
         "activations": kept,
         "a layer's backward pass": layer if layer > head else 0,
