@@ -46,6 +46,7 @@ from dpo_jax.data.messages import (
     speaks,
     type_name,
 )
+from dpo_jax.data.report import REVERSED, WEIGHTLESS
 
 
 class Pair(NamedTuple):
@@ -290,8 +291,16 @@ def to_record(row: Mapping[str, Any], layout: RowLayout, *, file: str, line: int
         chat_template_kwargs=_template_kwargs(row),
         file=file,
         line=line,
-        notes=answers.notes,
+        notes=answers.notes + _pair_notes(layout, *numbers),
     )
+
+
+def _pair_notes(layout: RowLayout, weight: float, margin: float, label: float) -> tuple[tuple[str, str], ...]:
+    """What is unusual about the numbers of a row's pairs."""
+    notes = [(WEIGHTLESS, "weight is 0, so it adds nothing to the loss")] * (weight == 0)
+    if layout.label is soft_label and label < 0.5:
+        notes.append((REVERSED, f"label is {label:g}, so what stands in rejected counts as the better answer"))
+    return tuple(notes)
 
 
 def _pair_numbers(row: Mapping[str, Any], layout: RowLayout) -> tuple[float, float, float]:

@@ -97,8 +97,12 @@ def need(row: Mapping[str, Any], name: str) -> Any:
     return row[name]
 
 
+LARGEST = float.fromhex("0x1.fffffep+127")
+"""The largest number that float32 holds, which is what a row's numbers become."""
+
+
 def number(value: object, name: str) -> float:
-    """A finite number of a row."""
+    """A number of a row that is finite in float32."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow("wrong type", f"{name} is {type_name(value)}, not a number")
     try:
@@ -107,6 +111,8 @@ def number(value: object, name: str) -> float:
         result = math.inf
     if not math.isfinite(result):
         raise BadRow("not finite", f"{name} is {result}")
+    if abs(result) > LARGEST:
+        raise BadRow("not finite", f"{name} is {result:g}, which is infinite in float32 ({LARGEST:g} is its largest)")
     return result
 
 

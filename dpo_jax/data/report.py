@@ -10,6 +10,12 @@ EXAMPLES = 5
 """Rows that are named for each class; all are counted."""
 
 BAD, TOO_LONG, NOTED = "bad", "too long", "noted"
+WEIGHTLESS, REVERSED = "weight of 0", "reversed pair"
+WHOLLY = {
+    WEIGHTLESS: "nothing would be learned; correct the column weight, or remove it",
+    REVERSED: "the answers in rejected would be learned; remove the column label, or swap chosen and rejected",
+}
+"""What cannot be meant of every row, and what would come of it."""
 
 KINDS = {
     # The row cannot be used, and counts against data.max_bad_fraction.
@@ -60,6 +66,8 @@ KINDS = {
     "conflicting pair": NOTED,
     "duplicate completion": NOTED,
     "conflicting completion": NOTED,
+    WEIGHTLESS: NOTED,
+    REVERSED: NOTED,
 }
 """Every class of row and what becomes of such a row."""
 
@@ -183,6 +191,10 @@ class Report:
             what = self._largest(BAD, TOO_LONG) if self.rows else "there are no rows"
             remedy = "raise data.max_length" if self.too_long > self.bad else "give at least one usable row"
             raise UserError(f"0 rows left of {self.rows:,} in {where}: {what}; {remedy}")
+
+        for kind, consequence in WHOLLY.items():
+            if self.counts.get(kind, 0) >= self.rows - self.bad > 0:
+                raise UserError(f"all rows, as {self.examples[kind][0]}: {consequence}")
 
     def _largest(self, *effects: str) -> str:
         kinds = [kind for effect in effects for kind in self._of(effect)]

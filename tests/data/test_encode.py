@@ -385,3 +385,46 @@ def test_real_files_are_read_whole(shared, tmp_path, name, rows, bad):
     assert set(encoded.tokens[ends[~encoded.truncated]].tolist()) <= {EOS, END}
     inside = [encoded.completion(index)[:-1] for index in range(encoded.num_completions)]
     assert all((ids >= len(SPECIAL)).all() for ids in inside)
+
+
+# ------------------------------------------------------------------------------------------------ numbers of rows
+
+
+def numbered(**columns):
+    return {"prompt": "p", "chosen": " a", "rejected": " b", **columns}
+
+
+@pytest.mark.parametrize("value", [1e39, -1e39, 10**300])
+@pytest.mark.parametrize("column", ["weight", "margin"])
+def test_a_number_that_float32_does_not_hold_is_a_bad_row(tmp_path, column, value):
+    """It would be infinite there, and every step with that row would be left out."""
+    path = write(tmp_path / "rows.jsonl", numbered(**{column: value}), numbered())
+    with pytest.raises(UserError, match=rf"1 not finite \(first: .*rows.jsonl:1: {column} is "):
+        encode(str(path), byte_tokenizer(), settings(), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"weight": 0}, "all rows, as .*:1: weight is 0, .*: nothing would be learned; correct the column weight"),
+        (
+            {"label": 0},
+            "all rows, as .*:1: label is 0, .*: the answers in rejected would be learned; remove the column",
+        ),
+    ],
+)
+def test_what_cannot_be_meant_of_every_row_is_refused_and_of_some_counted(tmp_path, columns, words):
+    """A column that was left over from other work changes everything that is learned."""
+    odd = [numbered(**columns), numbered(chosen=" c", **columns)]
+    path = write(tmp_path / "odd.jsonl", *odd)
+    with pytest.raises(UserError, match=words):
+        encode(str(path), byte_tokenizer(), settings(), tmp_path / "cache")
+    path = write(tmp_path / "some.jsonl", *odd, numbered(chosen=" d"))
+    _, report = encode(str(path), byte_tokenizer(), settings(), tmp_path / "cache")
+    assert [report.counts[kind] for kind in ("weight of 0", "reversed pair") if kind in report.counts] == [2]
+
+
+def test_a_single_completion_that_is_undesirable_is_no_reversed_pair(tmp_path):
+    path = write(tmp_path / "single.jsonl", {"prompt": "p", "completion": " a", "label": False})
+    _, report = encode(str(path), byte_tokenizer(), settings(), tmp_path / "cache")
+    assert report.counts == {} and report.undesirable == 1
