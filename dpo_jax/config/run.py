@@ -115,8 +115,8 @@ RULES: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
     ),
     (
         "optimizer.warmup_steps",
-        lambda r: r.steps is not None and (r.optimizer.warmup_steps or 0) > r.steps,
-        "must not be more than steps",
+        lambda r: r.steps is not None and (r.optimizer.warmup_steps or 0) >= r.steps,
+        "must be less than steps",
     ),
     ("data.train", lambda r: r.data.train == (), "must name at least one file, folder or data set"),
     ("data.eval", lambda r: r.data.eval == (), "must name at least one file, folder or data set, or be left out"),

@@ -1,6 +1,7 @@
 """A run's data: read, tokenised, made into what the objective compares, and laid out in batches."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,14 +76,22 @@ def examples(encoded: Encoded, terms: tuple[Term, ...], max_length: int) -> Enco
 
 
 def number_of_steps(examples: int, pairs_per_step: int, *, steps: int | None, epochs: float | None) -> int:
-    """Optimizer steps of a run over so many examples.
+    """Optimizer steps of a run over so many examples: as given, or as many as its epochs take, rounded up.
 
     Raises:
       UserError: there are fewer examples than a step takes.
     """
     if examples < pairs_per_step:
         raise UserError(f"batch.pairs: {pairs_per_step} is more than the {examples} examples of data.train; lower it")
-    return steps if steps is not None else max(1, int((epochs or 1) * examples / pairs_per_step))
+    return steps if steps is not None else math.ceil((epochs or 1) * examples / pairs_per_step)
+
+
+def length_line(examples: int, pairs_per_step: int, steps: int) -> str:
+    """How long a run is, in words, and what becomes of an epoch that steps do not divide."""
+    passes, rest = divmod(steps * pairs_per_step, examples)
+    said = f"{steps:,} steps of {pairs_per_step:,} pairs: {steps * pairs_per_step / examples:.2f} passes over the data"
+    over = rest if passes and rest < pairs_per_step else 0
+    return said + (f"; the last step ends with {over:,} pair{'s' * (over > 1)} of the next pass" if over else "")
 
 
 def length_on(platform: str) -> int:

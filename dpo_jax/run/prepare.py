@@ -13,13 +13,14 @@ from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.reporting.journal import Journal
 from dpo_jax.run import models, output, result
-from dpo_jax.run.data import Data, Packing, number_of_steps, read_data
+from dpo_jax.run.data import Data, Packing, length_line, number_of_steps, read_data
 from dpo_jax.run.evaluator import EvaluationPrompts, Evaluator, read_prompts
 from dpo_jax.run.first_step import FirstStep
 from dpo_jax.run.recorder import Recorder, make_alarms
 from dpo_jax.run.reference import Reference, ReferenceScorer, make_reference
 from dpo_jax.run.sources import Sources, find_models
 from dpo_jax.run.trainer import Trainer
+from dpo_jax.training.optimizer import check_warmup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Job:
         output.write_json(folder / "data.json", data.report)
         data = data.examples(terms, length)
         steps = number_of_steps(data.train.num_pairs, run.batch.pairs, steps=run.steps, epochs=run.epochs)
+        check_warmup(run.optimizer, steps)
+        print(length_line(data.train.num_pairs, run.batch.pairs, steps))
         prompts = read_prompts(run.evaluation, sources.policy, tokenizer)
         models.check_models(
             sources,

@@ -1,5 +1,7 @@
 """The optimizers, their schedule, where their state lives, and the table that says which leaves decay."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, BFloat16, Float32, PRNGKeyArray
 
 from dpo_jax import trees
+from dpo_jax.errors import UserError
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.trees import Params, Tree
 
@@ -26,7 +29,10 @@ vectors."""
 
 
 def schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
-    """Learning rate of each step, counted from 0: a linear rise from 0 over the warm-up, then the chosen fall to 0."""
+    """Learning rate of each step, counted from 0: a rise over the W steps of the warm-up, then the chosen fall to 0.
+
+    Step i of the warm-up has `peak (i + 1) / (W + 1)`: no step has a rate of 0, which would learn nothing.
+    """
     warmup = warmup_steps(settings, steps)
     peak, rest = settings.learning_rate, max(steps - warmup, 1)
     match settings.schedule:
@@ -38,14 +44,27 @@ def schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
             after = optax.cosine_decay_schedule(peak, rest)
     if not warmup:
         return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+    return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), after], [warmup])
 
 
 def warmup_steps(settings: OptimizerSettings, steps: int) -> int:
-    """Steps of warm-up: as given, or the given share of all steps, rounded up."""
+    """Steps of warm-up: as given, or the given share of all steps, rounded up, but for the last one."""
     if settings.warmup_steps is not None:
         return settings.warmup_steps
-    return int(-(-steps * settings.warmup_fraction // 1))
+    return min(math.ceil(steps * settings.warmup_fraction), steps - 1)
+
+
+def check_warmup(settings: OptimizerSettings, steps: int) -> None:
+    """Whether the rate reaches its peak.
+
+    Raises:
+      UserError: the warm-up is as long as the run.
+    """
+    if warmup_steps(settings, steps) >= steps:
+        raise UserError(
+            f"optimizer.warmup_steps: {settings.warmup_steps} is no less than the {steps} steps of the run, which would "
+            "never have its learning rate; lower it"
+        )
 
 
 def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformationExtraArgs:

@@ -192,7 +192,7 @@ BAD = {
     "too many values": ("a: 1\n" * 100_000, ":5000: ", "more than 10,000 values"),
     "steps and epochs": (("seed: 7", "epochs: 2"), ":18: steps: ", "100: give steps or epochs, not both"),
     "both warm-ups": (("beta: 0.2", "beta: 1\noptimizer.warmup_steps: 3"), ":14: optimizer.warmup_fraction: ", "not"),
-    "warm-up too long": (("warmup_fraction: 0.05", "warmup_steps: 101"), ":13: optimizer.warmup_steps: ", "not be"),
+    "warm-up too long": (("warmup_fraction: 0.05", "warmup_steps: 100"), ":13: optimizer.warmup_steps: ", "be less"),
     "nothing to evaluate": (("  eval: held_out.jsonl\n", ""), ":14: evaluation.every: ", "nothing to evaluate"),
     "nothing to generate": (("every: 10", "max_new_tokens: 10"), ":15: evaluation.max_new_tokens: ", "leave it"),
     "sft with a reference": (

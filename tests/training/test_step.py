@@ -196,13 +196,15 @@ def test_every_leaf_decays_or_not_and_norms_and_biases_do_not(params):
 
 
 @pytest.mark.parametrize(
-    ("name", "rates"), [("constant", [0, 0.5, 1, 1, 1, 1]), ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]), ("cosine", None)]
+    ("name", "rates"),
+    [("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]), ("linear", [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25]), ("cosine", None)],
 )
 def test_schedules(name, rates):
+    """No step has a rate of 0."""
     rate = schedule(OptimizerSettings(learning_rate=1.0, schedule=name, warmup_steps=2), 6)
     found = [float(rate(step)) for step in range(6)]
     if rates is None:
-        rates = [0, 0.5, *(0.5 * (1 + np.cos(np.pi * np.arange(4) / 4)))]
+        rates = [1 / 3, 2 / 3, *(0.5 * (1 + np.cos(np.pi * np.arange(4) / 4)))]
     np.testing.assert_allclose(found, rates, rtol=1e-6)
 
 
