@@ -19,7 +19,7 @@ from dpo_jax.data.settings import BatchSettings, DataSettings
 from dpo_jax.errors import UserError
 from dpo_jax.model.settings import MeshSettings, ModelSettings
 from dpo_jax.objectives.settings import ObjectiveSettings
-from dpo_jax.reporting.metrics import EVALUATED
+from dpo_jax.reporting.metrics import EVALUATED, shown
 from dpo_jax.reporting.settings import LogSettings
 from dpo_jax.settings import Section
 from dpo_jax.training.settings import ReferenceSettings
@@ -133,9 +133,10 @@ def _lines(found: Mapping[str, float], pairs: int) -> list[str]:
     for name, label, form in EVALUATED:
         if name not in found:
             continue
-        share = found[name]
-        error = f" +- {math.sqrt(share * (1 - share) / pairs):.1%}" if name.endswith("accuracies") else ""
-        lines.append(f"{label:<20} {form.format(share)}{error}")
+        share, said = found[name], shown(found, name, form)
+        has_error = name.endswith("accuracies") and said.endswith("%")
+        error = f" +- {math.sqrt(share * (1 - share) / pairs):.1%}" if has_error else ""
+        lines.append(f"{label:<20} {said}{error}")
     return lines
 
 

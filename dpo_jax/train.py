@@ -68,7 +68,7 @@ def advance(trainer: "Trainer", state: "State", recorder: "Recorder", saver: "Sa
             saved = saver.save(step, state, recorder, last=last, at_once=interrupts.asked is not None)
             if saved and interrupts.asked and step < last:
                 return state, interrupts.asked
-    recorder.end()
+    recorder.end(state)
     return state, None
 
 

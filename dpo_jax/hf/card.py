@@ -129,7 +129,7 @@ def model_card(
     parts = [(kind.trained if card else WRITTEN).format(base=printable(base))]
     parts += [note] if note else []
     if card.get("metrics"):
-        rows = [f"| {printable(str(name))} | {value:.6g} |" for name, value in card["metrics"].items()]
+        rows = [f"| {printable(str(name))} | {_number(value)} |" for name, value in card["metrics"].items()]
         parts.append("\n".join(["## Results", "", "| metric | value |", "| --- | --- |", *rows]))
     if card.get("config"):
         text = yaml.safe_dump(card["config"], sort_keys=False)
@@ -160,3 +160,8 @@ def _public(value: object) -> Any:
     ):
         return re.split(r"[\\/]", str(value).rstrip("\\/"))[-1]
     return str(value) if isinstance(value, Path) else value
+
+
+def _number(value: float | None) -> str:
+    """Of a record, where null stands for a number that is not finite."""
+    return "not finite" if value is None else f"{value:.6g}"

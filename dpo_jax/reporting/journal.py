@@ -23,13 +23,10 @@ from rich.text import Text
 
 from dpo_jax.errors import UserError, printable
 from dpo_jax.files import write_whole
-from dpo_jax.reporting.metrics import SUMMARY, TERMINAL
+from dpo_jax.reporting.metrics import SUMMARY, TERMINAL, shown
 from dpo_jax.reporting.settings import LogSettings
 
 METRICS_FILE = "metrics.jsonl"
-
-TIED = 1e-4
-"""Mean margin, in nats, below which policy and reference are the same but for rounding."""
 
 PLAIN_LINES = 200
 """Most step lines of a run on a terminal that cannot redraw."""
@@ -359,15 +356,7 @@ def _numbers(metrics: Mapping[str, SupportsFloat]) -> dict[str, float]:
 
 def _measured(metrics: Mapping[str, float]) -> str:
     named = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-    return "  ".join(f"{label} {form.format(named[name])}" for name, label, form in SUMMARY if name in named)
-
-
-def _cell(side: Mapping[str, Any], name: str, form: str) -> str:
-    """A cell of the summary. Where no margin is left but rounding, whose reward is greater means nothing."""
-    if side.get(name) is None:
-        return "-"
-    tied = name == "rewards/accuracies" and abs(side.get("rewards/margins", 1)) < TIED
-    return "tied" if tied else form.format(side[name])
+    return "  ".join(f"{label} {shown(named, name, form)}" for name, label, form in SUMMARY if name in named)
 
 
 def summary(before: Mapping[str, Any], after: Mapping[str, Any], *, console: Console | None = None) -> None:
@@ -375,7 +364,7 @@ def summary(before: Mapping[str, Any], after: Mapping[str, Any], *, console: Con
     screen = console or Console()
     sides = [{name.removeprefix("eval_"): value for name, value in side.items()} for side in (before, after)]
     rows = [
-        (label, *(_cell(side, name, form) for side in sides))
+        (label, *(shown(side, name, form) for side in sides))
         for name, label, form in SUMMARY
         if any(name in side for side in sides)
     ]

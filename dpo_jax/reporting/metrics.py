@@ -4,6 +4,10 @@ A new metric of log-probabilities is an entry of `objectives.metrics.preference_
 be explained or shown.
 """
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 METRICS: dict[str, str] = {
     "loss": "mean objective of the step's pairs",
     "grad_norm": "global norm of the gradient, before clipping",
@@ -65,3 +69,25 @@ EVALUATED = (
     ("kl", "kl", "{:.5f}"),
 )
 """What `dpo_jax.evaluate` prints."""
+
+TIED = 1e-4
+"""Mean margin, in nats, below which policy and reference are the same but for rounding."""
+
+
+def shown(found: Mapping[str, Any], name: str, form: str) -> str:
+    """A metric as it is shown, of metrics by name: `-` for none, and `tied` for an accuracy without any margin.
+
+    Where no margin is left but rounding, whose reward is greater means nothing.
+    """
+    if name not in found:
+        return "-"
+    if not _is_finite(found[name]):
+        return "not finite"
+    margin = found.get("rewards/margins", 1.0)
+    tied = name == "rewards/accuracies" and _is_finite(margin) and abs(margin) < TIED
+    return "tied" if tied else form.format(found[name])
+
+
+def _is_finite(value: float | None) -> bool:
+    """A record has null in the place of a number that is not finite."""
+    return value is not None and math.isfinite(value)

@@ -64,9 +64,21 @@ class Recorder:
         self.journal.phase("training")
         self.restart_clock()
 
-    def end(self) -> None:
-        """Write what is pending, and say what ought not to have happened."""
+    def end(self, state: State) -> None:
+        """Write what is pending, and say what ought not to have happened.
+
+        Raises:
+          UserError: the last step was not finite, so the weights are not those of a training that went well.
+        """
         self.flush()
+        last, (skipped, in_a_row) = int(state["step"]), (int(state[k]) for k in ("skipped", "consecutive_nonfinite"))
+        if in_a_row:
+            raise UserError(
+                f"the last {in_a_row} of {last} steps were not finite, so nothing is exported; checkpoints and metrics "
+                "stay; begin again in another output folder with a lower optimizer.learning_rate"
+            )
+        if skipped:
+            self.journal.note(f"{skipped} of {last} steps were not finite and changed nothing")
         if self._trainer.recompilations:
             self.journal.note(f"{self._trainer.recompilations} compilations happened after warm-up")
 

@@ -62,8 +62,8 @@ def check_warmup(settings: OptimizerSettings, steps: int) -> None:
     """
     if warmup_steps(settings, steps) >= steps:
         raise UserError(
-            f"optimizer.warmup_steps: {settings.warmup_steps} is no less than the {steps} steps of the run, which would "
-            "never have its learning rate; lower it"
+            f"optimizer.warmup_steps: {settings.warmup_steps} is no less than the {steps} steps of the run, which "
+            "would never have its learning rate; lower it"
         )
 
 

@@ -407,6 +407,16 @@ def test_a_run_that_diverges_stops_and_names_its_rows(world, tmp_path, capsys):
     assert "not finite for 2 steps" in line and "train.jsonl:" in line
 
 
+def test_a_run_whose_last_step_was_not_finite_is_not_done(world, tmp_path, capsys):
+    """Three of them in a row are allowed, but not at the end: what they leave is exported by no command."""
+    argv = arguments(world, tmp_path / "run", "evaluation.every=null", "data.eval=null", "optimizer.learning_rate=1e30")
+    argv.append("steps=3")
+    line = refused(argv, capsys)
+    assert "the last 2 of 3 steps were not finite, so nothing is exported" in line
+    assert "the last 2 of 3 steps were not finite, so nothing is exported" in refused(argv, capsys)  # also once more
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_too_few_pairs_and_a_vocabulary_of_another_size(world, tmp_path, capsys):
     assert "batch.pairs: 40" in refused(arguments(world, tmp_path / "a", "batch.pairs=40"), capsys)
     write_folder(tmp_path / "other", vocab_size=280)

@@ -293,6 +293,12 @@ def test_the_card_names_what_the_model_was_trained_with():
     assert "- simpo" in other and "Direct Preference" not in other
 
 
+def test_a_metric_that_is_not_finite_is_said_in_the_card():
+    """A record has null in its place."""
+    card = model_card("org/base", {}, {"metrics": {"kl": None, "loss": 0.5}})
+    assert "| kl | not finite |" in card and "| loss | 0.5 |" in card
+
+
 def test_an_unknown_part_of_the_card_is_refused():
     with pytest.raises(ValueError, match="no part 'metric'"):
         model_card("x", {}, {"metric": {}})

@@ -258,6 +258,19 @@ def test_the_summary_sets_before_beside_after():
     ]
 
 
+def test_what_is_not_finite_is_said_to_be(tmp_path):
+    """It is null in the record, which is what the summary is made of."""
+    console = terminal()
+    with Journal(tmp_path, 2, FILE_ONLY, console=console) as book:
+        book.evaluation(0, {"loss": math.nan, "rewards/margins": math.inf, "rewards/accuracies": 0.5})
+    (record,) = read_records(tmp_path / "metrics.jsonl")
+    assert record["eval_loss"] is None and record["eval_rewards/margins"] is None
+    summary(record, record, console=console)
+    said = console.file.getvalue()
+    assert "held-out loss not finite" in said and "held-out margin    not finite -> not finite" in said
+    assert "held-out accuracy       50.0% ->      50.0%" in said
+
+
 def test_nothing_measured_gives_no_summary():
     console = terminal()
     summary({}, {}, console=console)
