@@ -7,6 +7,7 @@ under both.
 
 import argparse
 import contextlib
+import functools
 import io
 import sys
 from collections.abc import Iterator, Sequence
@@ -190,7 +191,7 @@ def _load(folder: str, dtype: str) -> "Model":
     from dpo_jax.hf.checkpoint import load_hf
     from dpo_jax.hf.configs import read_spec
     from dpo_jax.hf.tensors import local_folder
-    from dpo_jax.model.decoder import abstract_params
+    from dpo_jax.model.decoder import abstract_params, held_in
     from dpo_jax.run import compile_cache
 
     compile_cache.use(compile_cache.AUTO)
@@ -199,7 +200,8 @@ def _load(folder: str, dtype: str) -> "Model":
     spec = read_spec(local_folder(folder), scalar_head=False)
     one = jax.device_count() == 1
     places = None if one else sharding.param_shardings(abstract_params(spec), sharding.make_mesh(fsdp=1, tensor=-1))
-    return load_hf(folder, dtype=jnp.dtype(dtype), shardings=places, spec=spec)
+    held = functools.partial(held_in, dtype=jnp.dtype(dtype))  # as in training, norm scales stay in float32
+    return load_hf(folder, dtype=held, shardings=places, spec=spec)
 
 
 def _decoding(options: argparse.Namespace, tokenizer: Any) -> "Decoding":

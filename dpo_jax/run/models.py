@@ -29,8 +29,8 @@ from dpo_jax.training.settings import ReferenceSettings
 def make_mesh(mesh: MeshSettings, model: ModelSettings) -> jax.sharding.Mesh:
     """The mesh of this machine's devices; float32 means float32 also where matrix units round by default."""
     made = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
-    if compute_dtype(model, made) == "float32":
-        jax.config.update("jax_default_matmul_precision", "highest")
+    exact = compute_dtype(model, made) == "float32"
+    jax.config.update("jax_default_matmul_precision", "highest" if exact else None)
     remat.check(model.remat, made.local_devices)
     return made
 
@@ -91,9 +91,13 @@ def _shardings(weights: Weights, mesh: jax.sharding.Mesh) -> Weights:
     return Weights(trained, frozen, weights.rows)
 
 
-@functools.cache
 def weights_digest(folder: Path) -> str:
-    """Digest of the weights of a folder; every byte of them is read, so once is enough."""
+    """Digest of the weights of a folder; every byte of them is read, so once is enough while the files are the same."""
+    return _digest_of(folder, tensors.stamps(folder))
+
+
+@functools.lru_cache(maxsize=8)
+def _digest_of(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
     return tensors.weights_digest(folder)
 
 

@@ -2,7 +2,9 @@
 
 import resource
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ import numpy as np
 from dpo_jax.data.batches import pair_tokens
 from dpo_jax.errors import UserError
 from dpo_jax.model.weights import Weights
+from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.reporting.health import Alarms
 from dpo_jax.reporting.journal import Journal, read_records
 from dpo_jax.reporting.settings import AlarmSettings
@@ -142,8 +145,7 @@ class Recorder:
                 },
             )
             self._once = {}
-            plain = metrics | {"loss": preference_loss(self._objective, metrics)}
-            for line in self._alarms.take(step, plain) if self._alarms else ():
+            for line in self._alarms.take(step, _watched(self._objective, metrics)) if self._alarms else ():
                 self.journal.note(line)
         if consecutive_nonfinite > self._max_nonfinite:
             raise UserError(self._diverged(step, int(consecutive_nonfinite), pairs))
@@ -165,6 +167,12 @@ def memory_in_use() -> int:
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [found["peak_bytes_in_use"] for found in stats if found and "peak_bytes_in_use" in found]
     return max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _watched(objective: TrainingObjective, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What the alarms see of a step, live and when its record is read again (which has null for what is not finite)."""
+    known = metrics["loss"] is not None and metrics.get("aux_loss", 0.0) is not None
+    return {**metrics, "loss": preference_loss(objective, metrics) if known else None}
 
 
 def make_alarms(
@@ -193,5 +201,5 @@ def make_alarms(
         every=every,
     )
     records = read_records(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
-    alarms.replay(record for record in records if "loss" in record)
+    alarms.replay(_watched(trainer.objective, record) for record in records if "loss" in record)
     return alarms

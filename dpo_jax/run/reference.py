@@ -64,7 +64,7 @@ class ReferenceScorer:
           objective: says in which dtype, and how, it is computed.
           encoded: the data.
           digest: of the reference's weights.
-          kind: what it is computed in; with the digest and the data the key of the cached file.
+          kind: what it is computed in; with the digest, the data, platform and attention the key of the cached file.
         """
 
         def compute() -> np.ndarray:
@@ -72,7 +72,8 @@ class ReferenceScorer:
             batches = self.packing.sweep(encoded, model.spec)
             return score_all(objective, model, batches, self.mesh, self.journal)
 
-        key = references.cache_key(digest, encoded, kind)
+        computed = f"{kind} {sharding.platform(self.mesh)} {objective.execution.attention}"
+        key = references.cache_key(digest, encoded, computed)
         return references.cached(self.cache, key, encoded.num_scored, compute)
 
 

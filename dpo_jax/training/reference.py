@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,21 +10,26 @@ import numpy as np
 from dpo_jax.data.encode import Encoded
 from dpo_jax.files import digest_of, write_whole
 
-VERSION = "3"
+VERSION = "4"
 """Changed whenever the same weights and tokens would give other numbers."""
 
 
-def cache_key(weights_digest: str, encoded: Encoded, compute_dtype: str) -> str:
-    """Digest of everything that changes the numbers: weights, token ids, what is scored after what, and dtype."""
-    return digest_of(f"{VERSION} {weights_digest} {compute_dtype} {data_digest(encoded)}")
+OF_PAIRS = ("weight", "margin", "label")
+"""Columns of a data set that say what is made of log-probabilities, and not what they are."""
 
 
-def data_digest(encoded: Encoded) -> str:
+def cache_key(weights_digest: str, encoded: Encoded, computed: str) -> str:
+    """Digest of everything that changes the numbers: weights, token ids, what is scored after what, and how it was
+    `computed` (dtype, platform, attention)."""
+    return digest_of(f"{VERSION} {weights_digest} {computed} {data_digest(encoded, without=OF_PAIRS)}")
+
+
+def data_digest(encoded: Encoded, without: Sequence[str] = ()) -> str:
     """SHA-256 of every array of a data set, so of every token and of every pair with its weight and margin."""
     digest = hashlib.sha256()
     for field in dataclasses.fields(encoded):
         array = getattr(encoded, field.name)
-        if isinstance(array, np.ndarray):
+        if isinstance(array, np.ndarray) and field.name not in without:
             digest.update(f"{field.name}{array.dtype}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -1,16 +1,22 @@
 """The policy of a run: divided and held as its settings say, and described as it will be."""
 
+import dataclasses
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import sharding, trees
+from dpo_jax import sample, sharding, trees
 from dpo_jax.hf.configs import read_spec
-from dpo_jax.model.settings import ModelSettings
+from dpo_jax.model.settings import MeshSettings, ModelSettings
 from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.terms import make_terms
-from dpo_jax.run import models, reference
+from dpo_jax.preference.loss import TrainingObjective
+from dpo_jax.run import models, recorder, reference
+from dpo_jax.training import reference as references
+from tests.support.forests import SPEC, random_encoded
 from tests.support.tiny_folders import write_folder
 
 FREEZES = {
@@ -92,3 +98,49 @@ def test_a_live_copy_of_the_policy_shares_no_buffer_with_it(folder, name):
 
     assert not buffers(copied) & buffers(weights)
     jax.tree.map(np.testing.assert_array_equal, copied, weights.params)
+
+
+def test_the_digest_of_weights_is_of_those_that_are_there_now(tmp_path):
+    """Also in one process, which has seen other weights under the same path."""
+    one = models.weights_digest(write_folder(tmp_path / "model", "llama", "float32"))
+    assert models.weights_digest(tmp_path / "model") == one
+    shutil.rmtree(tmp_path / "model")
+    assert models.weights_digest(write_folder(tmp_path / "model", "llama", "bfloat16")) != one
+
+
+def test_the_cached_reference_has_a_name_by_what_changes_its_numbers():
+    """The margin of a pair does not; what it is computed by does."""
+    encoded = random_encoded(3, seed=0)
+    other = dataclasses.replace(encoded, margin=encoded.margin + 1, weight=2 * encoded.weight, label=1 - encoded.label)
+    tokens = dataclasses.replace(encoded, tokens=encoded.tokens + 1)
+    key = references.cache_key("weights", encoded, "bfloat16 gpu cudnn")
+    assert references.cache_key("weights", other, "bfloat16 gpu cudnn") == key
+    assert references.data_digest(other) != references.data_digest(encoded)  # a run's facts have the pairs' numbers
+    others = [("more", encoded, "bfloat16 gpu cudnn"), ("weights", tokens, "bfloat16 gpu cudnn")]
+    others += [("weights", encoded, computed) for computed in ("bfloat16 gpu xla", "bfloat16 cpu cudnn", "float32 gpu")]
+    assert key not in {references.cache_key(*each) for each in others}
+
+
+def test_the_precision_of_products_is_that_of_the_run_and_not_of_the_one_before():
+    before = jax.config.jax_default_matmul_precision
+    try:
+        for dtype, precision in (("float32", "highest"), ("bfloat16", None), ("float32", "highest")):
+            models.make_mesh(MeshSettings(), ModelSettings(path="m", compute_dtype=dtype))
+            assert jax.config.jax_default_matmul_precision == precision
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
+
+
+def test_alarms_see_of_a_record_what_they_saw_of_the_step():
+    """The part that balances experts is no preference; what was not finite is null in a record."""
+    balanced = TrainingObjective(SPEC, router_aux=0.5)
+    metrics = {"loss": 0.9, "aux_loss": 0.4, "kl": 0.1}
+    assert recorder._watched(balanced, metrics) == {"loss": pytest.approx(0.7), "aux_loss": 0.4, "kl": 0.1}
+    assert recorder._watched(balanced, {"loss": None, "aux_loss": None}) == {"loss": None, "aux_loss": None}
+
+
+def test_an_answer_is_computed_with_the_weights_that_training_computes_with(folder):
+    """In bfloat16 norm scales stay in float32."""
+    model = sample._load(str(folder), "bfloat16")
+    kinds = {path: str(leaf.dtype) for path, leaf in trees.paths(model.params).items()}
+    assert kinds["final_norm/scale"] == "float32" and kinds["embed/embedding"] == "bfloat16"
