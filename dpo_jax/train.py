@@ -39,7 +39,7 @@ def train(run: config.Run) -> int:
         with checkpoints.opened(run, folder) as saver, job.journal(saver.start, began) as journal:
             reference = job.reference(objective, weights, journal, resumes=saver.start is not None)
             trainer = job.trainer(objective, weights, reference)
-            evaluator = job.evaluator(objective, reference)
+            evaluator = job.evaluator(objective, weights, reference)
             output.record_run(run, folder, job.facts())
             recorder = job.recorder(trainer, evaluator, journal, after=saver.start or 0)
             state = saver.restored(trainer, weights, journal) or recorder.begin(weights)

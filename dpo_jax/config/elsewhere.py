@@ -4,16 +4,26 @@ FOREIGN = {
     name: answer
     for names, answer in (
         ("model_name_or_path model_name base_model pretrained_model_name_or_path tokenizer", "model.path"),
-        ("bf16 fp16 dtype torch_dtype precision", "model.compute_dtype"),
+        ("bf16 dtype torch_dtype precision mixed_precision", "model.compute_dtype"),
+        ("fp16 float16 half", "float16 is not computed in; model.compute_dtype takes bfloat16 and float32"),
         ("gradient_checkpointing activation_checkpointing enable_activation_checkpointing", "model.remat"),
         ("dataset_name dataset train_dataset train_file data_files datasets train_data", "data.train"),
         ("eval_dataset test_datasets eval_file validation_file val_data", "data.eval"),
         ("max_seq_length max_seq_len cutoff_len sequence_len block_size", "data.max_length"),
-        ("max_prompt_length max_completion_length max_target_length", "data.max_length"),
+        (
+            "max_prompt_length max_completion_length max_target_length",
+            "prompts and answers have no limits of their own: data.max_length is that of both together",
+        ),
         ("truncation_mode", "data.truncation"),
         ("chat_template chat_template_path prompt_template", "data.template"),
+        ("template", "the model's own chat template is used; data.template takes a file with another"),
+        ("val_set_size eval_split test_split_size", "held-out pairs are a file of their own: data.eval"),
         ("max_train_samples max_samples", "data.first"),
-        ("per_device_train_batch_size batch_size train_batch_size micro_batch_size global_batch_size", "batch.pairs"),
+        ("batch_size train_batch_size global_batch_size", "batch.pairs"),
+        (
+            "per_device_train_batch_size micro_batch_size",
+            "batch.pairs is a whole step: pairs of a device x accumulation x devices",
+        ),
         ("loss_type loss rl pref_loss objective_name", "objective.name"),
         ("pref_beta dpo_beta", "objective.beta"),
         ("ref_model reference_model ref_model_name_or_path", "reference.path"),
@@ -37,6 +47,7 @@ FOREIGN = {
         ("adam_beta2", "optimizer.beta2"),
         ("adam_epsilon eps", "optimizer.epsilon"),
         ("max_grad_norm gradient_clipping clip_grad_norm", "optimizer.clip_norm"),
+        ("min_lr min_lr_ratio lr_end", "the rate falls to 0 and has no floor; optimizer.schedule=constant keeps it"),
         ("max_steps max_steps_per_epoch", "steps"),
         ("num_train_epochs num_epochs", "epochs"),
         ("data_seed", "seed"),
@@ -53,6 +64,16 @@ FOREIGN = {
         ("packing padding_free sample_packing pad_to_multiple_of", "not needed: rows are always packed"),
         ("attn_implementation flash_attention", "model.attention"),
         ("use_liger_kernel use_liger_loss", "not needed: kernels are chosen here"),
+        ("do_train do_eval do_predict", "not needed: this command trains, and evaluates where data.eval is given"),
+        (
+            "early_stopping_patience load_best_model_at_end metric_for_best_model greater_is_better",
+            "not there: the last weights are exported; checkpoint.keep_every keeps others",
+        ),
+        (
+            "run_name wandb_project wandb_name wandb_entity",
+            "set WANDB_PROJECT, WANDB_NAME and so on in the environment",
+        ),
+        ("plot_loss", "not there: metrics.jsonl and log.tensorboard have the curves"),
         ("deepspeed fsdp_config accelerator_config", "not needed: the mesh section lays out the devices"),
         ("resume_from_checkpoint overwrite_output_dir", "not needed: a run resumes from its output folder"),
         ("optim optimizer_name", "optimizer.name"),
@@ -66,7 +87,11 @@ FOREIGN = {
             "token hub_token hf_token use_auth_token",
             "the hub's token is read from the environment (HF_TOKEN) or the login of `hf auth login`, not from here",
         ),
-        ("use_peft lora_r lora_alpha lora_dropout lora_rank adapter load_in_4bit", "all weights are trained, in full"),
+        (
+            "use_peft lora_r lora_alpha lora_dropout lora_rank lora_target lora_target_modules adapter finetuning_type "
+            "load_in_4bit load_in_8bit quantization_bit",
+            "not there: weights are trained as they are, all of them or those that model.freeze leaves",
+        ),
     )
     for name in names.split()
 }

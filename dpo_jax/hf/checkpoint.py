@@ -201,6 +201,13 @@ def _put(sharding: Sharding | None) -> Callable:
 # ---------------------------------------------------------------------------------------------- out
 
 
+class Moved(NamedTuple):
+    """How many weights of a folder differ from those of the one that it is like, and how many it has."""
+
+    weights: int
+    of: int
+
+
 class _Export(NamedTuple):
     """What is being written: the model's leaves, the folder it is to look like, and what it is to hold.
 
@@ -214,6 +221,8 @@ class _Export(NamedTuple):
     claims: Claims
     files: dict[str, dict[str, TensorInfo]]
     config: dict[str, Any] | None
+    moved: list[tuple[int, int]]
+    """Of each tensor that is written: how many of its weights differ from the source's, and how many it has."""
 
 
 def save_hf(
@@ -226,7 +235,7 @@ def save_hf(
     replace: bool = False,
     dtype: Literal["keep", "float32", "bfloat16"] = "keep",
     max_shard_bytes: int | None = None,
-) -> None:
+) -> Moved | None:
     """Writes the model as a folder that looks like the one it came from, and reads it back before it stands there.
 
     Tensor names, dtypes, shapes and files, the config and the tokenizer are those of `like`; weights that did not
@@ -245,6 +254,9 @@ def save_hf(
       max_shard_bytes: split into files of at most this size; None keeps the files of `like`
         (5 GB if dtype changes).
 
+    Returns:
+      How many of the folder's weights differ from those of `like`; None in all processes but the first.
+
     Raises:
       UserError: the target is not free, `like` is not of this model, a weight is NaN or too large for its dtype, or the
         folder cannot be written. What stood at `folder` is then as it was.
@@ -252,21 +264,16 @@ def save_hf(
     target, origin = Path(folder), local_folder(like)
     source = Tensors(origin)
     _check_like(model, origin)
-    infos, config, scheme = source.infos, None, scheme_of(model.spec, origin)
-    if reward.head_is_new(model.spec, origin):
-        trunk = reward.claim_decoder(model.spec, infos, str(origin), scheme)
-        claims, infos = reward.with_score(model.spec, trunk, infos, scheme)
-        config = reward.reward_config(model.spec, origin)
-    else:
-        claims = claim(model.spec, infos, str(origin), scheme)
+    claims, infos = _claimed(model.spec, source, origin)
     infos = _layout(infos, claims, dtype, max_shard_bytes)
+    config = reward.reward_config(model.spec, origin) if reward.head_is_new(model.spec, origin) else None
     if dtype != "keep":
         config = _with_dtype(config or read_json(origin, "config.json"), dtype)
-    export = _Export(model.spec, trees.paths(model.params), source, claims, _by_file(infos), config)
+    export = _Export(model.spec, trees.paths(model.params), source, claims, _by_file(infos), config, [])
     if jax.process_index() != 0:
         for name in (name for part in export.files.values() for name in part):
             _fetch(export, name, infos[name].dtype)
-        return
+        return None
     tensors.check_target(target, replace)
     need = sum(tensors.num_bytes(info.dtype, info.shape) for info in infos.values())
     with tensors.staging(target, need, replace) as staging:
@@ -275,6 +282,32 @@ def save_hf(
         sums |= {name: tensors.write_bytes(staging / name, data) for name, data in texts.items()}
         listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         tensors.write_bytes(staging / tensors.SUMS, listing.encode())
+    return Moved(*(sum(part) for part in zip(*export.moved, strict=True)))
+
+
+def dtypes_written(
+    spec: DecoderSpec, like: str | Path, dtype: Literal["keep", "float32", "bfloat16"] = "keep"
+) -> dict[str, str]:
+    """By leaf, the dtype that `save_hf` would write it in; of several tensors, that with the fewest digits."""
+    origin = local_folder(like)
+    claims, infos = _claimed(spec, Tensors(origin), origin)
+    infos = _layout(infos, claims, dtype, None)
+    found: dict[str, str] = {}
+    for name, entry in claims.entries.items():
+        kind = np.dtype(DTYPES[infos[name].dtype])
+        for part in entry.parts:
+            known = found.get(part.leaf, "float64")
+            found[part.leaf] = min(kind.name, known, key=lambda each: jnp.finfo(each).nmant)
+    return found
+
+
+def _claimed(spec: DecoderSpec, source: Tensors, origin: Path) -> tuple[Claims, dict[str, TensorInfo]]:
+    """Which tensors an export like this folder has, and what each is of the model."""
+    scheme = scheme_of(spec, origin)
+    if not reward.head_is_new(spec, origin):
+        return claim(spec, source.infos, str(origin), scheme), source.infos
+    trunk = reward.claim_decoder(spec, source.infos, str(origin), scheme)
+    return reward.with_score(spec, trunk, source.infos, scheme)
 
 
 def _check_like(model: Model, origin: Path) -> None:
@@ -324,7 +357,10 @@ def _fetch(export: _Export, name: str, dtype: str) -> np.ndarray:
     entry = export.claims.entries.get(name) or export.claims.copies.get(name)
     if entry is None:
         return export.source.read(name)
-    return entry.pack([_as_held(export, name, part, dtype) for part in entry.parts])
+    found = entry.pack([_as_held(export, name, part, dtype) for part in entry.parts])
+    if name in export.source.infos and name in export.claims.entries:
+        export.moved.append((int((found != export.source.read(name).astype(found.dtype)).sum()), found.size))
+    return found
 
 
 def _as_held(export: _Export, name: str, part: LeafPart, dtype: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Settings of what becomes of the trained model."""
 
 import re
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -10,8 +11,13 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
 class ExportSettings(Section):
-    """Where the trained model goes, beside the folder `model` of the output."""
+    """How the trained model is written, and where it goes beside the folder `model` of the output."""
 
+    dtype: Literal["same", "float32", "bfloat16"] = Field(
+        default="same",
+        description="dtype of the exported tensors; same: each as in the folder of model.path. What rounding to fewer "
+        "digits leaves of the training is measured and said at the end",
+    )
     push: str | None = Field(
         default=None,
         description="OWNER/NAME of a hub repository that the result is pushed to; "

@@ -17,6 +17,7 @@ METRICS: dict[str, str] = {
     "rewards/rejected": "the same of rejected completions",
     "rewards/accuracies": "share of pairs whose chosen reward is greater",
     "rewards/margins": "mean of chosen reward - rejected reward",
+    "unrounded/rewards/margins": "held-out margin of the weights as trained, before they are rounded for the folder",
     "logps/chosen": "mean summed log-probability of chosen completions",
     "logps/rejected": "the same of rejected completions",
     "logps/accuracies": "share of pairs whose chosen completion is the more likely one",

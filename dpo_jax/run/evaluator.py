@@ -19,6 +19,7 @@ from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.mixture import as_measured
 from dpo_jax.preference import heldout
 from dpo_jax.preference.loss import TrainingObjective, evaluate_batch
+from dpo_jax.run.written import UNROUNDED, Digits, as_written
 
 
 class EvaluationPrompts(NamedTuple):
@@ -50,10 +51,12 @@ class Evaluator:
         reference: Any = None,
         prompts: EvaluationPrompts | None = None,
         every: int | None = None,
+        digits: Digits | None = None,
     ):
-        """Set up; compiles at its first use. `reference` are the weights of a live one, `every` counts steps."""
+        """Set up; compiles at its first use. `reference` are the weights of a live one, `every` counts steps, and
+        `digits` are those of the folder that the run will leave."""
         self._objective, self._mesh, self._held_out, self._reference = objective, mesh, held_out, reference
-        self._prompts, self._every = prompts, every
+        self._prompts, self._every, self._digits = prompts, every, digits or {}
         self._collect = sharding.Compiled(lambda weights, live, batch: evaluate_batch(objective, weights, batch, live))
         self._measure = heldout.measurement(as_measured(objective.terms))
 
@@ -63,22 +66,40 @@ class Evaluator:
         return wanted and (step in (0, last) or (self._every is not None and step % self._every == 0))
 
     def __call__(
-        self, weights: Weights, folder: Path, step: int, *, progress: float = 0.0, moved: Any = None
+        self,
+        weights: Weights,
+        folder: Path,
+        step: int,
+        *,
+        progress: float = 0.0,
+        moved: Any = None,
+        is_last: bool = False,
     ) -> dict[str, float]:
         """Metrics of these weights after this many steps; answers go to `answers/STEP.jsonl`.
 
-        `progress` is the share of the run that is done, `moved` the weights of a reference that moves.
+        After the last step these are the metrics of the weights as they will be written, and the margin that they had
+        before is beside them. `progress` is the share of the run that is done, `moved` the weights of a reference that
+        moves.
         """
-        found: dict[str, float] = {}
-        if self._held_out is not None:
-            live = self._reference if moved is None else moved
-            collect = functools.partial(_collected, self._collect, live)
-            place = functools.partial(sharding.place, mesh=self._mesh)
-            measured = heldout.evaluate(collect, weights, self._held_out, place, self._measure, progress)
-            found |= counted(self._objective, measured)
+        unrounded: dict[str, float] = {}
+        if is_last and self._digits:
+            unrounded = self.on_pairs(weights, progress=progress, moved=moved)
+            weights = as_written(weights, self._digits)
+        found = self.on_pairs(weights, progress=progress, moved=moved)
+        found |= {UNROUNDED + name: value for name, value in unrounded.items() if name == "rewards/margins"}
         if self._prompts is not None:
             found["good_answers"] = self._answer(self._prompts, weights.params, folder / "answers" / f"{step}.jsonl")
         return found
+
+    def on_pairs(self, weights: Weights, *, progress: float = 0.0, moved: Any = None) -> dict[str, float]:
+        """Metrics of these weights on the held-out pairs alone; none where there are no pairs."""
+        if self._held_out is None:
+            return {}
+        live = self._reference if moved is None else moved
+        collect = functools.partial(_collected, self._collect, live)
+        place = functools.partial(sharding.place, mesh=self._mesh)
+        measured = heldout.evaluate(collect, weights, self._held_out, place, self._measure, progress)
+        return counted(self._objective, measured)
 
     def _answer(self, prompts: EvaluationPrompts, params: Any, path: Path) -> float:
         answers = winrate.answer(

@@ -20,6 +20,7 @@ from dpo_jax.run.recorder import Recorder, make_alarms
 from dpo_jax.run.reference import Reference, ReferenceScorer, make_reference
 from dpo_jax.run.sources import Sources, find_models
 from dpo_jax.run.trainer import Trainer
+from dpo_jax.run.written import digits_written
 from dpo_jax.training.optimizer import check_warmup
 
 
@@ -111,12 +112,15 @@ class Job:
         batches = self.packing.steps(self.data.train, objective.spec, self.steps, **order, reference=reference.train)
         return Trainer(objective, weights, batches, reference, self.mesh, optimizer=run.optimizer, seed=run.seed)
 
-    def evaluator(self, objective: TrainingObjective, reference: Reference) -> Evaluator:
+    def evaluator(self, objective: TrainingObjective, weights: Weights, reference: Reference) -> Evaluator:
         """What is measured on held-out data."""
         held_out = self.data.held_out
         rows = None if held_out is None else self.packing.sweep(held_out, objective.spec, reference.held_out)
         every, live = self.run.evaluation.every, reference.weights
-        return Evaluator(objective, self.mesh, held_out=rows, reference=live, prompts=self.prompts, every=every)
+        digits = digits_written(self.run.export, objective.spec, self.sources.policy, weights.trained)
+        return Evaluator(
+            objective, self.mesh, held_out=rows, reference=live, prompts=self.prompts, every=every, digits=digits
+        )
 
     def recorder(self, trainer: Trainer, evaluator: Evaluator, journal: Journal, *, after: int) -> Recorder:
         """What is written down of each step `after` so many."""

@@ -99,14 +99,14 @@ class Recorder:
             self._first_step.check(metrics)
 
     def evaluate(self, step: int, state: State) -> None:
-        """Measure the weights after this step, if that is due."""
+        """Measure the weights after this step, if that is due: after the last one, as they will be written."""
         last = self._batches.steps
         if not self._evaluator.due(step, last):
             return
         self.flush()
         weights, moved = self._trainer.weights(state), state.get("reference")
-        progress = (step - 1) / max(last - 1, 1)
-        found = self._evaluator(weights, self.journal.folder, step, progress=progress, moved=moved)
+        progress, is_last = (step - 1) / max(last - 1, 1), step == last
+        found = self._evaluator(weights, self.journal.folder, step, progress=progress, moved=moved, is_last=is_last)
         self.journal.evaluation(step, found)
         self.restart_clock()
 

@@ -10,7 +10,7 @@ from dpo_jax.data.encoded import Encoded
 from dpo_jax.hf import checkpoint
 from dpo_jax.model.decoder import Model
 from dpo_jax.reporting.journal import Journal, read_records, summary
-from dpo_jax.run import output, sources
+from dpo_jax.run import output, sources, written
 from dpo_jax.run.models import weights_digest
 from dpo_jax.run.sources import Sources
 from dpo_jax.training import reference
@@ -49,8 +49,11 @@ def export(run: Run, found: Sources, model: Model, journal: Journal) -> None:
     record = {"settings": settings, "settings_sha256": config.digest(run), "commits": found.commits}
     record["metrics"] = metrics
     files = {"dpo_jax.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n"}
-    checkpoint.save_hf(model, folder / "model", like=found.policy, card=card, extra_files=files, replace=True)
-    output.mark(folder, finished=True)
+    dtype = written.KEEP[run.export.dtype]
+    moved = checkpoint.save_hf(
+        model, folder / "model", like=found.policy, card=card, extra_files=files, replace=True, dtype=dtype
+    )
+    output.mark(folder, finished=True, moved=moved)
 
 
 def is_finished(folder: Path) -> bool:
@@ -64,7 +67,10 @@ def show(run: Run, folder: Path, word: str) -> int:
     Raises:
       UserError: it was not pushed. The run is finished all the same.
     """
-    summary(*before_and_after(folder))
+    before, after = before_and_after(folder)
+    summary(before, after)
+    said = [written.moved_line(output.recorded(folder).get("moved")), written.margin_line(after, run.export.dtype)]
+    print("\n".join(line for line in said if line), end="\n" if any(said) else "")
     print(f"{word}: the model is in {folder / 'model'}, the record in {folder / 'metrics.jsonl'}", flush=True)
     pushed = output.recorded(folder).get("pushed", {})
     if run.export.push is not None and run.export.push not in pushed:

@@ -148,11 +148,11 @@ BAD = {
     "trl name in a section": (
         ("batch: {pairs: 32}", "batch: {per_device_train_batch_size: 8}"),
         ":8: batch.per_device_train_batch_size: ",
-        "here it is batch.pairs",
+        "batch.pairs is a whole step",
     ),
     "name of another section": (("seed: 7", "beta: 0.1"), ":19: beta: ", "did you mean objective.beta?"),
     "three of that name": (("seed: 7", "every: 5"), ":19: every: ", "evaluation.every or checkpoint.every or log"),
-    "no such feature": (("seed: 7", "use_peft: true"), ":19: use_peft: ", "all weights are trained"),
+    "no such feature": (("seed: 7", "use_peft: true"), ":19: use_peft: ", "those that model.freeze leaves"),
     "secret": (("seed: 7", "hub_token: hf_abc"), ":19: hub_token: ", "read from the environment"),
     "text for a number": (("5e-7", "fast"), ":12: optimizer.learning_rate: ", '"fast": must be a number >= 0'),
     "fraction for a whole number": (("pairs: 32", "pairs: 1.5"), ":8: batch.pairs: ", "1.5: must be a whole number"),

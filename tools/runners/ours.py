@@ -137,7 +137,7 @@ def run(spec: Spec, events: Events, folder: Path, more: Sequence[str] = (), trac
             compiled = compiling.seconds - compiled
             events.reference(time.perf_counter() - wall, cpu_seconds() - cpu, wanted, compiled)
             trainer = job.trainer(objective, weights, reference)
-            recorder = job.recorder(trainer, job.evaluator(objective, reference), journal, after=0)
+            recorder = job.recorder(trainer, job.evaluator(objective, weights, reference), journal, after=0)
             state = trainer.fresh(weights.trained)
             del weights
             unsaved: Any = Unsaved()
