@@ -50,11 +50,12 @@ class EvaluatedBlocks(NamedTuple):
 
 def evaluate(settings: EvaluatedBlocks, folder: Path, quiet: bool = False) -> tuple[dict[str, float], int]:
     """Metrics of a model against a reference over pairs, and how many these are; the folder is for what is cached."""
+    from dpo_jax.hf.configs import read_spec
     from dpo_jax.hf.tokenizer import load_tokenizer
     from dpo_jax.model.weights import Weights
     from dpo_jax.reporting.journal import Journal
     from dpo_jax.run import compile_cache, models
-    from dpo_jax.run.data import Packing, read_data
+    from dpo_jax.run.data import Packing, check_tokens, read_data
     from dpo_jax.run.evaluator import Evaluator
     from dpo_jax.run.reference import ReferenceScorer, make_reference
     from dpo_jax.run.sources import find_models
@@ -67,6 +68,7 @@ def evaluate(settings: EvaluatedBlocks, folder: Path, quiet: bool = False) -> tu
     tokenizer = load_tokenizer(sources.policy, rows.template)
     data = read_data(rows, tokenizer, folder, _silent if quiet else print).examples(wanted.terms, length)
     models.check_models(sources, mesh, model=model, reference=reference, max_length=length, scalar_head=scalar_head)
+    check_tokens(data, read_spec(sources.policy, scalar_head=scalar_head).vocab_size, tokenizer)
     policy = models.load_model(sources.policy, mesh, scalar_head=scalar_head)
     weights = Weights(policy.params)
     objective = models.make_objective(model, wanted.terms, policy.spec, weights, mesh)

@@ -14,7 +14,7 @@ from dpo_jax.data.batches import Batches
 from dpo_jax.data.encode import Encoded, encode
 from dpo_jax.data.examples import as_examples
 from dpo_jax.data.settings import BatchSettings, DataSettings
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, printable
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.objectives.terms import Term, data_of
 
@@ -73,6 +73,27 @@ def examples(encoded: Encoded, terms: tuple[Term, ...], max_length: int) -> Enco
                 f"objective.name={name} would ignore; remove the column or choose an objective that takes it"
             )
     return found
+
+
+def check_tokens(data: Data, rows: int, tokenizer: Any) -> None:
+    """Whether the model's embedding has a row for every token of the data.
+
+    Raises:
+      UserError: it has `rows`, and a token's number is larger: the tokenizer knows more tokens than the model.
+    """
+    for name, encoded in (("data.train", data.train), ("data.eval", data.held_out)):
+        beyond = np.flatnonzero(encoded.tokens >= rows) if encoded is not None else []
+        if encoded is None or not len(beyond):
+            continue
+        token = int(encoded.tokens[beyond[0]])
+        unit = int(np.searchsorted(encoded.prompt_start, beyond[0], side="right")) - 1
+        pairs = np.flatnonzero(encoded.pair_unit == unit)
+        where = encoded.origin(int(pairs[0])) if len(pairs) else name
+        name_of_it = printable(str(tokenizer.convert_ids_to_tokens(token)))
+        raise UserError(
+            f"{where}: token {token} ({name_of_it}) has no row in the model's embedding, whose rows are 0 to {rows - 1}, "
+            f"as {len(beyond):,} tokens of {name}; take the model's own tokenizer and template, or a model with more rows"
+        )
 
 
 def number_of_steps(examples: int, pairs_per_step: int, *, steps: int | None, epochs: float | None) -> int:

@@ -7,13 +7,14 @@ from typing import Any
 import jax
 
 from dpo_jax.config.run import Run
+from dpo_jax.hf.configs import read_spec
 from dpo_jax.hf.tokenizer import load_tokenizer
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.reporting.journal import Journal
 from dpo_jax.run import models, output, result
-from dpo_jax.run.data import Data, Packing, length_line, number_of_steps, read_data
+from dpo_jax.run.data import Data, Packing, check_tokens, length_line, number_of_steps, read_data
 from dpo_jax.run.evaluator import EvaluationPrompts, Evaluator, read_prompts
 from dpo_jax.run.first_step import FirstStep
 from dpo_jax.run.recorder import Recorder, make_alarms
@@ -63,6 +64,9 @@ class Job:
             reference=run.reference,
             max_length=length,
             scalar_head=run.objective.trains_reward_model,
+        )
+        check_tokens(
+            data, read_spec(sources.policy, scalar_head=run.objective.trains_reward_model).vocab_size, tokenizer
         )
         packing = Packing.of(run.batch, length, terms, mesh)
         return cls(run, folder, sources, mesh, tokenizer, data, steps, packing, prompts)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from transformers import AutoTokenizer
 
 from dpo_jax import evaluate, train
 from dpo_jax.objectives.pairs import LossOutput
@@ -405,6 +407,29 @@ def test_a_run_that_diverges_stops_and_names_its_rows(world, tmp_path, capsys):
     argv = arguments(world, tmp_path / "run", "evaluation.every=null", "data.eval=null", "optimizer.learning_rate=1e30")
     line = refused([*argv, "log.max_nonfinite=1"], capsys)
     assert "not finite for 2 steps" in line and "train.jsonl:" in line
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_token_without_a_row_in_the_embedding_is_refused(world, tmp_path, capsys, held_out):
+    """The tokenizer was given a token, and the model no row for it: it would read another token's."""
+    folder = tmp_path / "model"
+    shutil.copytree(world / "model", folder)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer.add_tokens([f"<new {number}>" for number in range(300 - len(tokenizer) + 2)])
+    tokenizer.save_pretrained(str(folder))
+    good = [{"prompt_ids": [20, 21], "chosen_ids": [22, n], "rejected_ids": [23]} for n in range(30, 38)]
+    bad = {"prompt_ids": [20, 21], "chosen_ids": [22, 300], "rejected_ids": [23]}
+    new = [write(tmp_path / "new.jsonl", *good, bad), write(tmp_path / "old.jsonl", *good)]
+    train_file, eval_file = reversed(new) if held_out else new
+    argv = arguments(world, tmp_path / "run", f"model.path={folder}", f"data.train={train_file}")
+    line = refused([*argv, f"data.eval={eval_file}", f"data.cache={tmp_path / 'cache'}"], capsys)
+    assert re.search(
+        r"new.jsonl:9: token 300 \(.*\) has no row in the model's embedding, whose rows are 0 to 299", line
+    )
+    assert ("as 1 tokens of data.eval" if held_out else "as 1 tokens of data.train") in line
+    call = [str(folder), str(new[0]), "--reference", str(folder)]
+    assert evaluate.main(call) == 2
+    assert "new.jsonl:9: token 300" in capsys.readouterr().err
 
 
 def test_a_run_whose_last_step_was_not_finite_is_not_done(world, tmp_path, capsys):
