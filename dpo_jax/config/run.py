@@ -5,14 +5,17 @@ relative to the current directory. Imports neither jax nor transformers, so that
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import logging
 import os
 import re
 import select
+import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -390,15 +393,20 @@ def command(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
     """Make `main(argv)` a command: `sys.exit(main())`.
 
     What a user did wrong is printed on stderr, one line `error: ...` for each problem, and gives exit code 2; Ctrl-C
-    gives 130, a reader of our output that went away 141. Anything else is our fault and keeps its traceback.
+    gives 130, SIGTERM and SIGHUP 75 (try again), a reader of our output that went away 141. Anything else is our fault
+    and keeps its traceback.
     """
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
         try:
-            code = main(sys.argv[1:] if argv is None else argv) or 0
+            with _told_to_end():
+                code = main(sys.argv[1:] if argv is None else argv) or 0
             sys.stdout.flush()
             return code
+        except _Ended as ended:
+            print(f"stopped by {signal.Signals(ended.number).name}; run the same command again", file=sys.stderr)
+            return 75
         except UserError as error:
             for line in str(error).splitlines():
                 print(f"error: {printable(redacted(line))}", file=sys.stderr)
@@ -413,6 +421,31 @@ def command(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
             return 141
 
     return wrapped
+
+
+class _Ended(BaseException):
+    """A signal asks this process to end."""
+
+    def __init__(self, number: int):
+        """The signal's number."""
+        self.number = number
+
+
+@contextlib.contextmanager
+def _told_to_end() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise `_Ended`, where they would have ended the process without a word."""
+
+    def end(number: int, _: object) -> None:
+        raise _Ended(number)
+
+    here = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if here and hasattr(signal, name)]
+    before = {number: signal.signal(number, end) for number in numbers if signal.getsignal(number) == signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _reader_left() -> bool:

@@ -91,8 +91,8 @@ def check_tokens(data: Data, rows: int, tokenizer: Any) -> None:
         where = encoded.origin(int(pairs[0])) if len(pairs) else name
         name_of_it = printable(str(tokenizer.convert_ids_to_tokens(token)))
         raise UserError(
-            f"{where}: token {token} ({name_of_it}) has no row in the model's embedding, whose rows are 0 to {rows - 1}, "
-            f"as {len(beyond):,} tokens of {name}; take the model's own tokenizer and template, or a model with more rows"
+            f"{where}: token {token} ({name_of_it}) has no row in the model's embedding, whose rows are 0 to {rows - 1}"
+            f", as {len(beyond):,} tokens of {name}; take the model's own tokenizer and template, or a larger embedding"
         )
 
 

@@ -3,9 +3,12 @@
 import signal
 from typing import Any
 
+ASKING = ("SIGINT", "SIGTERM", "SIGHUP")
+"""The last one, of a terminal that is closed, is no signal of Windows, and stays ignored under nohup."""
+
 
 class Interrupts:
-    """Ctrl-C and SIGTERM ask the loop to stop after the step it is in; a second Ctrl-C stops at once."""
+    """Ctrl-C, SIGTERM and SIGHUP ask the loop to stop after the step it is in; a second Ctrl-C stops at once."""
 
     def __init__(self):
         """Nothing has been asked yet."""
@@ -13,7 +16,9 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         """Listen."""
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [getattr(signal, name) for name in ASKING if hasattr(signal, name)]
+        heard = [n for n in numbers if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._ask) for number in heard}
         return self
 
     def __exit__(self, *_: Any) -> None:

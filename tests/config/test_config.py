@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,7 @@ from dpo_jax.config.elsewhere import FOREIGN
 from dpo_jax.config.run import CHANGES_MATHEMATICS, FIELDS, KEEPS_MATHEMATICS, Run, changed_mathematics, dump
 from dpo_jax.errors import UserError
 from dpo_jax.objectives.table import KNOWN_AS
+from dpo_jax.run.interrupts import Interrupts
 
 GOOD = textwrap.dedent(
     """\
@@ -482,6 +484,30 @@ def test_faults_of_ours_keep_their_traceback(capsys):
     assert capsys.readouterr().err == "stopped from the keyboard\n"
     with pytest.raises(ValueError):
         config.command(main)(["v"])
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_that_asks_to_end_is_answered_in_one_line(capsys, name):
+    """Where it comes before the loop, or in the export: there it would end the process without a word."""
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    assert config.command(lambda argv: os.kill(os.getpid(), number))([]) == 75
+    assert capsys.readouterr().err == f"stopped by {name}; run the same command again\n"
+    assert signal.getsignal(number) == before
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored(capsys):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert config.command(lambda argv: os.kill(os.getpid(), signal.SIGHUP))([]) == 0
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert interrupts.asked is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with Interrupts() as interrupts:
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert interrupts.asked == signal.SIGHUP
 
 
 def test_a_pipe_of_ours_that_broke_is_a_fault():
