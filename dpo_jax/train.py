@@ -34,13 +34,13 @@ def train(run: config.Run) -> int:
         sources.check_export(run.export)
         compile_cache.use(run.model.compile_cache)
         job = Job.read(run, folder)
+        output.record_run(run, folder, job.facts())
         spec, weights = job.load_policy()
         objective = job.objective(spec, weights)
         with checkpoints.opened(run, folder) as saver, job.journal(saver.start, began) as journal:
             reference = job.reference(objective, weights, journal, resumes=saver.start is not None)
             trainer = job.trainer(objective, weights, reference)
             evaluator = job.evaluator(objective, weights, reference)
-            output.record_run(run, folder, job.facts())
             recorder = job.recorder(trainer, evaluator, journal, after=saver.start or 0)
             state = saver.restored(trainer, weights, journal) or recorder.begin(weights)
             del weights

@@ -3,6 +3,8 @@
 import contextlib
 import fcntl
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,10 @@ from dpo_jax.files import write_whole
 
 RUN_FILE = "run.json"
 OURS = (".lock", RUN_FILE, "metrics.jsonl", "tensorboard", "checkpoints", "model", "cache", "data.json", "answers")
+OURS += ("wandb", "wandb_run", "trackio")
 """What a run's folder holds."""
+LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|\.model\.(tmp|old)-\d+")
+"""Names of what a run was writing when it was killed: files before they are moved into place, and the export."""
 
 
 @contextlib.contextmanager
@@ -28,7 +33,8 @@ def opened(run: Run) -> Iterator[Path]:
     folder = Path(run.output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output: {folder} is a file; name a folder")
-    strangers = [] if not folder.exists() else [entry.name for entry in folder.iterdir() if entry.name not in OURS]
+    names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+    strangers = [name for name in names if name not in OURS and not LEFT_OVER.fullmatch(name)]
     if strangers and not (folder / RUN_FILE).exists():
         raise UserError(
             f"output: {folder} holds other things ({sorted(strangers)[0]}, ...); name a new or empty folder"
@@ -40,7 +46,16 @@ def opened(run: Run) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"output: {folder} is in use by another run; wait for it or name another folder") from None
+        _sweep(folder)
+        _sweep(folder / "cache")
         yield folder
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a run that was killed left half-written; the folder is locked."""
+    for entry in list(folder.iterdir()) if folder.is_dir() else []:
+        if LEFT_OVER.fullmatch(entry.name):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def _refuse_changes(run: Run, folder: Path) -> None:

@@ -1,0 +1,57 @@
+"""The output folder: what a killed run leaves is its own, and is swept; what is somebody else's is never touched."""
+
+import uuid
+
+import pytest
+
+from dpo_jax.config.run import Run
+from dpo_jax.errors import UserError
+from dpo_jax.run import output
+
+
+def run_in(folder):
+    return Run.model_validate({"model": {"path": "m"}, "data": {"train": "d"}, "output": str(folder)})
+
+
+def left_over(name):
+    """As `files.write_whole` calls a file before it is moved into place."""
+    return f".{name}.{uuid.uuid4().hex}.tmp"
+
+
+@pytest.mark.parametrize("name", ["run.json", "data.json", "metrics.jsonl"])
+def test_a_run_that_was_killed_before_its_first_file_stood_goes_on(tmp_path, name):
+    (tmp_path / left_over(name)).write_text("half")
+    with output.opened(run_in(tmp_path)) as folder:
+        assert sorted(path.name for path in folder.iterdir()) == [".lock"]
+
+
+def test_half_an_export_and_half_a_cache_are_swept_and_nothing_else(tmp_path):
+    folder = tmp_path / "run"
+    for name in (".model.tmp-123", ".model.old-9", "cache", "model", "wandb"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "file").write_text("x")
+    (folder / "cache" / left_over("data-abc.npz")).write_text("half")
+    elsewhere = tmp_path / "precious"
+    elsewhere.mkdir()
+    (elsewhere / "file").write_text("mine")
+    (folder / ".model.tmp-7").symlink_to(elsewhere)
+    with output.opened(run_in(folder)):
+        assert sorted(path.name for path in folder.iterdir()) == [".lock", "cache", "model", "wandb"]
+        assert [path.name for path in (folder / "cache").iterdir()] == ["file"]
+    assert (elsewhere / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", ".notes.tmp", ".model.tmp-x", ".run.json.tmp"])
+def test_what_no_run_writes_is_a_stranger(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match="holds other things"), output.opened(run_in(tmp_path)):
+        pass
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_run_that_goes_on_is_not_swept_by_another(tmp_path):
+    with output.opened(run_in(tmp_path)):
+        (tmp_path / left_over("metrics.jsonl")).write_text("half")
+        with pytest.raises(UserError, match="in use by another run"), output.opened(run_in(tmp_path)):
+            pass
+        assert len(list(tmp_path.glob(".metrics.jsonl.*.tmp"))) == 1
