@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from dpo_jax.config.run import Parser, command, quiet_libraries
+from dpo_jax.config.command import Parser, command, quiet_libraries
 from dpo_jax.errors import UserError
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.config import run as config
-from dpo_jax.config.run import Parser, Run, command, quiet_libraries
+from dpo_jax.config.command import Parser, command, quiet_libraries
+from dpo_jax.config.run import Run
 from dpo_jax.files import GIB, size_text
 
 PACKAGES = (

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
-from dpo_jax.config import run as config
+from dpo_jax.config import command as commands
 from dpo_jax.data.settings import BatchSettings, DataSettings
 from dpo_jax.errors import UserError
 from dpo_jax.model.settings import MeshSettings, ModelSettings
@@ -27,11 +27,11 @@ from dpo_jax.training.settings import ReferenceSettings
 Block = TypeVar("Block", bound=Section)
 
 
-@config.command
+@commands.command
 def main(argv: Sequence[str]) -> int:
     """Read the arguments, then measure."""
     options = _options(argv)
-    config.quiet_libraries()
+    commands.quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="dpo_jax-") as folder:
         found, pairs = evaluate(_settings(options), Path(folder), quiet=options.json)
     print(json.dumps({"pairs": pairs, **found}) if options.json else "\n".join(_lines(found, pairs)))
@@ -82,7 +82,7 @@ def evaluate(settings: EvaluatedBlocks, folder: Path, quiet: bool = False) -> tu
 
 
 def _options(argv: Sequence[str]) -> Namespace:
-    parser = config.Parser(
+    parser = commands.Parser(
         "evaluate", "Preference accuracy and reward margin of a model against a reference, or of a reward model."
     )
     parser.add_argument("model", metavar="MODEL", help="Hugging Face folder (or hub id) of the model")

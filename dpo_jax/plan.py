@@ -10,15 +10,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from dpo_jax.config import command as commands
 from dpo_jax.config import run as config
-from dpo_jax.config.run import Parser, Run
+from dpo_jax.config.command import Parser
+from dpo_jax.config.run import Run
 from dpo_jax.errors import UserError
 from dpo_jax.planning.chips import CHIPS, Chip
 
 ON_CPU = "a CPU's compiler computes bfloat16 products in float32, so its temporaries are more than an accelerator's"
 
 
-@config.command
+@commands.command
 def main(argv: Sequence[str]) -> int:
     """Read the settings, compile for virtual devices, and print the plan."""
     parser = Parser("plan", "What a run will take on given devices: memory, operations, traffic, and time at best.")
@@ -33,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     chip = CHIPS[options.chip]
     hosts = _hosts(parser, options, chip)
     run = _as_on_accelerators(config.load(rest, "plan"))
-    config.quiet_libraries()
+    commands.quiet_libraries()
     plan = make_plan(run, options.devices, hosts, chip, lengths=(options.prompt_tokens, options.completion_tokens))
     if options.json:
         print(json.dumps(plan, indent=2))

@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from dpo_jax.config import command as commands
 from dpo_jax.config import run as config
 from dpo_jax.data.encode import collect
 from dpo_jax.data.encoded import Encoded
@@ -41,7 +42,7 @@ DEFAULTS = {"weight": 1.0, "margin": 0.0, "label": 1.0}
 """Numbers of a pair that are not worth showing."""
 
 
-@config.command
+@commands.command
 def main(argv: Sequence[str]) -> int:
     """Print the report, the lengths, and some pairs or completions of the training data and of the held-out data."""
     from dpo_jax.hf.tensors import SIDE_FILES

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dpo_jax.config.run import COMMAND_LINE, Parser, command, quiet_libraries
+from dpo_jax.config.command import Parser, command, quiet_libraries
 from dpo_jax.errors import UserError
+from dpo_jax.settings import COMMAND_LINE
 
 if TYPE_CHECKING:
     from dpo_jax.evaluation.chat import Session

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dpo_jax.config import command as commands
 from dpo_jax.config import run as config
 
 if TYPE_CHECKING:
@@ -14,11 +15,11 @@ if TYPE_CHECKING:
     from dpo_jax.training.step import State
 
 
-@config.command
+@commands.command
 def main(argv: Sequence[str]) -> int:
     """Read the settings, then train; nothing heavy is imported before they are known to be right."""
     run = config.load(argv)
-    config.quiet_libraries()
+    commands.quiet_libraries()
     return train(run)
 
 

@@ -24,7 +24,16 @@ BASE = FLOORS[0]
 ARRAYS = {f"objectives.{name}" for name in ("pairwise", "stepwise", "metrics", "mixture")} | {
     f"logprobs.{name}" for name in ("tokens", "fused")
 }
-HELP = {"errors", "files", "settings", "objectives.table", "objectives.terms", "config.run", "config.elsewhere"}
+HELP = {
+    "errors",
+    "files",
+    "settings",
+    "objectives.table",
+    "objectives.terms",
+    "config.run",
+    "config.command",
+    "config.elsewhere",
+}
 NUMERIC = {"jax", "jaxtyping", "numpy"}
 FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch", "tensorflow"}
 COMPARES = {"hf.verify"}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from dpo_jax.config.run import quiet_libraries
+from dpo_jax.config.command import quiet_libraries
 from dpo_jax.hf.checkpoint import load_hf
 from dpo_jax.hf.verify import ALLOWED, check
 from dpo_jax.model.decoder import logits

@@ -4,25 +4,19 @@ Everything that is wrong is reported at once, one line each: `FILE:LINE: key: va
 relative to the current directory. Imports neither jax nor transformers, so that `--help` answers at once.
 """
 
-import argparse
-import contextlib
 import functools
 import json
-import logging
 import os
-import re
-import select
-import signal
 import sys
 import textwrap
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from dpo_jax.config.command import redacted
 from dpo_jax.config.elsewhere import FOREIGN
 from dpo_jax.data.settings import BatchSettings, DataSettings
 from dpo_jax.errors import UserError, nearest, printable, short
@@ -379,99 +373,3 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-SECRET = re.compile(r"hf_\w{20,}|gh[pousr]_\w{20,}|sk-[\w-]{20,}|AKIA[A-Z0-9]{16}|(?<=://)[^/\s@]+(?=@)")
-
-
-def redacted(text: str) -> str:
-    """The text with what looks like a token, a key or a password of a URL replaced by ***."""
-    return SECRET.sub("***", text)
-
-
-def command(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
-    """Make `main(argv)` a command: `sys.exit(main())`.
-
-    What a user did wrong is printed on stderr, one line `error: ...` for each problem, and gives exit code 2; Ctrl-C
-    gives 130, SIGTERM and SIGHUP 75 (try again), a reader of our output that went away 141. Anything else is our fault
-    and keeps its traceback.
-    """
-
-    @functools.wraps(main)
-    def wrapped(argv: Sequence[str] | None = None) -> int:
-        try:
-            with _told_to_end():
-                code = main(sys.argv[1:] if argv is None else argv) or 0
-            sys.stdout.flush()
-            return code
-        except _Ended as ended:
-            print(f"stopped by {signal.Signals(ended.number).name}; run the same command again", file=sys.stderr)
-            return 75
-        except UserError as error:
-            for line in str(error).splitlines():
-                print(f"error: {printable(redacted(line))}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("stopped from the keyboard", file=sys.stderr)
-            return 130
-        except BrokenPipeError:
-            if not _reader_left():
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
-            return 141
-
-    return wrapped
-
-
-class _Ended(BaseException):
-    """A signal asks this process to end."""
-
-    def __init__(self, number: int):
-        """The signal's number."""
-        self.number = number
-
-
-@contextlib.contextmanager
-def _told_to_end() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise `_Ended`, where they would have ended the process without a word."""
-
-    def end(number: int, _: object) -> None:
-        raise _Ended(number)
-
-    here = threading.current_thread() is threading.main_thread()
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if here and hasattr(signal, name)]
-    before = {number: signal.signal(number, end) for number in numbers if signal.getsignal(number) == signal.SIG_DFL}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _reader_left() -> bool:
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-class Parser(argparse.ArgumentParser):
-    """Arguments of a command that takes no `Run`; what is wrong with them is one line, as for settings."""
-
-    def __init__(self, command: str, description: str):
-        """For `python -m dpo_jax.COMMAND`."""
-        super().__init__(prog=f"python -m dpo_jax.{command}", description=description, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse the arguments."""
-        raise UserError(f"{COMMAND_LINE}: {message}; see {self.prog} --help")
-
-
-def quiet_libraries() -> None:
-    """Keep the chatter of libraries out of a command's output; their errors and warnings about the run stay."""
-    for name in ("absl", "orbax", "jax", "datasets", "httpx", "httpx2", "filelock"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")  # a log wants no bars
-    # tokamax tells of every shape that its tables of kernel settings do not have, in lines of 900 characters
-    logging.getLogger("absl").addFilter(lambda record: not record.getMessage().startswith("Autotuning cache miss"))
-    # transformers resets its own level when it is imported, but keeps filters; torch is not needed here
-    logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())

@@ -1,7 +1,6 @@
 """What each family's config says about the decoder: one row of `FAMILIES` per `model_type`.
 
-Most families are llama with a difference or two, and their reader is that difference. A new family of a kind that is
-here is a reader and a row below, and its name in README.md.
+Most are llama with a difference or two, and their reader is that difference. A new one is a reader and a row.
 """
 
 import dataclasses

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from dpo_jax.config import command as commands
 from dpo_jax.config import run as config
 from dpo_jax.config.elsewhere import FOREIGN
 from dpo_jax.config.run import CHANGES_MATHEMATICS, FIELDS, KEEPS_MATHEMATICS, Run, changed_mathematics, dump
@@ -46,7 +47,7 @@ GOOD = textwrap.dedent(
     """
 )
 ROOT = Path(__file__).resolve().parents[2]
-PREAMBLE = "import sys\nfrom dpo_jax.config.run import *\n@command\n"
+PREAMBLE = "import sys\nfrom dpo_jax.config.command import *\nfrom dpo_jax.config.run import load\n@command\n"
 COMMAND = PREAMBLE + "def main(argv): print(load(argv).seed)\nsys.exit(main())"
 
 
@@ -239,7 +240,7 @@ def test_each_mistake_has_its_line(good, capsys, change, place, remedy):
     named = [line for line in lines if line.startswith(f"bad.yaml{place}") and remedy in line]
     assert len(named) == 1, lines
     assert all(line.isprintable() and len(line) < 300 for line in lines)
-    assert config.command(config.load)(["bad.yaml"]) == 2
+    assert commands.command(config.load)(["bad.yaml"]) == 2
     assert capsys.readouterr().err.splitlines() == [f"error: {line}" for line in lines]
 
 
@@ -347,8 +348,8 @@ UNKNOWN = ("wandb_api_key", "model.token", "password", "hf_token")
     [(key, secret) for key in (*UNKNOWN, "seed", "data.layout") for secret in SECRETS[: 4 if key in UNKNOWN else 3]],
 )
 def test_no_secret_is_printed(good, capsys, key, secret):
-    assert config.command(config.load)([good, f"{key}={secret}"]) == 2
-    assert config.command(config.load)([good, f"{key}=[{secret}"]) == 2
+    assert commands.command(config.load)([good, f"{key}={secret}"]) == 2
+    assert commands.command(config.load)([good, f"{key}=[{secret}"]) == 2
     printed = capsys.readouterr()
     assert secret not in printed.err + printed.out and "hunter2" not in printed.err
 
@@ -480,10 +481,10 @@ def test_faults_of_ours_keep_their_traceback(capsys):
     def main(argv):
         raise {"k": KeyboardInterrupt, "b": BrokenPipeError, "v": ValueError}[argv[0]]
 
-    assert config.command(main)(["k"]) == 130
+    assert commands.command(main)(["k"]) == 130
     assert capsys.readouterr().err == "stopped from the keyboard\n"
     with pytest.raises(ValueError):
-        config.command(main)(["v"])
+        commands.command(main)(["v"])
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
@@ -491,7 +492,7 @@ def test_a_signal_that_asks_to_end_is_answered_in_one_line(capsys, name):
     """Where it comes before the loop, or in the export: there it would end the process without a word."""
     number = getattr(signal, name)
     before = signal.getsignal(number)
-    assert config.command(lambda argv: os.kill(os.getpid(), number))([]) == 75
+    assert commands.command(lambda argv: os.kill(os.getpid(), number))([]) == 75
     assert capsys.readouterr().err == f"stopped by {name}; run the same command again\n"
     assert signal.getsignal(number) == before
 
@@ -499,7 +500,7 @@ def test_a_signal_that_asks_to_end_is_answered_in_one_line(capsys, name):
 def test_a_hangup_that_nohup_ignores_stays_ignored(capsys):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert config.command(lambda argv: os.kill(os.getpid(), signal.SIGHUP))([]) == 0
+        assert commands.command(lambda argv: os.kill(os.getpid(), signal.SIGHUP))([]) == 0
         with Interrupts() as interrupts:
             os.kill(os.getpid(), signal.SIGHUP)
         assert interrupts.asked is None
@@ -517,7 +518,7 @@ def test_a_pipe_of_ours_that_broke_is_a_fault():
 
 
 def test_arguments_of_other_commands_are_refused_in_one_line():
-    parser = config.Parser("sample", "Answer.")
+    parser = commands.Parser("sample", "Answer.")
     parser.add_argument("folder")
     with pytest.raises(UserError, match=r"command line: .*folder.*; see python -m dpo_jax.sample --help"):
         parser.parse_args([])
@@ -527,7 +528,7 @@ def test_messages_cannot_forge_lines_or_move_the_cursor(capsys):
     def main(argv):
         raise UserError("row \x1b[2J\x9b \u202e hf_abcdefghijklmnopqrstuvwxyz\nsecond")
 
-    assert config.command(main)([]) == 2
+    assert commands.command(main)([]) == 2
     assert capsys.readouterr().err == "error: row \\x1b[2J\\x9b \\u202e ***\nerror: second\n"
 
 

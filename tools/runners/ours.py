@@ -98,10 +98,11 @@ class Traced:
 
 def run(spec: Spec, events: Events, folder: Path, more: Sequence[str] = (), trace: Path | None = None) -> None:
     """The parts of `dpo_jax.train.train`, up to the last step; `more` are settings that the spec has no word for."""
+    from dpo_jax.config import command as commands
     from dpo_jax.config import run as config
 
     settled = config.load([*without_overruled(settings(spec, folder), more), *more])
-    config.quiet_libraries()
+    commands.quiet_libraries()
 
     from dpo_jax.planning import costs
     from dpo_jax.reporting.journal import Journal
