@@ -28,7 +28,7 @@ from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.terms import make_terms, takes
 from dpo_jax.preference.loss import TrainingObjective, loss_and_gradient
 from dpo_jax.preference.scoring import score_batch
-from dpo_jax.training.optimizer import make_optimizer, schedule
+from dpo_jax.training.optimizer import make_optimizer
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import fresh_state, make_step
 
@@ -47,7 +47,7 @@ LOSS, EXPONENTIAL, METRIC, NORM, STEP = 1e-5, 1e-4, 5e-5, 1e-4, 1e-4
 """Relative differences that are allowed. TRL's float32 and float64 NumPy differ by up to 6e-6 in losses and 2.4e-5 in
 metrics (small differences of large sums); exponential divergences multiply a rounding of the sums."""
 TRAJECTORY = {"learning_rate": 5e-3, "schedule": "linear", "warmup_steps": 2, "weight_decay": 0.01}
-"""Optimizer of the trajectories, in dpo_jax's words."""
+"""Optimizer of the trajectories, in dpo_jax's words; their rate is `trls_rate`."""
 
 
 class Line(NamedTuple):
@@ -158,13 +158,20 @@ def _compare_reference(folder: Folder, case: str, golden: Mapping[str, Any]) -> 
     yield Line(case, "loss", golden["loss"], measure(folder, {})["loss"], LOSS)
 
 
+def trls_rate(settings: OptimizerSettings, steps: int) -> optax.Schedule:
+    """The linear schedule of transformers, whose first step has a rate of 0; ours rises from above it."""
+    warmup, peak = settings.warmup_steps or 0, settings.learning_rate
+    parts = [optax.linear_schedule(0.0, peak, warmup), optax.linear_schedule(peak, 0.0, steps - warmup)]
+    return optax.join_schedules(parts, [warmup])
+
+
 def compare_trajectory(folder: Folder, loss_type: str, log: list[Mapping[str, float]]) -> Iterator[Line]:
     """The loss of each step of AdamW over all rows."""
     encoded = encoded_rows(folder, {})
     settings = OptimizerSettings.model_validate(TRAJECTORY)
     optimizer = make_optimizer(settings)
     objective = TrainingObjective(folder.policy.spec, make_terms(blocks_of({"loss_type": loss_type})))
-    step = jax.jit(make_step(objective, optimizer, schedule(settings, len(log)), steps=len(log)))
+    step = jax.jit(make_step(objective, optimizer, trls_rate(settings, len(log)), steps=len(log)))
     state = fresh_state(folder.policy.params, optimizer)
     for number, theirs in enumerate(log):
         batch = Batches(encoded, encoded.num_pairs, 1, len(log), order="file").at(number)

@@ -264,7 +264,7 @@ def test_the_whole_gradient_is_trls(trl):
 def test_the_weights_after_eight_steps_are_trls(trl):
     settings = OptimizerSettings.model_validate(parity.TRAJECTORY)
     optimizer, encoded = make_optimizer(settings), parity.encoded_rows(trl, {})
-    step = jax.jit(make_step(TrainingObjective(trl.policy.spec), optimizer, schedule(settings, 8), steps=8))
+    step = jax.jit(make_step(TrainingObjective(trl.policy.spec), optimizer, parity.trls_rate(settings, 8), steps=8))
     state = settled(fresh_state(trl.policy.params, optimizer))
     for number in range(8):
         state, _ = step(state, Weights({}), trl.reference.params, Batches(encoded, 6, 1, 8, order="file").at(number))
