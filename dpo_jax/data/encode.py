@@ -12,7 +12,7 @@ import numpy as np
 from dpo_jax.data.encoded import Encoded, Entry
 from dpo_jax.data.examples import ranks
 from dpo_jax.data.layouts import Pair, Record
-from dpo_jax.data.messages import BadRow
+from dpo_jax.data.messages import BadRow, is_chat
 from dpo_jax.data.records import Stretch, read_record, stretches, tables
 from dpo_jax.data.report import Report, clean
 from dpo_jax.data.settings import DataSettings
@@ -140,6 +140,7 @@ def encode_rows(rules: EncodingRules, stretch: Stretch) -> Part:
         if kept := truncated(made, rules, report):
             builder.add(*kept)
             report.kept += 1
+            report.templated += isinstance(record, Record) and is_chat(record.completions[0])
             singles = [pair for pair in kept[0].pairs if pair.single]
             report.pairs += len(kept[0].pairs) - len(singles)
             report.singles += len(singles)

@@ -91,7 +91,7 @@ class Report:
       examples: `file:line: reason` of the first rows of each class.
       lengths: tokens of prompts, chosen, rejected, single completions and whole sequences: min, median, p90, p99, max,
         mean.
-      template: digest of the chat template in use.
+      template: digest of the model's chat template; `templated` of the rows that are kept went through it.
       cache: what the cache had to do with it.
     """
 
@@ -102,6 +102,7 @@ class Report:
     pairs: int = 0
     singles: int = 0
     undesirable: int = 0
+    templated: int = 0
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -133,7 +134,7 @@ class Report:
 
     def merge(self, part: "Report") -> None:
         """Take over what was counted of further rows, which come after those that were counted here."""
-        for name in ("rows", "kept", "bad", "too_long", "pairs", "singles", "undesirable"):
+        for name in ("rows", "kept", "bad", "too_long", "pairs", "singles", "undesirable", "templated"):
             setattr(self, name, getattr(self, name) + getattr(part, name))
         for kind, count in part.counts.items():
             self.counts[kind] = self.counts.get(kind, 0) + count
@@ -163,8 +164,19 @@ class Report:
                 lines += [f"  {example}" for example in self.examples.get(kind, [])]
         for name, table in self.lengths.items():
             lines.append(f"tokens of {name}: " + ", ".join(f"{key} {value:,.0f}" for key, value in table.items()))
-        lines += [f"chat template: sha256 {self.template[:12]}"] if self.template else []
+        lines += [f"chat template: {self._use_of_template()}"] if self.template else []
         return lines + ([f"cache: {self.cache}"] if self.cache else [])
+
+    def _use_of_template(self) -> str:
+        """Which rows go through the model's chat template: messages do, and texts and token ids do not."""
+        digest = f"sha256 {self.template[:12]}"
+        if self.templated == self.kept:
+            return digest
+        if self.templated:
+            return (
+                f"{digest}, for {self.templated:,} of {self.kept:,} rows; the others are no messages and go without it"
+            )
+        return f"not used; the rows are no messages, so the model does not see the turns of its own ({digest})"
 
     def _contents(self) -> str:
         """What the rows that are kept hold."""

@@ -59,9 +59,9 @@ def _sweep(folder: Path) -> None:
 
 
 def _refuse_changes(run: Run, folder: Path) -> None:
-    """Stop if the folder's run would lead to another model than this one."""
+    """Stop if the folder's run has learned something, and would lead to another model than this one."""
     path = folder / RUN_FILE
-    if not path.exists():
+    if not path.exists() or not _has_learned(folder):
         return
     try:
         old = json.loads(path.read_text())["settings"]
@@ -82,6 +82,12 @@ def _refuse_changes(run: Run, folder: Path) -> None:
         )
 
 
+def _has_learned(folder: Path) -> bool:
+    """Whether there is a step or a model to lose. A run that was refused in the middle of its start has neither, and
+    may be begun again with other settings, data or weights."""
+    return (folder / "model").exists() or any((folder / "checkpoints").glob("*"))
+
+
 def recorded(folder: Path) -> dict[str, Any]:
     """What the folder's run has written down: `settings`, `facts`, whether it is `finished`; empty before it began."""
     path = folder / RUN_FILE
@@ -90,7 +96,7 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 def record_run(run: Run, folder: Path, facts: dict[str, Any]) -> None:
     """Write down what this run is; refuse if the same settings now mean other data or other weights."""
-    known = recorded(folder).get("facts", {})
+    known = recorded(folder).get("facts", {}) if _has_learned(folder) else {}
     for name, value in facts.items():
         if known.get(name, value) != value:
             raise UserError(

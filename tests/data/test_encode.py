@@ -428,3 +428,32 @@ def test_a_single_completion_that_is_undesirable_is_no_reversed_pair(tmp_path):
     path = write(tmp_path / "single.jsonl", {"prompt": "p", "completion": " a", "label": False})
     _, report = encode(str(path), byte_tokenizer(), settings(), tmp_path / "cache")
     assert report.counts == {} and report.undesirable == 1
+
+
+TURNS = {"prompt": [user("p")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([TURNS], "chat template: sha256 "),
+        (
+            [numbered()],
+            "chat template: not used; the rows are no messages, so the model does not see the turns of its own",
+        ),
+        ([TURNS, numbered()], ", for 1 of 2 rows; the others are no messages and go without it"),
+    ],
+)
+def test_which_rows_go_through_the_chat_template_is_said(tmp_path, rows, words):
+    """Texts do not, also where the model is one for chats."""
+    files = [str(write(tmp_path / f"{number}.jsonl", row)) for number, row in enumerate(rows)]
+    _, report = encode(files, byte_tokenizer(), settings(), tmp_path / "cache")
+    (line,) = [line for line in report.lines() if line.startswith("chat template")]
+    assert words in line and report.templated == rows.count(TURNS)
+    assert encode(files, byte_tokenizer(), settings(), tmp_path / "cache")[1].templated == rows.count(TURNS)  # kept
+
+
+def test_without_a_template_nothing_is_said_of_one(tmp_path):
+    file = write(tmp_path / "rows.jsonl", numbered())
+    _, report = encode(str(file), byte_tokenizer(template=None), settings(), tmp_path / "cache")
+    assert not [line for line in report.lines() if line.startswith("chat template")]

@@ -55,3 +55,18 @@ def test_a_run_that_goes_on_is_not_swept_by_another(tmp_path):
         with pytest.raises(UserError, match="in use by another run"), output.opened(run_in(tmp_path)):
             pass
         assert len(list(tmp_path.glob(".metrics.jsonl.*.tmp"))) == 1
+
+
+@pytest.mark.parametrize("what", ["checkpoints/10", "model"])
+def test_a_run_that_learned_something_is_held_to_its_settings_and_facts_and_no_other(tmp_path, what):
+    """One that was refused in the middle of its start, for damaged weights say, is begun again with other ones."""
+    first, other = run_in(tmp_path), run_in(tmp_path).model_copy(update={"seed": 7})
+    with output.opened(first) as folder:
+        output.record_run(first, folder, {"number of pairs": 3})
+    with output.opened(other) as folder:
+        output.record_run(other, folder, {"number of pairs": 4})
+    (tmp_path / what).mkdir(parents=True)
+    with output.opened(other) as folder, pytest.raises(UserError, match="number of pairs was 4 and is now 5"):
+        output.record_run(other, folder, {"number of pairs": 5})
+    with pytest.raises(UserError, match="another setting, seed: 7 -> 0"), output.opened(first):
+        pass
