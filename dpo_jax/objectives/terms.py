@@ -99,6 +99,10 @@ def make_terms(blocks: Iterable[Mapping[str, Any]]) -> tuple[Term, ...]:
     return tuple(terms)
 
 
+NEUTRAL = {"label_smoothing": 0, "length_penalty": 0, "sft_weight": 0, "calibration_weight": 0, "weighting": False}
+"""Values that change nothing, and so may be given to an objective that has no such setting."""
+
+
 def _problems(block: Mapping[str, Any]) -> Iterable[str]:
     name = block.get("name", "sigmoid")
     if name not in names():
@@ -112,6 +116,8 @@ def _problems(block: Mapping[str, Any]) -> Iterable[str]:
     found = []
     for key, value in block.items():
         if key in ("name", "weight"):
+            continue
+        if key not in known and key in NEUTRAL and value == NEUTRAL[key]:
             continue
         if key not in known:
             found.append(f"{key}: objective {name} does not use it; it takes {', '.join(known) or 'no settings'}")

@@ -477,6 +477,22 @@ def test_a_reader_that_goes_away_is_no_error(good):
     assert process.returncode == 141
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("objective.name=ipo", "objective.label_smoothing=0.0"),
+        ("objective.name=simpo", "objective.sft_weight=0", "reference.mode=none"),
+    ],
+)
+def test_a_value_that_changes_nothing_may_be_given(good, words):
+    """It stands in the file of another objective, say; another value of it is refused still."""
+    run = config.load([good, "objective.beta=0.2", *words])
+    assert [term.name for term in run.objective.terms] == [words[0].split("=")[1]]
+    key = words[1].split("=")[0]
+    with pytest.raises(UserError, match=f"{key}: 0.3: objective .* does not use it"):
+        config.load([good, *words[:1], f"{key}=0.3"])
+
+
 def test_faults_of_ours_keep_their_traceback(capsys):
     def main(argv):
         raise {"k": KeyboardInterrupt, "b": BrokenPipeError, "v": ValueError}[argv[0]]
