@@ -359,8 +359,17 @@ def _fetch(export: _Export, name: str, dtype: str) -> np.ndarray:
         return export.source.read(name)
     found = entry.pack([_as_held(export, name, part, dtype) for part in entry.parts])
     if name in export.source.infos and name in export.claims.entries:
-        export.moved.append((int((found != export.source.read(name).astype(found.dtype)).sum()), found.size))
+        export.moved.append((_others(found, export.source, name), found.size))
     return found
+
+
+def _others(found: np.ndarray, source: Tensors, name: str) -> int:
+    """How many numbers of a tensor are others than the source's."""
+    flat, begin, others = found.reshape(-1), 0, 0
+    for part in source.pieces(name):
+        others += int((flat[begin : begin + part.size] != part.astype(flat.dtype)).sum())
+        begin += part.size
+    return others
 
 
 def _as_held(export: _Export, name: str, part: LeafPart, dtype: str) -> np.ndarray:

@@ -126,6 +126,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+PIECE_BYTES = 1 << 20
+"""Bytes of a tensor that are read at a time."""
+
+
 class Tensors:
     """The tensors of a folder: `infos` by name, in file and offset order. Files stay mapped while this lives."""
 
@@ -170,6 +174,17 @@ class Tensors:
             return handle.get_slice(name)[index] if index else handle.get_tensor(name)
         except SafetensorError as error:
             raise UserError(f"{self.folder / self.infos[name].file}: tensor {name!r}: {one_line(error)}") from error
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """The numbers of a tensor in their order, some at a time; what `read` maps into memory stays there."""
+        info = self.infos[name]
+        dtype = STORED[info.dtype]
+        with member(self.folder, info.file).open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            begin, end = json.loads(file.read(size))[name]["data_offsets"]
+            file.seek(8 + size + begin)
+            for start in range(begin, end, PIECE_BYTES):
+                yield np.frombuffer(file.read(min(PIECE_BYTES, end - start)), dtype)
 
 
 def tensor_names(folder: Path) -> list[str]:

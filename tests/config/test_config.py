@@ -507,10 +507,10 @@ def test_faults_of_ours_keep_their_traceback(capsys):
 def test_a_signal_that_asks_to_end_is_answered_in_one_line(capsys, name):
     """Where it comes before the loop, or in the export: there it would end the process without a word."""
     number = getattr(signal, name)
-    before = signal.getsignal(number)
+    before = signal.signal(number, signal.SIG_DFL)  # these tests may run under nohup
     assert commands.command(lambda argv: os.kill(os.getpid(), number))([]) == 75
     assert capsys.readouterr().err == f"stopped by {name}; run the same command again\n"
-    assert signal.getsignal(number) == before
+    assert signal.signal(number, before) == signal.SIG_DFL
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored(capsys):
@@ -520,11 +520,12 @@ def test_a_hangup_that_nohup_ignores_stays_ignored(capsys):
         with Interrupts() as interrupts:
             os.kill(os.getpid(), signal.SIGHUP)
         assert interrupts.asked is None
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert interrupts.asked == signal.SIGHUP
     finally:
         signal.signal(signal.SIGHUP, before)
-    with Interrupts() as interrupts:
-        os.kill(os.getpid(), signal.SIGHUP)
-    assert interrupts.asked == signal.SIGHUP
 
 
 def test_a_pipe_of_ours_that_broke_is_a_fault():
