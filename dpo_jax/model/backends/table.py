@@ -85,8 +85,7 @@ BACKENDS = {
 TILES = {"gpu": 2048, "tpu": 256}
 """Slots of a tile of scores for xla, by platform; elsewhere `attention.TILE`.
 
-On an H200, rows of 1,280 slots took 56 ms by tiles of 64, 11 ms by tiles of 256 and 3.9 ms whole; on a TPU v5e, 256 is
-the best of the compiler's estimates.
+On an H200, rows of 1,280 slots took 56 ms by tiles of 64, 11 ms by tiles of 256 and 3.9 ms whole. No TPU was tried.
 """
 
 FEATURES = {
