@@ -16,6 +16,8 @@ from typing import NoReturn
 from dpo_jax.errors import UserError, printable
 from dpo_jax.settings import COMMAND_LINE
 
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Signals that ask a process to end. The last one is of a terminal that is closed, and no signal of Windows."""
 SECRET = re.compile(r"hf_\w{20,}|gh[pousr]_\w{20,}|sk-[\w-]{20,}|AKIA[A-Z0-9]{16}|(?<=://)[^/\s@]+(?=@)")
 
 
@@ -74,8 +76,8 @@ def _told_to_end() -> Iterator[None]:
         raise _Ended(number)
 
     here = threading.current_thread() is threading.main_thread()
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if here and hasattr(signal, name)]
-    before = {number: signal.signal(number, end) for number in numbers if signal.getsignal(number) == signal.SIG_DFL}
+    numbers = [number for number in ENDING if here and signal.getsignal(number) == signal.SIG_DFL]
+    before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
     finally:

@@ -221,8 +221,6 @@ class _Export(NamedTuple):
     claims: Claims
     files: dict[str, dict[str, TensorInfo]]
     config: dict[str, Any] | None
-    moved: list[tuple[int, int]]
-    """Of each tensor that is written: how many of its weights differ from the source's, and how many it has."""
 
 
 def save_hf(
@@ -269,7 +267,7 @@ def save_hf(
     config = reward.reward_config(model.spec, origin) if reward.head_is_new(model.spec, origin) else None
     if dtype != "keep":
         config = _with_dtype(config or read_json(origin, "config.json"), dtype)
-    export = _Export(model.spec, trees.paths(model.params), source, claims, _by_file(infos), config, [])
+    export = _Export(model.spec, trees.paths(model.params), source, claims, _by_file(infos), config)
     if jax.process_index() != 0:
         for name in (name for part in export.files.values() for name in part):
             _fetch(export, name, infos[name].dtype)
@@ -277,12 +275,14 @@ def save_hf(
     tensors.check_target(target, replace)
     need = sum(tensors.num_bytes(info.dtype, info.shape) for info in infos.values())
     with tensors.staging(target, need, replace) as staging:
-        sums = {file: _write_weights(export, staging / file, part) for file, part in export.files.items()}
+        written = {file: _write_weights(export, staging / file, part) for file, part in export.files.items()}
+        sums = {file: digest for file, (digest, _) in written.items()}
         texts = _side_files(export, base_name(like, card), card, dict(extra_files or {}))
         sums |= {name: tensors.write_bytes(staging / name, data) for name, data in texts.items()}
         listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         tensors.write_bytes(staging / tensors.SUMS, listing.encode())
-    return Moved(*(sum(part) for part in zip(*export.moved, strict=True)))
+    moved = [moved for _, moved in written.values()]
+    return Moved(sum(part.weights for part in moved), sum(part.of for part in moved))
 
 
 def dtypes_written(
@@ -345,11 +345,21 @@ def _by_file(infos: dict[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
     return files
 
 
-def _write_weights(export: _Export, path: Path, infos: dict[str, TensorInfo]) -> str:
+def _write_weights(export: _Export, path: Path, infos: dict[str, TensorInfo]) -> tuple[str, Moved]:
+    """Write a file of tensors; its digest, and what moved of the weights that it has in common with the source."""
     metadata = {"format": "pt", **export.source.metadata.get(path.name, {})}
-    digest = tensors.write_tensors(path, infos, metadata, lambda name: _fetch(export, name, infos[name].dtype))
+    others, total = 0, 0
+
+    def fetched(name: str) -> np.ndarray:
+        nonlocal others, total
+        found = _fetch(export, name, infos[name].dtype)
+        if name in export.claims.entries and name in export.source.infos:
+            others, total = others + _others(found, export.source, name), total + found.size
+        return found
+
+    digest = tensors.write_tensors(path, infos, metadata, fetched)
     tensors.check_tensors(path, infos, digest)
-    return digest
+    return digest, Moved(others, total)
 
 
 def _fetch(export: _Export, name: str, dtype: str) -> np.ndarray:
@@ -357,10 +367,7 @@ def _fetch(export: _Export, name: str, dtype: str) -> np.ndarray:
     entry = export.claims.entries.get(name) or export.claims.copies.get(name)
     if entry is None:
         return export.source.read(name)
-    found = entry.pack([_as_held(export, name, part, dtype) for part in entry.parts])
-    if name in export.source.infos and name in export.claims.entries:
-        export.moved.append((_others(found, export.source, name), found.size))
-    return found
+    return entry.pack([_as_held(export, name, part, dtype) for part in entry.parts])
 
 
 def _others(found: np.ndarray, source: Tensors, name: str) -> int:

@@ -137,7 +137,9 @@ class Tensors:
         """Opens and checks every tensor file of the folder; reads no tensor."""
         self.folder = folder
         self.files, self.weight_map = _tensor_files(folder)
-        self._handles = {file: _open(folder, file) for file in self.files}
+        opened = {file: _open(folder, file) for file in self.files}
+        self._handles = {file: handle for file, (handle, _) in opened.items()}
+        self._places = {file: places for file, (_, places) in opened.items()}
         self.metadata = {file: dict(handle.metadata() or {}) for file, handle in self._handles.items()}
         self.infos: dict[str, TensorInfo] = {}
         for file, handle in self._handles.items():
@@ -179,10 +181,9 @@ class Tensors:
         """The numbers of a tensor in their order, some at a time; what `read` maps into memory stays there."""
         info = self.infos[name]
         dtype = STORED[info.dtype]
+        begin, end = self._places[info.file][name]
         with member(self.folder, info.file).open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            begin, end = json.loads(file.read(size))[name]["data_offsets"]
-            file.seek(8 + size + begin)
+            file.seek(begin)
             for start in range(begin, end, PIECE_BYTES):
                 yield np.frombuffer(file.read(min(PIECE_BYTES, end - start)), dtype)
 
@@ -193,13 +194,17 @@ def tensor_names(folder: Path) -> list[str]:
     return list(Tensors(folder).infos) if there else []
 
 
-def _open(folder: Path, file: str) -> safe_open:
+def _open(folder: Path, file: str) -> tuple[safe_open, dict[str, tuple[int, int]]]:
+    """A tensor file, and where in it the bytes of each tensor begin and end."""
     path = member(folder, file)
     try:
         handle = safe_open(path, framework="numpy")
         with path.open("rb") as opened:  # safetensors lets the last of two equal names pass
-            json.loads(opened.read(*struct.unpack("<Q", opened.read(8))), object_pairs_hook=_unique)
-        return handle
+            header = json.loads(opened.read(*struct.unpack("<Q", opened.read(8))), object_pairs_hook=_unique)
+            after = opened.tell()
+        header.pop("__metadata__", None)
+        places = {name: tuple(after + offset for offset in info["data_offsets"]) for name, info in header.items()}
+        return handle, places
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not a whole safetensors file ({one_line(error)}); fetch or write it again"

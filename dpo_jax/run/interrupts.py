@@ -3,8 +3,7 @@
 import signal
 from typing import Any
 
-ASKING = ("SIGINT", "SIGTERM", "SIGHUP")
-"""The last one, of a terminal that is closed, is no signal of Windows, and stays ignored under nohup."""
+from dpo_jax.config.command import ENDING
 
 
 class Interrupts:
@@ -16,9 +15,9 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         """Listen."""
-        numbers = [getattr(signal, name) for name in ASKING if hasattr(signal, name)]
-        heard = [n for n in numbers if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._ask) for number in heard}
+        # a signal that is ignored, as SIGHUP is under nohup, stays so
+        ending = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, *ending)}
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -16,8 +16,10 @@ from dpo_jax.errors import UserError
 from dpo_jax.files import write_whole
 
 RUN_FILE = "run.json"
-OURS = (".lock", RUN_FILE, "metrics.jsonl", "tensorboard", "checkpoints", "model", "cache", "data.json", "answers")
-OURS += ("wandb", "wandb_run", "trackio")
+OURS = frozenset(
+    {".lock", RUN_FILE, "metrics.jsonl", "checkpoints", "model", "cache", "data.json", "answers"}
+    | {"tensorboard", "wandb", "wandb_run", "trackio"}
+)
 """What a run's folder holds."""
 LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|\.model\.(tmp|old)-\d+")
 """Names of what a run was writing when it was killed: files before they are moved into place, and the export."""

@@ -1,7 +1,6 @@
 """The parts of the kit, in the order in which they run: each is a function that returns what goes into the record."""
 
 import functools
-import hashlib
 import os
 import platform
 import signal
@@ -15,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo_jax.files import file_digest
 from tools.device import attention, steps
 from tools.device.steps import Work
 
@@ -139,7 +139,7 @@ def stopped_and_resumed(base: tuple[str, ...], folder: Path) -> list[dict[str, A
 
 def digest(path: Path) -> str:
     """Of a file; the name of what is wrong if there is none."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else "no such file"
+    return file_digest(path)[:16] if path.is_file() else "no such file"
 
 
 def step(work: Work, name: str, place: Place) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A new backend is a module of this folder (see dispatch.py for its three function
 import dataclasses
 import importlib
 import importlib.util
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -131,12 +132,12 @@ def why_not(name: str, spec: specs.DecoderSpec, dtype: str, device: Device) -> s
 
 def unfit(name: str, device: Device) -> str | None:
     """The rule by which a backend cannot run on a device, or here at all, whatever the model; None if it can."""
-    return next(_rules_of_device(name, BACKENDS[name], device), None)
+    backend = BACKENDS[name]
+    return next(itertools.chain(_rule_of_platform(backend, device), _rules_of_device(name, backend, device)), None)
 
 
 def _broken_rules(name: str, backend: Backend, spec: specs.DecoderSpec, dtype: str, device: Device) -> Iterator[str]:
-    if device.platform not in backend.platforms:
-        yield _other_platform(backend, device)
+    yield from _rule_of_platform(backend, device)
     if dtype not in backend.dtypes:
         yield f"computes in {' and '.join(backend.dtypes)} and model.compute_dtype is {dtype}"
     yield from (f"has no {FEATURES[need]}, and the model does" for need in FEATURES if need in lacking(backend, spec))
@@ -148,13 +149,12 @@ def _broken_rules(name: str, backend: Backend, spec: specs.DecoderSpec, dtype: s
     yield from _rules_of_device(name, backend, device)
 
 
-def _other_platform(backend: Backend, device: Device) -> str:
-    return f"runs on {' and '.join(backend.platforms)} and the devices are of platform {device.platform}"
+def _rule_of_platform(backend: Backend, device: Device) -> Iterator[str]:
+    if device.platform not in backend.platforms:
+        yield f"runs on {' and '.join(backend.platforms)} and the devices are of platform {device.platform}"
 
 
 def _rules_of_device(name: str, backend: Backend, device: Device) -> Iterator[str]:
-    if device.platform not in backend.platforms:
-        yield _other_platform(backend, device)
     if backend.capability is not None and not _in_range(backend, device.capability):
         wanted = "or more" if backend.capability_below is None else f"to below {backend.capability_below}"
         found = "no NVIDIA GPU" if device.capability is None else f"of {device.capability}"
