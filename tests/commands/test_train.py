@@ -22,7 +22,7 @@ from dpo_jax.training import reference as references
 from dpo_jax.training.checkpoints import Checkpoints
 from tests.support.tiers import night
 from tests.support.tiny_folders import write_folder
-from tests.support.tiny_rows import assistant, byte_tokenizer, user, write
+from tests.support.tiny_rows import assistant, byte_tokenizer, user, write, yes_or_no
 
 STEPS = 6
 
@@ -35,10 +35,7 @@ def world(tmp_path_factory):
     ends = {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     write_folder(root / "model", num_hidden_layers=2, **ends)
     tokenizer.save_pretrained(str(root / "model"))
-    rows = [
-        {"prompt": [user(f"Say {n}")], "chosen": [assistant("yes " * (n % 5 + 1))], "rejected": [assistant("no" * n)]}
-        for n in range(1, 21)
-    ]
+    rows = yes_or_no(20)
     write(root / "train.jsonl", *rows[:14])
     write(root / "eval.jsonl", *rows[14:])
     write(root / "answers.jsonl", {"prompt": [user("Say 3")], "good": "."})

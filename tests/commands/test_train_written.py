@@ -10,7 +10,7 @@ from dpo_jax import evaluate, train
 from dpo_jax.reporting.journal import read_records
 from dpo_jax.run import written
 from tests.support.tiny_folders import write_folder
-from tests.support.tiny_rows import assistant, byte_tokenizer, user, write
+from tests.support.tiny_rows import byte_tokenizer, write, yes_or_no
 
 UNROUNDED = "eval_unrounded/rewards/margins"
 
@@ -23,10 +23,7 @@ def world(tmp_path_factory):
     ends = {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     write_folder(root / "model", "llama", "bfloat16", num_hidden_layers=2, **ends)
     tokenizer.save_pretrained(str(root / "model"))
-    rows = [
-        {"prompt": [user(f"Say {n}")], "chosen": [assistant("yes " * (n % 5 + 1))], "rejected": [assistant("no" * n)]}
-        for n in range(1, 21)
-    ]
+    rows = yes_or_no(20)
     write(root / "train.jsonl", *rows[:14])
     write(root / "eval.jsonl", *rows[14:])
     return root

@@ -60,3 +60,11 @@ IMPLICIT = {"chosen": "It is so", "rejected": "It is not"}
 UNPAIRED = {"prompt": "Hi", "completion": "yes", "label": True}
 COMPLETION = {"prompt": "Hi", "completion": "yes"}
 MESSAGES = {"messages": HI + YO}
+
+
+def yes_or_no(count: int) -> list[dict]:
+    """Rows of one turn, whose better answers say yes, some several times, and whose worse ones say no."""
+    return [
+        {"prompt": [user(f"Say {n}")], "chosen": [assistant("yes " * (n % 5 + 1))], "rejected": [assistant("no" * n)]}
+        for n in range(1, count + 1)
+    ]
