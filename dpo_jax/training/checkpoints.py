@@ -4,7 +4,7 @@ Orbax writes and commits a step; it does not checksum array data (a flipped bit 
 a step is committed, a background thread digests every file of it into `manifest.json`. What a folder can hold:
 
     100/  with manifest.json that verifies   usable
-    100/  with manifest.json that does not   damaged: renamed to 100.bad-<time>, never deleted
+    100/  with manifest.json that does not   damaged, or of another step: renamed to 100.bad-<time>, never deleted
     100/  committed, but no manifest.json    unfinished: killed between commit and seal; an older step is used
     100.orbax-checkpoint-tmp/                killed while writing; removed when the folder is next opened
     sealed                                   the newest step that was ever sealed here
@@ -15,7 +15,6 @@ folder with `sealed` but no usable step has lost something: that is an error, ne
 """
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -34,13 +33,12 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dpo_jax.errors import UserError
-from dpo_jax.files import sync_folder, write_whole
+from dpo_jax.files import write_whole
+from dpo_jax.training.manifest import MANIFEST, damage_of, seal
 from dpo_jax.training.settings import CheckpointSettings
 from dpo_jax.trees import Tree, paths
 
-_MANIFEST = "manifest.json"
 _SEALED = "sealed"
-_HASHERS = 4
 # Orbax's default is 1200. When one host cannot write, the others learn it only after this long.
 _TIMEOUT_SECONDS = 600
 _DISK_ERRORS = (
@@ -143,7 +141,7 @@ class Checkpoints:
     def read_record(self, step: int) -> dict[str, Any]:
         """A step's record alone; no array is read, so this is how settings are compared before anything is placed."""
         self.wait()
-        if step not in self._good and (damage := _damage(self.folder / str(step), "record/")):
+        if step not in self._good and (damage := damage_of(self.folder / str(step), "record/")):
             raise self._unusable(step, damage)
         return self._read(step, "record")
 
@@ -187,13 +185,13 @@ class Checkpoints:
         with self._writing(step):
             self._manager.wait_until_finished()
             if jax.process_index() == 0:
-                _seal(self.folder / str(step))
+                seal(self.folder / str(step))
                 write_whole(self.folder / _SEALED, f"{step}\n")
                 self._remove_old(step)
         self._good.add(step)
 
     def _remove_old(self, newest: int) -> None:
-        sealed = [step for step, path in _steps(self.folder) if (path / _MANIFEST).exists()]
+        sealed = [step for step, path in _steps(self.folder) if (path / MANIFEST).exists()]
         keep = set(sealed[: self._settings.keep])
         if self._settings.keep_every is not None:
             keep |= {step for step in sealed if step % self._settings.keep_every == 0}
@@ -204,12 +202,13 @@ class Checkpoints:
 
     def _newest_usable(self) -> int:
         for step, path in _steps(self.folder):
-            if not (path / _MANIFEST).exists():
+            if not (path / MANIFEST).exists():
                 if _unfinished(path):
                     self._say(f"checkpoint {path} was never finished; it is ignored")
                 continue
-            damage = _damage(path)
+            damage = damage_of(path)
             if damage is None:
+                self._say_lost(newer_than=step)
                 return step
             aside = _move_aside(path, "bad")
             self._say(f"checkpoint {path} is damaged ({damage}); renamed to {aside.name}, looking for an older one")
@@ -220,10 +219,18 @@ class Checkpoints:
             )
         return _NONE
 
+    def _say_lost(self, *, newer_than: int) -> None:
+        """Say that a newer step was sealed here and is no more, under its name or beside it."""
+        with suppress(OSError, ValueError):
+            sealed = int((self.folder / _SEALED).read_text())
+            known = os.path.lexists(self.folder / str(sealed)) or any(self.folder.glob(f"{sealed}.bad-*"))
+            if sealed > newer_than and not known:
+                self._say(f"checkpoint {self.folder / str(sealed)} was saved and is gone; step {newer_than} is used")
+
     def _make_way(self, step: int) -> int:
         """Clear the name of a step that is about to be saved; what is not ours is moved, never deleted."""
         path = self.folder / str(step)
-        if (path / _MANIFEST).exists():
+        if (path / MANIFEST).exists():
             raise UserError(
                 f"checkpoint {path} exists already and this run did not start from it; "
                 "delete the folder or choose another output"
@@ -251,7 +258,7 @@ class Checkpoints:
 
     def _require_usable(self, step: int) -> None:
         if step not in self._good:
-            if damage := _damage(self.folder / str(step)):
+            if damage := damage_of(self.folder / str(step)):
                 raise self._unusable(step, damage)
             self._good.add(step)
 
@@ -290,6 +297,17 @@ class Checkpoints:
                 f"cannot write checkpoint {path}: {reason}; earlier checkpoints are kept: free some space or correct "
                 "the folder's permissions, then run the same command again"
             ) from error
+
+
+def newest_record(folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """The newest step of a folder of checkpoints whose record verifies, and its record; None where there is none.
+
+    Nothing is opened, moved or removed.
+    """
+    for step, path in _steps(folder) if folder.is_dir() else ():
+        if damage_of(path, "record/") is None:
+            return step, json.loads((path / "record" / "metadata").read_text("utf-8"))
+    return None
 
 
 class _Names(ocp.step.NameFormat):
@@ -350,7 +368,7 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
 def _unfinished(path: Path) -> bool:
     """Whether this is a step that Orbax committed and nothing sealed."""
     committed = (path / "_CHECKPOINT_METADATA").exists() or (path / "commit_success.txt").exists()
-    return committed and not path.is_symlink() and not (path / _MANIFEST).exists()
+    return committed and not path.is_symlink() and not (path / MANIFEST).exists()
 
 
 def _move_aside(path: Path, why: str) -> Path:
@@ -371,49 +389,3 @@ def _remove_leftovers(folder: Path) -> None:
     for path in folder.glob("*.removed"):
         if re.fullmatch(r"[0-9]+\.removed", path.name) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _seal(step: Path) -> None:
-    """Write the size and digest of each file of a committed step, once all of them are on the disk."""
-    files = sorted(path for path in step.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(_HASHERS) as pool:
-        list(pool.map(sync_folder, [*files, *(path for path in step.rglob("*") if path.is_dir()), step, step.parent]))
-        digests = list(pool.map(_digest, files))
-    table = {str(f.relative_to(step)): [f.stat().st_size, d] for f, d in zip(files, digests, strict=True)}
-    write_whole(step / _MANIFEST, _manifest_text(table))
-
-
-def _manifest_text(table: object) -> str:
-    return json.dumps(table, indent=1, sort_keys=True) + "\n"
-
-
-def _damage(step: Path, under: str = "") -> str | None:
-    """What is wrong with the files of a step whose names begin with `under`, or None."""
-    try:
-        text = (step / _MANIFEST).read_text()
-        table = json.loads(text)
-        if not table or text != _manifest_text(table):
-            return f"{_MANIFEST} was changed"
-        claims = [(step / name, size, digest) for name, (size, digest) in table.items() if name.startswith(under)]
-    except OSError as error:
-        return f"{_MANIFEST}: {error.strerror}"
-    except (ValueError, TypeError, AttributeError):
-        return f"{_MANIFEST} was changed"
-    with ThreadPoolExecutor(_HASHERS) as pool:
-        return next(filter(None, pool.map(lambda claim: _file_damage(step, *claim), claims)), None)
-
-
-def _file_damage(step: Path, path: Path, size: int, digest: str) -> str | None:
-    name = path.relative_to(step)
-    try:
-        found = path.stat().st_size
-        if found != size:
-            return f"{name} has {found} bytes instead of {size}"
-        return None if _digest(path) == digest else f"{name} has other bytes than were saved"
-    except (OSError, ValueError) as error:
-        return f"{name}: {error}"

@@ -1,6 +1,7 @@
 """A checkpoint comes back bit for bit, or its damage is noticed and an older one is used."""
 
 import functools
+import json
 import os
 import random
 import re
@@ -18,7 +19,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dpo_jax.errors import UserError
-from dpo_jax.training.checkpoints import Checkpoints
+from dpo_jax.training.checkpoints import Checkpoints, newest_record
 from dpo_jax.training.settings import CheckpointSettings
 from dpo_jax.trees import paths
 from tests.support.tiers import by_day
@@ -135,7 +136,7 @@ def test_an_old_step_stays_until_a_newer_one_is_sealed(tmp_path, monkeypatch):
     def full(step):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr("dpo_jax.training.checkpoints._seal", full)
+    monkeypatch.setattr("dpo_jax.training.checkpoints.seal", full)
     with pytest.raises(UserError, match="No space left"), opened(tmp_path, keep=1) as checkpoints:
         checkpoints.save(2, a_state(2), {})
     with opened(tmp_path) as checkpoints:
@@ -210,6 +211,43 @@ def test_a_run_that_lost_its_only_step_never_starts_from_scratch(tmp_path, lost)
     for _ in range(2):
         with opened(tmp_path) as checkpoints, pytest.raises(UserError, match=re.escape(str(tmp_path))):
             checkpoints.latest()
+
+
+def lacking_an_entry(step: Path) -> str:
+    """The manifest with one of its files taken out, as it would be written."""
+    manifest = json.loads((step / "manifest.json").read_text())
+    manifest["files"].popitem()
+    return json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+
+
+@pytest.mark.parametrize("kind", ["an entry less", "deep", "a list", "another step's"])
+def test_a_manifest_stands_for_its_own_step_and_all_of_its_files(tmp_path, kind):
+    step, said = with_steps(tmp_path, 1, 2) / "2", []
+    if kind == "another step's":
+        step.rename(tmp_path / "7")
+    else:
+        text = {"an entry less": lacking_an_entry(step), "deep": "[" * 100_000, "a list": "[]\n"}[kind]
+        (step / "manifest.json").write_text(text)
+    with opened(tmp_path, said) as checkpoints:
+        assert checkpoints.latest() == 1
+    assert "is damaged (" + ("it is of step 2" if kind == "another step's" else "manifest.json was changed") in said[0]
+
+
+def test_a_newer_step_that_is_gone_is_said(tmp_path):
+    said = []
+    shutil.rmtree(with_steps(tmp_path, 1, 2) / "2")
+    with opened(tmp_path, said) as checkpoints:
+        assert checkpoints.latest() == 1
+    assert said == [f"checkpoint {tmp_path / '2'} was saved and is gone; step 1 is used"]
+
+
+def test_the_newest_record_that_verifies_is_read_without_touching_anything(tmp_path):
+    assert newest_record(tmp_path / "none") is None
+    with_steps(tmp_path, 1, 2)
+    assert newest_record(tmp_path) == (2, {"step": 2})
+    (tmp_path / "2" / "record" / "metadata").write_text('{"step": 3}')
+    before = names(tmp_path)
+    assert newest_record(tmp_path) == (1, {"step": 1}) and names(tmp_path) == before
 
 
 def test_stray_entries_are_ignored(tmp_path):
@@ -302,7 +340,7 @@ def test_an_error_inside_the_block_is_not_hidden_by_a_failed_save(tmp_path, monk
     def full(step):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr("dpo_jax.training.checkpoints._seal", full)
+    monkeypatch.setattr("dpo_jax.training.checkpoints.seal", full)
     with pytest.raises(ZeroDivisionError), opened(tmp_path, said) as checkpoints:
         checkpoints.save(1, a_state(1), {})
         raise ZeroDivisionError
@@ -339,7 +377,7 @@ def die_at_seal(step):
 if moment == "commit":
     os.rename = die_at_commit
 else:
-    module._seal = die_at_seal
+    module.seal = die_at_seal
 first, second = opened("first"), opened("second")
 assert second.latest() == 1
 first.save(1, state(1), {})
