@@ -27,18 +27,21 @@ def train(run: config.Run) -> int:
     """The whole job. Running it again goes on where it stopped; exit code 0 when done, 75 or 130 when stopped early."""
     began = time.perf_counter()
     from dpo_jax.run import checkpoints, compile_cache, output, result, sources
+    from dpo_jax.run.continuing import Past
     from dpo_jax.run.prepare import Job
 
     with output.opened(run) as folder:
-        if result.is_finished(folder):
+        past = Past.of(folder)
+        past.check_settings(run)
+        if result.is_finished(run, past):
             return result.show(run, folder, "this run is finished already")
         sources.check_export(run.export)
         compile_cache.use(run.model.compile_cache)
         job = Job.read(run, folder)
-        output.record_run(run, folder, job.facts())
+        facts = job.record(past)
         spec, weights = job.load_policy()
         objective = job.objective(spec, weights)
-        with checkpoints.opened(run, folder) as saver, job.journal(saver.start, began) as journal:
+        with checkpoints.opened(run, folder, facts) as saver, job.journal(saver.start, began) as journal:
             reference = job.reference(objective, weights, journal, resumes=saver.start is not None)
             trainer = job.trainer(objective, weights, reference)
             evaluator = job.evaluator(objective, weights, reference)
@@ -59,6 +62,8 @@ def advance(trainer: "Trainer", state: "State", recorder: "Recorder", saver: "Sa
     first, last = int(state["step"]), trainer.batches.steps
     if first < last:
         trainer.compile(recorder.journal)
+    else:
+        recorder.evaluate(last, state)
     recorder.start()
     with Interrupts() as interrupts:
         for made in trainer.placed_batches(first):

@@ -12,7 +12,7 @@ import json
 import os
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,16 @@ class Encoded:
         """Tokens of the sequences of chosen and rejected."""
         lengths = self.sequence_lengths()
         return np.stack([lengths[self.chosen], lengths[self.rejected]], axis=1)
+
+
+def head(encoded: Encoded, pairs: int) -> Encoded:
+    """The first `pairs` pairs (at least 1), with all of their units: the same data, before rows were added behind."""
+    units = int(encoded.pair_unit[pairs - 1]) + 1
+    completions = int(np.searchsorted(encoded.completion_unit, units))
+    tokens = int(encoded.prompt_start[units]) if units < encoded.num_units else len(encoded.tokens)
+    of = {"N": tokens, "U": units, "C": completions, "P": pairs}
+    axes = {field.name: getattr(field.type, "dim_str", "") for field in fields(encoded)}
+    return replace(encoded, **{name: getattr(encoded, name)[: of[axis]] for name, axis in axes.items() if axis in of})
 
 
 # ------------------------------------------------------------------------------------------------ cache

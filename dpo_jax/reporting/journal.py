@@ -9,6 +9,7 @@ import functools
 import importlib
 import json
 import math
+import os
 import re
 import time
 import uuid
@@ -71,11 +72,15 @@ def _encoded(record: Mapping[str, Any]) -> str:
 class MetricsFile:
     """`metrics.jsonl`: a JSON object per record, flushed as it is written."""
 
-    def __init__(self, folder: Path, resume_step: int):
-        """Go on after step `resume_step`: what was recorded of later steps is dropped, so no step is there twice."""
+    def __init__(self, folder: Path, resume_step: int, *, measures_again: bool = False):
+        """Go on after step `resume_step`: what was recorded of later steps is dropped, so no step is there twice;
+        nor is that step's evaluation, where it `measures_again`."""
         path = folder / METRICS_FILE
         old = read_records(path) if resume_step >= 0 and path.exists() else []
         kept = [record for record in old if record["step"] <= resume_step]
+        if measures_again:
+            kept = [record for record in kept if record["step"] < resume_step or "loss" in record]
+        self.records = len(kept)
         write_whole(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept))
         self._handle = open(path, "a", encoding="utf-8")
 
@@ -83,6 +88,11 @@ class MetricsFile:
         """Add a record."""
         self._handle.write(_encoded({"step": step, **metrics}))
         self._handle.flush()
+        self.records += 1
+
+    def sync(self) -> None:
+        """Bring what was written down to the disk."""
+        os.fsync(self._handle.fileno())
 
     def close(self) -> None:
         """Close the file."""
@@ -292,6 +302,7 @@ class Journal:
         self.began, self.folder = time.perf_counter() if began is None else began, Path(folder)
         self._every, self._total = settings.every, total_steps
         self._writers: list[Writer] = []
+        self._file: MetricsFile | None = None
         self._terminal: PlainTerminal | LiveTerminal | Silent = Silent()
         if process != 0:
             return
@@ -309,7 +320,8 @@ class Journal:
         if settings.tensorboard:
             optional["TensorBoard"] = functools.partial(TensorBoard, folder, resume_step)
         guarded = [Guarded(name, make, self.note) for name, make in optional.items()]
-        self._writers = [MetricsFile(folder, resume_step), *guarded]
+        self._file = MetricsFile(folder, resume_step, measures_again=resume_step >= total_steps)
+        self._writers = [self._file, *guarded]
 
     def __enter__(self) -> "Journal":
         """The journal itself."""
@@ -320,6 +332,16 @@ class Journal:
         self._terminal.close()
         for writer in self._writers:
             writer.close()
+
+    @property
+    def records(self) -> int:
+        """Records in `metrics.jsonl`; 0 in all processes but the first."""
+        return self._file.records if self._file else 0
+
+    def sync(self) -> None:
+        """Bring `metrics.jsonl` down to the disk, so that no checkpoint knows more than it."""
+        if self._file:
+            self._file.sync()
 
     def due(self, step: int) -> bool:
         """Whether a step (1, 2, ... total) is to be recorded: the first, the last, and each `log.every` steps."""

@@ -1,7 +1,7 @@
 """When a run saves, and how it goes on from what it saved."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import jax
 from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
 from dpo_jax.model.weights import Weights
-from dpo_jax.reporting.journal import Journal
+from dpo_jax.reporting.journal import METRICS_FILE, Journal
+from dpo_jax.run.output import CHECKPOINTS
 from dpo_jax.run.recorder import Recorder
 from dpo_jax.run.trainer import Trainer
 from dpo_jax.training.checkpoints import Checkpoints
@@ -36,8 +37,14 @@ class Saver:
         for leaf in jax.tree.leaves(weights.trained):  # or they would stand beside those that are restored
             leaf.delete()
         journal.phase(f"resuming after step {self.start}")
-        saved, _ = self._checkpoints.restore(self.start, as_saved(trainer.target()))
+        saved, record = self._checkpoints.restore(self.start, as_saved(trainer.target()))
         journal.note(f"resumed after step {self.start}")
+        had, has = record.get("records", 0), journal.records
+        if has < had:
+            journal.note(
+                f"{METRICS_FILE} has lost {had - has} of the {had} records that it had up to step {self.start}; the "
+                "weights do not depend on it"
+            )
         return from_saved(saved)
 
     def save(self, step: int, state: State, recorder: Recorder, *, last: int, at_once: bool) -> bool:
@@ -48,13 +55,17 @@ class Saver:
         due = step % self._every == 0 or step == last or at_once
         if due:
             recorder.flush()
-            self._checkpoints.save(step, as_saved(state), self._record)
+            recorder.journal.sync()
+            record = {**self._record, "records": recorder.journal.records}
+            self._checkpoints.save(step, as_saved(state), record)
             recorder.restart_clock()
         return due
 
 
 @contextlib.contextmanager
-def opened(run: Run, folder: Path) -> Iterator[Saver]:
-    """The checkpoints in a run's folder; what is still being written when this ends is waited for."""
-    with Checkpoints(folder / "checkpoints", run.checkpoint) as checkpoints:
-        yield Saver(checkpoints, every=run.checkpoint.every, record={"settings": config.dump(run)})
+def opened(run: Run, folder: Path, facts: Mapping[str, Any]) -> Iterator[Saver]:
+    """The checkpoints in a run's folder, each with the run's settings and `facts`; what is still being written when
+    this ends is waited for."""
+    record = {"settings": config.dump(run), "facts": dict(facts)}
+    with Checkpoints(folder / CHECKPOINTS, run.checkpoint) as checkpoints:
+        yield Saver(checkpoints, every=run.checkpoint.every, record=record)

@@ -1,11 +1,11 @@
-"""The output folder of a run: locked, held against its record, and what the record says."""
+"""The output folder of a run: locked and swept, and the record of what the run is."""
 
 import contextlib
 import fcntl
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from dpo_jax.config.run import Run
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.errors import UserError
 from dpo_jax.files import write_whole
+from dpo_jax.training import checkpoints
 
-RUN_FILE = "run.json"
+RUN_FILE, MODEL, CHECKPOINTS = "run.json", "model", "checkpoints"
 OURS = frozenset(
-    {".lock", RUN_FILE, "metrics.jsonl", "checkpoints", "model", "cache", "data.json", "answers"}
+    {".lock", RUN_FILE, "metrics.jsonl", CHECKPOINTS, MODEL, "cache", "data.json", "answers"}
     | {"tensorboard", "wandb", "wandb_run", "trackio"}
 )
 """What a run's folder holds."""
@@ -30,18 +31,17 @@ def opened(run: Run) -> Iterator[Path]:
     """The output folder, made if need be and locked while the run lasts.
 
     Raises:
-      UserError: it belongs to something else, to a run with other mathematics, or to one that is still going on.
+      UserError: it belongs to something else, or to a run that is still going on.
     """
     folder = Path(run.output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output: {folder} is a file; name a folder")
     names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
     strangers = [name for name in names if name not in OURS and not LEFT_OVER.fullmatch(name)]
-    if strangers and not (folder / RUN_FILE).exists():
+    if strangers and not (folder / RUN_FILE).exists() and newest_step(folder) is None:
         raise UserError(
             f"output: {folder} holds other things ({sorted(strangers)[0]}, ...); name a new or empty folder"
         )
-    _refuse_changes(run, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:
@@ -60,51 +60,63 @@ def _sweep(folder: Path) -> None:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def _refuse_changes(run: Run, folder: Path) -> None:
-    """Stop if the folder's run has learned something, and would lead to another model than this one."""
+def has_steps(folder: Path) -> bool:
+    """Whether there is anything among the folder's checkpoints, usable or not."""
+    return any((folder / CHECKPOINTS).glob("*"))
+
+
+def newest_step(folder: Path) -> int | None:
+    """The newest checkpoint whose record verifies."""
+    found = checkpoints.newest_record(folder / CHECKPOINTS)
+    return found[0] if found else None
+
+
+def recorded(folder: Path, say: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """What the folder's run has written down: `settings`, `facts`, whether it is `finished`; empty before it began.
+
+    Where `run.json` is gone or damaged, what the newest checkpoint has of it, which is said.
+
+    Raises:
+      UserError: there is a model, and nothing that says what it was made by.
+    """
     path = folder / RUN_FILE
-    if not path.exists() or not _has_learned(folder):
-        return
+    known = _record_in(path)
+    if known is not None:
+        return known
+    state = "is damaged" if path.exists() else "is missing"
+    found = checkpoints.newest_record(folder / CHECKPOINTS)
+    if found is not None and _is_record(found[1]):
+        if say is not None:
+            say(f"{path} {state}; what it said is taken from checkpoint {found[0]}")
+        return {name: found[1][name] for name in ("settings", "facts")}
+    if path.exists() and (has_steps(folder) or (folder / MODEL).exists()):
+        raise UserError(f"{path} is damaged, and no checkpoint has what it said; restore it, or name another output")
+    return {}
+
+
+def _record_in(path: Path) -> dict[str, Any] | None:
+    """What a `run.json` says; None where it is missing or damaged."""
     try:
-        old = json.loads(path.read_text())["settings"]
-    except (ValueError, KeyError):
-        raise UserError(f"{path} is damaged; name another output folder") from None
-    changes = [
-        c
-        for c in config.changed_mathematics(old, config.dump(run))
-        if c.split(":")[0] not in run.checkpoint.allow_change
-    ]
-    if changes:
-        raise UserError(
-            "\n".join(
-                f"output: {folder} holds a run with another setting, {change}; change it back, name another output, or "
-                f"accept it with checkpoint.allow_change=[{change.split(':')[0]}]"
-                for change in changes
-            )
-        )
+        known = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return known if _is_record(known) else None
 
 
-def _has_learned(folder: Path) -> bool:
-    """Whether there is a step or a model to lose. A run that was refused in the middle of its start has neither, and
-    may be begun again with other settings, data or weights."""
-    return (folder / "model").exists() or any((folder / "checkpoints").glob("*"))
-
-
-def recorded(folder: Path) -> dict[str, Any]:
-    """What the folder's run has written down: `settings`, `facts`, whether it is `finished`; empty before it began."""
-    path = folder / RUN_FILE
-    return json.loads(path.read_text()) if path.exists() else {}
+def _is_record(known: Any) -> bool:
+    """Whether this is what `record_run` writes, as far as it will be looked at."""
+    named = isinstance(known, dict) and isinstance(known.get("facts"), dict) and isinstance(known.get("settings"), dict)
+    if not named or not isinstance(known.get("exported", {}), dict):
+        return False
+    try:
+        config.changed_mathematics(known["settings"], known["settings"])
+    except (AttributeError, TypeError, ValueError, KeyError, RecursionError):
+        return False
+    return True
 
 
 def record_run(run: Run, folder: Path, facts: dict[str, Any]) -> None:
-    """Write down what this run is; refuse if the same settings now mean other data or other weights."""
-    known = recorded(folder).get("facts", {}) if _has_learned(folder) else {}
-    for name, value in facts.items():
-        if known.get(name, value) != value:
-            raise UserError(
-                f"output: {folder} holds a run whose {name} was {known[name]} and is now {value}; restore it, or "
-                "name another output"
-            )
+    """Write down what this run is, before what costs anything."""
     write_json(folder / RUN_FILE, {"settings": config.dump(run), "facts": facts})
 
 

@@ -14,6 +14,7 @@ from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.reporting.journal import Journal
 from dpo_jax.run import models, output, result
+from dpo_jax.run.continuing import Past
 from dpo_jax.run.data import Data, Packing, check_tokens, length_line, number_of_steps, read_data
 from dpo_jax.run.evaluator import EvaluationPrompts, Evaluator, read_prompts
 from dpo_jax.run.first_step import FirstStep
@@ -150,6 +151,14 @@ class Job:
             max_nonfinite=run.log.max_nonfinite,
         )
 
-    def facts(self) -> dict[str, object]:
-        """What the run depends on beside its settings."""
-        return result.facts(self.sources, self.data.train, self.steps)
+    def record(self, past: Past) -> dict[str, Any]:
+        """Write down what this run is, and return what it depends on beside its settings.
+
+        Raises:
+          UserError: it would not be the run that the folder holds.
+        """
+        facts = result.facts(self.sources, self.data.train, self.steps)
+        for line in past.check_facts(self.run, facts, self.data.train):
+            print(line)
+        output.record_run(self.run, self.folder, facts)
+        return facts

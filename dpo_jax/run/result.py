@@ -1,30 +1,38 @@
 """What a run leaves: the exported folder, the table of before and after, and how to go on."""
 
 import json
+import os
 import signal
+import time
 from pathlib import Path
+from typing import Any
 
 from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
 from dpo_jax.data.encoded import Encoded
-from dpo_jax.hf import checkpoint
+from dpo_jax.errors import UserError
+from dpo_jax.hf import checkpoint, tensors
 from dpo_jax.model.decoder import Model
 from dpo_jax.reporting.journal import Journal, read_records, summary
-from dpo_jax.run import output, sources, written
+from dpo_jax.run import continuing, output, sources, written
+from dpo_jax.run.continuing import Past
 from dpo_jax.run.models import weights_digest
 from dpo_jax.run.sources import Sources
 from dpo_jax.training import reference
 from dpo_jax.training.step import State
+
+CARD = "README.md"
+"""The file of an exported folder that is there for people to write on."""
 
 
 def facts(found: Sources, train: Encoded, steps: int) -> dict[str, object]:
     """What a run depends on beside its settings: when one of these changes, it is another run."""
     return {
         **found.facts(),
-        "number of steps": steps,
-        "number of pairs": train.num_pairs,
-        "digest of the training data": reference.data_digest(train),
-        "digest of the starting weights": weights_digest(found.policy),
+        continuing.STEPS: steps,
+        continuing.PAIRS: train.num_pairs,
+        continuing.DATA: reference.data_digest(train),
+        continuing.WEIGHTS: weights_digest(found.policy),
     }
 
 
@@ -37,9 +45,13 @@ def before_and_after(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def export(run: Run, found: Sources, model: Model, journal: Journal) -> None:
-    """The trained model as a Hugging Face folder like the one it came from, written beside and verified first."""
+    """The trained model as a Hugging Face folder like the one it came from, written beside and verified first.
+
+    A model that stands there and is not as it was exported is renamed, never replaced.
+    """
     folder = journal.folder
     journal.phase("exporting")
+    _make_way(folder / output.MODEL, journal)
     _, metrics = before_and_after(folder)
     names = [run.data.train] if isinstance(run.data.train, str) else list(run.data.train)
     settings = config.dump(run)
@@ -51,14 +63,53 @@ def export(run: Run, found: Sources, model: Model, journal: Journal) -> None:
     files = {"dpo_jax.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n"}
     dtype = written.KEEP[run.export.dtype]
     moved = checkpoint.save_hf(
-        model, folder / "model", like=found.policy, card=card, extra_files=files, replace=True, dtype=dtype
+        model, folder / output.MODEL, like=found.policy, card=card, extra_files=files, replace=True, dtype=dtype
     )
-    output.mark(folder, finished=True, moved=moved)
+    output.mark(folder, finished=True, moved=moved, exported=exported_as(run))
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether the run that this folder holds has been trained to its end and exported."""
-    return output.recorded(folder).get("finished", False) and (folder / "model").exists()
+def exported_as(run: Run) -> dict[str, Any]:
+    """The settings that decide what the exported folder holds."""
+    return run.export.model_dump(mode="json", exclude={"push", "private"})
+
+
+def _make_way(model: Path, journal: Journal) -> None:
+    whole = model.is_dir() and not model.is_symlink() and not (any(model.iterdir()) and tensors.changed_files(model))
+    if os.path.lexists(model) and not whole:
+        aside = model.with_name(f"{model.name}.changed-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}")
+        model.rename(aside)
+        journal.note(f"{model} is not as it was exported; renamed to {aside.name}")
+
+
+def is_finished(run: Run, past: Past) -> bool:
+    """Whether this very run has been trained to its end, and the folder that it exported is whole.
+
+    Says why a finished run is gone on with all the same.
+
+    Raises:
+      UserError: it would have to go on, and its checkpoints are gone.
+    """
+    model, changes = past.folder / output.MODEL, past.changes(run)
+    damaged = _damaged(model) if past.finished else None
+    if past.finished and not changes and damaged is None and past.exported in ({}, exported_as(run)):
+        return True
+    if past.finished and past.step is None:
+        raise UserError(
+            f"output: {past.folder} holds a finished run and none of its checkpoints, so it can neither go on nor be "
+            f"exported again; put {past.folder / output.CHECKPOINTS} back, or name another output"
+        )
+    if past.finished and damaged is not None:
+        print(f"{model / damaged} is missing or was changed since the export; the model is exported again")
+    elif past.finished and not changes:
+        print(f"the model is exported again, by {exported_as(run)} in place of {dict(past.exported)}")
+    return False
+
+
+def _damaged(model: Path) -> str | None:
+    """A file of an export that is gone or has changed, other than its card."""
+    listed = tensors.listed_files(model)
+    changed = [name for name in tensors.changed_files(model) if name in listed and name != CARD]
+    return (changed or [None])[0] if listed else tensors.SUMS
 
 
 def show(run: Run, folder: Path, word: str) -> int:

@@ -54,6 +54,12 @@ def warmup_steps(settings: OptimizerSettings, steps: int) -> int:
     return min(math.ceil(steps * settings.warmup_fraction), steps - 1)
 
 
+def same_rates(settings: OptimizerSettings, steps: int, other: int, first: int) -> bool:
+    """Whether the `first` steps of a run of `steps` and of one of `other` have the same learning rates."""
+    made = jnp.arange(first)
+    return bool(jnp.array_equal(schedule(settings, steps)(made), schedule(settings, other)(made)))
+
+
 def check_warmup(settings: OptimizerSettings, steps: int) -> None:
     """Whether the rate reaches its peak.
 

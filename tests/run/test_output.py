@@ -7,6 +7,10 @@ import pytest
 from dpo_jax.config.run import Run
 from dpo_jax.errors import UserError
 from dpo_jax.run import output
+from dpo_jax.run.continuing import Past
+from dpo_jax.training.settings import CheckpointSettings
+from tests.support.encoding import encoded_rows
+from tests.support.tiny_rows import byte_tokenizer
 
 
 def run_in(folder):
@@ -60,13 +64,27 @@ def test_a_run_that_goes_on_is_not_swept_by_another(tmp_path):
 @pytest.mark.parametrize("what", ["checkpoints/10", "model"])
 def test_a_run_that_learned_something_is_held_to_its_settings_and_facts_and_no_other(tmp_path, what):
     """One that was refused in the middle of its start, for damaged weights say, is begun again with other ones."""
+    train, _ = encoded_rows(tmp_path, byte_tokenizer(), {"prompt": "a", "chosen": "b", "rejected": "c"})
     first, other = run_in(tmp_path), run_in(tmp_path).model_copy(update={"seed": 7})
-    with output.opened(first) as folder:
-        output.record_run(first, folder, {"number of pairs": 3})
-    with output.opened(other) as folder:
-        output.record_run(other, folder, {"number of pairs": 4})
+    output.record_run(first, tmp_path, {"digest of the starting weights": "a"})
+    Past.of(tmp_path).check_settings(other)
+    output.record_run(other, tmp_path, {"digest of the starting weights": "b"})
     (tmp_path / what).mkdir(parents=True)
-    with output.opened(other) as folder, pytest.raises(UserError, match="number of pairs was 4 and is now 5"):
-        output.record_run(other, folder, {"number of pairs": 5})
-    with pytest.raises(UserError, match="another setting, seed: 7 -> 0"), output.opened(first):
-        pass
+    past = Past.of(tmp_path)
+    with pytest.raises(UserError, match="digest of the starting weights was b and is now a; restore it"):
+        past.check_facts(other, {"digest of the starting weights": "a"}, train)
+    with pytest.raises(UserError, match="another setting, seed: 7 -> 0"):
+        past.check_settings(first)
+    past.check_settings(first.model_copy(update={"checkpoint": CheckpointSettings(allow_change=("seed",))}))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", "[" * 100_000, '{"settings": {}}', '{"settings": [], "facts": {}}', "\xff", '{"settings": 1}'],
+)
+def test_a_damaged_record_is_one_line_where_something_would_be_lost_and_nothing_where_not(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    assert output.recorded(tmp_path) == {}
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match="run.json is damaged, and no checkpoint has what it said; restore it"):
+        output.recorded(tmp_path)

@@ -1,0 +1,175 @@
+"""Whether a run may go on under other settings or data: where its past stays the same, or where it is told to.
+
+A run that goes on is the run that had its settings from the start if the steps already made would have been the same:
+the same pairs at the same learning rates. More steps, more epochs and more data are accepted where that holds.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo_jax.config import run as config
+from dpo_jax.config.run import Run
+from dpo_jax.data.batches import Batches
+from dpo_jax.data.encoded import Encoded, head
+from dpo_jax.errors import UserError
+from dpo_jax.run import output
+from dpo_jax.training.optimizer import same_rates
+from dpo_jax.training.reference import data_digest
+
+STEPS, PAIRS, DATA, WEIGHTS = (
+    "number of steps",
+    "number of pairs",
+    "digest of the training data",
+    "digest of the starting weights",
+)
+"""Facts of a run: what it depends on beside its settings."""
+JUDGED_BY_FACTS = ("steps", "epochs", "data.train", "data.first")
+"""Settings of which only the data themselves can tell whether the steps already made would have been others."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """What the run of an output folder has been so far.
+
+    Attributes:
+      settings, facts: those it was begun with; empty where nothing was learned.
+      step: of its newest checkpoint; None before the first.
+      finished: whether it was trained to its end and exported.
+      exported: the settings of the folder that it exported.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    step: int | None
+    finished: bool
+    exported: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, folder: Path) -> "Past":
+        """That of an output folder, empty if it has neither a step nor a model to lose: one that was refused in the
+        middle of its start may be begun again with other settings, data or weights."""
+        known = output.recorded(folder, say=print)
+        step, model = output.newest_step(folder), (folder / output.MODEL).exists()
+        learned = known if step is not None or model or output.has_steps(folder) else {}
+        finished = bool(learned.get("finished"))
+        exported = known.get("exported") or {}
+        return cls(folder, learned.get("settings", {}), learned.get("facts", {}), step, finished, exported)
+
+    def changes(self, run: Run) -> list[str]:
+        """Settings that lead to another model than the run's own: lines `key: old -> new`."""
+        return config.changed_mathematics(self.settings, config.dump(run)) if self.settings else []
+
+    def check_settings(self, run: Run) -> None:
+        """Refuse what is known to make it another run, before anything is read.
+
+        Raises:
+          UserError: a line for each such setting that `checkpoint.allow_change` does not name.
+        """
+        accepted = {*run.checkpoint.allow_change, *JUDGED_BY_FACTS}
+        changes = [change for change in self.changes(run) if _key(change) not in accepted]
+        if changes:
+            raise UserError(
+                "\n".join(
+                    f"output: {self.folder} holds a run with another setting, {change}; change it back, name another "
+                    f"output, or {_accept(_key(change))}"
+                    for change in changes
+                )
+            )
+
+    def check_facts(self, run: Run, facts: Mapping[str, Any], train: Encoded) -> list[str]:
+        """Refuse data, weights and lengths under which the steps already made would have been others.
+
+        Args:
+          run: the settings now.
+          facts: the facts now, as the run's record has them.
+          train: the training data now.
+
+        Returns:
+          What has changed and is accepted, in lines to be said.
+
+        Raises:
+          UserError: one of them makes it another run.
+        """
+        for name, value in facts.items():
+            if name not in (STEPS, PAIRS, DATA) and self.facts.get(name, value) != value:
+                raise UserError(
+                    f"output: {self.folder} holds a run whose {name} was {self.facts[name]} and is now {value}; "
+                    "restore it, or name another output"
+                )
+        if not self.facts:
+            return []
+        said = [self._check_data(run, facts, train), self._check_length(run, facts)]
+        if self.finished and self.changes(run) and facts[STEPS] <= (self.step or 0):
+            raise UserError(
+                f"output: {self.folder} holds a run that is finished after {self.step} steps, and the changed settings "
+                f"({', '.join(map(_key, self.changes(run)))}) train no further; give more steps, or name another output"
+            )
+        return [line for line in said if line]
+
+    def _check_data(self, run: Run, facts: Mapping[str, Any], train: Encoded) -> str | None:
+        if self.facts.get(DATA, facts[DATA]) == facts[DATA]:
+            return None
+        pairs = f"{self.facts[PAIRS]:,} -> {facts[PAIRS]:,} pairs"
+        if _saw_the_same(run, self.facts, self.step or 0, train):
+            return f"the training data have grown ({pairs}); the steps already made saw the same"
+        if _allows(run, "data."):
+            return f"the training data have changed ({pairs}), which checkpoint.allow_change accepts"
+        raise UserError(
+            f"output: {self.folder} holds a run whose {DATA} was {self.facts[DATA][:9]} and is now {facts[DATA][:9]} "
+            f"({pairs}): its steps so far would have seen other pairs; restore the data, name another output, or "
+            f"{_accept('data.train')}"
+        )
+
+    def _check_length(self, run: Run, facts: Mapping[str, Any]) -> str | None:
+        before, now, made = self.facts.get(STEPS, facts[STEPS]), facts[STEPS], self.step or 0
+        if now < made:
+            raise UserError(
+                f"output: {self.folder} holds a run that has made {made:,} steps, more than the {now:,} that it is to "
+                "have; raise steps or epochs, or name another output"
+            )
+        if now == before:
+            return None
+        length = f"the run is to have {now:,} steps in place of {before:,}"
+        scheduled = any(term.settings.get("beta_end") is not None for term in run.objective.terms)
+        if not scheduled and same_rates(run.optimizer, before, now, made):
+            return f"{length}; the steps already made would have been the same"
+        if _allows(run, "steps", "epochs", "batch.pairs", "data."):
+            return f"{length}, which checkpoint.allow_change accepts; the rates are those of {now:,} steps from now on"
+        other = "objective.beta_end" if scheduled else f"optimizer.schedule={run.optimizer.schedule}"
+        raise UserError(
+            f"output: {self.folder} holds a run of {before:,} steps; with {now:,}, under {other}, the {made:,} steps "
+            f"already made would have been others; change it back, name another output, or {_accept('steps')}"
+        )
+
+
+def _key(change: str) -> str:
+    return change.split(":")[0]
+
+
+def _accept(key: str) -> str:
+    return f"accept it with checkpoint.allow_change=[{key}]"
+
+
+def _allows(run: Run, *names: str) -> bool:
+    """Whether one of these settings, or one of these sections, is named in `checkpoint.allow_change`."""
+    return any(key.startswith(names) for key in run.checkpoint.allow_change)
+
+
+def _saw_the_same(run: Run, facts: Mapping[str, Any], steps: int, train: Encoded) -> bool:
+    """Whether the first `steps` of a run over grown data see the pairs that they saw before it grew."""
+    known = facts[PAIRS]
+    if train.num_pairs < known:
+        return False
+    before = head(train, known)
+    if data_digest(before) != facts[DATA]:
+        return False
+    order = "shuffled" if run.data.shuffle else "file"
+    old, new = (Batches(each, run.batch.pairs, 1, steps, order=order, seed=run.seed) for each in (before, train))
+    return _same_pairs(old, new, range(steps))
+
+
+def _same_pairs(old: Batches, new: Batches, steps: Sequence[int]) -> bool:
+    return all((old.pairs_of(step) == new.pairs_of(step)).all() for step in steps)

@@ -1,0 +1,236 @@
+"""The same command again, over a run that is finished, damaged, or to be longer: nothing is lost, nothing is silent."""
+
+import itertools
+import json
+import shutil
+import signal
+
+import pytest
+from safetensors.numpy import load_file
+
+from dpo_jax import train
+from dpo_jax.reporting.journal import Journal, read_records
+from dpo_jax.reporting.metrics import TIME_FIELDS
+from tests.support.tiers import by_day
+from tests.support.tiny_folders import write_folder
+from tests.support.tiny_rows import byte_tokenizer, write, yes_or_no
+
+STEPS = 4
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("again")
+    tokenizer = byte_tokenizer()
+    ends = {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    write_folder(root / "model", "llama", "bfloat16", num_hidden_layers=2, **ends)
+    tokenizer.save_pretrained(str(root / "model"))
+    rows = yes_or_no(24)
+    write(root / "train.jsonl", *rows[:16])
+    write(root / "grown.jsonl", *rows[:20])
+    write(root / "eval.jsonl", *rows[20:])
+    return root
+
+
+def arguments(world, output, *more):
+    given = {
+        "model.path": world / "model",
+        "data.train": world / "train.jsonl",
+        "data.eval": world / "eval.jsonl",
+        "data.cache": world / "cache",
+        "batch.pairs": 4,
+        "batch.micro_tokens": 256,
+        "steps": STEPS,
+        "optimizer.learning_rate": 1e-3,
+        "optimizer.schedule": "constant",
+        "optimizer.warmup_steps": 0,
+        "checkpoint.every": 2,
+        "evaluation.every": "null",
+        "output": output,
+    }
+    given |= dict(word.split("=", 1) for word in more)
+    return [f"{key}={value}" for key, value in given.items()]
+
+
+def run(world, output, *more):
+    assert train.main(arguments(world, output, *more)) == 0
+    return output
+
+
+def refused(world, output, capsys, *more):
+    capsys.readouterr()
+    assert train.main(arguments(world, output, *more)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.fixture(scope="module")
+def finished(world):
+    return run(world, world / "finished")
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The finished run, to be damaged."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def weights(output):
+    return (output / "model" / WEIGHTS).read_bytes()
+
+
+def lasting(output):
+    """Records without what the clock and the memory decide."""
+    drop = {name for field in TIME_FIELDS for name in (field, f"eval_{field}")}
+    return [{k: v for k, v in r.items() if k not in drop} for r in read_records(output / "metrics.jsonl")]
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def as_file(model):
+    shutil.rmtree(model)
+    model.write_text("mine")
+
+
+DAMAGES = {
+    "a bit": lambda model: flip(model / WEIGHTS),
+    "the weights": lambda model: (model / WEIGHTS).unlink(),
+    "the tokenizer": lambda model: (model / "tokenizer.json").write_text("{}"),
+    "the sums": lambda model: (model / "SHA256SUMS").unlink(),
+    "everything": shutil.rmtree,
+    "emptied": lambda model: [path.unlink() for path in model.iterdir()],
+    "a file": as_file,
+}
+
+
+@pytest.mark.parametrize("damage", by_day(list(DAMAGES), ["a bit", "everything", "a file"]))
+def test_a_damaged_export_is_made_again_and_what_stood_there_is_kept(world, finished, copied, capsys, damage):
+    model = copied / "model"
+    DAMAGES[damage](model)
+    stood = model.is_file() or (model.is_dir() and any(model.iterdir()))
+    run(world, copied)
+    assert "the model is exported again" in capsys.readouterr().out
+    assert weights(copied) == weights(finished) and lasting(copied) == lasting(finished)
+    assert len(list(copied.glob("model.changed-*"))) == stood
+    run(world, copied)
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_a_card_that_was_written_on_stays(world, copied, capsys):
+    card = copied / "model" / "README.md"
+    card.write_text("my words")
+    run(world, copied)
+    assert "finished already" in capsys.readouterr().out and card.read_text() == "my words"
+
+
+def test_a_damaged_export_without_checkpoints_is_one_line(world, copied, capsys):
+    shutil.rmtree(copied / "checkpoints")
+    run(world, copied)  # nothing needs them
+    flip(copied / "model" / WEIGHTS)
+    assert "finished run and none of its checkpoints" in refused(world, copied, capsys)
+
+
+def test_another_dtype_of_the_export_is_exported_and_measured(world, copied, capsys):
+    run(world, copied, "export.dtype=float32")
+    assert "exported again, by {'dtype': 'float32'" in capsys.readouterr().out
+    assert {value.dtype.name for value in load_file(copied / "model" / WEIGHTS).values()} == {"float32"}
+    last = [record for record in read_records(copied / "metrics.jsonl") if "eval_loss" in record][1:]
+    assert [record["step"] for record in last] == [STEPS]
+    assert "eval_unrounded/rewards/margins" not in last[0]  # nothing is rounded
+    shown = run(world, copied, "export.dtype=float32") and capsys.readouterr().out
+    assert "finished already" in shown
+
+
+def stopped(world, output, monkeypatch, *more, after=2):
+    """A run that is told to stop once this step is written down."""
+    original = Journal.step
+
+    def step(self, now, metrics):
+        original(self, now, metrics)
+        if now == after:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "step", step)
+        assert train.main(arguments(world, output, *more)) == 75
+    return output
+
+
+LONGER = {
+    "steps": ((), ("steps=6",)),
+    "epochs": (("steps=null", "epochs=1"), ("steps=null", "epochs=1.5")),
+    "more data": (("data.shuffle=false",), ("data.shuffle=false", "data.train=GROWN", "steps=5")),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "when"),
+    by_day(list(itertools.product(LONGER, ["finished", "stopped"])), [("steps", "finished"), ("more data", "stopped")]),
+)
+def test_a_longer_run_is_the_run_that_was_so_long_from_the_start(world, tmp_path, monkeypatch, kind, when):
+    """To the bit: with the given micro-batches all steps have one shape, so that one program makes them all."""
+    short, long = ([word.replace("GROWN", str(world / "grown.jsonl")) for word in words] for words in LONGER[kind])
+    if when == "finished":
+        run(world, tmp_path / "run", *short)
+    else:
+        stopped(world, tmp_path / "run", monkeypatch, *short)
+    run(world, tmp_path / "run", *long)
+    whole = run(world, world / f"whole {kind}", *long)
+    assert weights(tmp_path / "run") == weights(whole)
+    rows = [[{**r, "epoch": 0} for r in lasting(each) if "loss" in r] for each in (tmp_path / "run", whole)]
+    assert rows[0] == rows[1]  # an epoch was less before there were more data
+
+
+def test_a_length_that_would_have_changed_the_past_is_refused_unless_it_is_accepted(world, tmp_path, capsys):
+    falling = "optimizer.schedule=linear"
+    output = run(world, tmp_path / "run", falling)
+    line = refused(world, output, capsys, falling, "steps=6")
+    assert "holds a run of 4 steps; with 6, under optimizer.schedule=linear, the 4 steps already made" in line
+    assert "checkpoint.allow_change=[steps]" in line
+    run(world, output, falling, "steps=6", "checkpoint.allow_change=[steps]")
+    rates = [record["learning_rate"] for record in lasting(output) if "loss" in record]
+    assert len(rates) == 6 and rates[5] == pytest.approx(1e-3 / 6) and rates[3] == pytest.approx(1e-3 / 4)
+    run(world, output, falling, "steps=6")  # accepted once, it is the run's own
+
+
+def test_data_that_would_have_changed_the_past_are_refused_unless_they_are_accepted(world, copied, capsys):
+    grown = f"data.train={world / 'grown.jsonl'}"
+    line = refused(world, copied, capsys, grown, "steps=5")
+    assert "digest of the training data" in line and "16 -> 20 pairs" in line and "allow_change=[data.train]" in line
+    run(world, copied, grown, "steps=5", "checkpoint.allow_change=[data.train]")
+    assert "have changed (16 -> 20 pairs), which checkpoint.allow_change accepts" in capsys.readouterr().out
+
+
+def test_what_trains_no_further_is_refused(world, copied, capsys):
+    assert "has made 4 steps, more than the 2" in refused(world, copied, capsys, "steps=2")
+    line = refused(world, copied, capsys, "objective.beta=0.3", "checkpoint.allow_change=[objective.beta]")
+    assert "finished after 4 steps, and the changed settings (objective.beta) train no further" in line
+
+
+@pytest.mark.parametrize("text", by_day([None, "[]", "{", "[" * 100_000, '{"settings": 3, "facts": {}}'], [None, "[]"]))
+def test_what_a_lost_record_said_is_in_the_checkpoints(world, finished, copied, capsys, text):
+    (copied / "run.json").unlink() if text is None else (copied / "run.json").write_text(text)
+    assert "objective.beta: 0.1 -> 0.2" in refused(world, copied, capsys, "objective.beta=0.2")
+    moved = shutil.copytree(world / "model", copied.parent / "model")
+    flip(moved / WEIGHTS)
+    more = (f"model.path={moved}", "checkpoint.allow_change=[model.path]")
+    assert "digest of the starting weights was" in refused(world, copied, capsys, *more)
+    run(world, copied)
+    said = "is missing" if text is None else "is damaged"
+    assert f"run.json {said}; what it said is taken from checkpoint 4" in capsys.readouterr().out
+    assert weights(copied) == weights(finished)
+    assert json.loads((copied / "run.json").read_text())["finished"]
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_records_that_are_gone_are_said(world, tmp_path, monkeypatch, capsys, kept):
+    output = stopped(world, tmp_path / "run", monkeypatch)
+    lines = (output / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (output / "metrics.jsonl").write_text("".join(lines[:kept]))
+    run(world, output)
+    assert f"metrics.jsonl has lost {len(lines) - kept} of the {len(lines)} records" in capsys.readouterr().out
