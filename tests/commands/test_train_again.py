@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from dpo_jax import train
 from dpo_jax.reporting.journal import Journal, read_records
 from dpo_jax.reporting.metrics import TIME_FIELDS
-from tests.support.tiers import by_day
+from tests.support.tiers import by_day, by_pairs
 from tests.support.tiny_folders import write_folder
 from tests.support.tiny_rows import byte_tokenizer, write, yes_or_no
 
@@ -170,7 +170,9 @@ LONGER = {
 
 @pytest.mark.parametrize(
     ("kind", "when"),
-    by_day(list(itertools.product(LONGER, ["finished", "stopped"])), [("steps", "finished"), ("more data", "stopped")]),
+    by_pairs(
+        list(itertools.product(LONGER, ["finished", "stopped"])), [("steps", "finished"), ("more data", "stopped")]
+    ),
 )
 def test_a_longer_run_is_the_run_that_was_so_long_from_the_start(world, tmp_path, monkeypatch, kind, when):
     """To the bit: with the given micro-batches all steps have one shape, so that one program makes them all."""
