@@ -1,12 +1,53 @@
 """Files written whole or not at all, their digests, JSON without repeated keys, and sizes in words."""
 
+import contextlib
+import errno
 import hashlib
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 GIB = 2**30
+
+REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room within the quota",
+    errno.EFBIG: "choose a file system that takes larger files",
+    errno.EIO: "check the disk",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "correct its permissions",
+    errno.EPERM: "correct its permissions",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "put it back, or choose another folder",
+    errno.ENOTDIR: "choose a folder that is not below a file",
+    errno.EISDIR: "move the folder of this name away",
+    errno.ENOTEMPTY: "move the folder of this name away",
+    errno.ELOOP: "correct the link",
+    errno.ESTALE: "mount the file system again",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+}
+"""What to do about what a machine refuses to do with a file."""
+
+
+def refusal(error: OSError) -> str | None:
+    """The line that a user gets for an error of the machine and not of the program; None for any other."""
+    if error.errno not in REMEDIES:
+        return None
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    return f"{where}{error.strerror}; {REMEDIES[error.errno]}, then run the same command again"
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in errors that do not, such as those of writing: `[Errno 28] No space left on device: 'FILE'`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_whole(path: Path, data: bytes | str) -> None:
@@ -17,14 +58,15 @@ def write_whole(path: Path, data: bytes | str) -> None:
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             file.write(data.encode("utf-8") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder itself may be gone
+            temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:

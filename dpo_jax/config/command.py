@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from dpo_jax.errors import UserError, printable
+from dpo_jax.files import refusal
 from dpo_jax.settings import COMMAND_LINE
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -29,13 +30,14 @@ def redacted(text: str) -> str:
 def command(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
     """Make `main(argv)` a command: `sys.exit(main())`.
 
-    What a user did wrong is printed on stderr, one line `error: ...` for each problem, and gives exit code 2; Ctrl-C
-    gives 130, SIGTERM and SIGHUP 75 (try again), a reader of our output that went away 141. Anything else is our fault
-    and keeps its traceback.
+    What a user did wrong, and what the machine refuses to do with a file, is printed on stderr, one line `error: ...`
+    for each problem, and gives exit code 2; Ctrl-C gives 130, SIGTERM and SIGHUP 75 (try again), a reader of our output
+    that went away 141. Anything else is our fault and keeps its traceback.
     """
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
+        _open_standard_streams()
         try:
             with _told_to_end():
                 code = main(sys.argv[1:] if argv is None else argv) or 0
@@ -56,8 +58,25 @@ def command(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
             return 141
+        except OSError as error:
+            if (line := refusal(error)) is None:
+                raise
+            print(f"error: {printable(redacted(line))}", file=sys.stderr)
+            return 2
 
     return wrapped
+
+
+def _open_standard_streams() -> None:
+    """Nothing in place of streams that were closed (`>&-`), so that no file of ours gets their number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
 
 
 class _Ended(BaseException):

@@ -23,7 +23,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from dpo_jax.errors import UserError, printable
-from dpo_jax.files import write_whole
+from dpo_jax.files import naming, write_whole
 from dpo_jax.reporting.metrics import SUMMARY, TERMINAL, shown
 from dpo_jax.reporting.settings import LogSettings
 
@@ -75,7 +75,7 @@ class MetricsFile:
     def __init__(self, folder: Path, resume_step: int, *, measures_again: bool = False):
         """Go on after step `resume_step`: what was recorded of later steps is dropped, so no step is there twice;
         nor is that step's evaluation, where it `measures_again`."""
-        path = folder / METRICS_FILE
+        self._path = path = folder / METRICS_FILE
         old = read_records(path) if resume_step >= 0 and path.exists() else []
         kept = [record for record in old if record["step"] <= resume_step]
         if measures_again:
@@ -86,13 +86,15 @@ class MetricsFile:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a record."""
-        self._handle.write(_encoded({"step": step, **metrics}))
-        self._handle.flush()
+        with naming(self._path):
+            self._handle.write(_encoded({"step": step, **metrics}))
+            self._handle.flush()
         self.records += 1
 
     def sync(self) -> None:
         """Bring what was written down to the disk."""
-        os.fsync(self._handle.fileno())
+        with naming(self._path):
+            os.fsync(self._handle.fileno())
 
     def close(self) -> None:
         """Close the file."""

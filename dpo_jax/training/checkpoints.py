@@ -14,7 +14,6 @@ Old steps are removed only after a newer one is sealed. So from the first seal o
 folder with `sealed` but no usable step has lost something: that is an error, never a silent start from scratch.
 """
 
-import errno
 import json
 import logging
 import os
@@ -33,7 +32,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dpo_jax.errors import UserError
-from dpo_jax.files import write_whole
+from dpo_jax.files import REMEDIES, write_whole
 from dpo_jax.training.manifest import MANIFEST, damage_of, seal
 from dpo_jax.training.settings import CheckpointSettings
 from dpo_jax.trees import Tree, paths
@@ -41,18 +40,6 @@ from dpo_jax.trees import Tree, paths
 _SEALED = "sealed"
 # Orbax's default is 1200. When one host cannot write, the others learn it only after this long.
 _TIMEOUT_SECONDS = 600
-_DISK_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.ESTALE,
-)
 _NONE, _REFUSED = -1, -2
 
 
@@ -337,7 +324,7 @@ def _disk_reason(error: Exception) -> str | None:
     """The operating system's words, also where Orbax and TensorStore wrap them in errors of their own."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return next((reason for reason in map(os.strerror, _DISK_ERRORS) if reason in str(error)), None)
+    return next((reason for reason in map(os.strerror, REMEDIES) if reason in str(error)), None)
 
 
 def _said_once(record: logging.LogRecord) -> bool:
