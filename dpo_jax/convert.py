@@ -1,24 +1,30 @@
 """Hugging Face folders in and out: `python -m dpo_jax.convert export SOURCE TARGET`, `check FOLDER`, `push FOLDER ID`.
 
 An export has the tensors, files and tokenizer of its source, read back and verified before the folder stands. Weights
-are changed only by `--dtype`, which rounds them to nearest even.
+are changed only by `--dtype`, which rounds them to nearest even. The source may be the output folder of a run, whose
+checkpoints have the weights in the digits that they were trained in.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from dpo_jax.config.command import Parser, command, quiet_libraries
 from dpo_jax.errors import UserError
 
 
 def _export(argv: Sequence[str]) -> int:
-    parser = Parser("convert export", "Write a Hugging Face model folder again, every byte verified.")
-    parser.add_argument("source", help="model folder, or hub id")
+    parser = Parser("convert export", "Write a Hugging Face model folder, every byte verified.")
+    parser.add_argument("source", help="model folder, hub id, or the output folder of a run")
     parser.add_argument("target", help="folder to write; it must not exist yet, or be empty")
     parser.add_argument(
-        "--dtype", choices=["keep", "float32", "bfloat16"], default="keep", help="of the weights written"
+        "--dtype",
+        choices=["keep", "float32", "bfloat16"],
+        help="of the weights written; keep: as in the folder that was read, or that the run began with (default: keep, "
+        "or export.dtype of a run)",
     )
+    parser.add_argument("--step", type=int, help="of a run: which of its checkpoints (default: the newest)")
     parser.add_argument("--max-shard-gb", type=float, help="split into files of at most this many GB (10^9 bytes)")
     options = parser.parse_args(argv)
     if options.max_shard_gb is not None and not 0 < options.max_shard_gb < 1e6:
@@ -26,11 +32,19 @@ def _export(argv: Sequence[str]) -> int:
     quiet_libraries()
 
     from dpo_jax.hf.checkpoint import load_hf, save_hf
+    from dpo_jax.run.kept import export_kept, is_run
 
-    model = load_hf(options.source)
     limit = None if options.max_shard_gb is None else max(1, round(options.max_shard_gb * 1e9))
-    save_hf(model, options.target, options.source, dtype=options.dtype, max_shard_bytes=limit)
-    print(f"wrote and verified {options.target}")
+    source, target, said = Path(options.source), Path(options.target), ""
+    if is_run(source):
+        step = export_kept(source, target, step=options.step, dtype=options.dtype, max_shard_bytes=limit)
+        said = f", the model after step {step}"
+    elif options.step is not None:
+        raise UserError(f"--step {options.step}: {options.source} is not the output folder of a run; leave it out")
+    else:
+        dtype = options.dtype or "keep"
+        save_hf(load_hf(options.source), target, options.source, dtype=dtype, max_shard_bytes=limit)
+    print(f"wrote and verified {target}{said}")
     return 0
 
 

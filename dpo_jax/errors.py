@@ -1,7 +1,13 @@
 """The error that a user sees, and text made fit for one line of it."""
 
 import difflib
-from collections.abc import Iterable
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+SECRET = re.compile(r"hf_\w{20,}|gh[pousr]_\w{20,}|sk-[\w-]{20,}|AKIA[A-Z0-9]{16}|(?<=://)[^/\s@]+(?=@)")
 
 
 class UserError(ValueError):
@@ -18,6 +24,31 @@ def printable(text: str) -> str:
     For whatever comes from a file or a user and goes to a terminal or a log.
     """
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def redacted(text: str) -> str:
+    """The text with what looks like a token, a key or a password of a URL replaced by ***."""
+    return SECRET.sub("***", text)
+
+
+def redacted_values(value: Any) -> Any:
+    """Plain JSON values, with every text in them redacted: for all that is written down of settings and paths."""
+    return json.loads(redacted(json.dumps(value)))
+
+
+def public(value: Any) -> Any:
+    """The value with every text in it redacted, and every absolute path cut down to its last part: what is published
+    must not describe a machine."""
+    if isinstance(value, Mapping):
+        return {str(key): public(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(item) for item in value]
+    if not isinstance(value, str | Path):
+        return value
+    text = str(value)
+    if text.startswith(("/", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", text):
+        text = re.split(r"[\\/]", text.rstrip("\\/"))[-1]
+    return redacted(text)
 
 
 def one_line(error: BaseException) -> str:

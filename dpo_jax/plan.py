@@ -104,6 +104,8 @@ def make_plan(
 
 
 def _measured(run: Run, step: Any, data: str, hosts: int, chip: Chip) -> dict[str, Any]:
+    import jax.numpy as jnp
+
     from dpo_jax import trees
     from dpo_jax.planning import costs, estimate, hlo, report
     from dpo_jax.run import program
@@ -154,7 +156,11 @@ def _measured(run: Run, step: Any, data: str, hosts: int, chip: Chip) -> dict[st
         "traffic": {"inside": inside, "across": across},
         "collectives": report.collective_rows(found, devices // hosts),
         "theory": estimate.theory(
-            items.shard, data=mesh.shape["data"], fsdp=mesh.shape["fsdp"], micro_batches=step.micro_batches
+            items.shard,
+            4 * items.shard // jnp.dtype(step.objective.compute_dtype).itemsize,
+            data=mesh.shape["data"],
+            fsdp=mesh.shape["fsdp"],
+            micro_batches=step.micro_batches,
         ),
         "time": {**time.parts, "bottleneck": time.bottleneck, **bounds},
         "mfu": {name: estimate.utilisation(work, chip, devices, seconds) for name, seconds in bounds.items()},

@@ -94,6 +94,7 @@ def problems_of(work: Path, words: list[str], whole: Path, mode: int, number: in
         yield from differences(whole, work / "run")
         return
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    (work / f"log-{mode}-{number}.txt").write_text(text)
     if mode == KILL and code != -SIGKILL:
         yield f"ended with {code}"
     if mode == FULL and (code != 2 or len(errors) != 1 or "Traceback" in text or re.search(r"^\s+File ", text, re.M)):

@@ -5,7 +5,6 @@ import contextlib
 import functools
 import logging
 import os
-import re
 import select
 import signal
 import sys
@@ -13,18 +12,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
-from dpo_jax.errors import UserError, printable
+from dpo_jax.errors import UserError, printable, redacted
 from dpo_jax.files import refusal
 from dpo_jax.settings import COMMAND_LINE
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 """Signals that ask a process to end. The last one is of a terminal that is closed, and no signal of Windows."""
-SECRET = re.compile(r"hf_\w{20,}|gh[pousr]_\w{20,}|sk-[\w-]{20,}|AKIA[A-Z0-9]{16}|(?<=://)[^/\s@]+(?=@)")
-
-
-def redacted(text: str) -> str:
-    """The text with what looks like a token, a key or a password of a URL replaced by ***."""
-    return SECRET.sub("***", text)
 
 
 def command(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:

@@ -16,10 +16,9 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from dpo_jax.config.command import redacted
 from dpo_jax.config.elsewhere import FOREIGN
 from dpo_jax.data.settings import BatchSettings, DataSettings
-from dpo_jax.errors import UserError, nearest, printable, short
+from dpo_jax.errors import UserError, nearest, printable, redacted, short
 from dpo_jax.evaluation.settings import EvaluationSettings
 from dpo_jax.files import digest_of
 from dpo_jax.hf.settings import ExportSettings
@@ -340,6 +339,19 @@ def dump(run: Run) -> dict[str, Any]:
     if not run.model.freeze:
         settings["model"].pop("freeze")
     return settings
+
+
+def from_dump(settings: Mapping[str, Any], origin: str) -> Run:
+    """The run that a `dump` is of; `origin` is the file that it was read from.
+
+    Raises:
+      UserError: it is not one of this version's.
+    """
+    try:
+        return Run.model_validate(settings)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(f"{origin}: settings.{where}: {error.errors()[0]['msg']}; it is of another version") from None
 
 
 def digest(run: Run) -> str:

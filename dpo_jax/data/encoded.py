@@ -24,7 +24,7 @@ from dpo_jax.data.report import Report, clean
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.data.templates import template_source
 from dpo_jax.data.tokenizer import Tokenizer
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, redacted
 from dpo_jax.files import write_whole
 
 VERSION = 4
@@ -235,13 +235,13 @@ class Entry:
         # underscored, since savez has an argument `file` of its own
         columns = {"_" + field.name: getattr(encoded, field.name) for field in fields(Encoded) if field.name != "files"}
         buffer = io.BytesIO()
-        np.savez(buffer, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **columns)
+        np.savez(buffer, about=np.frombuffer(redacted(json.dumps(about)).encode(), np.uint8), **columns)
         data = buffer.getvalue()
         table = {"sha256": hashlib.sha256(data).hexdigest(), "report": report.to_dict()}
         try:
             self.arrays.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.arrays, data)
-            write_whole(self.about, json.dumps(table, indent=1).encode())
+            write_whole(self.about, redacted(json.dumps(table, indent=1)))
         except OSError as error:
             where = clean(str(self.arrays.parent))
             raise UserError(f"data.cache={where}: cannot be written: {clean(str(error))}; give another") from error

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from dpo_jax.errors import printable
+from dpo_jax.errors import printable, public
 from dpo_jax.hf.tensors import member
 
 
@@ -16,7 +16,7 @@ def base_name(like: str | Path, card: Mapping[str, Any] | None = None) -> str:
     """Public name of the model that `like` is: what the card says, a hub id, or the folder's own name."""
     folder = Path(like).expanduser().resolve()
     if card is not None and "base_model" in card:
-        return _public(card["base_model"])
+        return public(card["base_model"])
     if not folder.is_dir():
         return str(like)
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
@@ -112,7 +112,7 @@ def model_card(
     `inherited` is front matter taken over from the base (its licence); `card` is described in `save_hf`; `note` is a
     paragraph about the folder's use.
     """
-    card = {} if card is None else {key: _public(value) for key, value in card.items()}
+    card = {} if card is None else {key: public(value) for key, value in card.items()}
     unknown = sorted(card.keys() - {"base_model", "datasets", "metrics", "config", "objectives"})
     if unknown:
         raise ValueError(
@@ -147,19 +147,6 @@ def _by_objectives(objectives: Mapping[str, str]) -> CardKind:
     names, tag = " + ".join(objectives), next(iter(objectives)).replace("_", "-")
     text = OBJECTIVES.format(names=", ".join(f"`{name}` ({about})" for name, about in objectives.items()))
     return LANGUAGE_MODEL._replace(tag=tag, title=names, trained=text, citation=None)
-
-
-def _public(value: object) -> Any:
-    """The value with every absolute path in it cut down to its last part: a card must not describe a machine."""
-    if isinstance(value, Mapping):
-        return {str(key): _public(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_public(item) for item in value]
-    if isinstance(value, str | Path) and (
-        str(value).startswith(("/", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", str(value))
-    ):
-        return re.split(r"[\\/]", str(value).rstrip("\\/"))[-1]
-    return str(value) if isinstance(value, Path) else value
 
 
 def _number(value: float | None) -> str:

@@ -117,17 +117,18 @@ def memory_traffic(moved: Moved, micro_batches: float) -> float:
     return micro_batches * each + 8 * moved.state_shard
 
 
-def theory(shard: int, *, data: int, fsdp: int, micro_batches: float) -> float:
+def theory(shard: int, gradient: int, *, data: int, fsdp: int, micro_batches: float) -> float:
     """Bytes that must leave a device in a step where weights are split over `fsdp` and copied over `data`.
 
-    For each micro-batch every weight is gathered forwards and again backwards, and its gradient is scattered, all in
-    the dtype of computation: 6 bytes for each weight in bfloat16, times `(fsdp - 1) / fsdp`. Over `data` a device's
-    part of the gradient is all-reduced.
+    For each micro-batch every weight is gathered forwards and again backwards, in the dtype of computation, and its
+    gradient is scattered in float32: 8 bytes for each weight in bfloat16, times `(fsdp - 1) / fsdp`. Over `data` a
+    device's part of the gradient is all-reduced.
 
     Args:
       shard: bytes of a device's own part of the weights in the dtype of computation.
+      gradient: bytes of the same part of the gradient in float32.
       data: size of the mesh's data axis.
       fsdp: size of its fsdp axis.
       micro_batches: of a step.
     """
-    return micro_batches * shard * (3 * (fsdp - 1) + 2 * (data - 1) / data)
+    return micro_batches * ((2 * shard + gradient) * (fsdp - 1) + gradient * 2 * (data - 1) / data)

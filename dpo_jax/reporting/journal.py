@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column, Table
 from rich.text import Text
 
-from dpo_jax.errors import UserError, printable
+from dpo_jax.errors import UserError, printable, redacted
 from dpo_jax.files import naming, write_whole
 from dpo_jax.reporting.metrics import SUMMARY, TERMINAL, shown
 from dpo_jax.reporting.settings import LogSettings
@@ -106,17 +106,25 @@ class TensorBoard:
 
     def __init__(self, folder: Path, resume_step: int):
         """Write into `folder/tensorboard`."""
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2 as events
+        from tensorboardX.summary import scalar
 
-        first = resume_step + 1
-        # the suffix: two files that begin in the same second would be one, and the older one lost
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first, filename_suffix=f".{first}")
+        event, log = (getattr(events, name) for name in ("Event", "SessionLog"))
+        self._event, self._scalar, first = event, scalar, resume_step + 1
+        (folder / "tensorboard").mkdir(exist_ok=True)
+        # not its SummaryWriter, whose thread has nobody to tell that a disk is full; and with a suffix, since two files
+        # that begin in the same second would be one, and the older one lost
+        self._writer = EventsWriter(str(folder / "tensorboard" / "events"), filename_suffix=f".{first}")
+        self._writer.write_event(event(wall_time=time.time(), step=first, session_log=log(status=log.START)))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add the finite metrics as scalars."""
         for name, value in metrics.items():
             if math.isfinite(value):
-                self._writer.add_scalar(name, value, step)
+                summary = self._scalar(name, value)
+                self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        self._writer.flush()
 
     def close(self) -> None:
         """Write what is left."""
@@ -217,7 +225,7 @@ class PlainTerminal:
 
     def note(self, line: str) -> None:
         """Print a line."""
-        _put(self._console, printable(line))
+        _put(self._console, printable(redacted(line)))
 
     def close(self) -> None:
         """Nothing is left to do."""
@@ -255,7 +263,7 @@ class LiveTerminal:
 
     def note(self, line: str) -> None:
         """Print a line above the bar."""
-        self._progress.console.print(Text(printable(line)), soft_wrap=True)
+        self._progress.console.print(Text(printable(redacted(line))), soft_wrap=True)
 
     def close(self) -> None:
         """Leave the bar as it is."""

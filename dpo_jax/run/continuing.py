@@ -13,7 +13,7 @@ from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
 from dpo_jax.data.batches import Batches
 from dpo_jax.data.encoded import Encoded, head
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, redacted_values
 from dpo_jax.run import output
 from dpo_jax.training.optimizer import same_rates
 from dpo_jax.training.reference import data_digest
@@ -60,7 +60,7 @@ class Past:
 
     def changes(self, run: Run) -> list[str]:
         """Settings that lead to another model than the run's own: lines `key: old -> new`."""
-        return config.changed_mathematics(self.settings, config.dump(run)) if self.settings else []
+        return config.changed_mathematics(self.settings, redacted_values(config.dump(run))) if self.settings else []
 
     def check_settings(self, run: Run) -> None:
         """Refuse what is known to make it another run, before anything is read.

@@ -14,7 +14,7 @@ from dpo_jax.data.batches import Batches
 from dpo_jax.data.encode import Encoded, encode
 from dpo_jax.data.examples import as_examples
 from dpo_jax.data.settings import BatchSettings, DataSettings
-from dpo_jax.errors import UserError, printable
+from dpo_jax.errors import UserError, printable, redacted
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.objectives.terms import Term, data_of
 
@@ -51,7 +51,7 @@ def read_data(settings: DataSettings, tokenizer: Any, cache: Path, say: Callable
     for name, found in reports.items():
         say(name)
         for line in found.lines():
-            say(f"  {line}")
+            say(redacted(f"  {line}"))
     tables = {name: found.to_dict() for name, found in reports.items()}
     return Data(train, held_out, report.bad + report.too_long, tables)
 

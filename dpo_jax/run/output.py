@@ -12,7 +12,7 @@ from typing import Any
 from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
 from dpo_jax.data.settings import DataSettings
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, redacted
 from dpo_jax.files import write_whole
 from dpo_jax.training import checkpoints
 
@@ -121,8 +121,8 @@ def record_run(run: Run, folder: Path, facts: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file in one move."""
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write a file in one move; no secret stands in it."""
+    write_whole(path, redacted(json.dumps(value, indent=2, ensure_ascii=False)) + "\n")
 
 
 def mark(folder: Path, **more: Any) -> None:

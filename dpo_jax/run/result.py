@@ -4,13 +4,14 @@ import json
 import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
 from dpo_jax.data.encoded import Encoded
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, public
 from dpo_jax.hf import checkpoint, tensors
 from dpo_jax.model.decoder import Model
 from dpo_jax.reporting.journal import Journal, read_records, summary
@@ -21,6 +22,8 @@ from dpo_jax.run.sources import Sources
 from dpo_jax.training import reference
 from dpo_jax.training.step import State
 
+RECORD = "dpo_jax.json"
+"""The file of an exported folder that says how it was trained."""
 CARD = "README.md"
 """The file of an exported folder that is there for people to write on."""
 
@@ -53,19 +56,25 @@ def export(run: Run, found: Sources, model: Model, journal: Journal) -> None:
     journal.phase("exporting")
     _make_way(folder / output.MODEL, journal)
     _, metrics = before_and_after(folder)
-    names = [run.data.train] if isinstance(run.data.train, str) else list(run.data.train)
-    settings = config.dump(run)
-    pinned = {part: {**settings[part], "revision": commit} for part, commit in found.commits.items()}
-    card = {"datasets": [Path(name).name for name in names], "metrics": metrics, "config": {**settings, **pinned}}
-    card["objectives"] = {term.name: term.row.paper for term in run.objective.terms}
-    record = {"settings": settings, "settings_sha256": config.digest(run), "commits": found.commits}
-    record["metrics"] = metrics
-    files = {"dpo_jax.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n"}
+    card, record = described(run, found.commits)
+    record = {**record, "metrics": metrics}
+    card = {**card, "metrics": metrics}
+    files = {RECORD: json.dumps(record, indent=2, ensure_ascii=False) + "\n"}
     dtype = written.KEEP[run.export.dtype]
     moved = checkpoint.save_hf(
         model, folder / output.MODEL, like=found.policy, card=card, extra_files=files, replace=True, dtype=dtype
     )
     output.mark(folder, finished=True, moved=moved, exported=exported_as(run))
+
+
+def described(run: Run, commits: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What an export's card and its `dpo_jax.json` say of a run, but for what was measured."""
+    names = [run.data.train] if isinstance(run.data.train, str) else list(run.data.train)
+    settings = config.dump(run)
+    pinned = {part: {**settings[part], "revision": commit} for part, commit in commits.items()}
+    card = {"datasets": [Path(name).name for name in names], "config": {**settings, **pinned}}
+    card["objectives"] = {term.name: term.row.paper for term in run.objective.terms}
+    return card, public({"settings": settings, "settings_sha256": config.digest(run), "commits": dict(commits)})
 
 
 def exported_as(run: Run) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, redacted
 from dpo_jax.hf import hub, tensors
 from dpo_jax.hf.push import check_push, push
 from dpo_jax.hf.settings import ExportSettings
@@ -95,7 +95,8 @@ def _recorded(named: Mapping[str, tuple[str, str | None]], record: Mapping[str, 
     """The commits that a run began with, of those models that its settings still name the same."""
     old, facts = record.get("settings", {}), record.get("facts", {})
     before = {part: (old.get(part, {}).get("path"), old.get(part, {}).get("revision")) for part in named}
-    return {part: facts[_fact(part)] for part in named if named[part] == before[part] and _fact(part) in facts}
+    now = {part: (redacted(path), revision) for part, (path, revision) in named.items()}  # as the record has them
+    return {part: facts[_fact(part)] for part in named if now[part] == before[part] and _fact(part) in facts}
 
 
 def check_export(export: ExportSettings) -> None:

@@ -38,6 +38,7 @@ from dpo_jax.training.settings import CheckpointSettings
 from dpo_jax.trees import Tree, paths
 
 _SEALED = "sealed"
+_LEFT_OVER = re.compile(r"[0-9]+\.(removed|orbax-checkpoint-tmp.*)")
 # Orbax's default is 1200. When one host cannot write, the others learn it only after this long.
 _TIMEOUT_SECONDS = 600
 _NONE, _REFUSED = -1, -2
@@ -297,6 +298,38 @@ def newest_record(folder: Path) -> tuple[int, dict[str, Any]] | None:
     return None
 
 
+def kept_steps(folder: Path) -> list[int]:
+    """The steps of a folder of checkpoints that were sealed, in order; whether they verify is not looked at."""
+    return sorted(step for step, path in (_steps(folder) if folder.is_dir() else ()) if (path / MANIFEST).exists())
+
+
+def read_part(folder: Path, step: int, part: Tree) -> Tree:
+    """Some entries of a step's state, such as its weights without its moments; no other array is read.
+
+    Args:
+      folder: of checkpoints; nothing in it is touched.
+      step: one of `kept_steps`.
+      part: the entries, as trees of `jax.ShapeDtypeStruct` with shardings.
+
+    Raises:
+      UserError: the step is damaged, or a leaf is missing in it or differs in shape or dtype.
+    """
+    path = folder / str(step)
+    if damage := damage_of(path):
+        raise UserError(f"checkpoint {path} cannot be used ({damage}); choose another step")
+    saved, wanted = json.loads((path / "leaves" / "metadata").read_text("utf-8")), _leaves(part)
+    if wrong := next((leaf for leaf in wanted if saved.get(leaf) != wanted[leaf]), None):
+        raise UserError(
+            f"checkpoint {path} does not fit its model: leaf {wrong} is {saved.get(wrong, 'missing')} there and "
+            f"{wanted[wrong]} here; give the run's own model"
+        )
+    targets = jax.tree.map(_target, part)
+    arguments = ocp.checkpoint_utils.construct_restore_args(targets)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        wanted = ocp.args.PyTreeRestore(item=targets, restore_args=arguments, partial_restore=True)
+        return reader.restore(path / "state", args=wanted)
+
+
 class _Names(ocp.step.NameFormat):
     """Plain step numbers. Orbax is told of no earlier steps: it takes any folder with a number for one."""
 
@@ -314,7 +347,7 @@ class _Names(ocp.step.NameFormat):
 def _options() -> ocp.CheckpointManagerOptions:
     return ocp.CheckpointManagerOptions(
         step_name_format=_Names(),
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=False,  # by a thread of its own, which a command that ends at once does not wait for
         save_root_metadata=False,
         async_options=ocp.AsyncOptions(timeout_secs=_TIMEOUT_SECONDS),
     )
@@ -373,6 +406,6 @@ def _remove(path: Path) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    for path in folder.glob("*.removed"):
-        if re.fullmatch(r"[0-9]+\.removed", path.name) and path.is_dir() and not path.is_symlink():
+    for path in folder.iterdir():
+        if _LEFT_OVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

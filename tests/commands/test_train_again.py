@@ -5,10 +5,11 @@ import json
 import shutil
 import signal
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dpo_jax import train
+from dpo_jax import convert, train
 from dpo_jax.reporting.journal import Journal, read_records
 from dpo_jax.reporting.metrics import TIME_FIELDS
 from tests.support.tiers import by_day, by_pairs
@@ -236,3 +237,49 @@ def test_records_that_are_gone_are_said(world, tmp_path, monkeypatch, capsys, ke
     (output / "metrics.jsonl").write_text("".join(lines[:kept]))
     run(world, output)
     assert f"metrics.jsonl has lost {len(lines) - kept} of the {len(lines)} records" in capsys.readouterr().out
+
+
+def test_any_kept_checkpoint_is_exported_as_a_run_that_ended_there(world, finished, tmp_path, capsys):
+    short = run(world, tmp_path / "short", "steps=2")
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert convert.main(["export", str(finished), str(tmp_path / "two"), "--step", "2"]) == 0
+    assert "the model after step 2" in capsys.readouterr().out
+    assert (tmp_path / "two" / WEIGHTS).read_bytes() == weights(short)
+    assert json.loads((tmp_path / "two" / "dpo_jax.json").read_text())["step"] == 2
+    assert convert.main(["export", str(finished), str(tmp_path / "all"), "--dtype", "float32"]) == 0
+    exact, rounded = load_file(tmp_path / "all" / WEIGHTS), load_file(finished / "model" / WEIGHTS)
+    assert all(exact[name].dtype == np.float32 for name in exact)
+    assert all((exact[name].astype(rounded[name].dtype) == rounded[name]).all() for name in exact)
+    assert any((exact[name] != rounded[name].astype(np.float32)).any() for name in exact)
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_what_is_no_checkpoint_of_a_run_is_one_line(world, copied, tmp_path, capsys):
+    def said(*argv):
+        assert convert.main(["export", *map(str, argv)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    capsys.readouterr()
+    assert "has no checkpoint of step 3; kept are [2, 4]" in said(copied, tmp_path / "new", "--step", 3)
+    assert "is not the output folder of a run" in said(world / "model", tmp_path / "new", "--step", 3)
+    flip(next((copied / "checkpoints" / "4").glob("state/d/*")))
+    assert "checkpoints/4 cannot be used (state/d/" in said(copied, tmp_path / "new")
+    flip(world / "model" / WEIGHTS)
+    try:
+        assert "digest of the starting weights was" in said(copied, tmp_path / "new", "--step", 2)
+    finally:
+        flip(world / "model" / WEIGHTS)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_secret_in_a_path_is_in_no_file_and_no_path_of_ours_in_the_model(world, tmp_path, monkeypatch, capsys):
+    secret = "hf_" + "a" * 24
+    data = shutil.copy(world / "train.jsonl", tmp_path / f"{secret}.jsonl")
+    more = (f"data.train={data}", f"data.cache={tmp_path / 'run' / 'cache'}")
+    stopped(world, tmp_path / "run", monkeypatch, *more)
+    run(world, tmp_path / "run", *more)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert [path for path in files if secret.encode() in path.read_bytes()] == []
+    assert [path for path in files if path.parent.name == "model" and str(tmp_path).encode() in path.read_bytes()] == []
+    assert secret not in capsys.readouterr().out

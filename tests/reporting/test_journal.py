@@ -37,6 +37,8 @@ def run(folder, steps: range, resume_step: int = -1, log: LogSettings = FILE_ONL
             book.step(step, metrics(step))
             if step % 5 == 0:
                 book.evaluation(step, {"loss": 0.1})
+        if resume_step == 20:  # nothing is left but to measure, as for another dtype of the export
+            book.evaluation(20, {"loss": 0.1})
     return (folder / "metrics.jsonl").read_bytes()
 
 
