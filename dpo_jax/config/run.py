@@ -173,7 +173,7 @@ KEEPS_MATHEMATICS = frozenset(
     data.workers batch.micro_tokens batch.share_prompts mesh.data mesh.fsdp mesh.tensor evaluation.every
     evaluation.answers evaluation.max_new_tokens checkpoint.every checkpoint.keep checkpoint.keep_every
     checkpoint.allow_change log.every log.tensorboard log.loggers log.token_statistics log.max_nonfinite output
-    alarms.enabled alarms.chosen_drift alarms.kl export.dtype export.push export.private
+    alarms.enabled alarms.chosen_drift alarms.kl export.dtype export.rounding export.push export.private
     """.split()
 )
 

@@ -18,6 +18,11 @@ class ExportSettings(Section):
         description="dtype of the exported tensors; same: each as in the folder of model.path. What rounding to fewer "
         "digits leaves of the training is measured and said at the end",
     )
+    rounding: Literal["nearest", "random"] = Field(
+        default="nearest",
+        description="how weights are rounded to bfloat16: to nearest even; or up or down at random (by the seed), so "
+        "that an update of less than a digit is kept on average, at the price of noise",
+    )
     push: str | None = Field(
         default=None,
         description="OWNER/NAME of a hub repository that the result is pushed to; "

@@ -19,7 +19,7 @@ from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.mixture import as_measured
 from dpo_jax.preference import heldout
 from dpo_jax.preference.loss import TrainingObjective, evaluate_batch
-from dpo_jax.run.written import UNROUNDED, Digits, as_written
+from dpo_jax.run.written import UNROUNDED, Rounding
 
 
 class EvaluationPrompts(NamedTuple):
@@ -51,12 +51,12 @@ class Evaluator:
         reference: Any = None,
         prompts: EvaluationPrompts | None = None,
         every: int | None = None,
-        digits: Digits | None = None,
+        rounding: Rounding | None = None,
     ):
         """Set up; compiles at its first use. `reference` are the weights of a live one, `every` counts steps, and
-        `digits` are those of the folder that the run will leave."""
+        `rounding` is that of the folder that the run will leave."""
         self._objective, self._mesh, self._held_out, self._reference = objective, mesh, held_out, reference
-        self._prompts, self._every, self._digits = prompts, every, digits or {}
+        self._prompts, self._every, self._rounding = prompts, every, rounding
         self._collect = sharding.Compiled(lambda weights, live, batch: evaluate_batch(objective, weights, batch, live))
         self._measure = heldout.measurement(as_measured(objective.terms))
 
@@ -82,9 +82,9 @@ class Evaluator:
         moves.
         """
         unrounded: dict[str, float] = {}
-        if is_last and self._digits:
+        if is_last and self._rounding is not None and self._rounding.digits:
             unrounded = self.on_pairs(weights, progress=progress, moved=moved)
-            weights = as_written(weights, self._digits)
+            weights = self._rounding(weights)
         found = self.on_pairs(weights, progress=progress, moved=moved)
         found |= {UNROUNDED + name: value for name, value in unrounded.items() if name == "rewards/margins"}
         if self._prompts is not None:

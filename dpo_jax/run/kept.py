@@ -64,10 +64,13 @@ def export_kept(
         raise UserError(f"{found.policy}: {continuing.WEIGHTS} was {was} and is now {digest}; restore the model")
     mesh, scores = models.make_mesh(MeshSettings(), run.model), run.objective.trains_reward_model
     spec, weights = models.load_policy(run.model, found.policy, mesh, run.optimizer.param_dtype, scalar_head=scores)
-    model = Model(spec, with_trained(weights, _trained(folder, chosen, weights)).params)
+    weights = with_trained(weights, _trained(folder, chosen, weights))
+    kept = dtype or written.KEEP[run.export.dtype]
+    asked = run.export.model_copy(update={"dtype": "same" if kept == "keep" else kept})
+    rounding = written.Rounding.of(asked, spec, found.policy, weights.trained, run.seed)
+    model = Model(spec, rounding.at_random(weights).params)
     card, record = result.described(run, found.commits)
     files = {result.RECORD: json.dumps({**record, "step": chosen}, indent=2, ensure_ascii=False) + "\n"}
-    kept = dtype or written.KEEP[run.export.dtype]
     options = {"card": card, "extra_files": files, "dtype": kept, "max_shard_bytes": max_shard_bytes}
     checkpoint.save_hf(model, target, found.policy, **options)
     return chosen

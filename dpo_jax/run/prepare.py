@@ -22,7 +22,7 @@ from dpo_jax.run.recorder import Recorder, make_alarms
 from dpo_jax.run.reference import Reference, ReferenceScorer, make_reference
 from dpo_jax.run.sources import Sources, find_models
 from dpo_jax.run.trainer import Trainer
-from dpo_jax.run.written import digits_written
+from dpo_jax.run.written import Rounding
 from dpo_jax.training.optimizer import check_warmup
 
 
@@ -122,10 +122,14 @@ class Job:
         held_out = self.data.held_out
         rows = None if held_out is None else self.packing.sweep(held_out, objective.spec, reference.held_out)
         every, live = self.run.evaluation.every, reference.weights
-        digits = digits_written(self.run.export, objective.spec, self.sources.policy, weights.trained)
+        rounding = self.rounding(objective.spec, weights)
         return Evaluator(
-            objective, self.mesh, held_out=rows, reference=live, prompts=self.prompts, every=every, digits=digits
+            objective, self.mesh, held_out=rows, reference=live, prompts=self.prompts, every=every, rounding=rounding
         )
+
+    def rounding(self, spec: DecoderSpec, weights: Weights) -> Rounding:
+        """What writing the trained weights rounds away."""
+        return Rounding.of(self.run.export, spec, self.sources.policy, weights.trained, self.run.seed)
 
     def recorder(self, trainer: Trainer, evaluator: Evaluator, journal: Journal, *, after: int) -> Recorder:
         """What is written down of each step `after` so many."""

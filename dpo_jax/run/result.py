@@ -14,6 +14,8 @@ from dpo_jax.data.encoded import Encoded
 from dpo_jax.errors import UserError, public
 from dpo_jax.hf import checkpoint, tensors
 from dpo_jax.model.decoder import Model
+from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.model.weights import Weights
 from dpo_jax.reporting.journal import Journal, read_records, summary
 from dpo_jax.run import continuing, output, sources, written
 from dpo_jax.run.continuing import Past
@@ -47,7 +49,7 @@ def before_and_after(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     return (found[0], found[-1]) if found else ({}, {})
 
 
-def export(run: Run, found: Sources, model: Model, journal: Journal) -> None:
+def export(run: Run, found: Sources, spec: DecoderSpec, weights: Weights, journal: Journal) -> None:
     """The trained model as a Hugging Face folder like the one it came from, written beside and verified first.
 
     A model that stands there and is not as it was exported is renamed, never replaced.
@@ -61,6 +63,8 @@ def export(run: Run, found: Sources, model: Model, journal: Journal) -> None:
     card = {**card, "metrics": metrics}
     files = {RECORD: json.dumps(record, indent=2, ensure_ascii=False) + "\n"}
     dtype = written.KEEP[run.export.dtype]
+    rounding = written.Rounding.of(run.export, spec, found.policy, weights.trained, run.seed)
+    model = Model(spec, rounding.at_random(weights).params)
     moved = checkpoint.save_hf(
         model, folder / output.MODEL, like=found.policy, card=card, extra_files=files, replace=True, dtype=dtype
     )

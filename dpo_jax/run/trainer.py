@@ -8,7 +8,6 @@ import jax
 from dpo_jax import sharding
 from dpo_jax.data.batches import Batches, Made, prefetch
 from dpo_jax.data.workers import processes
-from dpo_jax.model.decoder import Model
 from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.reporting.journal import Journal
@@ -67,10 +66,6 @@ class Trainer:
     def weights(self, state: State) -> Weights:
         """The whole model's."""
         return with_trained(self.frozen, state["trained"])
-
-    def model(self, state: State) -> Model:
-        """The whole model."""
-        return Model(self.objective.spec, self.weights(state).params)
 
     @property
     def recompilations(self) -> int:

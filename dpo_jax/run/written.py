@@ -1,5 +1,6 @@
 """The weights as the exported folder will have them: in the digits of its dtype."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,37 +15,58 @@ from dpo_jax.hf import checkpoint
 from dpo_jax.hf.settings import ExportSettings
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights
+from dpo_jax.training.optimizer import stochastically_rounded
 from dpo_jax.trees import Params
 
-Digits = Mapping[str, tuple[int, int]]
-"""By trained leaf, bits of exponent and mantissa of the dtype that it is written in, where it has fewer digits."""
 KEEP: dict[str, Literal["keep", "float32", "bfloat16"]] = {"same": "keep", "float32": "float32", "bfloat16": "bfloat16"}
 """What the setting `export.dtype` is called by `hf.checkpoint.save_hf`."""
+BFLOAT16 = (8, 7)
 
 
-def digits_written(export: ExportSettings, spec: DecoderSpec, like: Path, trained: Params) -> Digits:
-    """What writing these trained weights rounds away; empty where it rounds nothing."""
-    kinds = checkpoint.dtypes_written(spec, like, KEEP[export.dtype])
-    found = {}
-    for path, leaf in trees.paths(trained).items():
-        kind = jnp.finfo(kinds.get(path, "float32"))
-        if kind.nmant < jnp.finfo(leaf.dtype).nmant:
-            found[path] = (kind.nexp, kind.nmant)
-    return found
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """What writing the trained weights rounds away.
+
+    Attributes:
+      digits: by trained leaf, bits of exponent and mantissa of the dtype that it is written in, where it has fewer.
+      seed: of rounding to bfloat16 at random, up or down so that the mean is kept; None rounds to nearest even.
+    """
+
+    digits: Mapping[str, tuple[int, int]]
+    seed: int | None = None
+
+    @classmethod
+    def of(cls, export: ExportSettings, spec: DecoderSpec, like: Path, trained: Params, seed: int) -> "Rounding":
+        """That of an export like a folder; without digits where it rounds nothing."""
+        kinds = checkpoint.dtypes_written(spec, like, KEEP[export.dtype])
+        found = {}
+        for path, leaf in trees.paths(trained).items():
+            kind = jnp.finfo(kinds.get(path, "float32"))
+            if kind.nmant < jnp.finfo(leaf.dtype).nmant:
+                found[path] = (kind.nexp, kind.nmant)
+        return cls(found, seed if export.rounding == "random" else None)
+
+    def at_random(self, weights: Weights) -> Weights:
+        """The weights for an export, which rounds to nearest by itself: rounded already, if that is to be at random."""
+        return weights if self.seed is None else self(weights)
+
+    def __call__(self, weights: Weights) -> Weights:
+        """The weights with the numbers that they are written with, in the dtype that they had."""
+        rounded = _rounded(weights.trained, tuple(sorted(self.digits.items())), self.seed)
+        return Weights(rounded, weights.frozen, weights.rows)
 
 
-def as_written(weights: Weights, digits: Digits) -> Weights:
-    """The weights rounded to these digits, in the dtype that they had."""
-    return Weights(_rounded(weights.trained, tuple(sorted(digits.items()))), weights.frozen, weights.rows)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _rounded(params: Params, digits: tuple[tuple[str, tuple[int, int]], ...]) -> Params:
-    bits = dict(digits)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _rounded(params: Params, digits: tuple[tuple[str, tuple[int, int]], ...], seed: int | None) -> Params:
     leaves = trees.paths(params)
-    # a cast there and back would be left out by XLA, which may keep more digits than a program asks for
-    rounded = {path: lax.reduce_precision(leaf, *bits[path]) for path, leaf in leaves.items() if path in bits}
-    return trees.from_paths(leaves | rounded)
+    key = None if seed is None else jax.random.key(seed)
+    for number, (path, bits) in enumerate(digits):
+        if key is not None and bits == BFLOAT16:
+            moved = stochastically_rounded(leaves[path], jax.random.fold_in(key, number))
+            leaves[path] = moved.astype(leaves[path].dtype)
+        else:  # a cast there and back would be left out by XLA, which may keep more digits than a program asks for
+            leaves[path] = lax.reduce_precision(leaves[path], *bits)
+    return trees.from_paths(leaves)
 
 
 UNROUNDED = "unrounded/"
