@@ -23,6 +23,7 @@ REMEDIES = {
     errno.ENOENT: "put it back, or choose another folder",
     errno.ENOTDIR: "choose a folder that is not below a file",
     errno.EISDIR: "move the folder of this name away",
+    errno.EEXIST: "move what is there away",
     errno.ENOTEMPTY: "move the folder of this name away",
     errno.ELOOP: "correct the link",
     errno.ESTALE: "mount the file system again",

@@ -329,8 +329,8 @@ class Journal:
         }
         if settings.tensorboard:
             optional["TensorBoard"] = functools.partial(TensorBoard, folder, resume_step)
-        guarded = [Guarded(name, make, self.note) for name, make in optional.items()]
         self._file = MetricsFile(folder, resume_step, measures_again=resume_step >= total_steps)
+        guarded = [Guarded(name, make, self.note) for name, make in optional.items()]
         self._writers = [self._file, *guarded]
 
     def __enter__(self) -> "Journal":
