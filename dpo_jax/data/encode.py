@@ -13,9 +13,10 @@ from dpo_jax.data.encoded import Encoded, Entry
 from dpo_jax.data.examples import ranks
 from dpo_jax.data.layouts import Pair, Record
 from dpo_jax.data.messages import BadRow, is_chat
-from dpo_jax.data.records import Stretch, read_record, stretches, tables
+from dpo_jax.data.records import Stretch, read_record, stretches
 from dpo_jax.data.report import Report, clean
 from dpo_jax.data.settings import DataSettings
+from dpo_jax.data.sources import tables
 from dpo_jax.data.templates import Codec, Tokens, codec, template_digest, tokenize
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.data.workers import in_order, processes

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
-from dpo_jax.data.records import SourceTable
 from dpo_jax.data.report import Report, clean
 from dpo_jax.data.settings import DataSettings
+from dpo_jax.data.sources import SourceTable
 from dpo_jax.data.templates import template_source
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.errors import UserError

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from dpo_jax.data.layouts import Record
 from dpo_jax.data.messages import BadRow, Messages, is_chat, messages_of, need, texts_of
-from dpo_jax.data.records import READERS, text_notes, value_of
+from dpo_jax.data.readers import reader_of, value_of
+from dpo_jax.data.records import text_notes
 from dpo_jax.data.report import clean
 from dpo_jax.data.templates import Codec, codec, template_source, tokenize
 from dpo_jax.data.tokenizer import Tokenizer
@@ -67,12 +68,9 @@ def read_questions(path: str) -> list[Question]:
 
 def _read(path: str, take: Callable[[Mapping[str, Any], str], T]) -> list[T]:
     file = Path(path).expanduser()
-    reader = READERS.get(file.suffix.lower())
-    if reader is None:
-        raise UserError(f"{clean(path)}: prompts are read from {', '.join(READERS)}; name the file so")
     taken, where = [], clean(path)
     try:
-        for row in reader(file, path):
+        for row in reader_of(file, path)(file, path):
             where = f"{clean(path)}:{row.line}"
             taken.append(take(_object(value_of(row)), where))
     except BadRow as error:

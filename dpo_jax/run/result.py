@@ -7,6 +7,7 @@ from pathlib import Path
 from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
 from dpo_jax.data.encoded import Encoded
+from dpo_jax.data.sources import hub_name
 from dpo_jax.hf import checkpoint
 from dpo_jax.model.decoder import Model
 from dpo_jax.reporting.journal import Journal, read_records, summary
@@ -42,9 +43,10 @@ def export(run: Run, found: Sources, model: Model, journal: Journal) -> None:
     journal.phase("exporting")
     _, metrics = before_and_after(folder)
     names = [run.data.train] if isinstance(run.data.train, str) else list(run.data.train)
+    datasets = list(dict.fromkeys(name for name in map(hub_name, names) if name))
     settings = config.dump(run)
     pinned = {part: {**settings[part], "revision": commit} for part, commit in found.commits.items()}
-    card = {"datasets": [Path(name).name for name in names], "metrics": metrics, "config": {**settings, **pinned}}
+    card = {"datasets": datasets, "metrics": metrics, "config": {**settings, **pinned}}
     card["objectives"] = {term.name: term.row.paper for term in run.objective.terms}
     record = {"settings": settings, "settings_sha256": config.digest(run), "commits": found.commits}
     record["metrics"] = metrics

@@ -101,7 +101,7 @@ def test_a_bad_question_is_refused_with_its_file_and_line(tmp_path, line, words)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "words"), [("none.jsonl", "No such file"), ("a.txt", "prompts are read from")])
+@pytest.mark.parametrize(("name", "words"), [("none.jsonl", "No such file"), ("a.csv", "pandas.read_csv")])
 def test_a_file_that_is_none_of_questions_is_refused(tmp_path, name, words):
     with pytest.raises(UserError, match=words):
         winrate.read_questions(str(tmp_path / name))

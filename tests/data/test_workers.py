@@ -9,9 +9,10 @@ import pytest
 from dpo_jax.data import encode as encode_module
 from dpo_jax.data import workers
 from dpo_jax.data.encode import EncodingRules, collect
-from dpo_jax.data.records import stretches, tables
+from dpo_jax.data.records import stretches
 from dpo_jax.data.report import Report
 from dpo_jax.data.settings import DataSettings
+from dpo_jax.data.sources import tables
 from dpo_jax.data.templates import codec
 from dpo_jax.errors import UserError
 from tests.support import pieces
