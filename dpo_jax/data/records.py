@@ -3,13 +3,16 @@
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from dpo_jax.data.layouts import LAYOUTS, Record, RowLayout, detect, to_record, unused_columns
+from dpo_jax.data.columns import Columns, missing, no_layout, renamed, replaced, unread_prompt
+from dpo_jax.data.layouts import LAYOUTS, Record, detect, detected, to_record, unused_columns
 from dpo_jax.data.messages import BadRow, texts_of
 from dpo_jax.data.readers import Row, value_of
 from dpo_jax.data.report import Report, clean
 from dpo_jax.data.sources import SourceTable
+from dpo_jax.errors import UserError
 
 _CONTROL = re.compile(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _BIDIRECTIONAL = re.compile("[\u202a-\u202e\u2066-\u2069]")
@@ -22,8 +25,19 @@ class Stretch(NamedTuple):
     rows: list[Row]
 
 
+class RowRules(NamedTuple):
+    """How rows are read, beside what their columns say."""
+
+    layout: str = "auto"
+    """One of LAYOUTS, or "auto"."""
+    columns: Columns = {}
+    """See columns.py."""
+    as_chat: bool = False
+    """Whether texts are made into turns."""
+
+
 def stretches(
-    sources: Iterable[SourceTable], *, layout: str, first: int | None, report: Report, size: int
+    sources: Iterable[SourceTable], *, rules: RowRules, first: int | None, report: Report, size: int
 ) -> Iterator[Stretch]:
     """All rows, up to `size` of a file at a time; each is counted in the report when it is read.
 
@@ -31,55 +45,87 @@ def stretches(
 
     Args:
       sources: files and data sets, in order.
-      layout: one of LAYOUTS, or "auto".
+      rules: how rows are read.
       first: read no more rows than this.
       report: where rows and files are counted.
       size: rows of a stretch.
+
+    Raises:
+      UserError: the rows of a file fit no layout, lack a column of the mapping, or seem to have a prompt that the
+        detected layout does not read.
     """
     for table in sources:
-        about = report.files.setdefault(table.name, {"layout": None, "rows": 0, "unused": []})
-        found = None if layout == "auto" else layout
-        about["layout"], rows = found, []
+        look = _Look(rules, report.files.setdefault(table.name, {"layout": None, "rows": 0, "unused": []}))
+        rows = []
         for row in table.rows():
             if first is not None and report.rows >= first:
                 break
             report.rows += 1
-            about["rows"] += 1
-            known = found
-            if about["rows"] == 1 or found is None:
-                found = _look(row, found, about)
-            if rows and (len(rows) == size or found != known):
+            known = look.layout
+            look.at(row)
+            if rows and (len(rows) == size or look.layout != known):
+                look.check()
                 yield Stretch(known, rows)
                 rows = []
             rows.append(row)
+        look.check()
         if rows:
-            yield Stretch(found, rows)
+            yield Stretch(look.layout, rows)
         if first is not None and report.rows >= first:
             return
 
 
-def _look(row: Row, found: str | None, about: dict[str, Any]) -> str | None:
-    """The layout of a row, with what is to be said about its file; `found` where the row tells nothing."""
+class _Look:
+    """What the first rows of a file say about all of them, for the report as well."""
+
+    def __init__(self, rules: RowRules, about: dict[str, Any]):
+        self.rules, self.about = rules, about
+        self.layout = None if rules.layout == "auto" else rules.layout
+        self.strange: tuple[str, dict[str, Any]] | None = None
+        """The first row without a layout, and its place."""
+        about.update(layout=self.layout, detected=rules.layout == "auto")
+
+    def at(self, row: Row) -> None:
+        """Look at the next row, if there is still something to learn."""
+        self.about["rows"] += 1
+        if self.about["rows"] > 1 and self.layout is not None:
+            return
+        place = f"{clean(row.file, 400)}:{row.line}"
+        try:
+            given = _object(value_of(row))
+            value = renamed(given, self.rules.columns)
+        except (BadRow, RecursionError):
+            return
+        if problem := missing(given, self.rules.columns):
+            raise UserError(f"{place}: {problem}")
+        found = LAYOUTS[self.layout] if self.layout else detected(value)
+        if found is None:
+            self.strange = self.strange or (place, value)
+            return
+        if self.layout is None and (problem := unread_prompt(value, found, self.rules.columns)):
+            raise UserError(f"{place}: {problem}")
+        unused = [*unused_columns(value, found), *replaced(given, self.rules.columns)]
+        self.about.update(layout=found.name, unused=unused)
+        self.layout = found.name
+
+    def check(self) -> None:
+        """Refuse a file of which so many rows, or all, fit no layout."""
+        if self.layout is None and self.strange is not None:
+            place, value = self.strange
+            raise UserError(f"{place}: {no_layout(value)}")
+
+
+def read_record(row: Row, layout: str | None, rules: RowRules) -> Record | BadRow:
+    """A row in normal form, or why it is of no use; `layout` is that of its stretch."""
     try:
-        value = _object(value_of(row))
-        layout = LAYOUTS[found] if found else detect(value)
-        about.update(layout=layout.name, unused=unused_columns(value, layout))
-        return layout.name
-    except (BadRow, RecursionError):
-        return found
-
-
-def read_record(row: Row, layout: str | None, max_characters: int) -> Record | BadRow:
-    """A row in normal form, or why it is of no use.
-
-    Args:
-      row: one of a stretch.
-      layout: of the stretch.
-      max_characters: longest text of a prompt with one completion; a longer row is bad, before it costs any work.
-    """
-    try:
-        value = _object(value_of(row))
-        return _checked(row, value, LAYOUTS[layout] if layout else detect(value), max_characters)
+        value = renamed(_object(value_of(row)), rules.columns)
+        found = LAYOUTS[layout] if layout else detect(value)
+        if rules.layout == "auto" and (problem := unread_prompt(value, found, rules.columns)):
+            raise BadRow("prompt not read", problem)
+        record = to_record(value, found, file=row.file, line=row.line, as_chat=rules.as_chat)
+        parts = (record.prompt, record.completions, record.tools, record.chat_template_kwargs)
+        notes = text_notes([text for part in parts for text in texts_of(part)])
+        return replace(record, notes=record.notes + notes) if notes else record
     except BadRow as error:
         return error
     except RecursionError:
@@ -92,21 +138,6 @@ def _object(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadRow("not an object", f"a row is {clean(json.dumps(value), 40)}, not an object with columns")
     return value
-
-
-def _checked(row: Row, value: dict[str, Any], layout: RowLayout, max_characters: int) -> Record:
-    """The row in normal form, when its texts are such that a tokenizer can take them."""
-    record = to_record(value, layout, file=row.file, line=row.line)
-    sizes = [sum(map(len, texts_of(part))) for part in (record.prompt, *record.completions)]
-    if (most := sizes[0] + max(sizes[1:])) > max_characters:
-        raise BadRow("too many characters", f"{most:,} characters, at most {max_characters:,} (data.max_characters)")
-    parts = (record.prompt, record.completions, record.tools, record.chat_template_kwargs)
-    notes = text_notes([text for part in parts for text in texts_of(part)])
-    return record if not notes else _with_notes(record, notes)
-
-
-def _with_notes(record: Record, notes: tuple[tuple[str, str], ...]) -> Record:
-    return Record(**{**record.__dict__, "notes": record.notes + notes})
 
 
 def text_notes(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:

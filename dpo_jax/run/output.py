@@ -96,6 +96,15 @@ def recorded(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+DATE = "date that the chat template writes"
+"""Fact of a run whose template may write the day."""
+
+
+def template_date(folder: Path) -> str | None:
+    """The day (YYYY-MM-DD) that the template of the folder's run writes: that of its beginning, once it has begun."""
+    return recorded(folder).get("facts", {}).get(DATE)
+
+
 def record_run(run: Run, folder: Path, facts: dict[str, Any]) -> None:
     """Write down what this run is; refuse if the same settings now mean other data or other weights."""
     known = recorded(folder).get("facts", {}) if _has_learned(folder) else {}

@@ -6,21 +6,23 @@ from pathlib import Path
 
 from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
-from dpo_jax.data.encoded import Encoded
 from dpo_jax.data.sources import hub_name
 from dpo_jax.hf import checkpoint
 from dpo_jax.model.decoder import Model
 from dpo_jax.reporting.journal import Journal, read_records, summary
 from dpo_jax.run import output, sources, written
+from dpo_jax.run.data import Data
 from dpo_jax.run.models import weights_digest
 from dpo_jax.run.sources import Sources
 from dpo_jax.training import reference
 from dpo_jax.training.step import State
 
 
-def facts(found: Sources, train: Encoded, steps: int) -> dict[str, object]:
+def facts(found: Sources, data: Data, steps: int) -> dict[str, object]:
     """What a run depends on beside its settings: when one of these changes, it is another run."""
+    train = data.train
     return {
+        **({output.DATE: data.date} if data.date else {}),
         **found.facts(),
         "number of steps": steps,
         "number of pairs": train.num_pairs,

@@ -139,7 +139,9 @@ def test_answers_are_judged_by_their_patterns(folders, tmp_path):
     assert stop == (1, 3)  # generation_config.json lists <eos> alone, and the template ends turns with <|im_end|>
     rows = [{"prompt": [user("Name one.")], "good": "."}, {"prompt": "Yo", "good": "^never$"}]
     questions = winrate.read_questions(str(write(tmp_path / "questions.jsonl", *rows)))
-    answers = winrate.answer(model.spec, model.params, questions, tokenizer, stop=stop, max_new_tokens=20)
+    answers = winrate.answer(
+        model.spec, model.params, questions, winrate.prompt_codec(tokenizer), stop=stop, max_new_tokens=20
+    )
     assert [row["prompt"] for row in answers] == [row["prompt"] for row in rows]
     assert [row["good"] for row in answers] == [True, False]
     assert winrate.pass_rate([*answers, {"good": True}]) == 2 / 3

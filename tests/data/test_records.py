@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dpo_jax.data.encode import collect, encode
 from dpo_jax.data.layouts import Record, detect, to_record
 from dpo_jax.data.messages import BadRow
-from dpo_jax.data.records import read_record, stretches
+from dpo_jax.data.records import RowRules, read_record, stretches
 from dpo_jax.data.report import BAD, KINDS, NOTED, TOO_LONG, Report
 from dpo_jax.data.settings import LAYOUTS as NAMES
 from dpo_jax.data.settings import DataSettings
@@ -40,13 +40,13 @@ from tests.support.tiny_rows import (
 )
 
 
-def records(*paths, layout="auto", report=None, first=None, max_characters=10_000) -> list[Record]:
-    report = report or Report()
+def records(*paths, report=None, first=None, **how) -> list[Record]:
+    report, rules = report or Report(), RowRules(**how)
     opened = tables([str(path) for path in paths])
     found = []
-    for stretch in stretches(opened, layout=layout, first=first, report=report, size=2):
+    for stretch in stretches(opened, rules=rules, first=first, report=report, size=2):
         for row in stretch.rows:
-            record = read_record(row, stretch.layout, max_characters)
+            record = read_record(row, stretch.layout, rules)
             report.note(row.notes, file=row.file, line=row.line)
             if isinstance(record, BadRow):
                 report.drop(record.kind, record.reason, file=row.file, line=row.line)
