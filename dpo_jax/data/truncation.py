@@ -85,25 +85,26 @@ def fitted(record: Record, coder: Codec, room: int) -> Fitted | BadRow:
     system = next((at for at, message in enumerate(messages) if message["role"] not in SYSTEM), len(messages))
     starts = [at for at in range(system, len(messages)) if at == system or messages[at]["role"] == "user"]
 
-    def rendered(chat: Messages) -> list[int] | BadRow:
-        (found,) = tokenize([replace(record, prompt=chat)], coder)
+    def rendered(chat: Messages, completions: tuple[Part, ...] = ()) -> list[int] | BadRow:
+        (found,) = tokenize([replace(record, prompt=[*messages[:system], *chat], completions=completions)], coder)
         return found if isinstance(found, BadRow) else found.prompt
 
     low, high = 1, len(starts) - 1  # the fewest turns to leave out so that the rest fits, at most all but the last
     while low < high:
         middle = (low + high) // 2
-        ids = rendered([*messages[:system], *messages[starts[middle] :]])
+        ids = rendered(messages[starts[middle] :])
         if isinstance(ids, BadRow):
             return ids
         low, high = (low, middle) if len(ids) <= room else (middle + 1, high)
     first = starts[min(low, len(starts) - 1)]
-    kept, ids = messages[first:], rendered([*messages[:system], *messages[first:]])
-    texts = [str(message.get("content", "")) for message in kept]
-    places = [(at, begin) for at, text in enumerate(texts) for begin in _token_starts(text, coder)]
-    cut = 0
+    kept = left = messages[first:]
+    places = [(at, begin) for at, one in enumerate(kept) for begin in _token_starts(one.get("content", ""), coder)]
+    ids, cut = rendered(kept), 0
     while not isinstance(ids, BadRow) and len(ids) > room and cut < len(places) - 1:
         cut = min(cut + len(ids) - room, len(places) - 1)
-        ids = rendered([*messages[:system], *_without(kept, *places[cut])])
+        left = _without(kept, *places[cut])
+        ids = rendered(left)
+    ids = ids if isinstance(ids, BadRow) else rendered(left, record.completions)
     return ids if isinstance(ids, BadRow) else Fitted(ids, first - system)
 
 
