@@ -556,9 +556,9 @@ def test_blocks_of_names_are_put_together_from_files_and_the_command_line(good):
     assert run.data.columns == {"prompt": "q", "chosen": "good"}
     assert run.data.chat_template_kwargs == {"a": {"b": [1, "x"], "c": 2}}
     assert config.load([good, "more.yaml", "data.columns=null"]).data.columns is None
-    assert config.load([good, "more.yaml", "data.columns=null", "data.columns.chosen=c"]).data.columns == {
-        "chosen": "c"
-    }
+    for name in ("chosen", "prompt"):
+        run = config.load([good, "more.yaml", "data.columns=null", f"data.columns.{name}=c"])
+        assert run.data.columns == {name: "c"}
 
 
 def test_faults_of_ours_keep_their_traceback(capsys):

@@ -49,6 +49,7 @@ def test_a_mapping_reads_the_files_columns_under_the_names_of_the_layout(tmp_pat
         ({"a": "x", "b": "y", "c": ""}, {"prompt": ("a", "b", "c")}, {"prompt": "x\ny"}),
         ({"a": "x", "b": None}, {"prompt": ("a", "b", "c")}, {"prompt": "x"}),
         ({"a": "x"}, {"weight": "w"}, {"a": "x"}),
+        ({"prompt": "x", "chosen": "y"}, {"prompt": "q"}, {"chosen": "y"}),  # what stands there is not what was named
     ],
 )
 def test_what_a_mapping_makes_of_a_row(row, columns, result):
@@ -226,4 +227,6 @@ def test_turns_of_sharegpt_are_read_in_every_column(tmp_path):
     mixed = [{"role": None, "from": "user", "value": "Hi?"}, assistant("Yo")]
     encoded, _ = read(tmp_path, {"messages": mixed})
     assert byte_tokenizer().decode(encoded.prompt(0)).count("Hi?") == 1
+    named = [{**message, "from": "the web"} for message in HI + YO]  # a role goes before it
+    assert read(tmp_path, {"messages": named})[0].num_pairs == 1
     assert "unknown role" in refused(tmp_path, {"chosen": [{"from": "bing", "value": "x"}], "rejected": [user("y")]})
