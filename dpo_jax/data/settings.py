@@ -21,7 +21,9 @@ def _plain(value: Any) -> Any:
 class DataSettings(Section):
     """Which preference pairs are read, and how they become tokens."""
 
-    train: str | tuple[str, ...] = Field(description="file, folder or hub data set (name or name:split) of preferences")
+    train: str | tuple[str, ...] = Field(
+        description="file, folder (folder:split if it has several) or hub data set (name or name:split) of preferences"
+    )
     eval: str | tuple[str, ...] | None = Field(
         default=None, description="held-out preferences, in any of the same forms"
     )
