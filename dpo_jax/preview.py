@@ -9,6 +9,7 @@ tokens stand in double brackets and what was cut between [cut: and ].
 import io
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,17 +48,19 @@ def main(argv: Sequence[str]) -> int:
     """Print the report, the lengths, and some pairs or completions of the training data and of the held-out data."""
     from dpo_jax.hf.tensors import SIDE_FILES
     from dpo_jax.hf.tokenizer import load_tokenizer
+    from dpo_jax.run import output
     from dpo_jax.run.sources import find
 
     pairs, rest = _pairs(argv)
     run = config.load(rest, "preview")
     tokenizer = load_tokenizer(find("model", run.model.path, run.model.revision, SIDE_FILES), run.data.template)
+    date = output.template_date(Path(run.output))
     console = console_for(sys.stdout)
     given = {"train": (run.data.train, run.data.first), "eval": (run.data.eval, None)}
     reports = []
     for name, (sources, first) in given.items():
         if sources:
-            encoded, report = collect(sources, tokenizer, run.data, run.data.cache, first=first)
+            encoded, report = collect(sources, tokenizer, run.data, run.data.cache, first=first, date=date)
             show(encoded, report, tokenizer, console, pairs=pairs, name=f"data.{name}")
             reports.append(report)
     for report in reports:

@@ -111,6 +111,7 @@ def _output(path: str | None) -> Iterator[TextIO | None]:
 
 def _asked(options: argparse.Namespace) -> "list[Asked] | None":
     """The prompts that are given, or None where a person at a terminal is to be asked for them."""
+    from dpo_jax.data.readers import is_named_as_rows
     from dpo_jax.evaluation.winrate import Asked, read_prompts
 
     if options.prompt is not None:
@@ -118,7 +119,7 @@ def _asked(options: argparse.Namespace) -> "list[Asked] | None":
     if options.prompts is None:
         return None if sys.stdin.isatty() else _lines(sys.stdin.buffer.read(), "input")
     path = Path(options.prompts).expanduser()
-    if path.suffix.lower() in (".jsonl", ".ndjson", ".json", ".parquet", ".arrow"):
+    if is_named_as_rows(path.name):
         return read_prompts(options.prompts)
     try:
         return _lines(path.read_bytes(), options.prompts)

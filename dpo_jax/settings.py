@@ -104,6 +104,7 @@ class GivenSettings:
     def put(self, node: yaml.Node, key: str, where: str, file: str | None = None) -> None:
         """Take over a value, or every value of a block; `file` numbers the lines of a block's keys."""
         if not isinstance(node, yaml.MappingNode):
+            self.values.pop(key, None)  # in the order in which they were given last
             self.values[key], self.where[key] = _plain(node), where
             return
         seen: dict[str, str] = {}
@@ -136,6 +137,29 @@ class GivenSettings:
             else:
                 self.unreadable.append(f"{self.origin}: holds no settings; the top level must be `section:` blocks")
 
+    def gather(self, block: str) -> None:
+        """Make one value of the values of a block: of `block.a`, `block.b` and so on. Null removes those before it."""
+        found: dict[str, Any] | None = None
+        mine = [key for key in self.values if key == block or key.startswith(f"{block}.")]
+        if mine in ([], [block]):
+            return
+        where = self.where[mine[-1]]
+        for key in mine:
+            value = self.values.pop(key)
+            if key == block:
+                if value is not None:
+                    self.problems.append(f"{self.where[key]}: {short(block)}: must be a block of names and values")
+                found = None
+                continue
+            found = {} if found is None else found
+            *outer, name = key.removeprefix(f"{block}.").split(".")
+            inside = found
+            for part in outer:
+                inside[part] = inside[part] if isinstance(inside.get(part), dict) else {}
+                inside = inside[part]
+            inside[name] = value
+        self.values[block], self.where[block] = found, where
+
     def override(self, key: str, text: str) -> None:
         """Take over `key=text` of the command line."""
         try:
@@ -159,12 +183,13 @@ def _kind(annotation: object, bounds: str = "") -> str:
     if typing.get_origin(annotation) is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if typing.get_origin(annotation) is tuple:
-        return f"a list of {_kind(arguments[0])}"
+        return f"a list of {'blocks of settings' if typing.get_origin(arguments[0]) is dict else _kind(arguments[0])}"
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return " or ".join(_kind(argument, bounds) for argument in arguments)
     if typing.get_origin(annotation) is dict:
-        return "blocks of settings"
+        return "a block of names and values"
     words: dict[object, str] = {
+        Any: "anything",
         str: "text",
         bool: "true or false",
         int: "a whole number",

@@ -16,6 +16,11 @@ FOREIGN = {
         ),
         ("truncation_mode", "data.truncation"),
         ("chat_template chat_template_path prompt_template", "data.template"),
+        (
+            "enable_thinking template_kwargs",
+            "arguments of the template are data.chat_template_kwargs={enable_thinking: false}",
+        ),
+        ("prompt_column chosen_column rejected_column field_mapping column_mapping", "data.columns"),
         ("template", "the model's own chat template is used; data.template takes a file with another"),
         ("val_set_size eval_split test_split_size", "held-out pairs are a file of their own: data.eval"),
         ("max_train_samples max_samples", "data.first"),

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import textwrap
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -66,7 +67,7 @@ class Run(Section):
         scores = objective is not None and objective.trains_reward_model
         if scores and isinstance(rows, Mapping) and rows.get("ending") is None:
             found["data"] = {**rows, "ending": "template"}
-        return found
+        return _without_left_overs(found)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Run":
@@ -156,11 +157,33 @@ IGNORED: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
     ),
 )
 
+# What null turns off by name, as on a command line after a file, takes along what nothing but it would use.
+LEFT_OVER = (
+    ("evaluation.max_new_tokens", ("evaluation.answers",)),
+    ("evaluation.every", ("data.eval", "evaluation.answers")),
+    ("reference.update_rate", ("reference.update_every",)),
+)
+
+
+def _without_left_overs(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a run without those of LEFT_OVER whose users are all off, one of them by name."""
+    found = dict(data)
+    for key, users in LEFT_OVER:
+        section, name = key.split(".")
+        blocks = [(found.get(user.split(".")[0]), user.split(".")[1]) for user in users]
+        values = [block.get(user, ...) for block, user in blocks if isinstance(block, Mapping)]
+        off = None in values and all(value in (None, ...) for value in values)
+        if off and isinstance(block := found.get(section), Mapping):
+            found[section] = {inner: value for inner, value in block.items() if inner != name}
+    return found
+
+
 # Every setting is in one of the next two: does another value lead to another model (beyond float reassociation)?
 CHANGES_MATHEMATICS = frozenset(
     """
     model.path model.revision model.compute_dtype data.train data.layout data.max_length data.truncation data.ending
     data.template data.control_tokens data.max_characters data.shuffle data.first batch.pairs reference.mode
+    data.columns data.as_chat data.chat_template_kwargs
     reference.path reference.revision reference.update_every reference.update_rate optimizer.learning_rate
     optimizer.schedule optimizer.warmup_steps optimizer.warmup_fraction optimizer.beta1 optimizer.beta2
     optimizer.epsilon optimizer.weight_decay optimizer.clip_norm steps epochs seed model.router_aux
@@ -187,6 +210,12 @@ def _walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Field
 
 
 FIELDS: dict[str, FieldInfo] = dict(_walk(Run))
+BLOCKS = [
+    key
+    for key, field in FIELDS.items()
+    if any(typing.get_origin(kind) is dict for kind in typing.get_args(field.annotation))
+]
+"""Settings that are blocks themselves, of names that are not settings."""
 SECTIONS = {key.split(".")[0] for key in FIELDS if "." in key}
 
 
@@ -200,7 +229,8 @@ def _is_blank(value: Any) -> bool:
 
 def _given(run: Run, key: str) -> bool:
     section, name = key.split(".")
-    return name in getattr(run, section).model_fields_set and _get(run, key) is not None
+    value = _get(run, key)
+    return name in getattr(run, section).model_fields_set and value is not None and value is not False
 
 
 def _shown(value: Any) -> str:
@@ -247,6 +277,8 @@ def _problem(source: GivenSettings, key: str, remedy: str) -> str:
 
 
 def _validated(source: GivenSettings) -> Run:
+    for block in BLOCKS:
+        source.gather(block)
     nested: dict[str, Any] = {section: {} for section in SECTIONS}
     if isinstance(mixture := source.values.get("objective"), tuple):
         source.values["objective.mixture"] = source.values.pop("objective")
@@ -381,7 +413,7 @@ def _completed(settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in settings.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and prefix + name not in FIELDS:
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

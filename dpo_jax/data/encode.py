@@ -1,7 +1,7 @@
 """Preference data as arrays of token ids: read, tokenise, truncate, and keep the result."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -9,15 +9,19 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data.encoded import Encoded, Entry
+from dpo_jax.data.arguments import check_arguments, dated
+from dpo_jax.data.encoded import Encoded, Entry, length_tables
 from dpo_jax.data.examples import ranks
 from dpo_jax.data.layouts import Pair, Record
-from dpo_jax.data.messages import BadRow, is_chat
-from dpo_jax.data.records import Stretch, read_record, stretches, tables
-from dpo_jax.data.report import Report, clean
+from dpo_jax.data.messages import BadRow, is_chat, shared_length
+from dpo_jax.data.readers import Row
+from dpo_jax.data.records import RowRules, Stretch, read_record, stretches
+from dpo_jax.data.report import NO_PROMPT, Report, clean
 from dpo_jax.data.settings import DataSettings
+from dpo_jax.data.sources import tables
 from dpo_jax.data.templates import Codec, Tokens, codec, template_digest, tokenize
 from dpo_jax.data.tokenizer import Tokenizer
+from dpo_jax.data.truncation import TRUNCATIONS, Cut, fitted, shortened
 from dpo_jax.data.workers import in_order, processes
 from dpo_jax.errors import UserError
 
@@ -25,56 +29,6 @@ CHUNK = 512
 """Rows that are tokenised in one call."""
 ALONE = 8
 """Calls before processes are started: what these take is about what it takes to start them."""
-
-# ------------------------------------------------------------------------------------------------ truncation
-
-
-class Cut(NamedTuple):
-    """What is kept of a prompt and its completions: one number per completion."""
-
-    skip: list[int]
-    """Tokens that the prompt's head loses; all of them where nothing is left of it."""
-    start: list[int]
-    """First scored token of the completion."""
-    length: list[int]
-    """Scored tokens."""
-
-
-def keep_completion(prompt: int, completions: Sequence[int], max_length: int) -> Cut | None:
-    """Keep the answers; the prompt loses its head, down to one token; then the answers lose their tails, all alike.
-
-    prompt 6, answers 3 and 5, max_length 8   ->   the last 3 of the prompt with all of both answers
-    prompt 6, answers 3 and 9, max_length 8   ->   the last token of the prompt, 3, and the first 7 of the 9
-    """
-    lengths = [min(length, max_length - 1) for length in completions]
-    keep = min(prompt, max_length - max(lengths))
-    return Cut([prompt - keep] * len(lengths), [0] * len(lengths), lengths)
-
-
-def keep_start(prompt: int, completions: Sequence[int], max_length: int) -> Cut | None:
-    """TRL's rule of that name: the first `max_length` tokens; None (the row is dropped) if the prompt fills them."""
-    if prompt >= max_length:
-        return None
-    lengths = [min(length, max_length - prompt) for length in completions]
-    return Cut([0] * len(lengths), [0] * len(lengths), lengths)
-
-
-def keep_end(prompt: int, completions: Sequence[int], max_length: int) -> Cut | None:
-    """TRL's rule of that name: the last `max_length` tokens of each sequence on its own.
-
-    Where they begin inside the completion, or with it, their first token has no source and is not scored.
-    """
-    over = [max(0, prompt + length - max_length) for length in completions]
-    start = [0 if cut < prompt else cut - prompt + 1 for cut in over]
-    lengths = [length - at for length, at in zip(completions, start, strict=True)]
-    return Cut([min(cut, prompt) for cut in over], start, lengths)
-
-
-TRUNCATIONS: dict[str, Callable[[int, Sequence[int], int], Cut | None]] = {
-    "keep_completion": keep_completion,
-    "keep_start": keep_start,
-    "keep_end": keep_end,
-}
 
 # ------------------------------------------------------------------------------------------------ units
 
@@ -88,12 +42,18 @@ class Unit:
     pairs: tuple[Pair, ...]
     file: str
     line: int
+    head: int = 0
+    """Tokens at the prompt's beginning (BOS) that keep_completion leaves there."""
+    gone: int = 0
+    """Tokens before the prompt that whole turns were and beginnings of turns: cut already, and kept for a preview."""
+    turns: int = 0
+    """How many messages they were, of those that went whole."""
 
     def with_pairs(self, pairs: Sequence[Pair]) -> "Unit":
         """The unit with these of its pairs, and the completions that they need."""
         used = sorted({index for pair in pairs for index in (pair.chosen, pair.rejected)})
         again = [pair._replace(chosen=used.index(pair.chosen), rejected=used.index(pair.rejected)) for pair in pairs]
-        return Unit(self.prompt, [self.completions[index] for index in used], tuple(again), self.file, self.line)
+        return replace(self, completions=[self.completions[index] for index in used], pairs=tuple(again))
 
 
 class EncodingRules(NamedTuple):
@@ -103,6 +63,7 @@ class EncodingRules(NamedTuple):
     truncation: Literal["keep_completion", "keep_start", "keep_end"]
     max_length: int
     max_characters: int
+    rows: RowRules = RowRules()
 
 
 class Sighting(NamedTuple):
@@ -127,37 +88,76 @@ class Part(NamedTuple):
 def encode_rows(rules: EncodingRules, stretch: Stretch) -> Part:
     """The rows of a stretch as token ids. A pure function, which may be called in any process."""
     report, builder, sightings = Report(), _Builder(stretch.rows[0].file), []
-    records = [read_record(row, stretch.layout, rules.max_characters) for row in stretch.rows]
+    records = [_read(row, stretch.layout, rules) for row in stretch.rows]
     tokens = iter(tokenize([record for record in records if isinstance(record, Record)], rules.coder))
     for row, record in zip(stretch.rows, records, strict=True):
         where = {"file": row.file, "line": row.line}
         report.note(row.notes, **where)
-        made = record if isinstance(record, BadRow) else _unit(record, next(tokens), report)
+        made = record if isinstance(record, BadRow) else _unit(record, next(tokens), rules, report)
         if isinstance(made, BadRow):
             report.drop(made.kind, made.reason, **where)
             continue
         sightings += _sightings(made)
-        if kept := truncated(made, rules, report):
+        made = _fitted(made, record, rules)
+        if isinstance(made, BadRow):
+            report.drop(made.kind, made.reason, **where)
+        elif kept := truncated(made, rules, report):
             builder.add(*kept)
-            report.kept += 1
-            report.templated += isinstance(record, Record) and is_chat(record.completions[0])
-            singles = [pair for pair in kept[0].pairs if pair.single]
-            report.pairs += len(kept[0].pairs) - len(singles)
-            report.singles += len(singles)
-            report.undesirable += sum(pair.label == 0 for pair in singles)
+            _count(kept[0], record, report)
     return Part(stretch.rows[0].file, builder.build(), report, sightings)
 
 
-def _unit(record: Record, tokens: Tokens | BadRow, report: Report) -> Unit | BadRow:
+def _read(row: Row, layout: str | None, rules: EncodingRules) -> Record | BadRow:
+    record = read_record(row, layout, rules.rows)
+    return record if isinstance(record, BadRow) else shortened(record, rules.max_characters, rules.truncation)
+
+
+def _count(unit: Unit, record: Record | BadRow, report: Report) -> None:
+    """Count a row that is kept."""
+    report.kept += 1
+    report.templated += isinstance(record, Record) and is_chat(record.completions[0])
+    report.texts += isinstance(record, Record) and isinstance(record.completions[0], str)
+    singles = [pair for pair in unit.pairs if pair.single]
+    report.pairs += len(unit.pairs) - len(singles)
+    report.singles += len(singles)
+    report.undesirable += sum(pair.label == 0 for pair in singles)
+
+
+def _unit(record: Record, tokens: Tokens | BadRow, rules: EncodingRules, report: Report) -> Unit | BadRow:
     """A record as token ids; bad if they cannot be had, or if all of its completions are the same ids."""
     if isinstance(tokens, BadRow):
         return tokens
-    unit = Unit(tokens.prompt, tokens.completions, record.pairs, record.file, record.line)
+    bos, before = rules.coder.bos, rules.coder.before
+    head = len(before) if tuple(tokens.prompt[: len(before)]) == before else 0
+    head = head or int(bos is not None and tokens.prompt[:1] == [bos])
+    unit = Unit(tokens.prompt, tokens.completions, record.pairs, record.file, record.line, head)
     pairs = _different(unit, [(0, len(ids)) for ids in unit.completions])
     if not pairs:
         return BadRow("identical completions", "chosen and rejected are the same token ids")
-    report.note(tokens.notes + _left_out(unit, pairs), file=record.file, line=record.line)
+    empty = isinstance(record.prompt, str) and not record.prompt.strip()
+    notes = tokens.notes + _left_out(unit, pairs) + (((NO_PROMPT, "the prompt is empty"),) if empty else ())
+    report.note(notes, file=record.file, line=record.line)
     return unit if len(pairs) == len(unit.pairs) else unit.with_pairs(pairs)
+
+
+def _fitted(unit: Unit, record: Record | BadRow, rules: EncodingRules) -> Unit | BadRow:
+    """The unit of a conversation whose prompt is made to fit by keep_completion; others are as they were."""
+    longest = max(map(len, unit.completions))
+    if rules.truncation != "keep_completion" or len(unit.prompt) + longest <= rules.max_length:
+        return unit
+    if isinstance(record, BadRow) or not is_chat(record.prompt):
+        return unit
+    found = fitted(record, rules.coder, rules.max_length - min(longest, rules.max_length - 1))
+    if isinstance(found, BadRow):
+        return BadRow("overlong prompt", f"the template does not take it without its oldest turns: {found.reason}")
+    if len(found.prompt) >= rules.max_length:
+        what = f"{len(found.prompt)} tokens without the turns that could go, data.max_length {rules.max_length}"
+        return BadRow("overlong prompt", what)
+    start = shared_length(unit.prompt, found.prompt)
+    end = min(shared_length(unit.prompt[::-1], found.prompt[::-1]), len(found.prompt) - start)
+    gone = unit.prompt[start : len(unit.prompt) - end]
+    stays = len(found.prompt) - 1  # then keep_completion takes nothing more of it
+    return replace(unit, prompt=gone + found.prompt, head=stays, gone=len(gone), turns=found.messages)
 
 
 def _different(unit: Unit, spans: Sequence[tuple[int, int]]) -> list[Pair]:
@@ -174,10 +174,10 @@ def _left_out(unit: Unit, pairs: Sequence[Pair]) -> tuple[tuple[str, str], ...]:
 def truncated(unit: Unit, rules: EncodingRules, report: Report) -> tuple[Unit, Cut] | None:
     """The unit and what is kept of it, or None when nothing is left to learn from; both are counted."""
     where = {"file": unit.file, "line": unit.line}
-    lengths = [len(ids) for ids in unit.completions]
-    cut = TRUNCATIONS[rules.truncation](len(unit.prompt), lengths, rules.max_length)
+    lengths, prompt = [len(ids) for ids in unit.completions], len(unit.prompt) - unit.gone
+    cut = TRUNCATIONS[rules.truncation](prompt, lengths, rules.max_length, unit.head)
     if cut is None:
-        report.drop("overlong prompt", f"{len(unit.prompt)} tokens, data.max_length {rules.max_length}", **where)
+        report.drop("overlong prompt", f"{prompt} tokens, data.max_length {rules.max_length}", **where)
         return None
     pairs = _different(unit, list(zip(cut.start, cut.length, strict=True)))
     if len(pairs) < len(unit.pairs) and rules.truncation != "keep_completion":
@@ -188,12 +188,24 @@ def truncated(unit: Unit, rules: EncodingRules, report: Report) -> tuple[Unit, C
     elif len(pairs) < len(unit.pairs):
         report.note(_left_out(unit, pairs), **where)
         return truncated(unit.with_pairs(pairs), rules, report)
+    if rules.truncation == "keep_completion":
+        unit = _head_kept(unit, cut.skip[0])
+    cut = cut._replace(skip=[skip + unit.gone for skip in cut.skip])
     if any(cut.skip):
-        report.add("prompt truncated", f"{max(cut.skip)} of {len(unit.prompt)} tokens cut from its head", **where)
+        turns = f", {unit.turns} whole messages among them" if unit.turns else ""
+        report.add("prompt truncated", f"{max(cut.skip)} of {len(unit.prompt)} tokens cut{turns}", **where)
     if cut.length != lengths:
         most = max(whole - kept for whole, kept in zip(lengths, cut.length, strict=True))
         report.add("completion truncated", f"{most} tokens cut", **where)
     return unit, cut
+
+
+def _head_kept(unit: Unit, skip: int) -> Unit:
+    """The unit with the head of its prompt behind the tokens that it loses, so that what is read is one piece."""
+    head, ids = unit.head, unit.prompt[unit.gone :]
+    if not skip or skip + head >= len(ids):
+        return unit
+    return replace(unit, prompt=[*unit.prompt[: unit.gone], *ids[head : head + skip], *ids[:head], *ids[head + skip :]])
 
 
 class _Builder:
@@ -285,7 +297,7 @@ def _build(pieces: Iterable[Stretch], rules: EncodingRules, report: Report, work
             seen.compare(part, report)
             parts.append(part.encoded)
     encoded = _joined(parts)
-    report.lengths = _lengths(encoded) if encoded.num_pairs else {}
+    report.lengths = length_tables(encoded) if encoded.num_pairs else {}
     return encoded
 
 
@@ -331,26 +343,6 @@ def _digest(ids: list[int]) -> bytes:
     return hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=16).digest()
 
 
-def _lengths(encoded: Encoded) -> dict[str, dict[str, float]]:
-    sequences = encoded.sequence_lengths()
-    prompts = (sequences - encoded.completion_length)[encoded.chosen]
-    lengths, single = encoded.completion_length, encoded.single
-    parts = {
-        "prompt": prompts,
-        "chosen": lengths[encoded.chosen[~single]],
-        "rejected": lengths[encoded.rejected[~single]],
-        "completion": lengths[encoded.chosen[single]],
-        "prompt + completion": sequences,
-    }
-    return {name: _summary(values) for name, values in parts.items() if len(values)}
-
-
-def _summary(values: np.ndarray) -> dict[str, float]:
-    names = {"min": 0, "median": 50, "p90": 90, "p99": 99, "max": 100}
-    table = {name: float(np.percentile(values, share)) for name, share in names.items()}
-    return {**table, "mean": float(values.mean())}
-
-
 # ------------------------------------------------------------------------------------------------ whole
 
 
@@ -361,6 +353,7 @@ def encode(
     cache: str | Path | None = None,
     *,
     first: int | None = None,
+    date: str | None = None,
 ) -> tuple[Encoded, Report]:
     """Rows of all sources as token ids, and the report of what became of their rows, when it can be accepted.
 
@@ -369,7 +362,7 @@ def encode(
     Raises:
       UserError: more than data.max_bad_fraction of the rows are bad, none is left, or what `collect` raises.
     """
-    encoded, report = collect(sources, tokenizer, settings, cache, first=first)
+    encoded, report = collect(sources, tokenizer, settings, cache, first=first, date=date)
     report.check(settings.max_bad_fraction)
     return encoded, report
 
@@ -381,34 +374,41 @@ def collect(
     cache: str | Path | None = None,
     *,
     first: int | None = None,
+    date: str | None = None,
 ) -> tuple[Encoded, Report]:
     """Rows of all sources as token ids, and the report, however bad it is.
 
     Args:
-      sources: files, folders or data sets (see records.py).
+      sources: files, folders or data sets (see sources.py).
       tokenizer: of transformers.
       settings: layout, lengths, template and limits. Its own `train`, `eval`, `first` and `cache` are not read.
       cache: folder that keeps the result by content; None keeps nothing.
       first: read no more rows than this.
+      date: the day that a template writes which writes one (YYYY-MM-DD); None is today.
 
     Raises:
       UserError: a source, the template or the cache cannot be used.
     """
     template = _template(settings.template)
+    arguments, digest = settings.chat_template_kwargs or {}, template_digest(tokenizer, template)
+    check_arguments(arguments, tokenizer, template)
+    tokenizer, template, date = dated(tokenizer, template, date)
     opened = tables(sources)
     entry = Entry.of(cache, opened, tokenizer, settings, template, first) if cache is not None else None
     if entry and (found := entry.read()):
         return found
-    report = Report(template=template_digest(tokenizer, template))
+    report = Report(template=digest, arguments=arguments, date=date)
     coder = codec(
         tokenizer,
         template=template,
         control_tokens=settings.control_tokens,
         ending=settings.ending or ("terminator" if settings.truncation == "keep_completion" else "template"),
+        arguments=arguments,
     )
     limit = settings.max_characters or 64 * settings.max_length
-    rules = EncodingRules(coder, settings.truncation, settings.max_length, limit)
-    pieces = stretches(opened, layout=settings.layout, first=first, report=report, size=CHUNK)
+    rows = RowRules(settings.layout, settings.columns or {}, settings.as_chat)
+    rules = EncodingRules(coder, settings.truncation, settings.max_length, limit, rows)
+    pieces = stretches(opened, rules=rows, first=first, report=report, size=CHUNK)
     encoded = _build(pieces, rules, report, processes(settings.workers))
     if entry:
         report.cache = entry.write(encoded, report)

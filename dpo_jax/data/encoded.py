@@ -3,7 +3,6 @@
 Letters: N tokens, U units (a prompt with its completions), C completions, P pairs (or single completions).
 """
 
-import datetime
 import functools
 import hashlib
 import importlib.metadata
@@ -19,15 +18,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
-from dpo_jax.data.records import SourceTable
 from dpo_jax.data.report import Report, clean
 from dpo_jax.data.settings import DataSettings
+from dpo_jax.data.sources import SourceTable
 from dpo_jax.data.templates import template_source
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.errors import UserError, redacted
 from dpo_jax.files import write_whole
 
-VERSION = 4
+VERSION = 5
 """Part of the cache's key. Raise it with every change of this package that changes token ids or the report."""
 
 
@@ -37,7 +36,7 @@ class Encoded:
 
     A unit is one prompt with its completions and the pairs among them; completions of a unit, and pairs, are in unit
     order. `tokens` holds every prompt and completion whole; what truncation cuts is there but not referred to, so that
-    a preview can show it.
+    a preview can show it: before a prompt, also what was cut out of its middle, behind BOS and the system turn.
 
     Completion c is read after `prompt_span(c)`: its unit's prompt without the first `completion_skip[c]` tokens. The
     skip is the same for all completions of a unit, except where data.truncation is keep_end. There it may reach
@@ -179,6 +178,27 @@ def head(encoded: Encoded, pairs: int) -> Encoded:
     return replace(encoded, **{name: getattr(encoded, name)[: of[axis]] for name, axis in axes.items() if axis in of})
 
 
+def length_tables(encoded: Encoded) -> dict[str, dict[str, float]]:
+    """Tokens of prompts, completions and whole sequences: min, median, p90, p99, max, mean."""
+    sequences = encoded.sequence_lengths()
+    prompts = (sequences - encoded.completion_length)[encoded.chosen]
+    lengths, single = encoded.completion_length, encoded.single
+    parts = {
+        "prompt": prompts,
+        "chosen": lengths[encoded.chosen[~single]],
+        "rejected": lengths[encoded.rejected[~single]],
+        "completion": lengths[encoded.chosen[single]],
+        "prompt + completion": sequences,
+    }
+    return {name: _summary(values) for name, values in parts.items() if len(values)}
+
+
+def _summary(values: np.ndarray) -> dict[str, float]:
+    names = {"min": 0, "median": 50, "p90": 90, "p99": 99, "max": 100}
+    table = {name: float(np.percentile(values, share)) for name, share in names.items()}
+    return {**table, "mean": float(values.mean())}
+
+
 # ------------------------------------------------------------------------------------------------ cache
 
 
@@ -205,7 +225,7 @@ class Entry:
             "packages": {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")},
             "sources": [(table.name, table.digest()) for table in sources],
             "tokenizer": _tokenizer_parts(tokenizer),
-            "template": _template_parts(tokenizer, template),
+            "template": template_source(tokenizer, template) or "",
             "settings": {name: getattr(settings, name) for name in SETTINGS},
             "first": first,
         }
@@ -248,7 +268,8 @@ class Entry:
         return f"made again, the one kept in {self.arrays} was damaged" if damaged else f"made, kept in {self.arrays}"
 
 
-SETTINGS = ("layout", "max_length", "truncation", "ending", "control_tokens", "max_characters")
+SETTINGS = ("layout", "columns", "as_chat", "max_length", "truncation", "ending", "chat_template_kwargs")
+SETTINGS += ("control_tokens", "max_characters")
 """Settings that change the result. The template counts by content, sources by name and content; max_bad_fraction only
 decides whether a result is accepted."""
 
@@ -260,9 +281,3 @@ def _tokenizer_parts(tokenizer: Tokenizer) -> dict[str, Any]:
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     control = sorted(map(str, getattr(tokenizer, "chat_control_tokens", None) or ()))
     return {"class": type(tokenizer).__name__, "backend": table, "special": special, "control": control}
-
-
-def _template_parts(tokenizer: Tokenizer, template: str | None) -> list[str]:
-    source = template_source(tokenizer, template) or ""
-    # Llama 3's template writes the day it is used on.
-    return [source, datetime.date.today().isoformat() if "strftime_now" in source else ""]

@@ -3,7 +3,7 @@
     layout     columns                                         what they hold
     pair       prompt, chosen, rejected                        texts; messages; or a text and full conversations
     implicit   chosen, rejected                                two texts or two conversations that begin alike
-    sharegpt   conversations, chosen, rejected                 {"from", "value"} turns
+    sharegpt   conversations, chosen, rejected                 turns of {"from", "value"}, as every layout takes them
     openai     input, preferred_output, non_preferred_output   OpenAI's preference format
     tokenized  prompt_ids, chosen_ids, rejected_ids            token ids, used as they are
     ranked     prompt, completions (or responses),             several answers, each with a rank (1 is best) or a
@@ -33,8 +33,8 @@ from dpo_jax.data.answers import (
     split_conversations,
     split_texts,
 )
+from dpo_jax.data.dialogues import in_turns
 from dpo_jax.data.messages import (
-    SHAREGPT_ROLES,
     BadRow,
     Messages,
     Part,
@@ -157,11 +157,11 @@ def _not_equal(chosen: object, rejected: object) -> None:
 
 
 def _read_sharegpt(row: Mapping[str, Any]) -> Answers:
-    prompt = messages_of(need(row, "conversations"), "conversations", SHAREGPT_ROLES)
+    prompt = messages_of(need(row, "conversations"), "conversations")
     found = []
     for name in ("chosen", "rejected"):
         value = need(row, name)
-        turns = value if isinstance(value, str) else messages_of(value, name, SHAREGPT_ROLES)
+        turns = value if isinstance(value, str) else messages_of(value, name)
         found.append(answer_to(turns, prompt, name))
     return Answers(prompt, tuple(answer for answer, _ in found), notes=sum((notes for _, notes in found), ()))
 
@@ -247,17 +247,16 @@ LAYOUTS = {
 """All layouts, in the order in which a row is tried against them."""
 
 
-def detect(row: Mapping[str, Any]) -> RowLayout:
+def detected(row: Mapping[str, Any]) -> RowLayout | None:
     """The layout whose columns the row has; the first one, as those of `implicit` are some of `pair`'s."""
-    for layout in LAYOUTS.values():
-        if layout.fits(row):
-            return layout
-    known = "; ".join(f"{name}: {_columns(layout)}" for name, layout in LAYOUTS.items())
-    raise BadRow("missing column", f"columns {', '.join(sorted(map(str, row)))} fit no layout ({known})")
+    return next((layout for layout in LAYOUTS.values() if layout.fits(row)), None)
 
 
-def _columns(layout: RowLayout) -> str:
-    return ", ".join(" or ".join(names) for names in layout.columns)
+def detect(row: Mapping[str, Any]) -> RowLayout:
+    """The same; a row that has none is bad."""
+    if layout := detected(row):
+        return layout
+    raise BadRow("missing column", f"columns {', '.join(sorted(map(str, row)))} fit no layout")
 
 
 def unused_columns(row: Mapping[str, Any], layout: RowLayout) -> list[str]:
@@ -266,13 +265,14 @@ def unused_columns(row: Mapping[str, Any], layout: RowLayout) -> list[str]:
     return sorted(str(name) for name in row if name not in used)
 
 
-def to_record(row: Mapping[str, Any], layout: RowLayout, *, file: str, line: int) -> Record:
-    """The row in normal form.
+def to_record(row: Mapping[str, Any], layout: RowLayout, *, file: str, line: int, as_chat: bool = False) -> Record:
+    """The row in normal form; with `as_chat`, texts are made into turns.
 
     Raises:
       BadRow: with the class and the reason.
     """
     answers = layout.read(row)
+    answers = in_turns(answers, splits=layout.name == "implicit") if as_chat else answers
     if not answers.prompt and is_chat(answers.completions[0]):
         raise BadRow("empty prompt", "there is no message before the answers")
     tools = _tools(row, layout)

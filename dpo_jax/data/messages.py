@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant", "tool": "tool", "observation": "tool"}
+SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+SHAREGPT_ROLES |= {"tool": "tool", "observation": "tool"}
 
 Messages = list[dict[str, Any]]
 Part = str | Messages | list[int]
@@ -25,10 +26,10 @@ class BadRow(Exception):
         return BadRow, (self.kind, self.reason)
 
 
-def messages_of(value: object, name: str, roles: Mapping[str, str] | None = None) -> Messages:
+def messages_of(value: object, name: str) -> Messages:
     """A checked conversation: known roles, text contents. A single message stands for a list of one.
 
-    With `roles` (ShareGPT) a message may also be {"from": ..., "value": ...}.
+    A message may also be {"from": ..., "value": ...}, as in ShareGPT.
     """
     if isinstance(value, Mapping):
         value = [value]
@@ -36,16 +37,16 @@ def messages_of(value: object, name: str, roles: Mapping[str, str] | None = None
         raise BadRow("wrong type", f"{name} is {type_name(value)}, not a list of messages")
     if not value:
         raise BadRow("empty conversation", f"{name} has no messages")
-    return [_message(item, f"{name}[{index}]", roles or {}) for index, item in enumerate(value)]
+    return [_message(item, f"{name}[{index}]") for index, item in enumerate(value)]
 
 
-def _message(item: object, name: str, sharegpt: Mapping[str, str]) -> dict[str, Any]:
+def _message(item: object, name: str) -> dict[str, Any]:
     if not isinstance(item, Mapping):
         raise BadRow("wrong type", f"{name} is {type_name(item)}, not a message")
     fields = {key: value for key, value in item.items() if value is not None}
-    if sharegpt and "from" in item:
+    if "from" in fields and "role" not in fields:
         role, content = item["from"], item.get("value")
-        known: Mapping[str, str] = sharegpt
+        known: Mapping[str, str] = SHAREGPT_ROLES
         fields = {}
     else:
         role, content = item.get("role"), item.get("content")

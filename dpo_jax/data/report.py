@@ -10,7 +10,7 @@ EXAMPLES = 5
 """Rows that are named for each class; all are counted."""
 
 BAD, TOO_LONG, NOTED = "bad", "too long", "noted"
-WEIGHTLESS, REVERSED = "weight of 0", "reversed pair"
+WEIGHTLESS, REVERSED, NO_PROMPT = "weight of 0", "reversed pair", "no prompt"
 WHOLLY = {
     WEIGHTLESS: "nothing would be learned; correct the column weight, or remove it",
     REVERSED: "the answers in rejected would be learned; remove the column label, or swap chosen and rejected",
@@ -41,7 +41,7 @@ KINDS = {
     "label out of range": BAD,
     "lone surrogate": BAD,
     "NUL character": BAD,
-    "too many characters": BAD,
+    "prompt not read": BAD,
     "template error": BAD,
     "reserved template argument": BAD,
     "token id out of range": BAD,
@@ -59,6 +59,7 @@ KINDS = {
     "completion of several turns": NOTED,
     "prompt tokens not a prefix": NOTED,
     "no end of turn": NOTED,
+    "too many characters": NOTED,
     "prompt truncated": NOTED,
     "completion truncated": NOTED,
     "identical after truncation, kept": NOTED,
@@ -68,6 +69,7 @@ KINDS = {
     "conflicting completion": NOTED,
     WEIGHTLESS: NOTED,
     REVERSED: NOTED,
+    NO_PROMPT: NOTED,
 }
 """Every class of row and what becomes of such a row."""
 
@@ -86,12 +88,15 @@ class Report:
     Attributes:
       pairs: pairs of completions in the rows that are kept.
       singles: rows that are kept and have one completion; `undesirable` of them are so.
-      files: by file: its layout, its rows, the columns that nothing reads.
+      files: by file: its layout and whether it was detected, its rows, the columns that nothing reads.
       counts: rows (or pairs, for classes that speak of pairs) by class.
       examples: `file:line: reason` of the first rows of each class.
       lengths: tokens of prompts, chosen, rejected, single completions and whole sequences: min, median, p90, p99, max,
         mean.
-      template: digest of the model's chat template; `templated` of the rows that are kept went through it.
+      template: digest of the model's chat template; `templated` of the rows that are kept went through it, `texts` are
+        plain texts, and the rest token ids.
+      arguments: of the template, for all rows.
+      date: the day that the template writes (YYYY-MM-DD), if it may write one.
       cache: what the cache had to do with it.
     """
 
@@ -103,11 +108,14 @@ class Report:
     singles: int = 0
     undesirable: int = 0
     templated: int = 0
+    texts: int = 0
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     lengths: dict[str, dict[str, float]] = field(default_factory=dict)
     template: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    date: str = ""
     cache: str = ""
 
     def add(self, kind: str, reason: str, *, file: str, line: int) -> None:
@@ -134,7 +142,7 @@ class Report:
 
     def merge(self, part: "Report") -> None:
         """Take over what was counted of further rows, which come after those that were counted here."""
-        for name in ("rows", "kept", "bad", "too_long", "pairs", "singles", "undesirable", "templated"):
+        for name in ("rows", "kept", "bad", "too_long", "pairs", "singles", "undesirable", "templated", "texts"):
             setattr(self, name, getattr(self, name) + getattr(part, name))
         for kind, count in part.counts.items():
             self.counts[kind] = self.counts.get(kind, 0) + count
@@ -164,19 +172,26 @@ class Report:
                 lines += [f"  {example}" for example in self.examples.get(kind, [])]
         for name, table in self.lengths.items():
             lines.append(f"tokens of {name}: " + ", ".join(f"{key} {value:,.0f}" for key, value in table.items()))
-        lines += [f"chat template: {self._use_of_template()}"] if self.template else []
+        lines += self._about_template() if self.template else []
         return lines + ([f"cache: {self.cache}"] if self.cache else [])
 
-    def _use_of_template(self) -> str:
-        """Which rows go through the model's chat template: messages do, and texts and token ids do not."""
-        digest = f"sha256 {self.template[:12]}"
-        if self.templated == self.kept:
-            return digest
-        if self.templated:
-            return (
-                f"{digest}, for {self.templated:,} of {self.kept:,} rows; the others are no messages and go without it"
+    def _about_template(self) -> list[str]:
+        """Which rows go through the model's chat template, with what; those that are texts or token ids do not."""
+        of = f"{self.templated:,} of {self.kept:,} rows" if self.templated else "no row"
+        lines = [
+            f"chat template: sha256 {self.template[:12]}, used for {'all rows' if self.templated == self.kept else of}"
+        ]
+        if self.templated and self.arguments:
+            given = clean(", ".join(f"{name}={value!r}" for name, value in self.arguments.items()))
+            lines.append(f"chat template arguments: {given}; give the same wherever the model is asked")
+        if self.templated and self.date:
+            lines.append(f"chat template date: where it writes the day, it writes {self.date}")
+        if self.texts:
+            lines.append(
+                f"warning: {self.texts:,} of {self.kept:,} rows are texts without the turns that this model knows; "
+                "data.as_chat=true makes turns of them"
             )
-        return f"not used; the rows are no messages, so the model does not see the turns of its own ({digest})"
+        return lines
 
     def _contents(self) -> str:
         """What the rows that are kept hold."""
@@ -193,6 +208,7 @@ class Report:
         Raises:
           UserError: one line with the largest classes and a row of each.
         """
+        self._check_prompts()
         if self.rows and self.bad / self.rows > max_bad_fraction:
             raise UserError(
                 f"{self.bad:,} of {self.rows:,} rows are bad ({self.bad / self.rows:.2%}, data.max_bad_fraction is "
@@ -207,6 +223,16 @@ class Report:
         for kind, consequence in WHOLLY.items():
             if self.counts.get(kind, 0) >= self.rows - self.bad > 0:
                 raise UserError(f"all rows, as {self.examples[kind][0]}: {consequence}")
+
+    def _check_prompts(self) -> None:
+        """Refuse data of a detected layout most of whose prompts are empty: the prompts must stand somewhere else."""
+        empty = [kind for kind in (NO_PROMPT, "empty prompt") if self.counts.get(kind)]
+        count = sum(self.counts[kind] for kind in empty)
+        if 2 * count > self.rows and any(about.get("detected") for about in self.files.values()):
+            raise UserError(
+                f"{count:,} of {self.rows:,} prompts are empty (first: {self.examples[empty[0]][0]}); name the "
+                "prompt's column with data.columns={prompt: COLUMN}, or, if they are to be so, set data.layout"
+            )
 
     def _largest(self, *effects: str) -> str:
         kinds = [kind for effect in effects for kind in self._of(effect)]

@@ -1,29 +1,50 @@
 """Settings of the data and of the batches made from it."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
+from dpo_jax.data.columns import problems_of
 from dpo_jax.settings import Section
 
 LAYOUTS = ("pair", "implicit", "sharegpt", "openai", "tokenized", "ranked", "unpaired", "completion", "messages")
 """Names of the row layouts, as `data.layout` takes them (see records.py)."""
 
 
+def _plain(value: Any) -> Any:
+    """A value of a block as JSON has it: the lists that YAML is read as are tuples."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 class DataSettings(Section):
     """Which preference pairs are read, and how they become tokens."""
 
-    train: str | tuple[str, ...] = Field(description="file, folder or hub data set (name or name:split) of preferences")
+    train: str | tuple[str, ...] = Field(
+        description="file, folder (folder:split if it has several) or hub data set (name or name:split) of preferences"
+    )
     eval: str | tuple[str, ...] | None = Field(
         default=None, description="held-out preferences, in any of the same forms"
     )
     layout: Literal[
         "auto", "pair", "implicit", "sharegpt", "openai", "tokenized", "ranked", "unpaired", "completion", "messages"
     ] = Field(default="auto", description="layout of the rows; auto detects it for each file and reports it")
+    columns: dict[str, str | tuple[str, ...]] | None = Field(
+        default=None,
+        description="columns of the files that go by other names, as {prompt: question, chosen: good, rejected: bad}; "
+        "texts of several columns, as in {prompt: [instruction, input]}, are joined by a line break",
+    )
+    as_chat: bool = Field(
+        default=False,
+        description="make turns for the model's chat template of text rows: of dialogues of Human: and Assistant:, "
+        "and of a plain prompt and its answers",
+    )
     max_length: int = Field(default=1024, gt=1, description="most tokens of a prompt and one completion together")
     truncation: Literal["keep_completion", "keep_start", "keep_end"] = Field(
         default="keep_completion",
-        description="what a too long pair loses: the prompt's head (keep_completion), or TRL's keep_start and keep_end",
+        description="what a too long pair loses: the oldest of the prompt, but for BOS and the system turn "
+        "(keep_completion), or TRL's keep_start and keep_end",
     )
     ending: Literal["terminator", "template"] | None = Field(
         default=None,
@@ -34,6 +55,10 @@ class DataSettings(Section):
     template: str | None = Field(
         default=None, description="chat template file (Jinja) to use instead of the tokenizer's own"
     )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None,
+        description="arguments for the chat template, as {enable_thinking: false}; a row's own go before them",
+    )
     control_tokens: Literal["text", "tokens"] = Field(
         default="text", description="what control tokens inside row text become: plain text, or real control tokens"
     )
@@ -41,7 +66,10 @@ class DataSettings(Section):
         default=0.01, ge=0, le=1, description="stop if more than this share of rows is unusable"
     )
     max_characters: int | None = Field(
-        default=None, gt=0, description="longest text of a row before it is tokenised (default 64 x max_length)"
+        default=None,
+        gt=0,
+        description="most characters of a prompt, and of a completion, that are tokenised; the rest of a longer one is "
+        "cut by data.truncation before that (default 64 x max_length)",
     )
     shuffle: bool = Field(
         default=True, description="a new order in each epoch, from the seed; false keeps the file's order"
@@ -54,6 +82,17 @@ class DataSettings(Section):
         "1 tokenise in the run's own process",
     )
     cache: str | None = Field(default=None, description="folder for tokenised data and reference log-probabilities")
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _as_json(cls, value: Any) -> Any:
+        return _plain(value)
+
+    @model_validator(mode="after")
+    def _columns_are_known(self) -> "DataSettings":
+        if problems := problems_of(self.columns or {}):
+            raise ValueError("\n".join(f"data.columns: {problem}" for problem in problems))
+        return self
 
 
 class BatchSettings(Section):

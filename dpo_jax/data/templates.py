@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from dpo_jax.data.layouts import Record
 from dpo_jax.data.messages import BadRow, Messages, Part, is_chat, shared_length, texts_of
@@ -57,6 +57,7 @@ class Codec:
       bos: id of the BOS token, or None.
       size: how many ids there are.
       reserved: names that a row's template arguments may not have.
+      arguments: of the template, for every row; a row's own go before them.
     """
 
     tokenizer: Tokenizer
@@ -72,10 +73,16 @@ class Codec:
     bos: int | None
     size: int
     reserved: frozenset[str]
+    arguments: Mapping[str, Any]
 
 
 def codec(
-    tokenizer: Tokenizer, *, template: str | None, control_tokens: Literal["text", "tokens"], ending: Ending
+    tokenizer: Tokenizer,
+    *,
+    template: str | None,
+    control_tokens: Literal["text", "tokens"],
+    ending: Ending,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Codec:
     """Find out how a tokenizer and its template begin a text and end a turn."""
     if control_tokens == "text" and "sanitize_control_tokens" not in _arguments(tokenizer):
@@ -91,13 +98,19 @@ def codec(
         ending=ending,
         control=_control_pattern(tokenizer, source or ""),
         before=_before(tokenizer),
-        turn=_turn(tokenizer, template, special) if source else Turn(),
+        turn=_turn(tokenizer, template, special, arguments or {}) if source else Turn(),
         special=special,
         eos=_eos(tokenizer),
         bos=tokenizer.bos_token_id,
         size=len(tokenizer),
-        reserved=frozenset({*_arguments(tokenizer), *tokenizer.special_tokens_map, "messages"}),
+        reserved=reserved_arguments(tokenizer),
+        arguments=arguments or {},
     )
+
+
+def reserved_arguments(tokenizer: Tokenizer) -> frozenset[str]:
+    """Names that belong to the call of a template, and are not for rows or runs to set."""
+    return frozenset({*_arguments(tokenizer), *tokenizer.special_tokens_map, "messages"})
 
 
 def _eos(tokenizer: Tokenizer) -> tuple[str, int] | None:
@@ -154,11 +167,11 @@ def _before(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(whole[: starts[0]])
 
 
-def _turn(tokenizer: Tokenizer, template: str | None, special: frozenset[int]) -> Turn:
+def _turn(tokenizer: Tokenizer, template: str | None, special: frozenset[int], arguments: Mapping[str, Any]) -> Turn:
     """Render a probe and look at what the template writes after the assistant's words."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
     try:
-        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **arguments)
     except Exception:  # a template may raise anything; rows that need it will say so, with file and line
         return Turn()
     (ids,) = _ids(tokenizer, [text], add_special_tokens=False)
@@ -292,7 +305,7 @@ def _rendered(record: Record, chat: Messages, codec: Codec, *, asking: bool, san
             chat_template=codec.template,
             add_generation_prompt=asking,
             **how,
-            **record.chat_template_kwargs,
+            **{**codec.arguments, **record.chat_template_kwargs},
         )
     except Exception as error:  # templates raise what they like: Jinja's errors, their own, TypeError, KeyError
         raise BadRow("template error", f"{type(error).__name__}: {error}") from error

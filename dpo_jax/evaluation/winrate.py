@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from dpo_jax.data.layouts import Record
 from dpo_jax.data.messages import BadRow, Messages, is_chat, messages_of, need, texts_of
-from dpo_jax.data.records import READERS, text_notes, value_of
+from dpo_jax.data.readers import reader_of, value_of
+from dpo_jax.data.records import text_notes
 from dpo_jax.data.report import clean
 from dpo_jax.data.templates import Codec, codec, template_source, tokenize
 from dpo_jax.data.tokenizer import Tokenizer
@@ -67,12 +68,9 @@ def read_questions(path: str) -> list[Question]:
 
 def _read(path: str, take: Callable[[Mapping[str, Any], str], T]) -> list[T]:
     file = Path(path).expanduser()
-    reader = READERS.get(file.suffix.lower())
-    if reader is None:
-        raise UserError(f"{clean(path)}: prompts are read from {', '.join(READERS)}; name the file so")
     taken, where = [], clean(path)
     try:
-        for row in reader(file, path):
+        for row in reader_of(file, path)(file, path):
             where = f"{clean(path)}:{row.line}"
             taken.append(take(_object(value_of(row)), where))
     except BadRow as error:
@@ -114,9 +112,13 @@ def _pattern(row: Mapping[str, Any]) -> re.Pattern[str]:
 # ---------------------------------------------------------------------------------------------- tokens
 
 
-def prompt_codec(tokenizer: Tokenizer, control_tokens: Literal["text", "tokens"] = "text") -> Codec:
-    """How a tokenizer, with the chat template that it holds, makes tokens of prompts."""
-    return codec(tokenizer, template=None, control_tokens=control_tokens, ending="terminator")
+def prompt_codec(
+    tokenizer: Tokenizer,
+    control_tokens: Literal["text", "tokens"] = "text",
+    arguments: Mapping[str, Any] | None = None,
+) -> Codec:
+    """How a tokenizer, with the chat template that it holds and arguments for it, makes tokens of prompts."""
+    return codec(tokenizer, template=None, control_tokens=control_tokens, ending="terminator", arguments=arguments)
 
 
 def prompt_tokens(prompt: Prompt, coder: Codec, where: str = "") -> list[int]:
@@ -162,7 +164,7 @@ def answer(
     spec: DecoderSpec,
     params: Params,
     questions: Sequence[Question],
-    tokenizer: Tokenizer,
+    coder: Codec,
     *,
     stop: tuple[int, ...],
     max_new_tokens: int,
@@ -174,13 +176,12 @@ def answer(
     A row has `prompt`, `answer`, `good` (whether the question's pattern is found in the answer) and `finished` (whether
     the model ended by itself; an answer that was cut off is judged as it is).
     """
-    coder = prompt_codec(tokenizer)
     prompts = [prompt_tokens(question.prompt, coder, question.where) for question in questions]
     decoding = Decoding(max_new_tokens=max_new_tokens, stop=stop)
     answers = generate(spec, params, prompts, decoding, batch_size=batch_size, mesh=mesh)
     rows = []
     for question, given in zip(questions, answers, strict=True):
-        text = text_of(tokenizer, given.tokens)
+        text = text_of(coder.tokenizer, given.tokens)
         good = question.good.search(text) is not None
         rows.append({"prompt": question.prompt, "answer": text, "good": good, "finished": given.finished})
     return rows

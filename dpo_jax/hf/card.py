@@ -112,6 +112,7 @@ def model_card(
     `inherited` is front matter taken over from the base (its licence); `card` is described in `save_hf`; `note` is a
     paragraph about the folder's use.
     """
+    datasets = [name for name in (card or {}).get("datasets", ()) if HUB_ID.fullmatch(name)]
     card = {} if card is None else {key: public(value) for key, value in card.items()}
     unknown = sorted(card.keys() - {"base_model", "datasets", "metrics", "config", "objectives"})
     if unknown:
@@ -123,7 +124,6 @@ def model_card(
     front: dict[str, Any] = {"base_model": base} if HUB_ID.fullmatch(base) else {}
     front |= {"library_name": "transformers", "pipeline_tag": kind.task}
     front |= {**inherited, "tags": [kind.tag, "dpo_jax", "jax"] if card else ["dpo_jax", "jax"]}
-    datasets = [name for name in card.get("datasets", ()) if HUB_ID.fullmatch(name)]
     if datasets:
         front["datasets"] = datasets
     parts = [(kind.trained if card else WRITTEN).format(base=printable(base))]

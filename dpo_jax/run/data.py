@@ -31,23 +31,32 @@ class Data:
     dropped: int
     report: dict[str, Any]
 
+    @property
+    def date(self) -> str:
+        """The day that the chat template writes (YYYY-MM-DD), if it may write one."""
+        return self.report["data.train"]["date"]
+
     def examples(self, terms: tuple[Term, ...], max_length: int) -> "Data":
         """The same as the objective wants it; raises as the function `examples`."""
         held_out = None if self.held_out is None else examples(self.held_out, terms, max_length)
         return dataclasses.replace(self, train=examples(self.train, terms, max_length), held_out=held_out)
 
 
-def read_data(settings: DataSettings, tokenizer: Any, cache: Path, say: Callable[[str], None]) -> Data:
+def read_data(
+    settings: DataSettings, tokenizer: Any, cache: Path, say: Callable[[str], None], date: str | None = None
+) -> Data:
     """Read, check and tokenise; each report is said line by line, and is in the result as plain values.
+
+    `date` is the day that a template writes which writes one (YYYY-MM-DD); None is today.
 
     Raises:
       UserError: too many rows are bad.
     """
-    train, report = encode(settings.train, tokenizer, settings, cache, first=settings.first)
+    train, report = encode(settings.train, tokenizer, settings, cache, first=settings.first, date=date)
     reports = {"data.train": report}
     held_out = None
     if settings.eval is not None:
-        held_out, reports["data.eval"] = encode(settings.eval, tokenizer, settings, cache)
+        held_out, reports["data.eval"] = encode(settings.eval, tokenizer, settings, cache, date=date)
     for name, found in reports.items():
         say(name)
         for line in found.lines():

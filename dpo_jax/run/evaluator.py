@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from dpo_jax import sharding
 from dpo_jax.data.batches import Batches
+from dpo_jax.data.templates import Codec
 from dpo_jax.evaluation import winrate
 from dpo_jax.evaluation.settings import EvaluationSettings
 from dpo_jax.model.decoder import cast
@@ -23,20 +24,25 @@ from dpo_jax.run.written import UNROUNDED, Rounding
 
 
 class EvaluationPrompts(NamedTuple):
-    """Questions for the model, what ends its answers, and how long these may be, in tokens."""
+    """Questions for the model, how they become tokens, what ends its answers, and how long these may be, in tokens."""
 
     questions: list[winrate.Question]
-    tokenizer: Any
+    coder: Codec
     stop: tuple[int, ...]
     max_new_tokens: int
 
 
-def read_prompts(settings: EvaluationSettings, folder: Path, tokenizer: Any) -> EvaluationPrompts | None:
-    """The questions of `evaluation.answers`, if there are any to ask; `folder` is the policy's."""
+def read_prompts(
+    settings: EvaluationSettings, folder: Path, tokenizer: Any, arguments: Mapping[str, Any] | None
+) -> EvaluationPrompts | None:
+    """The questions of `evaluation.answers`, if there are any to ask; `folder` is the policy's, `arguments` are for the
+    chat template."""
     if settings.answers is None:
         return None
     stop = winrate.stop_tokens(folder, tokenizer)
-    return EvaluationPrompts(winrate.read_questions(settings.answers), tokenizer, stop, settings.max_new_tokens)
+    questions = winrate.read_questions(settings.answers)
+    coder = winrate.prompt_codec(tokenizer, arguments=arguments)
+    return EvaluationPrompts(questions, coder, stop, settings.max_new_tokens)
 
 
 class Evaluator:
@@ -106,7 +112,7 @@ class Evaluator:
             self._objective.spec,
             cast(params, jnp.dtype(self._objective.compute_dtype)),
             prompts.questions,
-            prompts.tokenizer,
+            prompts.coder,
             stop=prompts.stop,
             max_new_tokens=prompts.max_new_tokens,
             mesh=self._mesh,

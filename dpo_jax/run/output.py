@@ -115,6 +115,15 @@ def _is_record(known: Any) -> bool:
     return True
 
 
+DATE = "date that the chat template writes"
+"""Fact of a run whose template may write the day."""
+
+
+def template_date(folder: Path) -> str | None:
+    """The day (YYYY-MM-DD) that the template of the folder's run writes: that of its beginning, once it has begun."""
+    return recorded(folder).get("facts", {}).get(DATE)
+
+
 def record_run(run: Run, folder: Path, facts: dict[str, Any]) -> None:
     """Write down what this run is, before what costs anything."""
     write_json(folder / RUN_FILE, {"settings": config.dump(run), "facts": facts})

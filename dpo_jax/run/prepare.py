@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from dpo_jax.config.run import Run
+from dpo_jax.data.arguments import dated
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.hf.tokenizer import load_tokenizer
 from dpo_jax.model.spec import DecoderSpec
@@ -51,13 +52,15 @@ class Job:
         mesh = models.make_mesh(run.mesh, run.model)
         tokenizer = load_tokenizer(sources.policy, run.data.template)
         terms, length = run.objective.terms, run.data.max_length
-        data = read_data(run.data, tokenizer, output.cache_folder(run.data, folder), print)
+        cache, date = output.cache_folder(run.data, folder), output.template_date(folder)
+        data = read_data(run.data, tokenizer, cache, print, date)
         output.write_json(folder / "data.json", data.report)
         data = data.examples(terms, length)
         steps = number_of_steps(data.train.num_pairs, run.batch.pairs, steps=run.steps, epochs=run.epochs)
         check_warmup(run.optimizer, steps)
         print(length_line(data.train.num_pairs, run.batch.pairs, steps))
-        prompts = read_prompts(run.evaluation, sources.policy, tokenizer)
+        tokenizer = dated(tokenizer, date=data.date).tokenizer
+        prompts = read_prompts(run.evaluation, sources.policy, tokenizer, run.data.chat_template_kwargs)
         models.check_models(
             sources,
             mesh,
@@ -161,7 +164,7 @@ class Job:
         Raises:
           UserError: it would not be the run that the folder holds.
         """
-        facts = result.facts(self.sources, self.data.train, self.steps)
+        facts = result.facts(self.sources, self.data, self.steps)
         for line in past.check_facts(self.run, facts, self.data.train):
             print(line)
         output.record_run(self.run, self.folder, facts)

@@ -15,6 +15,7 @@ from dpo_jax.data.batch import Batch
 from dpo_jax.data.batches import Batches
 from dpo_jax.data.encode import encode
 from dpo_jax.data.encoded import Encoded
+from dpo_jax.data.sources import is_here
 from dpo_jax.errors import UserError
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.model.decoder import abstract_params, cast
@@ -101,7 +102,7 @@ def data_for(
     made-up ones, and the run is then a few steps long.
     """
     names = (run.data.train,) if isinstance(run.data.train, str) else run.data.train
-    if lengths == (None, None) and all(Path(name).exists() for name in names):
+    if lengths == (None, None) and all(map(is_here, names)):
         return read_data(run, sources), "those of data.train", run
     if data_of(run.objective.terms) not in ("pairs", "chosen"):
         raise UserError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
-from dpo_jax.data.encoded import Encoded
+from dpo_jax.data.sources import hub_name
 from dpo_jax.errors import UserError, public
 from dpo_jax.hf import checkpoint, tensors
 from dpo_jax.model.decoder import Model
@@ -19,6 +19,7 @@ from dpo_jax.model.weights import Weights
 from dpo_jax.reporting.journal import Journal, read_records, summary
 from dpo_jax.run import continuing, output, sources, written
 from dpo_jax.run.continuing import Past
+from dpo_jax.run.data import Data
 from dpo_jax.run.models import weights_digest
 from dpo_jax.run.sources import Sources
 from dpo_jax.training import reference
@@ -30,9 +31,11 @@ CARD = "README.md"
 """The file of an exported folder that is there for people to write on."""
 
 
-def facts(found: Sources, train: Encoded, steps: int) -> dict[str, object]:
+def facts(found: Sources, data: Data, steps: int) -> dict[str, object]:
     """What a run depends on beside its settings: when one of these changes, it is another run."""
+    train = data.train
     return {
+        **({output.DATE: data.date} if data.date else {}),
         **found.facts(),
         continuing.STEPS: steps,
         continuing.PAIRS: train.num_pairs,
@@ -74,9 +77,10 @@ def export(run: Run, found: Sources, spec: DecoderSpec, weights: Weights, journa
 def described(run: Run, commits: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What an export's card and its `dpo_jax.json` say of a run, but for what was measured."""
     names = [run.data.train] if isinstance(run.data.train, str) else list(run.data.train)
+    datasets = list(dict.fromkeys(name for name in map(hub_name, names) if name))
     settings = config.dump(run)
     pinned = {part: {**settings[part], "revision": commit} for part, commit in commits.items()}
-    card = {"datasets": [Path(name).name for name in names], "config": {**settings, **pinned}}
+    card = {"datasets": datasets, "config": {**settings, **pinned}}
     card["objectives"] = {term.name: term.row.paper for term in run.objective.terms}
     return card, public({"settings": settings, "settings_sha256": config.digest(run), "commits": dict(commits)})
 

@@ -101,7 +101,7 @@ def test_a_bad_question_is_refused_with_its_file_and_line(tmp_path, line, words)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "words"), [("none.jsonl", "No such file"), ("a.txt", "prompts are read from")])
+@pytest.mark.parametrize(("name", "words"), [("none.jsonl", "No such file"), ("a.csv", "pandas.read_csv")])
 def test_a_file_that_is_none_of_questions_is_refused(tmp_path, name, words):
     with pytest.raises(UserError, match=words):
         winrate.read_questions(str(tmp_path / name))
@@ -139,7 +139,9 @@ def test_answers_are_judged_by_their_patterns(folders, tmp_path):
     assert stop == (1, 3)  # generation_config.json lists <eos> alone, and the template ends turns with <|im_end|>
     rows = [{"prompt": [user("Name one.")], "good": "."}, {"prompt": "Yo", "good": "^never$"}]
     questions = winrate.read_questions(str(write(tmp_path / "questions.jsonl", *rows)))
-    answers = winrate.answer(model.spec, model.params, questions, tokenizer, stop=stop, max_new_tokens=20)
+    answers = winrate.answer(
+        model.spec, model.params, questions, winrate.prompt_codec(tokenizer), stop=stop, max_new_tokens=20
+    )
     assert [row["prompt"] for row in answers] == [row["prompt"] for row in rows]
     assert [row["good"] for row in answers] == [True, False]
     assert winrate.pass_rate([*answers, {"good": True}]) == 2 / 3

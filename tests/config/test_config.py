@@ -123,6 +123,9 @@ def plain_run(*overrides: str) -> Run:
         ("objective.name=simpo", "objective.beta=2.5"),
         ("reference.update_every=10",),
         ("evaluation={answers: a.jsonl, max_new_tokens: 3}", "checkpoint.allow_change=[seed, data.train]"),
+        ("data.columns={prompt: [instruction, input], chosen: good}", "data.as_chat=true"),
+        ("data.chat_template_kwargs={enable_thinking: false, tools: [a, {b: 1}]}",),
+        ("evaluation.answers=null", "evaluation.max_new_tokens=3"),
     ],
 )
 def test_what_is_dumped_or_printed_gives_the_same_run_again(tmp_path, capsys, overrides):
@@ -225,6 +228,26 @@ BAD = {
     "no devices": (("seed: 7", "mesh: {tensor: 0}"), ":19: mesh.tensor: ", "0: must be > 0, or -1"),
     "keeps what is not there": (("seed: 7", "checkpoint.keep_every: 150"), ":19: checkpoint.keep_every: ", "a multi"),
     "output over the model": (("runs/tiny", "models/../models/tiny"), ":20: output: ", "must differ from model.path"),
+    "a column of no layout": (
+        ("  max_length: 512", "  columns: {promt: q}"),
+        ":7: data.columns: ",
+        "'promt' is no column of a layout; did you mean prompt?",
+    ),
+    "a column for two": (
+        ("  max_length: 512", "  columns:\n    chosen: a\n    rejected: a"),
+        ":9: data.columns: ",
+        "'a' is given for chosen and for rejected; keep one",
+    ),
+    "a number for a column": (
+        ("  max_length: 512", "  columns: {prompt: 3}"),
+        ":7: data.columns: ",
+        "must be a block of names and values or null",
+    ),
+    "text for a block": (
+        ("  max_length: 512", "  columns: prompt"),
+        ":7: data.columns: ",
+        "must be a block of names and values",
+    ),
     "unknown change": (("seed: 7", "checkpoint.allow_change: [sed]"), ":19: checkpoint.allow_change: ", "'sed' is not"),
     "harmless change": (("seed: 7", "checkpoint.allow_change: [output]"), ":19: checkpoint.allow_change: ", "leave it"),
 }  # fmt: skip
@@ -406,6 +429,16 @@ def test_a_change_of_the_mathematics_is_named():
     assert changed_mathematics(old, json.loads(json.dumps(old))) == []
 
 
+def test_a_change_of_a_block_is_named_whole():
+    old, new = dump(plain_run()), dump(plain_run("data.columns={prompt: q}", "data.chat_template_kwargs.mood=calm"))
+    assert changed_mathematics(old, new) == [
+        'data.columns: null -> {"prompt": "q"}',
+        'data.chat_template_kwargs: null -> {"mood": "calm"}',
+    ]
+    run = plain_run("data.columns={prompt: q}", "checkpoint.allow_change=[data.columns]")
+    assert run.checkpoint.allow_change == ("data.columns",)
+
+
 def test_a_dump_of_another_version_is_compared_by_defaults():
     new = dump(plain_run())
     old = json.loads(json.dumps(new))
@@ -491,6 +524,41 @@ def test_a_value_that_changes_nothing_may_be_given(good, words):
     key = words[1].split("=")[0]
     with pytest.raises(UserError, match=f"{key}: 0.3: objective .* does not use it"):
         config.load([good, *words[:1], f"{key}=0.3"])
+
+
+@pytest.mark.parametrize(
+    ("words", "off", "left"),
+    [
+        (("evaluation.answers=a.jsonl", "evaluation.max_new_tokens=7"), ("evaluation.answers=null",), "max_new_tokens"),
+        (("evaluation.every=7",), ("data.eval=null",), "every"),
+        (("reference.update_every=3", "reference.update_rate=0.5"), ("reference.update_every=null",), "update_rate"),
+    ],
+)
+def test_what_null_turns_off_takes_along_what_only_it_would_use(good, words, off, left):
+    """A file has both, and the command line turns one off; without a word of it, what is left over is refused."""
+    run = config.load([good, *words, *off])
+    assert run == config.load([good, "data.eval=null", "evaluation.every=null"] if left == "every" else [good])
+    Path("plain.yaml").write_text(GOOD.replace("  eval: held_out.jsonl\n", "").replace("  every: 10", "  every: null"))
+    with pytest.raises(UserError, match=left):
+        config.load(["plain.yaml", words[-1]])
+
+
+def test_a_value_that_turns_off_what_is_not_there_may_be_given(good):
+    run = config.load([good, "objective.beta=null", "objective.name=reward", "log.token_statistics=false"])
+    assert run.objective.trains_reward_model
+    with pytest.raises(UserError, match="log.token_statistics: true: a reward model has no tokens"):
+        config.load([good, "objective.beta=null", "objective.name=reward", "log.token_statistics=true"])
+
+
+def test_blocks_of_names_are_put_together_from_files_and_the_command_line(good):
+    Path("more.yaml").write_text("data:\n  columns: {prompt: q}\n  chat_template_kwargs: {a: {b: [1, x]}}\n")
+    run = config.load([good, "more.yaml", "data.columns.chosen=good", "data.chat_template_kwargs.a.c=2"])
+    assert run.data.columns == {"prompt": "q", "chosen": "good"}
+    assert run.data.chat_template_kwargs == {"a": {"b": [1, "x"], "c": 2}}
+    assert config.load([good, "more.yaml", "data.columns=null"]).data.columns is None
+    for name in ("chosen", "prompt"):
+        run = config.load([good, "more.yaml", "data.columns=null", f"data.columns.{name}=c"])
+        assert run.data.columns == {name: "c"}
 
 
 def test_faults_of_ours_keep_their_traceback(capsys):

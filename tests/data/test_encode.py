@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_jax.data.encode import TRUNCATIONS, collect, encode
+from dpo_jax.data.encode import collect, encode
 from dpo_jax.data.encoded import Encoded
+from dpo_jax.data.truncation import TRUNCATIONS
 from dpo_jax.errors import UserError
 from tests.support.encoding import encoded_rows, settings
 from tests.support.tiny_rows import CHAT, CHATML, GOOD, HI, IDS, NO, SPECIAL, YO, assistant, byte_tokenizer, user, write
@@ -436,20 +437,20 @@ TURNS = {"prompt": [user("p")], "chosen": [assistant("a")], "rejected": [assista
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([TURNS], "chat template: sha256 "),
-        (
-            [numbered()],
-            "chat template: not used; the rows are no messages, so the model does not see the turns of its own",
-        ),
-        ([TURNS, numbered()], ", for 1 of 2 rows; the others are no messages and go without it"),
+        ([TURNS], ["used for all rows"]),
+        ([TURNS, IDS], ["used for 1 of 2 rows"]),
+        ([IDS], ["used for no row"]),
+        ([numbered()], ["used for no row", "warning: 1 of 1 rows are texts without the turns that this model knows"]),
+        ([TURNS, numbered()], ["used for 1 of 2 rows", "1 of 2 rows are texts without the turns"]),
     ],
 )
 def test_which_rows_go_through_the_chat_template_is_said(tmp_path, rows, words):
-    """Texts do not, also where the model is one for chats."""
+    """Texts do not, also where the model is one for chats; then what would make turns of them is said as well."""
     files = [str(write(tmp_path / f"{number}.jsonl", row)) for number, row in enumerate(rows)]
     _, report = encode(files, byte_tokenizer(), settings(), tmp_path / "cache")
-    (line,) = [line for line in report.lines() if line.startswith("chat template")]
-    assert words in line and report.templated == rows.count(TURNS)
+    lines = [line for line in report.lines() if line.startswith(("chat template", "warning"))]
+    assert len(lines) == len(words) and all(word in line for word, line in zip(words, lines, strict=True))
+    assert all("data.as_chat=true" in line for line in lines[1:]) and report.templated == rows.count(TURNS)
     assert encode(files, byte_tokenizer(), settings(), tmp_path / "cache")[1].templated == rows.count(TURNS)  # kept
 
 

@@ -18,7 +18,7 @@ from tests.support.tiny_rows import CHAT, CHATML, GOOD, byte_tokenizer, write
 @pytest.fixture
 def cached(tmp_path):
     path = write(tmp_path / "rows.jsonl", CHAT, GOOD, {**GOOD, "prompt": "p" * 30, "label": 0.3}, b"{")
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer(template="{{ mood }}" + CHATML)
 
     def run(tokenizer=tokenizer, first=None, path=path, **changes):
         return collect(str(path), tokenizer, settings(**changes), tmp_path / "cache", first=first)
@@ -47,6 +47,9 @@ def test_everything_that_the_result_depends_on_makes_a_new_entry(cached, tmp_pat
         "ending": {"ending": "template"},
         "control_tokens": {"control_tokens": "tokens"},
         "max_characters": {"max_characters": 20},
+        "columns": {"columns": {"prompt": "prompt", "chosen": "rejected", "rejected": "chosen"}},
+        "as_chat": {"as_chat": True},
+        "chat_template_kwargs": {"chat_template_kwargs": {"mood": "calm"}},
     }
     assert sorted(changed) == sorted(SETTINGS)
     # Settings that are left: which sources and where the cache is (arguments here), and what acts after encoding.

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from dpo_jax.data.encode import collect, encode
 from dpo_jax.data.layouts import Record, detect, to_record
 from dpo_jax.data.messages import BadRow
-from dpo_jax.data.records import read_record, read_rows, stretches, tables
+from dpo_jax.data.records import RowRules, read_record, stretches
 from dpo_jax.data.report import BAD, KINDS, NOTED, TOO_LONG, Report
 from dpo_jax.data.settings import LAYOUTS as NAMES
 from dpo_jax.data.settings import DataSettings
+from dpo_jax.data.sources import read_rows, tables
 from dpo_jax.errors import UserError
 from tests.support.bad_rows import BAD_ROWS
 from tests.support.tiny_rows import (
@@ -39,13 +40,13 @@ from tests.support.tiny_rows import (
 )
 
 
-def records(*paths, layout="auto", report=None, first=None, max_characters=10_000) -> list[Record]:
-    report = report or Report()
+def records(*paths, report=None, first=None, **how) -> list[Record]:
+    report, rules = report or Report(), RowRules(**how)
     opened = tables([str(path) for path in paths])
     found = []
-    for stretch in stretches(opened, layout=layout, first=first, report=report, size=2):
+    for stretch in stretches(opened, rules=rules, first=first, report=report, size=2):
         for row in stretch.rows:
-            record = read_record(row, stretch.layout, max_characters)
+            record = read_record(row, stretch.layout, rules)
             report.note(row.notes, file=row.file, line=row.line)
             if isinstance(record, BadRow):
                 report.drop(record.kind, record.reason, file=row.file, line=row.line)
@@ -131,8 +132,8 @@ def test_elements_of_a_json_array_have_the_line_that_they_begin_on(tmp_path):
 @pytest.mark.parametrize(
     ("text", "line", "what"),
     [
-        (b'{"prompt": "a"}\n{"prompt": "b"}', 1, "named .jsonl"),
-        (b"", 1, "not a JSON array"),
+        (b'{"prompt": "a",\n"chosen": "b"}', 1, "neither a JSON array nor one JSON object per line (Expecting"),
+        (b'\n"text"', 2, "neither a JSON array nor one JSON object per line"),
         (b'[\n{"a": 1}\n{"a": 2}]', 3, "expected a comma"),
         (b'[\n{"a": 1},\n]', 3, "not JSON"),
         (b'[\n{"a": 1},\n{"a": ', 3, "not JSON"),
@@ -214,14 +215,16 @@ def test_only_the_first_rows_are_read(tmp_path):
         ("{}/rows.jsnol", "did you mean {}/rows.jsonl?"),
         ("{}/no/rows.jsonl", "no such file or folder"),
         ("./nothing", "no such file or folder"),
-        ("{}/rows.csv", "files that can be read are .jsonl"),
+        ("{}/rows.csv", "pandas.read_csv('rows.csv').to_json('rows.jsonl', orient='records', lines=True)"),
+        ("{}/rows.bin", "files that can be read are .jsonl"),
         ("{}/empty", "holds no .jsonl"),
-        ("{}/empty:test", "was not saved by datasets"),
+        ("{}/empty:test", "holds no .jsonl"),
     ],
 )
 def test_a_source_that_is_not_there_is_refused(tmp_path, source, what):
     write(tmp_path / "rows.jsonl", GOOD)
     (tmp_path / "rows.csv").touch()
+    (tmp_path / "rows.bin").write_bytes(b"PK")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError) as caught:
         tables(source.format(tmp_path))

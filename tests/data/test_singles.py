@@ -2,29 +2,32 @@
 
 import pytest
 
-from dpo_jax.data.encode import TRUNCATIONS, collect
+from dpo_jax.data.encode import collect
+from dpo_jax.data.messages import shared_length
+from dpo_jax.data.truncation import TRUNCATIONS
 from tests.support.encoding import encoded_rows, settings
 from tests.support.tiny_rows import CHAT, GOOD, MESSAGES, assistant, byte_tokenizer, user, write
 
 
 def test_a_single_completion_is_what_the_pair_has_of_it(tmp_path):
     tokenizer = byte_tokenizer()
-    rows = [GOOD, CHAT, {**GOOD, "system": "Be"}]
-    pairs, _ = encoded_rows(tmp_path, tokenizer, *rows, max_length=30)
+    rows = [GOOD, CHAT, {**GOOD, "prompt": "Hi" * 9, "system": "Be"}]
+    pairs, _ = encoded_rows(tmp_path, tokenizer, *rows, max_length=50)
     for part in ("chosen", "rejected"):
         singles = [{**row, "completion": row[part], "label": part == "chosen"} for row in rows]
         singles = [{name: row[name] for name in row if name not in ("chosen", "rejected")} for row in singles]
-        encoded, report = encoded_rows(tmp_path, tokenizer, *singles, max_length=30)
+        encoded, report = encoded_rows(tmp_path, tokenizer, *singles, max_length=50)
         assert (report.kept, report.pairs, report.singles) == (3, 0, 3)
         assert report.undesirable == (0 if part == "chosen" else 3)
         assert encoded.chosen.tolist() == encoded.rejected.tolist() == encoded.pair_unit.tolist() == [0, 1, 2]
         assert encoded.label.tolist() == [part == "chosen"] * 3 and encoded.single.all()
         for index, pair in enumerate(getattr(pairs, part).tolist()):
             assert encoded.completion(index).tolist() == pairs.completion(pair).tolist()
-            prompts = encoded.prompt(index).tolist(), pairs.prompt(pair).tolist()
-            kept = min(map(len, prompts))  # the longer of two answers leaves the prompt of a pair less room
-            assert prompts[0][-kept:] == prompts[1][-kept:]
-        assert encoded.truncated.tolist() == [False, False, True] and encoded.sequence_lengths().max() == 30
+            one, other = encoded.prompt(index).tolist(), pairs.prompt(pair).tolist()
+            # the longer of two answers leaves the prompt of a pair less room: its middle is shorter
+            same = shared_length(one, other) + shared_length(one[::-1], other[::-1])
+            assert same >= min(len(one), len(other))
+        assert encoded.truncated.tolist() == [False, False, True] and encoded.sequence_lengths().max() == 50
 
 
 @pytest.mark.parametrize("rule", sorted(TRUNCATIONS))

@@ -9,9 +9,10 @@ import pytest
 from dpo_jax.data import encode as encode_module
 from dpo_jax.data import workers
 from dpo_jax.data.encode import EncodingRules, collect
-from dpo_jax.data.records import stretches, tables
+from dpo_jax.data.records import RowRules, stretches
 from dpo_jax.data.report import Report
 from dpo_jax.data.settings import DataSettings
+from dpo_jax.data.sources import tables
 from dpo_jax.data.templates import codec
 from dpo_jax.errors import UserError
 from tests.support import pieces
@@ -135,6 +136,6 @@ def test_little_work_starts_no_process(monkeypatch):
 def test_a_process_that_tokenises_imports_no_jax(files):
     tokenizer = byte_tokenizer()
     coder = codec(tokenizer, template=None, control_tokens="text", ending="terminator")
-    rows = stretches(tables(files), layout="auto", first=None, report=Report(), size=512)
+    rows = stretches(tables(files), rules=RowRules(), first=None, report=Report(), size=512)
     rules = EncodingRules(coder, "keep_completion", 64, 4096)
     assert not any(workers.in_order(pieces.modules_after, rules, rows, workers=2, alone=0))

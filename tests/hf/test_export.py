@@ -271,7 +271,7 @@ def test_the_card_says_what_was_done_and_not_where(tmp_path):
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["base_model"] == "Tiny-1" and front["tags"] == ["dpo", "dpo_jax", "jax"]
     assert front["license"] == "apache-2.0" and front["language"] == ["en"] and "model-index" not in front
-    assert front["datasets"] == ["trl-lib/ultrafeedback", "pairs.jsonl"]
+    assert front["datasets"] == ["trl-lib/ultrafeedback"]
     assert "| rewards/accuracies | 0.734321 |" in text and "path: Tiny\n" in text and "rafailov2023direct" in text
     assert "/home" not in text and "/mnt" not in text and str(tmp_path) not in text
     assert (tmp_path / "export/dpo_jax.json").read_text() == '{"a": 1}\n'

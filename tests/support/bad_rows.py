@@ -146,7 +146,7 @@ BAD_ROWS = [  # a good row that sets the layout, the bad row, its class
     (GOOD, b'{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}', "lone surrogate"),
     (CHAT, b'{"prompt": [{"role": "user", "content": "\\udfff"}], "chosen": "b", "rejected": "c"}', "lone surrogate"),
     (GOOD, {**GOOD, "chosen": "a\0b"}, "NUL character"),
-    (GOOD, {**GOOD, "chosen": "long " * 3000}, "too many characters"),
+    (IMPLICIT, {**IMPLICIT, "question": "Is it?"}, "prompt not read"),
     (CHAT, {**CHAT, "chat_template_kwargs": {"chat_template": "{{ x }}"}}, "reserved template argument"),
     (CHAT, {**CHAT, "chat_template_kwargs": {"sanitize_control_tokens": False}}, "reserved template argument"),
     (CHAT, {**CHAT, "chat_template_kwargs": {"boom": 1}}, "template error"),

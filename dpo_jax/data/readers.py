@@ -1,0 +1,290 @@
+"""Files of rows: JSON Lines and JSON arrays, packed or not, Parquet and Arrow; each row with its line.
+
+Parquet and Arrow are known by their names. All else is looked into: it is unpacked as its first bytes say (gzip, bzip2,
+xz, Zstandard), and is then an array or one value per line as its first character says, whatever its name.
+"""
+
+import bz2
+import contextlib
+import gzip
+import io
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpo_jax.data.messages import BadRow
+from dpo_jax.data.report import clean
+from dpo_jax.errors import UserError
+from dpo_jax.files import repeated_key
+
+BOM = b"\xef\xbb\xbf"
+LINES = (".jsonl", ".ndjson")
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+SUFFIXES = (*LINES, ".json", ".parquet", ".arrow")
+"""Names of files of rows; those of JSON may have one of PACKED behind."""
+TABLES = (".csv", ".tsv", ".xls", ".xlsx")
+
+
+class Row(NamedTuple):
+    """One row as it was read. `line` counts from 1; in Parquet, Arrow and Hub data it is the row's number plus 1."""
+
+    file: str
+    line: int
+    value: object
+    """What the row holds, or the BadRow that says why it cannot be read; bytes are JSON that was not parsed yet."""
+    notes: tuple[tuple[str, str], ...] = ()
+
+
+Reader = Callable[[Path, str], Iterator[Row]]
+
+
+def value_of(row: Row) -> object:
+    """What a row holds, or the BadRow that says why it cannot be read."""
+    return _parse(row.value) if isinstance(row.value, bytes) else row.value
+
+
+def is_named_as_rows(name: str) -> bool:
+    """Whether a file's name says that it holds rows: `a.jsonl`, `a.json.gz`, `a.parquet`."""
+    path = Path(name.lower())
+    return (Path(path.stem) if path.suffix in PACKED else path).suffix in SUFFIXES
+
+
+def reader_of(path: Path, name: str) -> Reader:
+    """The function that reads a file, which goes by `name` in messages.
+
+    Raises:
+      UserError: the file holds no rows of a known kind.
+    """
+    suffix = path.suffix.lower()
+    if suffix in TABLES:
+        raise UserError(f"{clean(name, 400)}: {_TABLE}")
+    if suffix in (".parquet", ".arrow"):
+        return _read_parquet if suffix == ".parquet" else _read_arrow
+    inner = Path(path.stem).suffix.lower() if suffix in PACKED else suffix
+    if inner in LINES:
+        return _read_lines
+    with _unpacked(path, name) as file:
+        number, line = next(((n, line) for n, line in enumerate(file, 1) if line.removeprefix(BOM).strip()), (1, b""))
+    line = line.removeprefix(BOM).strip()
+    if line.startswith(b"["):
+        return _read_array
+    problem = _parse(line) if line else None
+    if line.startswith(b"{") and not isinstance(problem, BadRow):
+        return _read_lines
+    if inner == ".json" and not line:
+        return _read_lines  # no rows, which is said with what else the data hold
+    what = f" ({problem.reason})" if isinstance(problem, BadRow) and line.startswith(b"{") else ""
+    raise UserError(
+        f"{clean(name, 400)}:{number}: neither a JSON array nor one JSON object per line{what}; files that can be read "
+        f"are {', '.join(SUFFIXES)}; convert this one"
+    )
+
+
+_TABLE = (
+    'a table of texts without types cannot be read; convert it: python -c "import pandas; '
+    "pandas.read_csv('rows.csv').to_json('rows.jsonl', orient='records', lines=True)\""
+)
+
+
+# ------------------------------------------------------------------------------------------------ packed
+
+
+def _unzstd(path: Path) -> io.BufferedIOBase:
+    import pyarrow
+
+    stream: Any = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+    return io.BufferedReader(stream)
+
+
+_OPENERS: tuple[tuple[bytes, Callable[[Path], Any]], ...] = (
+    (b"\x1f\x8b", gzip.open),
+    (b"BZh", bz2.open),
+    (b"\xfd7zXZ\0", lzma.open),
+    (b"\x28\xb5\x2f\xfd", _unzstd),
+)
+"""The first bytes of packed files, and what unpacks them."""
+
+
+@contextlib.contextmanager
+def _unpacked(path: Path, name: str) -> Iterator[io.BufferedIOBase]:
+    """The bytes of a file, unpacked if its first bytes are those of a packed one."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    opener = next((opener for magic, opener in _OPENERS if start.startswith(magic)), None)
+    if opener is None:
+        with path.open("rb") as file:
+            yield file
+        return
+    try:
+        with opener(path) as file:
+            yield file
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(
+            f"{clean(name, 400)}: cannot be unpacked ({clean(str(error))}); fetch the file again"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------ JSON
+
+
+def _read_lines(path: Path, name: str) -> Iterator[Row]:
+    """JSON Lines: one value per line; empty lines are skipped, CR LF and a byte-order mark are tolerated."""
+    with _unpacked(path, name) as file:
+        for number, line in enumerate(file, 1):
+            marked = number == 1 and line.startswith(BOM)
+            line = line.removeprefix(BOM) if marked else line
+            if line.strip():
+                yield Row(name, number, line, _BOM_NOTE if marked else ())
+
+
+_BOM_NOTE = (("byte-order mark", "the file begins with one; it was removed"),)
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        return BadRow("invalid UTF-8", f"byte {error.start + 1} of the line: {error.reason}")
+    except json.JSONDecodeError as error:
+        return BadRow("not JSON", f"{error.msg} at character {error.colno}")
+    except RecursionError:
+        return BadRow("nested too deep", "brackets inside brackets, more than a row can need")
+    except ValueError as error:  # a number of thousands of digits
+        return BadRow("not JSON", str(error))
+    except BadRow as error:
+        return error
+
+
+def _no_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    if (twice := repeated_key(items)) is not None:
+        raise BadRow("duplicate key", f"{twice!r} is given more than once")
+    return dict(items)
+
+
+def _no_constant(name: str) -> Any:
+    raise BadRow("not JSON", f"{name} is not a JSON number")
+
+
+def _read_array(path: Path, name: str) -> Iterator[Row]:
+    """A JSON array, element by element; `line` is the line on which an element begins."""
+    with _unpacked(path, name) as file:
+        data = file.read()
+    try:
+        text = data.removeprefix(BOM).decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(f"{clean(name)}:{line}: invalid UTF-8 ({error.reason}); save the file as UTF-8") from None
+    notes = _BOM_NOTE if data.startswith(BOM) else ()
+    for position, value in _elements(text, name):
+        yield Row(name, position, value, notes)
+        notes = ()
+
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _elements(text: str, name: str) -> Iterator[tuple[int, Any]]:
+    """Line and value of each element. The next element cannot be found after one that is not JSON, so that ends it."""
+    at, line = _skip(text, 0), 1 + text.count("\n", 0, _skip(text, 0))
+    if text[at : at + 1] != "[":
+        raise UserError(f"{clean(name)}:{line}: not a JSON array")
+    after, closing = at + 1, True
+    while True:
+        start = _skip(text, after)
+        line += text.count("\n", at, start)
+        at = start
+        if text[start : start + 1] == "]" and closing:
+            break
+        value, end = _element(text, start, f"{clean(name)}:{line}")
+        yield line, value
+        after = _skip(text, end)
+        closing = text[after : after + 1] == "]"
+        if not closing and text[after : after + 1] != ",":
+            where = line + text.count("\n", start, after)
+            raise UserError(
+                f"{clean(name)}:{where}: not JSON: expected a comma or ] after an element; correct the file"
+            )
+        after += not closing
+    if rest := text[at + 1 :].strip():
+        raise UserError(f"{clean(name)}:{line}: not JSON: {clean(rest, 20)!r} after the array; correct the file")
+
+
+def _skip(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+_LENIENT = json.JSONDecoder()
+
+
+def _element(text: str, start: int, where: str) -> tuple[Any, int]:
+    try:
+        return _STRICT.raw_decode(text, start)
+    except BadRow as error:
+        return error, _LENIENT.raw_decode(text, start)[1]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON: {error.msg} (line {error.lineno}); correct the file") from None
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{where}: an element cannot be read ({clean(str(error))}); correct the file") from None
+
+
+# ------------------------------------------------------------------------------------------------ Arrow
+
+
+def _read_parquet(path: Path, name: str) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            yield from arrow_rows(file.iter_batches(1000), name)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{clean(name)}: not a Parquet file that can be read: {clean(str(error))}") from error
+
+
+def _read_arrow(path: Path, name: str) -> Iterator[Row]:
+    """An Arrow file of either kind: a stream (as datasets writes them) or a file with a footer."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            yield from arrow_rows(_arrow_batches(file), name)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{clean(name)}: not an Arrow file that can be read: {clean(str(error))}") from error
+
+
+def _arrow_batches(file: Any) -> Iterator[Any]:
+    import pyarrow
+
+    try:
+        reader = pyarrow.ipc.open_file(file)
+    except pyarrow.ArrowInvalid:
+        file.seek(0)
+        yield from pyarrow.ipc.open_stream(file)
+    else:
+        for index in range(reader.num_record_batches):
+            yield reader.get_batch(index)
+
+
+def arrow_rows(batches: Iterable[Any], name: str) -> Iterator[Row]:
+    """The rows of record batches, numbered from 1."""
+    number = 0
+    for batch in batches:
+        for value in _values(batch):
+            number += 1
+            yield Row(name, number, value)
+
+
+def _values(batch: Any) -> list[Any]:
+    """Rows of a batch. Arrow does not check its texts, so one that is not UTF-8 fails here, and only its row is bad."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [BadRow("invalid UTF-8", error.reason)]
+        return [value for index in range(batch.num_rows) for value in _values(batch.slice(index, 1))]
