@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from dpo_jax import __version__, trees
 from dpo_jax.errors import UserError
-from dpo_jax.hf import reward, tensors
+from dpo_jax.hf import beside, reward, tensors
 from dpo_jax.hf.card import LANGUAGE_MODEL, REWARD_MODEL, base_name, front_matter, model_card
 from dpo_jax.hf.configs import family_of, is_wrapper, read_spec
 from dpo_jax.hf.mapping import Claims, LeafPart, Scheme, TensorEntry, claim, names
@@ -32,14 +32,6 @@ from dpo_jax.trees import Tree
 
 SHARD_BYTES = 5 * 10**9
 EXPORT_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
-COPIED = (
-    "config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
-    "vocab.json vocab.txt merges.txt tekken.json *.model *.tiktoken chat_template.jinja chat_template.json "
-    "additional_chat_templates/*.jinja LICENSE* NOTICE* Notice* USE_POLICY*".split()
-)
-"""Files beside the tensors that an export takes over byte for byte."""
-GENERATION = "generation_config.json"
-"""Taken over too, but not for a reward model, which generates nothing."""
 
 # ---------------------------------------------------------------------------------------------- in
 
@@ -277,7 +269,8 @@ def save_hf(
     with tensors.staging(target, need, replace) as staging:
         written = {file: _write_weights(export, staging / file, part) for file, part in export.files.items()}
         sums = {file: digest for file, (digest, _) in written.items()}
-        texts = _side_files(export, base_name(like, card), card, dict(extra_files or {}))
+        sums |= _beside(export, staging)
+        texts = _texts(export, base_name(like, card), card, dict(extra_files or {}), sums)
         sums |= {name: tensors.write_bytes(staging / name, data) for name, data in texts.items()}
         listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         tensors.write_bytes(staging / tensors.SUMS, listing.encode())
@@ -407,27 +400,30 @@ def _entry_of(leaf, index):
 # ---------------------------------------------------------------------------------------------- the rest of the folder
 
 
-def _side_files(export: _Export, base: str, card: Mapping[str, Any] | None, extra: dict[str, str]) -> dict[str, bytes]:
+def _beside(export: _Export, folder: Path) -> dict[str, str]:
+    """Copies what the source has beside its tensors; SHA-256 by name."""
     origin, scores = export.source.folder, export.spec.scalar_head
-    patterns = COPIED if scores else (*COPIED, GENERATION)
-    found = sorted({path.relative_to(origin).as_posix() for pattern in patterns for path in origin.glob(pattern)})
-    files = {name: member(origin, name).read_bytes() for name in found if not (origin / name).is_dir()}
+    names = beside.files(origin, generation=not scores)
+    return beside.copy(origin, [name for name in names if export.config is None or name != "config.json"], folder)
+
+
+def _texts(
+    export: _Export, base: str, card: Mapping[str, Any] | None, extra: dict[str, str], copied: Collection[str]
+) -> dict[str, bytes]:
+    """What is written anew, beside the files that were copied."""
+    origin = export.source.folder
+    files = _index(export)
     if export.config is not None:
         files["config.json"] = (json.dumps(export.config, indent=2, ensure_ascii=False) + "\n").encode()
-    files |= _index(export)
     config = export.config or read_json(origin, "config.json")
-    kind, note = (REWARD_MODEL, reward.padding_note(config)) if scores else (LANGUAGE_MODEL, "")
+    kind, note = (REWARD_MODEL, reward.padding_note(config)) if export.spec.scalar_head else (LANGUAGE_MODEL, "")
     files["README.md"] = model_card(base, front_matter(origin), card, kind=kind, note=note).encode()
     if tensors.OURS not in extra:
         facts = {"version": __version__, "base_model": base}
         extra[tensors.OURS] = json.dumps({**facts, "base_digest": tensors.weights_digest(origin)}, indent=2) + "\n"
     for name, text in extra.items():
-        if (
-            name in files
-            or name in export.files
-            or name == tensors.SUMS
-            or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name)
-        ):
+        taken = name in files or name in copied or name in export.files or name == tensors.SUMS
+        if taken or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
             raise ValueError(f"extra file {name!r} is not a free plain name")
         files[name] = text.encode()
     return files
