@@ -48,7 +48,7 @@ def train(run: config.Run) -> int:
             state, stopped = advance(trainer, state, recorder, saver)
             if stopped:
                 return result.say_stopped(stopped, state, journal)
-            result.export(run, job.sources, trainer.model(state), journal)
+            result.export(run, job.sources, trainer.model(state), journal, job.ending)
         return result.show(run, folder, "done")
 
 

@@ -18,6 +18,11 @@ class ExportSettings(Section):
         description="dtype of the exported tensors; same: each as in the folder of model.path. What rounding to fewer "
         "digits leaves of the training is measured and said at the end",
     )
+    align_eos: bool = Field(
+        default=False,
+        description="add the token that ends an answer (the chat template's end of turn) to eos_token_id of the "
+        "exported generation_config.json, where the folder of model.path does not list it",
+    )
     push: str | None = Field(
         default=None,
         description="OWNER/NAME of a hub repository that the result is pushed to; "

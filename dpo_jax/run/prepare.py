@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from dpo_jax.config.run import Run
-from dpo_jax.hf.configs import read_spec
+from dpo_jax.hf.ending import Ending
 from dpo_jax.hf.tokenizer import load_tokenizer
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights
@@ -38,6 +38,7 @@ class Job:
     steps: int
     packing: Packing
     prompts: EvaluationPrompts | None
+    ending: Ending | None
 
     @classmethod
     def read(cls, run: Run, folder: Path) -> "Job":
@@ -49,6 +50,7 @@ class Job:
         sources = find_models(run.model, run.reference, output.recorded(folder))
         mesh = models.make_mesh(run.mesh, run.model)
         tokenizer = load_tokenizer(sources.policy, run.data.template)
+        sources = sources.resized(run.model, tokenizer)
         terms, length = run.objective.terms, run.data.max_length
         data = read_data(run.data, tokenizer, output.cache_folder(run.data, folder), print)
         output.write_json(folder / "data.json", data.report)
@@ -65,11 +67,13 @@ class Job:
             max_length=length,
             scalar_head=run.objective.trains_reward_model,
         )
-        check_tokens(
-            data, read_spec(sources.policy, scalar_head=run.objective.trains_reward_model).vocab_size, tokenizer
-        )
+        spec = models.spec_of(sources.policy, sources.rows, scalar_head=run.objective.trains_reward_model)
+        check_tokens(data, spec.vocab_size, tokenizer)
         packing = Packing.of(run.batch, length, terms, mesh)
-        return cls(run, folder, sources, mesh, tokenizer, data, steps, packing, prompts)
+        ending = models.check_ending(sources, tokenizer, run.export, scalar_head=run.objective.trains_reward_model)
+        for line in models.notes(sources, ending, run.export):
+            print(line)
+        return cls(run, folder, sources, mesh, tokenizer, data, steps, packing, prompts, ending)
 
     @property
     def cache(self) -> Path:
@@ -79,9 +83,13 @@ class Job:
     def load_policy(self) -> tuple[DecoderSpec, Weights]:
         """The policy's starting weights on the mesh, divided into trained and frozen."""
         run = self.run
-        scores = run.objective.trains_reward_model
         return models.load_policy(
-            run.model, self.sources.policy, self.mesh, run.optimizer.param_dtype, scalar_head=scores
+            run.model,
+            self.sources.policy,
+            self.mesh,
+            run.optimizer.param_dtype,
+            scalar_head=run.objective.trains_reward_model,
+            rows=self.sources.rows,
         )
 
     def objective(self, spec: DecoderSpec, weights: Weights) -> TrainingObjective:

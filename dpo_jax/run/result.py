@@ -8,10 +8,11 @@ from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.hf import checkpoint
+from dpo_jax.hf.ending import Ending, aligned
 from dpo_jax.model.decoder import Model
 from dpo_jax.reporting.journal import Journal, read_records, summary
 from dpo_jax.run import output, sources, written
-from dpo_jax.run.models import weights_digest
+from dpo_jax.run.models import notes, weights_digest
 from dpo_jax.run.sources import Sources
 from dpo_jax.training import reference
 from dpo_jax.training.step import State
@@ -36,7 +37,7 @@ def before_and_after(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     return (found[0], found[-1]) if found else ({}, {})
 
 
-def export(run: Run, found: Sources, model: Model, journal: Journal) -> None:
+def export(run: Run, found: Sources, model: Model, journal: Journal, end: Ending | None) -> None:
     """The trained model as a Hugging Face folder like the one it came from, written beside and verified first."""
     folder = journal.folder
     journal.phase("exporting")
@@ -48,7 +49,9 @@ def export(run: Run, found: Sources, model: Model, journal: Journal) -> None:
     card["objectives"] = {term.name: term.row.paper for term in run.objective.terms}
     record = {"settings": settings, "settings_sha256": config.digest(run), "commits": found.commits}
     record["metrics"] = metrics
+    record["notes"] = card["notes"] = notes(found, end, run.export)
     files = {"dpo_jax.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n"}
+    files |= aligned(found.policy, end) if run.export.align_eos else {}
     dtype = written.KEEP[run.export.dtype]
     moved = checkpoint.save_hf(
         model, folder / "model", like=found.policy, card=card, extra_files=files, replace=True, dtype=dtype
