@@ -21,8 +21,8 @@ from dpo_jax.errors import UserError, one_line
 
 SECONDS = 8.0
 """Of a processor, for a try in another process: some times what the slowest tokenizer of the hub takes."""
-WAITING = 3
-"""Times as long a try may take by the clock, on a machine that has other things to do."""
+WAITING = 6
+"""Times as long a try may take by the clock, on a machine that has other things to do; what never ends computes."""
 MEMORY = 2 << 30
 """Bytes of address space for a try; a vocabulary of 260,000 tokens takes 0.7 GiB."""
 ROOM = 1 << 30

@@ -20,14 +20,14 @@ def test_a_try_gives_its_result():
         ("raise", r"fails \(ValueError: unlucky\)"),
         ("exit", "ends its process .exit code 3"),
         ("abort", "ends its process .signal 6"),
-        ("loop", "is not done after 1 s"),
+        ("loop", "is not done after 5 s"),
         ("memory", "wants more than 512 MiB"),
         ("write", "fails|ends its process"),
     ],
 )
 def test_how_a_try_ended_is_said(how, says, capfd):
     with pytest.raises(Died, match=says):
-        tried(pieces.ending, how, seconds=1.0, memory=512 << 20)
+        tried(pieces.ending, how, seconds=5.0, memory=512 << 20)
     assert capfd.readouterr() == ("", "")
 
 

@@ -17,6 +17,8 @@ RENDER_SECONDS = 10.0
 ANSWER = 1 << 20
 """Characters that a template may write around what it was given, and for each character of that `AROUND` more."""
 AROUND = 64
+MOST_IDS = 1 << 24
+"""Largest number of a token; transformers makes a list of all up to the largest."""
 WORDS = ("a", "Aa ", "1", " ", "\n", "\t\r\n ", ".", "'s ", "_-", "\u00e9", "\u4e2d", "\U0001f600", "\x00")
 """What texts are made of that a tokenizer is first tried on: backtracking shows on long runs of like characters."""
 TURNS: tuple[Messages, ...] = (
@@ -38,6 +40,9 @@ def try_tokenizer(path: str) -> None:
     from tokenizers import Tokenizer as Backend
 
     backend = Backend.from_file(path)
+    largest = max(backend.get_vocab().values(), default=0)
+    if largest > MOST_IDS:
+        raise ValueError(f"a token has number {largest}, and there are {backend.get_vocab_size()}")
     for word in WORDS:
         for text in (word, word * 40 + "!", word * (2000 // len(word))):
             ids = backend.encode(text).ids

@@ -208,6 +208,12 @@ def _auto_config(folder: Path, _content: bytes) -> dict[str, Any]:
             raise UserError(f"{folder / 'config.json'}: {lines[-1].strip()}") from error
 
 
+def check_readable(folder: Path) -> None:
+    """Raises UserError where transformers cannot make anything of a `config.json` that is there."""
+    if (folder / "config.json").exists():
+        _auto_config(folder, read_bytes(folder / "config.json"))
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps transformers from writing to the terminal; what goes wrong is raised as an error."""

@@ -10,7 +10,7 @@ from dpo_jax.data.strangers import MOST_TEMPLATE, check_template, try_tokenizer
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.errors import UserError, printable
 from dpo_jax.hf import beside, bounds
-from dpo_jax.hf.configs import quiet
+from dpo_jax.hf.configs import check_readable, quiet
 from dpo_jax.hf.tensors import SIDE_FILES, local_folder, one_line, read_json
 from dpo_jax.limits import Died, tried
 
@@ -61,6 +61,10 @@ def _unloadable(folder: Path, error: BaseException) -> BaseException:
     """
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         return error
+    try:
+        check_readable(folder)  # which AutoTokenizer reads too
+    except UserError as of_config:
+        return of_config
     return UserError(f"{folder}: the tokenizer cannot be loaded ({one_line(error)[:300]}); fetch it again")
 
 

@@ -82,6 +82,7 @@ def test_a_snapshot_of_the_hub_s_cache_is_loaded_through_its_links(folder, tmp_p
         ("tokenizer_config.json", {"eos_token": ["a"]}, "cannot be loaded"),
         ("tokenizer.json", {"model": None}, "tokenizer.json: the tokenizer cannot be loaded: it fails"),
         ("tokenizer.json", {"padding": 1}, "tokenizer.json: the tokenizer cannot be loaded: it fails"),
+        ("config.json", {"hidden_size": True}, "config.json: .*hidden_size"),
         ("config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000"),
     ],
 )
@@ -101,6 +102,12 @@ def test_a_template_of_200_megabytes_is_not_read(name, folder):
     with (folder / name).open("wb") as file:
         file.truncate(200 << 20)
     with pytest.raises(UserError, match=f"{name} has {200 << 20} bytes, more than"):
+        load_tokenizer(folder)
+
+
+def test_a_template_that_does_not_end_is_refused_with_its_folder(folder):
+    (folder / "chat_template.jinja").write_text("{{ 'a'|center(10**10) }}")
+    with pytest.raises(UserError, match=f"{folder}: the chat template wants more than"):
         load_tokenizer(folder)
 
 

@@ -212,6 +212,7 @@ def _tokenizers() -> dict[str, Case]:
                 {key: ODD[name]}
             )
     changes["an id of 2^40"] = lambda table: table["model"]["vocab"].update({"<far>": 2**40})
+    changes["an id of 2^24"] = lambda table: table["model"]["vocab"].update({"<far>": 2**24})
     changes["an id of 2^31"] = lambda table: table["model"]["vocab"].update({"<far>": 2**31})
     changes["no end token"] = lambda table: table["model"]["vocab"].pop("<eos>")
     harmless = ("regex (a|a)", "regex (.*a)", "regex (?<=", "regex ((a", "regex (a+", "regex (\\w", "regex (a{")
