@@ -177,7 +177,7 @@ def generation_settings(folder: str | Path, tokenizer: Tokenizer | None = None) 
 
 
 def _is_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 def _is_ids(value: object) -> bool:
@@ -185,4 +185,4 @@ def _is_ids(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

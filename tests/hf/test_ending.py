@@ -57,3 +57,12 @@ def test_a_reward_model_has_nothing_to_align():
     check_setting(align=False, scalar_head=True)
     with pytest.raises(UserError, match="export.align_eos: a reward model generates nothing"):
         check_setting(align=True, scalar_head=True)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"temperature": 10**400}, {"eos_token_id": 10**400}, {"top_k": -1}, {"top_p": 1e999}]
+)
+def test_a_number_that_is_none_is_named(changes, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps(changes))
+    with pytest.raises(UserError, match=f"generation_config.json: {next(iter(changes))} = .* will not do"):
+        ending_of(tmp_path, byte_tokenizer())
