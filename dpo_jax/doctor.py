@@ -223,6 +223,7 @@ def fit(run: Run) -> dict[str, Any]:
 
     mesh = models.make_mesh(run.mesh, run.model)
     sources = program.find_config(run, mesh)
+    notes = _notes(run, sources)
     encoded, data, run = program.data_for(run, sources)
     step = program.describe(run, sources, encoded, mesh)
     compiled = step.trainer.lower(step.dummy).compile()
@@ -233,7 +234,20 @@ def fit(run: Run) -> dict[str, Any]:
         "predicted": program.predicted(step),
         "compiler": program.reported(compiled),
         "capacity": memory_of_a_device(),
+        "notes": notes,
     }
+
+
+def _notes(run: Run, sources: Any) -> list[str]:
+    """What training would say of the folder that it leaves; nothing where the tokenizer is not here."""
+    from dpo_jax.hf.tokenizer import TOKENIZER_FILES, load_tokenizer
+    from dpo_jax.run import models
+
+    if not any((sources.policy / name).exists() for name in TOKENIZER_FILES):
+        return []
+    tokenizer, scores = load_tokenizer(sources.policy, run.data.template), run.objective.trains_reward_model
+    end = models.check_ending(sources, tokenizer, run.export, scalar_head=scores)
+    return models.notes(sources, end, run.export)
 
 
 def memory_of_a_device() -> int:
@@ -251,7 +265,7 @@ def fit_lines(found: dict[str, Any]) -> list[str]:
 
     head = f"the training step on {found['devices']} devices in {found['compute_dtype']}; lengths: {found['data']}"
     last = fit_line(found["compiler"]["peak"], found["capacity"], "a device's memory")
-    return [head, *memory_lines(found["predicted"], found["compiler"], ""), last]
+    return [head, *memory_lines(found["predicted"], found["compiler"], ""), last, *found["notes"]]
 
 
 @command

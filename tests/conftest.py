@@ -37,14 +37,18 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 ROOT = Path(__file__).resolve().parents[1]
 COMPILING = (
     "commands",
+    "data/test_strangers.py",
     "data/test_workers.py",
     "evaluation",
+    "hf/test_beside.py",
     "hf/test_every_family.py",
     "hf/test_export.py",
     "hf/test_export_memory.py",
     "hf/test_families.py",
     "hf/test_family_readers.py",
     "hf/test_hub_configs.py",
+    "hf/test_hostile_sweep.py",
+    "hf/test_resize.py",
     "hf/test_reward_export.py",
     "hf/test_verify.py",
     "hf/test_wrappers.py",
@@ -55,6 +59,7 @@ COMPILING = (
     "preference",
     "reporting/test_alarms.py",
     "run",
+    "test_limits.py",
     "tools",
     "training",
 )

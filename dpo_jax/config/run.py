@@ -187,7 +187,7 @@ CHANGES_MATHEMATICS = frozenset(
     reference.path reference.revision reference.update_every reference.update_rate optimizer.learning_rate
     optimizer.schedule optimizer.warmup_steps optimizer.warmup_fraction optimizer.beta1 optimizer.beta2
     optimizer.epsilon optimizer.weight_decay optimizer.clip_norm steps epochs seed model.router_aux
-    optimizer.name optimizer.param_dtype optimizer.moment_dtype model.freeze
+    optimizer.name optimizer.param_dtype optimizer.moment_dtype model.freeze model.resize_embedding
     """.split()
 ) | {f"objective.{name}" for name in ObjectiveSettings.model_fields}
 KEEPS_MATHEMATICS = frozenset(
@@ -196,7 +196,8 @@ KEEPS_MATHEMATICS = frozenset(
     data.workers batch.micro_tokens batch.share_prompts mesh.data mesh.fsdp mesh.tensor evaluation.every
     evaluation.answers evaluation.max_new_tokens checkpoint.every checkpoint.keep checkpoint.keep_every
     checkpoint.allow_change log.every log.tensorboard log.loggers log.token_statistics log.max_nonfinite output
-    alarms.enabled alarms.chosen_drift alarms.kl export.dtype export.rounding export.push export.private
+    alarms.enabled alarms.chosen_drift alarms.kl export.dtype export.rounding export.align_eos export.push
+    export.private
     """.split()
 )
 

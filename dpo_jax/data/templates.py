@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from dpo_jax.data.layouts import Record
 from dpo_jax.data.messages import BadRow, Messages, Part, is_chat, shared_length, texts_of
 from dpo_jax.data.report import clean
+from dpo_jax.data.strangers import apply_template, check_template, ids_of
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.errors import UserError
 from dpo_jax.files import digest_of
@@ -90,6 +91,8 @@ def codec(
             "this transformers cannot keep control tokens as text; upgrade it, or data.control_tokens=tokens"
         )
     source = template_source(tokenizer, template)
+    if source:
+        check_template(source)
     special = special_ids(tokenizer)
     return Codec(
         tokenizer=tokenizer,
@@ -155,7 +158,7 @@ def _control_pattern(tokenizer: Tokenizer, source: str) -> re.Pattern:
 def _ids(tokenizer: Tokenizer, texts: list[str], **options: bool) -> list[list[int]]:
     if not texts:
         return []
-    return tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
+    return ids_of(tokenizer, texts, **options)
 
 
 def _before(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -171,7 +174,9 @@ def _turn(tokenizer: Tokenizer, template: str | None, special: frozenset[int], a
     """Render a probe and look at what the template writes after the assistant's words."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
     try:
-        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **arguments)
+        text = apply_template(tokenizer, messages, "a probe", chat_template=template, tokenize=False, **arguments)
+    except UserError:  # it does not end
+        raise
     except Exception:  # a template may raise anything; rows that need it will say so, with file and line
         return Turn()
     (ids,) = _ids(tokenizer, [text], add_special_tokens=False)
@@ -299,14 +304,18 @@ def _rendered(record: Record, chat: Messages, codec: Codec, *, asking: bool, san
     """The chat as text; as ids where text of control tokens must not become control tokens."""
     how = {"tokenize": True, "return_dict": False, "sanitize_control_tokens": True} if sanitize else {"tokenize": False}
     try:
-        return codec.tokenizer.apply_chat_template(
+        return apply_template(
+            codec.tokenizer,
             chat,
+            _where(record),
             tools=record.tools,
             chat_template=codec.template,
             add_generation_prompt=asking,
             **how,
             **{**codec.arguments, **record.chat_template_kwargs},
         )
+    except UserError:  # it does not end
+        raise
     except Exception as error:  # templates raise what they like: Jinja's errors, their own, TypeError, KeyError
         raise BadRow("template error", f"{type(error).__name__}: {error}") from error
 

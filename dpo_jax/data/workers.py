@@ -21,6 +21,8 @@ from dpo_jax.errors import UserError
 C = TypeVar("C")
 W = TypeVar("W")
 R = TypeVar("R")
+SECONDS = 900
+"""Longest that a piece of work may take, which takes a second."""
 MOST = 16
 """Processes that are started unless told otherwise: more would wait for the one that reads the files."""
 
@@ -123,6 +125,11 @@ class _Crew(Generic[W, R]):
                 self._mine.fresh = False
                 pipe.send(self._task)
             pipe.send(piece)
+            if not pipe.poll(SECONDS):
+                raise UserError(
+                    f"data.workers: a process that tokenises is not done with its rows after {SECONDS} s; look for "
+                    "very long rows, or for a tokenizer that does not end"
+                )
             result, error, trace = pipe.recv()
         except (EOFError, OSError):
             raise UserError(self._died()) from None

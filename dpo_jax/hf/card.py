@@ -114,10 +114,10 @@ def model_card(
     """
     datasets = [name for name in (card or {}).get("datasets", ()) if HUB_ID.fullmatch(name)]
     card = {} if card is None else {key: public(value) for key, value in card.items()}
-    unknown = sorted(card.keys() - {"base_model", "datasets", "metrics", "config", "objectives"})
+    unknown = sorted(card.keys() - {"base_model", "datasets", "metrics", "config", "objectives", "notes"})
     if unknown:
         raise ValueError(
-            f"model card has no part {unknown[0]!r}; parts: base_model, datasets, metrics, config, objectives"
+            f"model card has no part {unknown[0]!r}; parts: base_model, datasets, metrics, config, objectives, notes"
         )
     if kind is LANGUAGE_MODEL and (objectives := card.get("objectives")):
         kind = _by_objectives(objectives)
@@ -127,7 +127,7 @@ def model_card(
     if datasets:
         front["datasets"] = datasets
     parts = [(kind.trained if card else WRITTEN).format(base=printable(base))]
-    parts += [note] if note else []
+    parts += [*([note] if note else []), *(printable(said) for said in card.get("notes", ()))]
     if card.get("metrics"):
         rows = [f"| {printable(str(name))} | {_number(value)} |" for name, value in card["metrics"].items()]
         parts.append("\n".join(["## Results", "", "| metric | value |", "| --- | --- |", *rows]))

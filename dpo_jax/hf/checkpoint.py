@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from dpo_jax import __version__, trees
 from dpo_jax.errors import UserError
-from dpo_jax.hf import reward, tensors
+from dpo_jax.hf import beside, resize, reward, tensors
 from dpo_jax.hf.card import LANGUAGE_MODEL, REWARD_MODEL, base_name, front_matter, model_card
 from dpo_jax.hf.configs import family_of, is_wrapper, read_spec
 from dpo_jax.hf.mapping import Claims, LeafPart, Scheme, TensorEntry, claim, names
@@ -32,14 +32,6 @@ from dpo_jax.trees import Tree
 
 SHARD_BYTES = 5 * 10**9
 EXPORT_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
-COPIED = (
-    "config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
-    "vocab.json vocab.txt merges.txt tekken.json *.model *.tiktoken chat_template.jinja chat_template.json "
-    "additional_chat_templates/*.jinja LICENSE* NOTICE* Notice* USE_POLICY*".split()
-)
-"""Files beside the tensors that an export takes over byte for byte."""
-GENERATION = "generation_config.json"
-"""Taken over too, but not for a reward model, which generates nothing."""
 
 # ---------------------------------------------------------------------------------------------- in
 
@@ -60,7 +52,7 @@ def load_hf(
       shardings: tree like `abstract_params(spec)` of where leaves go; each device's part is all that is read for it.
         None puts everything on the default device, uncommitted.
       spec: what `read_spec` gave, if the caller has it already. One with a scalar head takes of a language model's
-        folder all but its head, and starts the scalar head at zero.
+        folder all but its head, and starts the scalar head at zero; one with more tokens gets new rows (see resize.py).
 
     Raises:
       UserError: anything about the folder that is not as it must be, in one line.
@@ -68,19 +60,22 @@ def load_hf(
     folder = local_folder(folder_or_hub_id)
     spec = read_spec(folder) if spec is None else spec
     source = Tensors(folder)
+    stored = resize.as_stored(spec, folder)
     find = reward.claim_decoder if reward.head_is_new(spec, folder) else claim
-    claims = find(spec, source.infos, str(folder), scheme_of(spec, folder))
+    claims = find(stored, source.infos, str(folder), scheme_of(spec, folder))
     _check_copies(source, claims)
-    leaves = trees.paths(abstract_params(spec))
+    leaves, grown = trees.paths(abstract_params(stored)), resize.grown_leaves(stored, spec)
     places = dict.fromkeys(leaves) if shardings is None else trees.paths(shardings)
+    read_to = {leaf: resize.whole_rows(place) if leaf in grown else place for leaf, place in places.items()}
     by_leaf: dict[str, list[_Found]] = {}
     for entry in claims.entries.values():
         for number, part in enumerate(entry.parts):
             by_leaf.setdefault(part.leaf, []).append(_Found(entry, number))
     kinds = {leaf: jnp.dtype(_dtype_of(leaf, dtype)) for leaf in leaves}
     loaded = {
-        leaf: _leaf(source, by_leaf.get(leaf, []), leaves[leaf].shape, kinds[leaf], places[leaf]) for leaf in leaves
+        leaf: _leaf(source, by_leaf.get(leaf, []), leaves[leaf].shape, kinds[leaf], read_to[leaf]) for leaf in leaves
     }
+    loaded |= {leaf: resize.grown(loaded[leaf], shape[0], places[leaf]) for leaf, shape in grown.items()}
     return Model(spec, trees.from_paths(loaded))
 
 
@@ -237,16 +232,17 @@ def save_hf(
     """Writes the model as a folder that looks like the one it came from, and reads it back before it stands there.
 
     Tensor names, dtypes, shapes and files, the config and the tokenizer are those of `like`; weights that did not
-    change come back bit for bit. Added are a model card, `dpo_jax.json` and `SHA256SUMS`. A model with a scalar head
-    whose `like` is a language model's folder is written as that family's ...ForSequenceClassification with one label.
+    change come back bit for bit. A model with more tokens than `like` has its own `vocab_size`. Added are a model card,
+    `dpo_jax.json` and `SHA256SUMS`. A model with a scalar head whose `like` is a language model's folder is written as
+    that family's ...ForSequenceClassification with one label.
 
     Args:
       model: what to write; several processes must call this together, and the first one writes.
       folder: where to; it must not exist, or be empty.
       like: folder or hub id that the model was loaded from.
       card: what the model card says about the training: any of `base_model`, `datasets` (names), `metrics` (numbers by
-        name), `objectives` (name to where it comes from) and `config` (a table).
-      extra_files: further text files by name, such as `dpo_jax.json`.
+        name), `objectives` (name to where it comes from), `config` (a table) and `notes`.
+      extra_files: further text files by name, such as `dpo_jax.json`, or another `generation_config.json`.
       replace: an earlier export at `folder`, with nothing in it changed or added, may be replaced.
       dtype: of the tensors written; `keep` is each tensor's own in `like`.
       max_shard_bytes: split into files of at most this size; None keeps the files of `like`
@@ -267,6 +263,8 @@ def save_hf(
     config = reward.reward_config(model.spec, origin) if reward.head_is_new(model.spec, origin) else None
     if dtype != "keep":
         config = _with_dtype(config or read_json(origin, "config.json"), dtype)
+    if resize.as_stored(model.spec, origin) != model.spec:
+        config = resize.with_vocabulary(config or read_json(origin, "config.json"), model.spec.vocab_size)
     export = _Export(model.spec, trees.paths(model.params), source, claims, _by_file(infos), config)
     if jax.process_index() != 0:
         for name in (name for part in export.files.values() for name in part):
@@ -277,7 +275,8 @@ def save_hf(
     with tensors.staging(target, need, replace) as staging:
         written = {file: _write_weights(export, staging / file, part) for file, part in export.files.items()}
         sums = {file: digest for file, (digest, _) in written.items()}
-        texts = _side_files(export, base_name(like, card), card, dict(extra_files or {}))
+        sums |= _beside(export, staging, generation=beside.GENERATION not in (extra_files or {}))
+        texts = _texts(export, base_name(like, card), card, dict(extra_files or {}), sums)
         sums |= {name: tensors.write_bytes(staging / name, data) for name, data in texts.items()}
         listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         tensors.write_bytes(staging / tensors.SUMS, listing.encode())
@@ -303,15 +302,18 @@ def dtypes_written(
 
 def _claimed(spec: DecoderSpec, source: Tensors, origin: Path) -> tuple[Claims, dict[str, TensorInfo]]:
     """Which tensors an export like this folder has, and what each is of the model."""
-    scheme = scheme_of(spec, origin)
-    if not reward.head_is_new(spec, origin):
-        return claim(spec, source.infos, str(origin), scheme), source.infos
-    trunk = reward.claim_decoder(spec, source.infos, str(origin), scheme)
-    return reward.with_score(spec, trunk, source.infos, scheme)
+    scheme, stored = scheme_of(spec, origin), resize.as_stored(spec, origin)
+    if reward.head_is_new(spec, origin):
+        trunk = reward.claim_decoder(stored, source.infos, str(origin), scheme)
+        claims, infos = reward.with_score(stored, trunk, source.infos, scheme)
+    else:
+        claims, infos = claim(stored, source.infos, str(origin), scheme), source.infos
+    return resize.grown_claims(claims, infos, resize.grown_leaves(stored, spec)) if stored != spec else (claims, infos)
 
 
 def _check_like(model: Model, origin: Path) -> None:
     spec = read_spec(origin, scalar_head=True if model.spec.scalar_head else None)
+    spec = resize.with_rows(spec, origin, model.spec.vocab_size)
     if spec != model.spec:
         names = [name for name, value in vars(spec).items() if value != getattr(model.spec, name)]
         raise UserError(
@@ -407,27 +409,30 @@ def _entry_of(leaf, index):
 # ---------------------------------------------------------------------------------------------- the rest of the folder
 
 
-def _side_files(export: _Export, base: str, card: Mapping[str, Any] | None, extra: dict[str, str]) -> dict[str, bytes]:
-    origin, scores = export.source.folder, export.spec.scalar_head
-    patterns = COPIED if scores else (*COPIED, GENERATION)
-    found = sorted({path.relative_to(origin).as_posix() for pattern in patterns for path in origin.glob(pattern)})
-    files = {name: member(origin, name).read_bytes() for name in found if not (origin / name).is_dir()}
+def _beside(export: _Export, folder: Path, generation: bool) -> dict[str, str]:
+    """Copies what the source has beside its tensors; SHA-256 by name."""
+    names = beside.files(export.source.folder, generation=generation and not export.spec.scalar_head)
+    copied = [name for name in names if export.config is None or name != "config.json"]
+    return beside.copy(export.source.folder, copied, folder)
+
+
+def _texts(
+    export: _Export, base: str, card: Mapping[str, Any] | None, extra: dict[str, str], copied: Collection[str]
+) -> dict[str, bytes]:
+    """What is written anew, beside the files that were copied."""
+    origin = export.source.folder
+    files = _index(export)
     if export.config is not None:
         files["config.json"] = (json.dumps(export.config, indent=2, ensure_ascii=False) + "\n").encode()
-    files |= _index(export)
     config = export.config or read_json(origin, "config.json")
-    kind, note = (REWARD_MODEL, reward.padding_note(config)) if scores else (LANGUAGE_MODEL, "")
+    kind, note = (REWARD_MODEL, reward.padding_note(config)) if export.spec.scalar_head else (LANGUAGE_MODEL, "")
     files["README.md"] = model_card(base, front_matter(origin), card, kind=kind, note=note).encode()
     if tensors.OURS not in extra:
         facts = {"version": __version__, "base_model": base}
         extra[tensors.OURS] = json.dumps({**facts, "base_digest": tensors.weights_digest(origin)}, indent=2) + "\n"
     for name, text in extra.items():
-        if (
-            name in files
-            or name in export.files
-            or name == tensors.SUMS
-            or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name)
-        ):
+        taken = name in files or name in copied or name in export.files or name == tensors.SUMS
+        if taken or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
             raise ValueError(f"extra file {name!r} is not a free plain name")
         files[name] = text.encode()
     return files

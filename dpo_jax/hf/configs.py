@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.errors import UserError
+from dpo_jax.hf import bounds
+from dpo_jax.hf.beside import check_kind
 from dpo_jax.hf.families import FAMILIES, Family
 from dpo_jax.hf.keys import AGAIN, FIXED, HARMLESS, MOVED, REQUIRED, Keys
-from dpo_jax.hf.tensors import read_json, tensor_names
+from dpo_jax.hf.tensors import read_bytes, read_json, tensor_names
 from dpo_jax.model.spec import DecoderSpec
 
 LANGUAGE_MODEL, CLASSIFIER, WRAPPER = "ForCausalLM", "ForSequenceClassification", "ForConditionalGeneration"
@@ -43,7 +45,9 @@ def read_spec(folder: str | Path, *, scalar_head: bool | None = None) -> Decoder
       UserError: the family is not supported, or a key is unknown or has a value that is not supported.
     """
     folder = Path(folder)
+    check_kind(folder)
     file, raw = folder / "config.json", read_json(folder, "config.json")
+    bounds.check(raw, file)
     _check_raw(raw, Keys(raw, file))
     spec = _decoder(folder, raw)
     own = _is_classifier(raw)
@@ -68,7 +72,7 @@ def is_wrapper(folder: Path) -> bool:
 
 def _decoder(folder: Path, raw: dict[str, Any]) -> DecoderSpec:
     file = folder / "config.json"
-    config = copy.deepcopy(_auto_config(folder, file.read_bytes()))
+    config = copy.deepcopy(_auto_config(folder, read_bytes(file)))
     swallowed = _swallowed(raw, config)
     if raw["model_type"] in WRAPPERS:
         inner, outer = config["text_config"], config
@@ -202,6 +206,12 @@ def _auto_config(folder: Path, _content: bytes) -> dict[str, Any]:
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"{folder / 'config.json'}: {lines[-1].strip()}") from error
+
+
+def check_readable(folder: Path) -> None:
+    """Raises UserError where transformers cannot make anything of a `config.json` that is there."""
+    if (folder / "config.json").exists():
+        _auto_config(folder, read_bytes(folder / "config.json"))
 
 
 @contextlib.contextmanager

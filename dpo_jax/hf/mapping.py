@@ -7,7 +7,8 @@ error that names it.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,10 @@ SUFFIXES = {"kernel": ".weight", "scale": ".weight", "embedding": ".weight", "bi
 """What a module's name is followed by, for each of its leaves."""
 CARRIED: tuple[str, ...] = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 """Tensors that hold no weights: not read, and exported as they came."""
+
+
+SPARE = 10_000
+"""Tensors that a folder may lack and is told the first of by name."""
 
 
 class LeafPart(NamedTuple):
@@ -102,10 +107,14 @@ def names(spec: DecoderSpec, naming: Naming) -> list[TensorEntry]:
     Raises:
       ValueError: no name claims a leaf.
     """
+    return list(_entries(spec, naming))
+
+
+def _entries(spec: DecoderSpec, naming: Naming) -> Iterator[TensorEntry]:
+    """`names`, one by one."""
     shapes = {leaf: value.shape for leaf, value in trees.paths(abstract_params(spec)).items()}
     layers = {name: (layer, numbers) for name, layer, numbers in stacks(spec)}
     done: dict[str, None] = {}
-    found: list[TensorEntry] = []
     for leaf in shapes:
         if leaf in done:
             continue
@@ -115,10 +124,9 @@ def names(spec: DecoderSpec, naming: Naming) -> list[TensorEntry]:
         done |= dict.fromkeys(leaves)
         parts = [(name, shapes[name]) for name in leaves]
         if stack:
-            found += _stacked(naming.layer, at, parts, *layers[stack])
+            yield from _stacked(naming.layer, at, parts, *layers[stack])
         else:
-            found.append(_entry(at.name, at, [LeafPart(name, (), shape) for name, shape in parts], 1))
-    return found
+            yield _entry(at.name, at, [LeafPart(name, (), shape) for name, shape in parts], 1)
 
 
 def _claim(naming: Naming, prefix: str, inner: str, shapes: Mapping[str, Shape]) -> tuple[list[str], At]:
@@ -218,7 +226,10 @@ def claim(spec: DecoderSpec, infos: Mapping[str, TensorInfo], where: str, scheme
             "language model, or name a ...ForSequenceClassification in architectures of config.json"
         )
     naming, tower = _placed(scheme, infos)
-    table = {entry.name: entry for entry in names(spec, naming)}
+    most = len(infos) + SPARE
+    table = {entry.name: entry for entry in islice(_entries(spec, naming), most + 1)}
+    if len(table) > most:  # a config may say anything, and is not followed far beyond what is there
+        raise UserError(f"{where}: config.json asks for more than {most} tensors, and there are {len(infos)}")
     second = {entry.name: entry for entry in aliases(spec, naming)}
     for alias in second.values():
         first = next(name for name, entry in table.items() if entry.parts == alias.parts)

@@ -23,6 +23,11 @@ class ExportSettings(Section):
         description="how weights are rounded to bfloat16: to nearest even; or up or down at random (by the seed), so "
         "that an update of less than a digit is kept on average, at the price of noise",
     )
+    align_eos: bool = Field(
+        default=False,
+        description="add the token that ends an answer (the chat template's end of turn) to eos_token_id of the "
+        "exported generation_config.json, where the folder of model.path does not list it",
+    )
     push: str | None = Field(
         default=None,
         description="OWNER/NAME of a hub repository that the result is pushed to; "

@@ -39,6 +39,8 @@ STORED = DTYPES | {"BOOL": np.dtype(bool), "F64": np.dtype(np.float64)}
 STORED |= {f"{kind.upper()}{8 * size}": np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)}
 """What any tensor of a folder may be, such as a mask that is carried along."""
 MAX_JSON_BYTES = 64 << 20
+MAX_JSON_PARTS = 200_000
+"""Lists and objects that a JSON file may hold: each takes 100 times the memory that it takes in the file."""
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md")
 """What a hub repository may hand us beside its tensors."""
 
@@ -88,7 +90,10 @@ def member(folder: Path, name: str) -> Path:
     path, root = folder / name, folder.resolve()
     if not os.path.lexists(path):
         raise UserError(f"{path} is missing; the folder is not complete")
-    real = path.resolve()
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} is a link that leads nowhere; put the file itself into the folder") from error
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     if not real.is_relative_to(root) and not real.is_relative_to(blobs):
         raise UserError(f"{path} leads out of its folder, to {real}; put the file itself into the folder")
@@ -101,16 +106,27 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """A JSON object from a file of the folder; parsed once for as long as the file stays the same.
 
     Raises:
-      UserError: the file is missing, too large, not JSON, not an object, or names a key twice.
+      UserError: the file is missing, cannot be read, is too large, not JSON, not an object, or names a key twice.
     """
     path = member(folder, name)
     if path.stat().st_size > MAX_JSON_BYTES:
         raise UserError(f"{path} has {path.stat().st_size} bytes, more than the {MAX_JSON_BYTES} such a file may have")
-    return copy.deepcopy(_parsed(path, path.read_bytes()))
+    return copy.deepcopy(_parsed(path, read_bytes(path)))
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's content; raises UserError where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}); make it readable, or fetch it again") from error
 
 
 @functools.lru_cache(maxsize=32)
 def _parsed(path: Path, content: bytes) -> dict[str, Any]:
+    parts = content.count(b"[") + content.count(b"{")
+    if parts > MAX_JSON_PARTS:
+        raise UserError(f"{path} holds {parts} lists and objects, more than the {MAX_JSON_PARTS} such a file may hold")
     try:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -198,17 +214,18 @@ def _open(folder: Path, file: str) -> tuple[safe_open, dict[str, tuple[int, int]
     """A tensor file, and where in it the bytes of each tensor begin and end."""
     path = member(folder, file)
     try:
-        handle = safe_open(path, framework="numpy")
-        with path.open("rb") as opened:  # safetensors lets the last of two equal names pass
-            header = json.loads(opened.read(*struct.unpack("<Q", opened.read(8))), object_pairs_hook=_unique)
+        with path.open("rb") as opened:
+            text = opened.read(min(MAX_JSON_BYTES, *struct.unpack("<Q", opened.read(8))))
             after = opened.tell()
+        if text.count(b"{") > MAX_JSON_PARTS:
+            raise ValueError(f"a header of more than {MAX_JSON_PARTS} tensors")
+        handle = safe_open(path, framework="numpy")
+        header = json.loads(text, object_pairs_hook=_unique)  # safetensors lets the last of two equal names pass
         header.pop("__metadata__", None)
         places = {name: tuple(after + offset for offset in info["data_offsets"]) for name, info in header.items()}
         return handle, places
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not a whole safetensors file ({one_line(error)}); fetch or write it again"
-        ) from error
+    except (SafetensorError, OSError, ValueError, RecursionError, struct.error) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({one_line(error)}); fetch it again") from error
 
 
 def _tensor_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
@@ -278,9 +295,9 @@ def write_tensors(
     """
     digest = hashlib.sha256()
     with path.open("xb") as file:
-        for part in (_header(infos, metadata),):
-            file.write(part)
-            digest.update(part)
+        header = _header(infos, metadata)
+        file.write(header)
+        digest.update(header)
         for name, info in infos.items():
             part = _bytes_of(name, info, fetch(name))
             file.write(part)

@@ -20,9 +20,10 @@ import numpy as np
 import psutil
 
 from dpo_jax.errors import UserError, one_line, printable
-from dpo_jax.files import size_text
-from dpo_jax.hf import tensors
-from dpo_jax.hf.checkpoint import COPIED, GENERATION, load_hf, save_hf
+from dpo_jax.files import file_digest, size_text
+from dpo_jax.hf import beside, tensors
+from dpo_jax.hf.beside import WRITTEN_ANEW
+from dpo_jax.hf.checkpoint import load_hf, save_hf
 from dpo_jax.hf.configs import quiet, read_spec
 from dpo_jax.hf.tensors import Tensors, local_folder
 from dpo_jax.model.attention import causal
@@ -32,8 +33,6 @@ ROWS, LENGTH = 3, 24
 """Rows of random token ids that the logits are compared on, and their length."""
 ALLOWED = 2e-4
 """Largest difference of float32 logits between PyTorch and JAX, for logits up to 1; it grows with the largest one."""
-WRITTEN_ANEW = frozenset({"README.md", tensors.OURS, tensors.SUMS})
-ADAPTER = "adapter_config.json"
 
 
 class Check(NamedTuple):
@@ -137,7 +136,7 @@ def _compared(source: Tensors, target: Path, torch: bool) -> Iterator[Check]:
     save_hf(model, target, folder)
     del model
     yield _tensors(source, target)
-    yield from _files(folder, target, () if scalar else (GENERATION,))
+    yield from _files(folder, target, generation=not scalar)
     if ours is not None:
         yield from _in_pytorch(folder, target, rows, ours)
     else:
@@ -179,15 +178,14 @@ def _bits(folder: Tensors, name: str) -> np.ndarray:
     return np.ascontiguousarray(folder.read(name)).reshape(-1).view(np.uint8)
 
 
-def _files(folder: Path, target: Path, more: tuple[str, ...]) -> Iterator[Check]:
+def _files(folder: Path, target: Path, *, generation: bool) -> Iterator[Check]:
     """Every file beside the tensors, byte for byte; and what the export says of itself."""
     before, after = _beside(folder), _beside(target)
-    patterns = (*COPIED, *more, tensors.INDEX)
-    wanted = before & {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)}
+    wanted = {*beside.files(folder, generation=generation), *(before & {tensors.INDEX})}
     wrong = [
         f"{name} ({'missing' if name not in after else 'bytes'})"
         for name in sorted(wanted)
-        if name not in after or (folder / name).read_bytes() != (target / name).read_bytes()
+        if name not in after or file_digest(folder / name) != file_digest(target / name)
     ]
     wrong += [f"{name} (extra)" for name in sorted(after - wanted - WRITTEN_ANEW)]
     same = f"{len(wanted)} with the same bytes: {_few(sorted(wanted), 12)}"
@@ -265,13 +263,10 @@ def torch_logits(folder: Path, rows: np.ndarray) -> tuple[np.ndarray, Mapping[st
     """Logits (or scores, [ROWS, 1]) of PyTorch in float32, and the names that it missed or did not expect, by kind.
 
     Raises:
-      UserError: the folder holds an adapter too, which transformers would follow to another model.
       Exception: whatever transformers raises.
     """
     import torch
 
-    if (folder / ADAPTER).exists():
-        raise UserError(f"{folder / ADAPTER} leads to another model; remove it from a copy of the folder")
     with quiet(), _without_bars():
         model, info = _class(folder).from_pretrained(
             str(folder),

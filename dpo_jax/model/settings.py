@@ -52,6 +52,11 @@ class ModelSettings(Section):
         default=None,
         description="branch, tag or commit of a hub id (default: main); a run keeps the commit that it began with",
     )
+    resize_embedding: bool = Field(
+        default=False,
+        description="give the embedding (and a head that is not tied to it) a row for every token of the tokenizer; a "
+        "new row is the mean of the old ones, and the exported config.json has the new vocab_size",
+    )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="dtype of activations and matrix products; auto: bfloat16 on accelerators, float32 on a CPU",

@@ -101,7 +101,8 @@ def check_tokens(data: Data, rows: int, tokenizer: Any) -> None:
         name_of_it = printable(str(tokenizer.convert_ids_to_tokens(token)))
         raise UserError(
             f"{where}: token {token} ({name_of_it}) has no row in the model's embedding, whose rows are 0 to {rows - 1}"
-            f", as {len(beyond):,} tokens of {name}; take the model's own tokenizer and template, or a larger embedding"
+            f", as {len(beyond):,} tokens of {name}; take the model's own tokenizer and template, or "
+            "train with model.resize_embedding=true, which gives the model a row for every token"
         )
 
 

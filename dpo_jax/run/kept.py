@@ -1,6 +1,5 @@
 """The model of any kept checkpoint of a run, as the run itself would have exported it."""
 
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +8,7 @@ import jax
 from dpo_jax.config import run as config
 from dpo_jax.errors import UserError
 from dpo_jax.hf import checkpoint
+from dpo_jax.hf.tokenizer import load_tokenizer
 from dpo_jax.model.decoder import Model
 from dpo_jax.model.settings import MeshSettings
 from dpo_jax.model.weights import Weights
@@ -59,18 +59,21 @@ def export_kept(
             f"{folder} has no checkpoint of step {chosen}; kept are {steps or 'none'}: see checkpoint.keep_every"
         )
     found = find_models(run.model, ReferenceSettings(mode="none"), known)
+    tokenizer, scores = load_tokenizer(found.policy, run.data.template), run.objective.trains_reward_model
+    found = found.resized(run.model, tokenizer)
     digest, was = models.weights_digest(found.policy), known["facts"].get(continuing.WEIGHTS)
     if was not in (None, digest):
         raise UserError(f"{found.policy}: {continuing.WEIGHTS} was {was} and is now {digest}; restore the model")
-    mesh, scores = models.make_mesh(MeshSettings(), run.model), run.objective.trains_reward_model
-    spec, weights = models.load_policy(run.model, found.policy, mesh, run.optimizer.param_dtype, scalar_head=scores)
+    mesh = models.make_mesh(MeshSettings(), run.model)
+    how = {"scalar_head": scores, "rows": found.rows}
+    spec, weights = models.load_policy(run.model, found.policy, mesh, run.optimizer.param_dtype, **how)
     weights = with_trained(weights, _trained(folder, chosen, weights))
     kept = dtype or written.KEEP[run.export.dtype]
     asked = run.export.model_copy(update={"dtype": "same" if kept == "keep" else kept})
     rounding = written.Rounding.of(asked, spec, found.policy, weights.trained, run.seed)
     model = Model(spec, rounding.at_random(weights).params)
-    card, record = result.described(run, found.commits)
-    files = {result.RECORD: json.dumps({**record, "step": chosen}, indent=2, ensure_ascii=False) + "\n"}
+    ending = models.check_ending(found, tokenizer, run.export, scalar_head=scores)
+    card, files = result.described(run, found, ending, step=chosen)
     options = {"card": card, "extra_files": files, "dtype": kept, "max_shard_bytes": max_shard_bytes}
     checkpoint.save_hf(model, target, found.policy, **options)
     return chosen

@@ -10,9 +10,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from dpo_jax import sharding
+from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.errors import UserError
-from dpo_jax.hf import checkpoint, tensors
+from dpo_jax.hf import checkpoint, ending, resize, tensors
 from dpo_jax.hf.configs import read_spec
+from dpo_jax.hf.ending import Ending
+from dpo_jax.hf.settings import ExportSettings
 from dpo_jax.model import remat
 from dpo_jax.model.attention import TILE
 from dpo_jax.model.backends import table
@@ -42,13 +45,26 @@ def compute_dtype(model: ModelSettings, mesh: jax.sharding.Mesh) -> str:
     return "float32" if sharding.platform(mesh) == "cpu" else "bfloat16"
 
 
-def load_model(folder: Path, mesh: jax.sharding.Mesh, dtype: str = "float32", *, scalar_head: bool = False) -> Model:
+def load_model(
+    folder: Path,
+    mesh: jax.sharding.Mesh,
+    dtype: str = "float32",
+    *,
+    scalar_head: bool = False,
+    rows: int | None = None,
+) -> Model:
     """A folder's model, straight onto its shardings; with a scalar head, from a language model or a reward model.
 
-    Leaves that are used in float32 whatever the dtype of computation (norm scales) are read in float32.
+    Leaves that are used in float32 whatever the dtype of computation (norm scales) are read in float32. The embedding
+    gets at least so many `rows`.
     """
-    spec = read_spec(folder, scalar_head=scalar_head)
+    spec = spec_of(folder, rows, scalar_head=scalar_head)
     return _loaded(spec, folder, mesh, functools.partial(held_in, dtype=jnp.dtype(dtype)))
+
+
+def spec_of(folder: Path, rows: int | None = None, *, scalar_head: bool) -> DecoderSpec:
+    """The spec of a folder's model, with at least so many rows in its embedding; raises as `with_rows`."""
+    return resize.with_rows(read_spec(folder, scalar_head=scalar_head), folder, rows)
 
 
 def _loaded(spec: DecoderSpec, folder: Path, mesh: jax.sharding.Mesh, held: Callable[[str], DTypeLike]) -> Model:
@@ -57,13 +73,19 @@ def _loaded(spec: DecoderSpec, folder: Path, mesh: jax.sharding.Mesh, held: Call
 
 
 def load_policy(
-    model: ModelSettings, folder: Path, mesh: jax.sharding.Mesh, param_dtype: str, *, scalar_head: bool
+    model: ModelSettings,
+    folder: Path,
+    mesh: jax.sharding.Mesh,
+    param_dtype: str,
+    *,
+    scalar_head: bool,
+    rows: int | None = None,
 ) -> tuple[DecoderSpec, Weights]:
     """The policy on its shardings, divided into what is trained and what is frozen.
 
-    What is frozen is held in float32 whatever `param_dtype` is, so that it comes back exactly.
+    What is frozen is held in float32 whatever `param_dtype` is, so it comes back exactly; `rows` as of `load_model`.
     """
-    spec = read_spec(folder, scalar_head=scalar_head)
+    spec = spec_of(folder, rows, scalar_head=scalar_head)
     trained = what_is_trained(spec, model.freeze)
 
     def held(path: str) -> DTypeLike:
@@ -115,7 +137,7 @@ def check_models(
     Raises:
       UserError: a folder or its config is not as it must be, or the two models know different tokens.
     """
-    policy = read_spec(sources.policy, scalar_head=scalar_head)
+    policy = spec_of(sources.policy, sources.rows, scalar_head=scalar_head)
     _check_length("model.path", policy, max_length)
     attention_of(model, policy, mesh)
     what_is_trained(policy, model.freeze)
@@ -123,7 +145,7 @@ def check_models(
         raise UserError(f"model.router_aux: {model.router_aux} balances experts, and there are none; leave it out")
     if reference.mode == "none" or sources.reference_is_policy:
         return
-    other = read_spec(sources.reference, scalar_head=False)
+    other = spec_of(sources.reference, sources.rows, scalar_head=False)
     if other.vocab_size != policy.vocab_size:
         raise UserError(
             f"reference.path: {reference.path} knows {other.vocab_size} tokens and the policy "
@@ -136,6 +158,30 @@ def check_models(
             "reference.mode: live computes the reference as it computes the policy, and "
             f"reference.path {reference.path} is another kind of model; give mode: cached"
         )
+
+
+def check_ending(sources: Sources, tokenizer: Tokenizer, export: ExportSettings, *, scalar_head: bool) -> Ending | None:
+    """How the answers of a run end, and whether the policy's folder stops there; None for a reward model.
+
+    Raises:
+      UserError: as `ending_of`; or the setting would do nothing.
+    """
+    ending.check_setting(export.align_eos, scalar_head)
+    return None if scalar_head else ending.ending_of(sources.policy, tokenizer)
+
+
+def notes(sources: Sources, end: Ending | None, export: ExportSettings) -> list[str]:
+    """What is to be said of the folder that a run leaves, at its start and on its card."""
+    found = [] if end is None else [end.line(export.align_eos)]
+    if sources.rows is not None:
+        before = read_spec(sources.policy).vocab_size
+        more = sources.rows - before
+        found.append(
+            f"the embedding has {before:,} rows and gets {more:,} more, each the mean of those (model.resize_embedding)"
+            if more > 0
+            else f"the embedding's {before:,} rows are enough for the tokenizer, and are left (model.resize_embedding)"
+        )
+    return [line for line in found if line]
 
 
 def attention_of(model: ModelSettings, spec: DecoderSpec, mesh: jax.sharding.Mesh) -> str:

@@ -8,7 +8,7 @@ import jax
 
 from dpo_jax.config.run import Run
 from dpo_jax.data.arguments import dated
-from dpo_jax.hf.configs import read_spec
+from dpo_jax.hf.ending import Ending
 from dpo_jax.hf.tokenizer import load_tokenizer
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights
@@ -40,6 +40,7 @@ class Job:
     steps: int
     packing: Packing
     prompts: EvaluationPrompts | None
+    ending: Ending | None
 
     @classmethod
     def read(cls, run: Run, folder: Path) -> "Job":
@@ -51,7 +52,13 @@ class Job:
         sources = find_models(run.model, run.reference, output.recorded(folder))
         mesh = models.make_mesh(run.mesh, run.model)
         tokenizer = load_tokenizer(sources.policy, run.data.template)
-        terms, length = run.objective.terms, run.data.max_length
+        sources = sources.resized(run.model, tokenizer)
+        terms, length, scores = run.objective.terms, run.data.max_length, run.objective.trains_reward_model
+        settings = {"model": run.model, "reference": run.reference, "max_length": length, "scalar_head": scores}
+        models.check_models(sources, mesh, **settings)
+        ending = models.check_ending(sources, tokenizer, run.export, scalar_head=scores)
+        for line in models.notes(sources, ending, run.export):
+            print(line)
         cache, date = output.cache_folder(run.data, folder), output.template_date(folder)
         data = read_data(run.data, tokenizer, cache, print, date)
         output.write_json(folder / "data.json", data.report)
@@ -61,19 +68,9 @@ class Job:
         print(length_line(data.train.num_pairs, run.batch.pairs, steps))
         tokenizer = dated(tokenizer, date=data.date).tokenizer
         prompts = read_prompts(run.evaluation, sources.policy, tokenizer, run.data.chat_template_kwargs)
-        models.check_models(
-            sources,
-            mesh,
-            model=run.model,
-            reference=run.reference,
-            max_length=length,
-            scalar_head=run.objective.trains_reward_model,
-        )
-        check_tokens(
-            data, read_spec(sources.policy, scalar_head=run.objective.trains_reward_model).vocab_size, tokenizer
-        )
+        check_tokens(data, models.spec_of(sources.policy, sources.rows, scalar_head=scores).vocab_size, tokenizer)
         packing = Packing.of(run.batch, length, terms, mesh)
-        return cls(run, folder, sources, mesh, tokenizer, data, steps, packing, prompts)
+        return cls(run, folder, sources, mesh, tokenizer, data, steps, packing, prompts, ending)
 
     @property
     def cache(self) -> Path:
@@ -83,9 +80,13 @@ class Job:
     def load_policy(self) -> tuple[DecoderSpec, Weights]:
         """The policy's starting weights on the mesh, divided into trained and frozen."""
         run = self.run
-        scores = run.objective.trains_reward_model
         return models.load_policy(
-            run.model, self.sources.policy, self.mesh, run.optimizer.param_dtype, scalar_head=scores
+            run.model,
+            self.sources.policy,
+            self.mesh,
+            run.optimizer.param_dtype,
+            scalar_head=run.objective.trains_reward_model,
+            rows=self.sources.rows,
         )
 
     def objective(self, spec: DecoderSpec, weights: Weights) -> TrainingObjective:

@@ -17,7 +17,8 @@ from dpo_jax.data.encode import encode
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.data.sources import is_here
 from dpo_jax.errors import UserError
-from dpo_jax.hf.configs import read_spec
+from dpo_jax.hf.tensors import SIDE_FILES
+from dpo_jax.hf.tokenizer import load_tokenizer
 from dpo_jax.model.decoder import abstract_params, cast
 from dpo_jax.objectives.terms import data_of
 from dpo_jax.planning import costs, hlo, memory
@@ -67,7 +68,10 @@ def find_config(run: Run, mesh: jax.sharding.Mesh) -> Sources:
     Raises:
       UserError: there is none, or training would refuse the models.
     """
-    sources = find_models(run.model, run.reference, {}, CONFIG_ONLY)
+    needed = (*CONFIG_ONLY, *SIDE_FILES) if run.model.resize_embedding else CONFIG_ONLY
+    sources = find_models(run.model, run.reference, {}, needed)
+    if run.model.resize_embedding:
+        sources = sources.resized(run.model, load_tokenizer(sources.policy))
     models.check_models(
         sources,
         mesh,
@@ -85,8 +89,6 @@ def read_data(run: Run, sources: Sources) -> Encoded:
     Raises:
       UserError: they, or the tokenizer, cannot be read.
     """
-    from dpo_jax.hf.tokenizer import load_tokenizer
-
     tokenizer = load_tokenizer(sources.policy, run.data.template)
     with tempfile.TemporaryDirectory() as folder:
         found, _ = encode(run.data.train, tokenizer, run.data, run.data.cache or folder, first=run.data.first)
@@ -130,7 +132,7 @@ def describe(
       mesh: of any devices, virtual ones too.
       attention_length: lay rows out as where attention costs this much (see `run.data`); None is that of the mesh.
     """
-    spec = read_spec(sources.policy, scalar_head=run.objective.trains_reward_model)
+    spec = models.spec_of(sources.policy, sources.rows, scalar_head=run.objective.trains_reward_model)
     terms = run.objective.terms
     weights = models.abstract_policy(spec, run.model.freeze, mesh, run.optimizer.param_dtype)
     objective = models.make_objective(run.model, terms, spec, weights, mesh, statistics=run.log.token_statistics)

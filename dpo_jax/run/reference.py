@@ -98,11 +98,13 @@ def make_reference(
     own = sources.reference_is_policy
     if settings.mode == "live" and own:
         return Reference(weights=_copied(policy, dtype), moving=moving)
-    model = Model(objective.spec, policy.params) if own else load_model(sources.reference, scorer.mesh, dtype)
+    model = Model(objective.spec, policy.params) if own else None
+    model = model or load_model(sources.reference, scorer.mesh, dtype, rows=sources.rows)
     if settings.mode == "live":
         return Reference(weights=cast(model.params, jnp.dtype(dtype)), moving=moving)
     digest = weights_digest(sources.reference)
     kind = _computed_in(policy, objective) if own else objective.compute_dtype
+    kind += "" if sources.rows is None else f" {model.spec.vocab_size} rows"
     train, held_out = (
         None if encoded is None else scorer.logps(model, objective, encoded, digest, kind)
         for encoded in (data.train, data.held_out)

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from dpo_jax.config.run import Run
 from dpo_jax.data.sources import hub_name
 from dpo_jax.errors import UserError, public
 from dpo_jax.hf import checkpoint, tensors
+from dpo_jax.hf.ending import Ending, aligned
 from dpo_jax.model.decoder import Model
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights
@@ -20,7 +20,7 @@ from dpo_jax.reporting.journal import Journal, read_records, summary
 from dpo_jax.run import continuing, output, sources, written
 from dpo_jax.run.continuing import Past
 from dpo_jax.run.data import Data
-from dpo_jax.run.models import weights_digest
+from dpo_jax.run.models import notes, weights_digest
 from dpo_jax.run.sources import Sources
 from dpo_jax.training import reference
 from dpo_jax.training.step import State
@@ -52,7 +52,7 @@ def before_and_after(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     return (found[0], found[-1]) if found else ({}, {})
 
 
-def export(run: Run, found: Sources, spec: DecoderSpec, weights: Weights, journal: Journal) -> None:
+def export(run: Run, found: Sources, spec: DecoderSpec, weights: Weights, journal: Journal, end: Ending | None) -> None:
     """The trained model as a Hugging Face folder like the one it came from, written beside and verified first.
 
     A model that stands there and is not as it was exported is renamed, never replaced.
@@ -61,10 +61,7 @@ def export(run: Run, found: Sources, spec: DecoderSpec, weights: Weights, journa
     journal.phase("exporting")
     _make_way(folder / output.MODEL, journal)
     _, metrics = before_and_after(folder)
-    card, record = described(run, found.commits)
-    record = {**record, "metrics": metrics}
-    card = {**card, "metrics": metrics}
-    files = {RECORD: json.dumps(record, indent=2, ensure_ascii=False) + "\n"}
+    card, files = described(run, found, end, metrics=metrics)
     dtype = written.KEEP[run.export.dtype]
     rounding = written.Rounding.of(run.export, spec, found.policy, weights.trained, run.seed)
     model = Model(spec, rounding.at_random(weights).params)
@@ -74,15 +71,22 @@ def export(run: Run, found: Sources, spec: DecoderSpec, weights: Weights, journa
     output.mark(folder, finished=True, moved=moved, exported=exported_as(run))
 
 
-def described(run: Run, commits: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What an export's card and its `dpo_jax.json` say of a run, but for what was measured."""
+def described(run: Run, found: Sources, end: Ending | None, **more: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the card of an export says of its run, and the files beside its weights that are written for it.
+
+    What is `more` is said in the card if it is its `metrics`, and in `dpo_jax.json` whatever it is.
+    """
     names = [run.data.train] if isinstance(run.data.train, str) else list(run.data.train)
     datasets = list(dict.fromkeys(name for name in map(hub_name, names) if name))
     settings = config.dump(run)
-    pinned = {part: {**settings[part], "revision": commit} for part, commit in commits.items()}
+    pinned = {part: {**settings[part], "revision": commit} for part, commit in found.commits.items()}
     card = {"datasets": datasets, "config": {**settings, **pinned}}
     card["objectives"] = {term.name: term.row.paper for term in run.objective.terms}
-    return card, public({"settings": settings, "settings_sha256": config.digest(run), "commits": dict(commits)})
+    more["notes"] = card["notes"] = notes(found, end, run.export)
+    record = {"settings": settings, "settings_sha256": config.digest(run), "commits": found.commits, **more}
+    files = {RECORD: json.dumps(public(record), indent=2, ensure_ascii=False) + "\n"}
+    card |= {"metrics": more["metrics"]} if "metrics" in more else {}
+    return card, files | (aligned(found.policy, end) if run.export.align_eos else {})
 
 
 def exported_as(run: Run) -> dict[str, Any]:

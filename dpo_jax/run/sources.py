@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.errors import UserError, redacted
 from dpo_jax.hf import hub, tensors
 from dpo_jax.hf.push import check_push, push
+from dpo_jax.hf.resize import rows_for
 from dpo_jax.hf.settings import ExportSettings
 from dpo_jax.model.settings import ModelSettings
 from dpo_jax.training.settings import ReferenceSettings
@@ -29,10 +31,17 @@ class Sources:
     commits: dict[str, str]
     reference_is_policy: bool
     """Whether the reference is the policy's own starting weights."""
+    rows: int | None = None
+    """Rows that the embedding must have at least (`model.resize_embedding`), whatever the folders have."""
 
-    def facts(self) -> dict[str, str]:
-        """The commits as a run's record has them."""
-        return {_fact(part): commit for part, commit in self.commits.items()}
+    def facts(self) -> dict[str, object]:
+        """The commits, and the rows if they are given, as a run's record has them."""
+        commits: dict[str, object] = {_fact(part): commit for part, commit in self.commits.items()}
+        return commits if self.rows is None else {**commits, "rows of the embedding": self.rows}
+
+    def resized(self, model: ModelSettings, tokenizer: Tokenizer) -> "Sources":
+        """The same, with a row for every token of the tokenizer where the settings want that."""
+        return dataclasses.replace(self, rows=rows_for(tokenizer)) if model.resize_embedding else self
 
 
 def find_models(

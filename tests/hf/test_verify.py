@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from dpo_jax.errors import UserError
 from dpo_jax.hf import tensors, verify
 from dpo_jax.hf.checkpoint import save_hf
+from dpo_jax.hf.configs import read_spec
 from dpo_jax.hf.verify import Verification, check
 from tests.conftest import ROOT
 from tests.support.reward_folders import torch_folder
@@ -206,11 +207,22 @@ def test_logits_of_ours_that_are_not_pytorchs_are_seen(wrong, source, monkeypatc
     assert differing(check(source)).keys() == {OURS}
 
 
-def test_a_folder_that_leads_pytorch_to_another_model_is_not_given_to_it(source, tmp_path):
-    torch_or_skip()
+def test_an_adapter_beside_the_model_is_refused_as_training_refuses_it(source, tmp_path):
     folder = Path(shutil.copytree(source, tmp_path / "m"))
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
-    assert "adapter_config.json leads to another model" in differing(check(folder))["PyTorch"]
+    for use in (check, read_spec):
+        with pytest.raises(UserError, match="an adapter of elsewhere beside a model.*PEFT"):
+            use(folder)
+
+
+def test_a_processor_that_is_lost_is_named(source, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(source, tmp_path / "m"))
+    for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
+        (folder / name).write_text("{}")
+    assert "processor_config.json" in next(one.found for one in check(folder).checks if one.what == FILES)
+    save = verify.save_hf
+    monkeypatch.setattr(verify, "save_hf", lambda *a: (save(*a), (a[1] / "preprocessor_config.json").unlink()))
+    assert "preprocessor_config.json (missing)" in differing(check(folder, torch=False))[FILES]
 
 
 # ------------------------------------------------------------------------------------------------ room

@@ -7,6 +7,7 @@ from dpo_jax.data import arguments
 from dpo_jax.errors import UserError
 from dpo_jax.evaluation.winrate import prompt_tokens
 from dpo_jax.run import output
+from dpo_jax.run.continuing import Past
 from dpo_jax.run.prepare import Job
 from tests.support.tiny_folders import write_folder
 from tests.support.tiny_rows import CHATML, byte_tokenizer, user, write, yes_or_no
@@ -36,8 +37,10 @@ def begun(run, monkeypatch, date) -> Job:
     """The run, begun or gone on with on a day."""
     monkeypatch.setattr(arguments, "today", lambda: date)
     with output.opened(run) as folder:
+        past = Past.of(folder)
+        past.check_settings(run)
         job = Job.read(run, folder)
-        output.record_run(run, folder, job.facts())
+        job.record(past)
         (folder / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)  # it has learned something
     return job
 

@@ -82,6 +82,14 @@ def _linked(name: str) -> Callable[[Path], None]:
     return spoil
 
 
+def _to_itself(name: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to(name)
+
+    return spoil
+
+
 def _config(**changes) -> Callable[[Path], object]:
     def spoil(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -208,13 +216,34 @@ HOSTILE: dict[str, Hostile] = {
     "tensor: float64": Hostile(_dtype(np.float64), (NAME, "F64", "dequantise or convert")),
     "tensor: float8": Hostile(_dtype(ml_dtypes.float8_e4m3fn), (NAME, "F8_E4M3", "dequantise or convert")),
     "weights: a pickle only": Hostile(_pickled, ("pytorch_model.bin", "safe_serialization=True")),
-    "weights: an adapter only": Hostile(_adapter, ("config.json is missing",)),
+    "weights: an adapter only": Hostile(_adapter, ("is an adapter of ../elsewhere, not a model", "PEFT")),
+    "weights: an adapter beside a model": Hostile(
+        _bytes("adapter_config.json", b'{"base_model_name_or_path": 7}'), ("holds an adapter beside a model", "PEFT")
+    ),
     "config: code of its own": Hostile(_with_code, ("config.json", "auto_map", "never run")),
     "config: not JSON": Hostile(_bytes("config.json", b'{"model_type": "llama",}'), ("config.json", "not valid JSON")),
     "config: not an object": Hostile(_bytes("config.json", b'["llama"]'), ("config.json", "not an object")),
     "config: a terabyte": Hostile(_endless, ("config.json", "more than the")),
     "config: an unknown family": Hostile(_config(model_type="evil"), ("config.json", 'model_type = "evil"')),
     "config: an unknown key": Hostile(_config(secret_gate=2), ("config.json", "secret_gate = 2: unknown key")),
+    "config: a billion layers": Hostile(
+        _config(num_hidden_layers=10**9), ("num_hidden_layers = 1000000000", "at most")
+    ),
+    "config: a billion layers of another tower": Hostile(
+        _config(vision_config={"num_hidden_layers": 10**9}), ("vision_config.num_hidden_layers", "at most")
+    ),
+    "config: a billion labels": Hostile(_config(num_labels=10**9), ("num_labels = 1000000000", "at most")),
+    "config: more layers than there are tensors of": Hostile(_config(num_hidden_layers=40), ("is missing",)),
+    "config: a number of 400 digits": Hostile(_config(vocab_size=10**400), ("vocab_size", "at most")),
+    "config: more lists than a file may have": Hostile(
+        _bytes("config.json", b'{"a": [' + b"[]," * 300_000 + b"[]]}"), ("config.json", "lists and objects")
+    ),
+    "config: a link to itself": Hostile(_to_itself("config.json"), ("config.json", "leads nowhere")),
+    "tokenizer: a link to itself": Hostile(_to_itself("tokenizer.json"), ("tokenizer.json", "leads nowhere")),
+    "template: a link out": Hostile(_linked("chat_template.jinja"), ("chat_template.jinja", "leads out of its folder")),
+    "template: one of several, a link out": Hostile(
+        _linked("additional_chat_templates"), ("additional_chat_templates", "leads out of its folder")
+    ),
     "config: quantised": Hostile(
         _config(quantization_config={"quant_method": "gptq", "bits": 4}), ("config.json", "quantization_config")
     ),

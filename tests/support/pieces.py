@@ -41,3 +41,26 @@ def modules_after(context: EncodingRules, stretch: Stretch) -> list[str]:
     """What is heavy and was imported to tokenise."""
     encode_rows(context, stretch)
     return [name for name in ("jax", "flax", "torch", "tests.conftest") if name in sys.modules]
+
+
+def doubled(value):
+    return value * 2
+
+
+def ending(how):
+    """Ends in a way that its process may not survive."""
+    match how:
+        case "raise":
+            raise ValueError("unlucky\nand more")
+        case "exit":
+            os._exit(3)
+        case "abort":
+            os.abort()
+        case "loop":
+            while True:
+                pass
+        case "memory":
+            return len([bytes(1 << 20) for _ in range(1 << 20)])
+        case "write":
+            with open(__file__ + ".written", "wb") as file:
+                file.write(b"x")

@@ -1,0 +1,56 @@
+"""Work within limits: what a process may die of is said, and what runs here is stopped."""
+
+import signal
+import sys
+
+import pytest
+
+from dpo_jax.errors import UserError
+from dpo_jax.limits import Died, bounded, tried
+from tests.support import pieces
+
+
+def test_a_try_gives_its_result():
+    assert tried(pieces.doubled, [1, "\u00e9"]) == [1, "\u00e9"] * 2
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("raise", r"fails \(ValueError: unlucky\)"),
+        ("exit", "ends its process .exit code 3"),
+        ("abort", "ends its process .signal 6"),
+        ("loop", "is not done after 5 s"),
+        ("memory", "wants more than 512 MiB"),
+        ("write", "fails|ends its process"),
+    ],
+)
+def test_how_a_try_ended_is_said(how, says, capfd):
+    with pytest.raises(Died, match=says):
+        tried(pieces.ending, how, seconds=5.0, memory=512 << 20)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_python_code_is_stopped_in_this_process():
+    with pytest.raises(UserError, match="it is not done after 0.2 s"), bounded("it", seconds=0.2):
+        while True:
+            pass
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is bounded on Linux only")
+def test_memory_is_bounded_in_this_process():
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(UserError, match="it wants more than 64 MiB"), bounded("it", seconds=9.0, room=64 << 20):
+        bytearray(200 << 20)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before and len(bytearray(200 << 20))
+
+
+def test_what_ends_in_time_is_left_alone():
+    with bounded("it", seconds=9.0):
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 8
+    with pytest.raises(KeyError), bounded("it", seconds=9.0):
+        raise KeyError
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
