@@ -161,11 +161,11 @@ IGNORED: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
 CHANGES_MATHEMATICS = frozenset(
     """
     model.path model.revision model.compute_dtype data.train data.layout data.max_length data.truncation data.ending
-    data.template data.control_tokens data.max_characters data.shuffle data.first batch.pairs reference.mode
-    reference.path reference.revision reference.update_every reference.update_rate optimizer.learning_rate
-    optimizer.schedule optimizer.warmup_steps optimizer.warmup_fraction optimizer.beta1 optimizer.beta2
-    optimizer.epsilon optimizer.weight_decay optimizer.clip_norm steps epochs seed model.router_aux
-    optimizer.name optimizer.param_dtype optimizer.moment_dtype model.freeze
+    data.template data.control_tokens data.score_tool_results data.max_characters data.shuffle data.first batch.pairs
+    reference.mode reference.path reference.revision reference.update_every reference.update_rate
+    optimizer.learning_rate optimizer.schedule optimizer.warmup_steps optimizer.warmup_fraction
+    optimizer.beta1 optimizer.beta2 optimizer.epsilon optimizer.weight_decay optimizer.clip_norm steps epochs seed
+    model.router_aux optimizer.name optimizer.param_dtype optimizer.moment_dtype model.freeze
     """.split()
 ) | {f"objective.{name}" for name in ObjectiveSettings.model_fields}
 KEEPS_MATHEMATICS = frozenset(

@@ -14,7 +14,7 @@ from dpo_jax.data.examples import ranks
 from dpo_jax.data.layouts import Pair, Record
 from dpo_jax.data.messages import BadRow, is_chat
 from dpo_jax.data.records import Stretch, read_record, stretches, tables
-from dpo_jax.data.report import Report, clean
+from dpo_jax.data.report import AS_TEXT, Report, clean
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.data.templates import Codec, Tokens, codec, template_digest, tokenize
 from dpo_jax.data.tokenizer import Tokenizer
@@ -85,6 +85,7 @@ class Unit:
 
     prompt: list[int]
     completions: list[list[int]]
+    unscored: list[list[tuple[int, int]]]
     pairs: tuple[Pair, ...]
     file: str
     line: int
@@ -93,7 +94,8 @@ class Unit:
         """The unit with these of its pairs, and the completions that they need."""
         used = sorted({index for pair in pairs for index in (pair.chosen, pair.rejected)})
         again = [pair._replace(chosen=used.index(pair.chosen), rejected=used.index(pair.rejected)) for pair in pairs]
-        return Unit(self.prompt, [self.completions[index] for index in used], tuple(again), self.file, self.line)
+        completions, unscored = ([part[index] for index in used] for part in (self.completions, self.unscored))
+        return replace(self, completions=completions, unscored=unscored, pairs=tuple(again))
 
 
 class EncodingRules(NamedTuple):
@@ -152,7 +154,7 @@ def _unit(record: Record, tokens: Tokens | BadRow, report: Report) -> Unit | Bad
     """A record as token ids; bad if they cannot be had, or if all of its completions are the same ids."""
     if isinstance(tokens, BadRow):
         return tokens
-    unit = Unit(tokens.prompt, tokens.completions, record.pairs, record.file, record.line)
+    unit = Unit(tokens.prompt, tokens.completions, tokens.unscored, record.pairs, record.file, record.line)
     pairs = _different(unit, [(0, len(ids)) for ids in unit.completions])
     if not pairs:
         return BadRow("identical completions", "chosen and rejected are the same token ids")
@@ -202,6 +204,7 @@ class _Builder:
     def __init__(self, file: str):
         self.file = file
         self.tokens: list[np.ndarray] = []
+        self.scored: list[np.ndarray] = []
         self.size = 0
         self.columns: dict[str, list] = {field.name: [] for field in fields(Encoded) if field.name not in _WHOLE}
 
@@ -211,10 +214,10 @@ class _Builder:
         first = len(into["completion_start"])
         prompt = {"prompt_start": self._append(unit.prompt), "prompt_length": len(unit.prompt)}
         self._row(**prompt, file=0, line=unit.line)
-        for ids, skip, start, length in zip(unit.completions, *cut, strict=True):
+        for ids, unscored, skip, start, length in zip(unit.completions, unit.unscored, *cut, strict=True):
             self._row(
                 completion_unit=number,
-                completion_start=self._append(ids) + start,
+                completion_start=self._append(ids, unscored) + start,
                 completion_length=length,
                 completion_skip=skip,
                 truncated=bool(skip) or length < len(ids),
@@ -227,8 +230,11 @@ class _Builder:
         for name, value in values.items():
             self.columns[name].append(value)
 
-    def _append(self, ids: list[int]) -> int:
+    def _append(self, ids: list[int], unscored: Sequence[tuple[int, int]] = ()) -> int:
         self.tokens.append(np.asarray(ids, np.int32))
+        self.scored.append(np.ones(len(ids), bool))
+        for start, end in unscored:
+            self.scored[-1][start:end] = False
         self.size += len(ids)
         return self.size - len(ids)
 
@@ -236,12 +242,15 @@ class _Builder:
         """The arrays, without ranks."""
         columns = {name: np.asarray(values, _DTYPES.get(name, np.int32)) for name, values in self.columns.items()}
         tokens = np.concatenate(self.tokens) if self.tokens else np.zeros(0, np.int32)
+        scored = np.concatenate(self.scored) if self.scored else np.zeros(0, bool)
         unranked = np.zeros(len(columns["completion_unit"]), np.int32)
-        return Encoded(tokens=tokens, files=(self.file,) if self.tokens else (), rank=unranked, **columns)
+        files = (self.file,) if self.tokens else ()
+        return Encoded(tokens=tokens, scored=scored, files=files, rank=unranked, **columns)
 
 
-_WHOLE = ("tokens", "files", "rank")
+_WHOLE = ("tokens", "scored", "files", "rank")
 _DTYPES = {
+    "scored": np.bool_,
     "prompt_start": np.int64,
     "completion_start": np.int64,
     "weight": np.float32,
@@ -282,6 +291,8 @@ def _build(pieces: Iterable[Stretch], rules: EncodingRules, report: Report, work
     with closing(in_order(encode_rows, rules, pieces, workers=workers, alone=ALONE)) as made:
         for part in made:
             report.merge(part.report)
+            about = report.files[part.file]
+            about["as_text"] = about.get("as_text", 0) + part.report.counts.get(AS_TEXT, 0)
             seen.compare(part, report)
             parts.append(part.encoded)
     encoded = _joined(parts)
@@ -404,6 +415,7 @@ def collect(
         tokenizer,
         template=template,
         control_tokens=settings.control_tokens,
+        score_tool_results=settings.score_tool_results,
         ending=settings.ending or ("terminator" if settings.truncation == "keep_completion" else "template"),
     )
     limit = settings.max_characters or 64 * settings.max_length

@@ -12,6 +12,7 @@ class Tokenizer(Protocol):
 
     chat_template: str | dict[str, str] | None
     """A text, or several by name."""
+    bos_token: str | None
     eos_token: str | None
     eos_token_id: int | None
     bos_token_id: int | None
