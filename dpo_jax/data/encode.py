@@ -139,7 +139,7 @@ def encode_rows(rules: EncodingRules, stretch: Stretch) -> Part:
             report.drop(made.kind, made.reason, **where)
             continue
         sightings += _sightings(made)
-        if kept := truncated(made, rules, report):
+        if kept := _with_scores(truncated(made, rules, report), report):
             builder.add(*kept)
             report.kept += 1
             report.templated += isinstance(record, Record) and is_chat(record.completions[0])
@@ -196,6 +196,20 @@ def truncated(unit: Unit, rules: EncodingRules, report: Report) -> tuple[Unit, C
         most = max(whole - kept for whole, kept in zip(lengths, cut.length, strict=True))
         report.add("completion truncated", f"{most} tokens cut", **where)
     return unit, cut
+
+
+def _with_scores(kept: tuple[Unit, Cut] | None, report: Report) -> tuple[Unit, Cut] | None:
+    """What truncation kept, or None where it left others' words alone of a completion, which is counted."""
+    if kept is None:
+        return None
+    unit, cut = kept
+    for spans, start, length in zip(unit.unscored, cut.start, cut.length, strict=True):
+        others = sum(max(0, min(end, start + length) - max(first, start)) for first, end in spans)
+        if others >= length:
+            reason = f"of the first {length} tokens of a completion, none is the assistant's"
+            report.drop("nothing scored after truncation", reason, file=unit.file, line=unit.line)
+            return None
+    return kept
 
 
 class _Builder:

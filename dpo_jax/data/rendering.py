@@ -51,10 +51,15 @@ class Voice:
 
 
 class Written(NamedTuple):
-    """A conversation with an answer as text, and the characters of the answer that are not the assistant's."""
+    """A conversation with an answer as text, and the characters of the answer that are not the assistant's.
+
+    `asked` characters are the prompt's, if the prompt alone is written in another way: its last words end at `said`.
+    """
 
     text: str
-    foreign: tuple[tuple[int, int], ...]
+    foreign: tuple[tuple[int, int], ...] = ()
+    said: int = 0
+    asked: int = 0
 
 
 class Chats(NamedTuple):
@@ -97,10 +102,11 @@ def written(record: Record, names: Sequence[str], voice: Voice) -> Chats:
         return Chats(*_prefilled(prompt, answers, names, scribe), scribe.protect, note + tuple(scribe.notes))
     asking = all(answer[0]["role"] == "assistant" for answer in answers)
     text = scribe.text(prompt, asking=asking)
-    made = [
-        _checked(scribe, prompt, answer, name, plain=_is_plain([*prompt, *answer], record))
-        for answer, name in zip(answers, names, strict=True)
-    ]
+    made = [_checked(scribe, prompt, answer, name, asked=text) for answer, name in zip(answers, names, strict=True)]
+    if any(shared_length(text, answer.text) < answer.said for answer in made):
+        text = made[0].text[: made[0].asked]
+        if any(answer.text[: answer.asked] != text for answer in made):
+            raise BadRow("template error", "the chat template writes the prompt in another way before each answer")
     return Chats(text, tuple(made), scribe.protect, note + tuple(scribe.notes))
 
 
@@ -179,7 +185,7 @@ def _prefilled(
             raise BadRow("wrong type", f"{name} has reasoning, and the prompt has begun what is said after it")
         whole = {**begun, **answer[0], "content": begun.get("content", "") + answer[0].get("content", "")}
         parts = {**whole, "content": begun.get("content", "") + border.char + answer[0].get("content", "")}
-        made.append(_checked(scribe, before, [whole, *answer[1:]], name, plain=False, signed=[parts, *answer[1:]]))
+        made.append(_checked(scribe, before, [whole, *answer[1:]], name, asked="", signed=[parts, *answer[1:]]))
         heads.append(_until(scribe.text([*before, parts, *answer[1:]]), border))
         if heads[-1] != heads[0] or not made[-1].text.startswith(heads[0]):
             raise BadRow("template error", "the chat template writes the turn that the prompt begins as each answer is")
@@ -201,7 +207,7 @@ def _checked(
     answer: Messages,
     name: str,
     *,
-    plain: bool,
+    asked: str,
     signed: Messages | None = None,
 ) -> Written:
     """A conversation with an answer as text, where what is left out is noted.
@@ -211,7 +217,7 @@ def _checked(
       prompt: turns before the answer.
       answer: its turns.
       name: of the answer.
-      plain: whether it is enough to find each content in the text.
+      asked: text of the prompt alone.
       signed: the answer's turns with a sign that is there already.
 
     Raises:
@@ -219,9 +225,10 @@ def _checked(
     """
     chat = [*prompt, *answer]
     text = scribe.text(chat)
-    several = any(turn["role"] != "assistant" for turn in answer) and not scribe.voice.score_all
-    if plain and not several and _in_order([turn.get("content", "") for turn in scribe.protected(chat)], text):
-        return Written(text, ())
+    several = len(answer) > 1 and not scribe.voice.score_all
+    plain = not several and not signed and text.startswith(asked) and _is_plain(chat, scribe.record)
+    if plain and _in_order([turn.get("content", "") for turn in scribe.protected(chat)], text):
+        return Written(text)
     shadow, signs = scribe.signed([*prompt, *(signed or answer)])
     true = unsigned(shadow) == text
     if not true and (several or signed):
@@ -232,7 +239,20 @@ def _checked(
         what = ", ".join(dict.fromkeys(sign.what for sign in own))
         raise BadRow("empty completion", f"the chat template writes nothing of {name} (its {what})")
     _note_missing(scribe, missing, len(prompt), name)
-    return Written(text, tuple(_foreign(scribe, chat, len(prompt), shadow, signs)) if several else ())
+    if not true:
+        return Written(text)
+    foreign = tuple(_foreign(scribe, chat, len(prompt), shadow, signs)) if several else ()
+    return Written(text, foreign, *_prompt_end(scribe, chat, len(prompt), shadow, signs))
+
+
+def _prompt_end(scribe: "_Scribe", chat: Messages, start: int, shadow: str, signs: Sequence[Sign]) -> tuple[int, int]:
+    """Characters of the text up to the prompt's last words, and up to where the answer begins."""
+    places = [shadow.index(sign.char) for sign in signs if sign.char in shadow and 0 <= sign.turn < start]
+    if not places:
+        return 0, 0
+    last, asking = max(places), chat[start]["role"] == "assistant"
+    end = last + 1 + _asked_again(scribe, chat[:start], shadow[last + 1 :], shadow[last], asking=asking)
+    return len(unsigned(shadow[:last])), len(unsigned(shadow[:end]))
 
 
 def _in_order(contents: Sequence[str], text: str) -> bool:
@@ -269,20 +289,21 @@ def _foreign(
     call <|im_end|> \\n<|im_start|>user\\n result <|im_end|>\\n<|im_start|>assistant\\n answer <|im_end|>
                    [ not the assistant's                                              ]
     """
-    places = sorted((shadow.index(sign.char), sign) for sign in signs if sign.char in shadow and sign.turn >= start)
-    asked = [shadow.index(sign.char) for sign in signs if sign.char in shadow and 0 <= sign.turn < start]
-    before, run = max(asked, default=0), []
-    for place, sign in [*places, (len(shadow), None)]:
+    found = sorted((shadow.index(sign.char), sign) for sign in signs if sign.char in shadow and sign.turn >= 0)
+    asked = [place for place, sign in found if sign.turn < start]
+    place, turn, others = max(asked, default=0), start, []
+    for at, sign in [*(item for item in found if item[1].turn >= start), (len(shadow), None)]:
         if sign is not None and chat[sign.turn]["role"] != "assistant":
-            run.append((place, sign))
+            others.append((at, sign.turn))
             continue
-        if run:
-            begin = before + 1 + _turn_end(shadow[before + 1 : run[0][0]], scribe.voice)
-            last, of = run[-1]
-            until = max(item.turn for _, item in run)
-            end = last + 1 + _asked_again(scribe, chat[: until + 1], shadow[last + 1 : place], of.char)
-            yield len(unsigned(shadow[:begin])), len(unsigned(shadow[:end]))
-        before, run = place, []
+        if others or (sign is not None and sign.turn != turn):
+            begin = place + 1 + _turn_end(shadow[place + 1 : others[0][0] if others else at], scribe.voice)
+            last = others[-1][0] if others else place
+            until = max([before for _, before in others] or [sign.turn - 1 if sign else turn])
+            end = last + 1 + _asked_again(scribe, chat[: until + 1], shadow[last + 1 : at], shadow[last])
+            if begin < end:
+                yield len(unsigned(shadow[:begin])), len(unsigned(shadow[:end]))
+        place, turn, others = at, sign.turn if sign else turn, []
 
 
 def _turn_end(gap: str, voice: Voice) -> int:
@@ -297,9 +318,9 @@ _MARKED = "\U000f0000"
 """What transformers puts before a control token that is to stay text."""
 
 
-def _asked_again(scribe: "_Scribe", chat: Messages, after: str, last: str) -> int:
-    """Characters after the others' last words, with this sign, that are there before the assistant goes on."""
-    shadow, _ = scribe.signed(chat, asking=True)  # each thing has the same sign as in the whole conversation
+def _asked_again(scribe: "_Scribe", chat: Messages, after: str, last: str, *, asking: bool = True) -> int:
+    """Characters after the last words of a conversation, with this sign, that are there before somebody goes on."""
+    shadow, _ = scribe.signed(chat, asking=asking)  # each thing has the same sign as in the whole conversation
     if last not in shadow:
         return 0
     return shared_length(after, shadow[shadow.index(last) + 1 :])

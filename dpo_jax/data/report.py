@@ -50,6 +50,7 @@ KINDS = {
     # The row is sound but data.max_length leaves nothing of it to learn from; it is left out and stops nothing.
     "overlong prompt": TOO_LONG,
     "identical after truncation": TOO_LONG,
+    "nothing scored after truncation": TOO_LONG,
     # The row is used, and this is worth knowing.
     "byte-order mark": NOTED,
     "conversation as JSON text": NOTED,

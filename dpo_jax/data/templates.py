@@ -426,19 +426,21 @@ def _ended(ids: list[int], kind: str, codec: Codec) -> tuple[list[int], tuple[tu
 def _ended_once(ids: list[int], codec: Codec) -> list[int]:
     """An answer with one end: the first of those that it has in a row, or the template's own where it has none."""
     turn, eos = codec.turn, None if codec.eos is None else codec.eos[1]
-    end, rest = None, len(turn.rest)
-    while ids:
-        if rest and tuple(ids[-rest:]) == turn.rest and ids[-1 - rest : -rest] in ([turn.terminator], [eos]):
-            ids = ids[:-rest]
-        elif ids[-1] in (turn.terminator, eos):
-            end, ids = ids[-1], ids[:-1]
-        else:
-            break
+    ends, end = (turn.terminator, eos), None
+    while ids and (size := _after_end(ids, ends, turn.rest)) is not None:
+        end = ids[-1 - size]
+        ids = ids[: -1 - size]
     if not ids:
         raise BadRow("empty completion", "a completion holds nothing but the end of a turn")
     if end is None:
         end = eos if turn.terminator is None else turn.terminator
     return ids if end is None else [*ids, end]
+
+
+def _after_end(ids: list[int], ends: tuple[int | None, ...], rest: tuple[int, ...]) -> int | None:
+    """How many ids follow the last of the ends, if they are how the template goes on after one; None if not."""
+    sizes = range(min(len(rest), len(ids) - 1), -1, -1)
+    return next((n for n in sizes if ids[-1 - n] in ends and tuple(ids[len(ids) - n :]) == rest[:n]), None)
 
 
 _NO_END = "no end of turn"

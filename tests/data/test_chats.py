@@ -212,6 +212,8 @@ def test_all_of_an_answer_is_scored_if_it_is_wanted(tmp_path):
     ("template", "answer", "words"),
     [
         (CHATML, [*YO, user("And?"), assistant("so")], "Yo<|im_end|>so<|im_end|>"),
+        (CHATML, [*YO, assistant("so")], "Yo<|im_end|>so<|im_end|>"),
+        (CHATML, [call("rain", {}), assistant("so")], "so<|im_end|>"),
         (CUTTING, [*YO, result("12 mm"), assistant("so")], "Yo<eos>so<eos>"),
         (ENDLESS, [*YO, user("And?"), *NO, result("3"), assistant("so")], "YoNoso<eos>"),
         ("{% for m in messages %}({{ m.content }}){% endfor %}", [*YO, user("And?"), assistant("so")], "(Yo(so)<eos>"),
@@ -230,6 +232,18 @@ def test_results_with_which_all_answers_begin_belong_to_the_prompt(tmp_path):
     together = {"prompt": asked[:-1], "chosen": [asked[-1], *YO], "rejected": [asked[-1], *NO]}
     first, second = (encoded_rows(tmp_path, tokenizer, row)[0] for row in (apart, together))
     assert first.tokens.tolist() == second.tokens.tolist() and second.scored.all()
+
+
+def test_a_row_that_truncation_leaves_no_word_of_the_assistants_is_too_long(tmp_path):
+    """Each answer begins with another result; only what the tool says fits. The prompt's own call is never scored."""
+    tokenizer = tokenizer_with(THINKING)
+    asked = [*HI, call("rain", {})]
+    row = {"prompt": asked, "chosen": [result("x" * 99), *YO], "rejected": [result("y"), *NO]}
+    encoded, report = encoded_rows(tmp_path, tokenizer, row)
+    assert texts(encoded, tokenizer)[0].endswith('"arguments": {}}\n</tool_call><|im_end|>\n')
+    assert scored(encoded, tokenizer) == "<think>\n\n</think>\n\nYo<|im_end|>"
+    _, report = encoded_rows(tmp_path, tokenizer, row, max_length=90)
+    assert (report.too_long, report.counts.get("nothing scored after truncation")) == (1, 1)
 
 
 def test_a_batch_reads_all_tokens_and_predicts_those_that_are_scored(tmp_path):
@@ -294,7 +308,11 @@ def rendered(tokenizer, prompt=HI, answers=(YO, NO), asking=True) -> dict:
 BEGUN = "{{ bos_token }}" + CHATML
 
 
-@pytest.mark.parametrize("template", [CHATML, BEGUN])
+ENDED = CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+"""Phi-3.5's way: a turn has an end, and the conversation another one."""
+
+
+@pytest.mark.parametrize("template", [CHATML, BEGUN, ENDED])
 @pytest.mark.parametrize("end", ["", "<|im_end|>", "<|im_end|>\n", "<|im_end|>\n<eos>", "<|im_end|>\n<|im_end|>\n"])
 @pytest.mark.parametrize("begin", ["", "<bos>", "<bos><bos>"])
 def test_rendered_text_has_one_beginning_and_one_end(tmp_path, template, begin, end):

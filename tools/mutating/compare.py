@@ -129,7 +129,7 @@ def _theirs(case: Case, tokenizer: Any, way: str, *, texts: bool = False) -> tup
             return ids(case.prompt, continue_final_message=True), wholes
         except ValueError:  # transformers does not find the turn that is to be continued
             return [], wholes
-    prompt = ids(case.prompt, add_generation_prompt=True)
+    prompt = ids(case.prompt, add_generation_prompt=case.answers[0][0]["role"] == "assistant")
     wholes = [ids(case.prompt + answer) for answer in case.answers]
     if way != "mixed":
         return prompt, wholes
@@ -165,8 +165,10 @@ def _difference(case: Case, made: Tokens, prompt: list[int], wholes: list[list[i
             return f"{one!r} where the template has {other!r}", ""
     end = _shared([prompt, *wholes])
     text = _text(coder.tokenizer, made.prompt)
-    if case.prompt[-1]["role"] == "assistant" and _squeezed(text).endswith(_squeezed(case.prompt[-1]["content"])):
+    if "continued" in case.ways and _squeezed(text).endswith(_squeezed(case.prompt[-1]["content"])):
         return "", choice
+    if len(made.prompt) > end and all(whole[: len(made.prompt)] == made.prompt for whole in wholes):
+        return "", choice or "all that is said before the answer is the prompt's"
     if made.prompt != wholes[0][:end] and prompt:
         return f"the prompt ends after {text!r}, not {_text(coder.tokenizer, wholes[0][:end])!r}", ""
     return "", choice

@@ -23,6 +23,7 @@ RESULTS = tuple(f"<｜tool▁{name}｜>" for name in ("outputs▁begin", "output
 COHERE = tuple(f"<|{name}_TOKEN|>" for name in ("START_OF_TURN", "END_OF_TURN", "USER", "CHATBOT", "SYSTEM"))
 LFM = ("<|startoftext|>", *CHATML, "<|tool_call_start|>", "<|tool_call_end|>")
 HARMONY = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>", "<|startoftext|>")
+PHI = ("<s>", "<|user|>", "<|assistant|>", "<|end|>", "<|system|>", "<|endoftext|>")
 GLM = ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>", "<|observation|>", "<|endoftext|>")
 
 
@@ -49,7 +50,8 @@ FAMILIES = {
     "gemma": Family("gemma", TURNS, bos="<bos>", eos="<eos>"),
     "gemma3": Family("gemma3", TURNS, bos="<bos>", eos="<eos>"),
     "gemma4": Family("gemma4_v5", (*TURNS[:3], *CHANNELS, "<tool_response|>"), bos="<bos>", eos="<turn|>"),
-    "phi3": Family("phi3", ("<s>", "<|user|>", "<|assistant|>", "<|end|>", "<|system|>"), bos="<s>", eos="<|end|>"),
+    "phi3": Family("phi3", PHI, bos="<s>", eos="<|endoftext|>"),
+    "phi3_5": Family("phi3_5", PHI, bos="<s>", eos="<|endoftext|>"),
     "glm4_5": Family("glm4moe", GLM, THINK + CALLS, eos="<|endoftext|>"),
     "gpt_oss": Family("gptoss", HARMONY, bos="<|startoftext|>", eos="<|return|>"),
     "cohere": Family("cohere", ("<BOS_TOKEN>", *COHERE), bos="<BOS_TOKEN>", eos="<|END_OF_TURN_TOKEN|>"),

@@ -183,8 +183,14 @@ def prefilled(words: Words, begun: str, say: str = "{}") -> Case:
 
 def looped(words: Words, between: list[Turn]) -> Case:
     """An answer of two turns of the assistant's with others' between them."""
-    first = call(words) if between[0]["role"] == "tool" else assistant(words())
+    first = call(words) if between and between[0]["role"] == "tool" else assistant(words())
     return pair([user(words())], [first, *between, assistant(words())], [assistant(words())])
+
+
+def results_first(words: Words, *results: Turn) -> Case:
+    """Answers that begin with what a tool says to the prompt's call."""
+    answers = [[found, assistant(words())] for found in results]
+    return pair([user(words()), call(words)], *answers)
 
 
 def thoughtful(text: str, before: str = "\n", after: str = "\n\n") -> Callable[[str], str]:
@@ -269,6 +275,10 @@ KINDS: dict[str, Callable[[Words, Render], Case]] = {
     ),
     "results in an answer": lambda w, _: looped(w, [result(w)]),
     "two results in an answer": lambda w, _: looped(w, [result(w), assistant(w()), user(w())]),
+    "results first": lambda w, _: results_first(w, *[result(w)] * 2),
+    "results first, others": lambda w, _: results_first(w, result(w), result(w)),
+    "a call before an answer": lambda w, _: pair([user(w()), call(w)], [assistant(w())], [assistant(w())]),
+    "two turns in an answer": lambda w, _: looped(w, []),
     "a user in an answer": lambda w, _: looped(w, [user(w())]),
     "results scored": lambda w, _: replace(looped(w, [result(w)]), settings={"score_tool_results": True}),
     "prefill": lambda w, _: prefilled(w, "{}", " {}"),
