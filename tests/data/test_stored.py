@@ -44,8 +44,8 @@ CALLS = [
         "tools": [tool("rain", city={"type": "string"})],
     },
     {
-        "prompt": [user("Price?"), call("price", {"ticker": "A", "day": 3}), result("5")],
-        "chosen": YO,
+        "prompt": [user("Price?"), call("price", {"day": 3}), result("5")],
+        "chosen": [call("price", {"ticker": "A", "day": 4})],
         "rejected": [call("none", {"times": 1})],
         "tools": [tool("price", ticker={"type": "string"}, day={"type": "integer", "minimum": 0}), tool("none")],
     },
@@ -74,6 +74,7 @@ def test_calls_and_tools_give_the_same_ids_from_arrow_as_from_json(tmp_path, kin
     assert found.tokens.tolist() == plain.tokens.tolist() and found.scored.tolist() == plain.scored.tolist()
     assert report.counts["null left out"] == 2
     assert "null" not in tokenizer.decode(found.tokens.tolist())
+    assert '"arguments": {"city": "Bern"}}' in tokenizer.decode(found.tokens.tolist())
 
 
 def test_nulls_in_json_text_were_written_by_somebody_and_stay(tmp_path):
@@ -127,7 +128,9 @@ def test_messages_with_the_content_first_are_read_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["[1, 2]", '{"content": "x"}', '[{"name": "x"}]', "[{", '{"role', "role: user", '[{"content": "x"}', "[]"]
+    "text",
+    ["[1, 2]", '{"content": "x"}', '[{"name": "x"}]', "[{", '{"role', "role: user", '[{"content": "x"}', "[]"]
+    + ['[{"role": "admin"}, {"name": "x"}]', '[{"role": "admin"}, 5]'],
 )
 def test_other_text_that_looks_like_json_stays_text(tmp_path, text):
     encoded, report = encoded_rows(tmp_path, byte_tokenizer(), {**GOOD, "chosen": text})
