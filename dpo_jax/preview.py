@@ -2,8 +2,9 @@
 
     python -m dpo_jax.preview CONFIG.yaml ... [section.key=value ...] [--pairs N]
 
-Loads the tokenizer and the data, never the model. Without a terminal the same is written as plain text, where special
-tokens stand in double brackets and what was cut between [cut: and ].
+Loads the tokenizer and the data, never the model. Without a terminal the same is written as plain text, where control
+tokens stand in double brackets (the same letters without brackets are plain text), what is read and not scored between
+[not scored: and ], and what was cut between [cut: and ].
 """
 
 import io
@@ -21,7 +22,7 @@ from dpo_jax.config import run as config
 from dpo_jax.data.encode import collect
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.data.report import BAD, Report, clean
-from dpo_jax.data.templates import special_ids
+from dpo_jax.data.tokenizer import added_ids
 from dpo_jax.errors import UserError, printable
 
 PAIRS = 3
@@ -36,8 +37,9 @@ STYLES = {
     "completion": "green",
     "desirable": "green",
     "undesirable": "red",
+    "not scored": "dim",
     "cut": "dim strike",
-    "special": "reverse",
+    "control token": "reverse",
 }
 DEFAULTS = {"weight": 1.0, "margin": 0.0, "label": 1.0}
 """Numbers of a pair that are not worth showing."""
@@ -99,9 +101,16 @@ def show(encoded: Encoded, report: Report, tokenizer: Any, console: Console, *, 
         _write(console, Text(line))
     plain = console.color_system is None
     names = chosen_names(encoded, report)
-    shown = {"prompt", "cut", "special", *names.tolist(), *(["rejected"] if "chosen" in names else [])}
+    shown = {
+        "prompt",
+        "not scored",
+        "cut",
+        "control token",
+        *names.tolist(),
+        *(["rejected"] if "chosen" in names else []),
+    }
     legend = Text(", ").join(Text(part, style) for part, style in STYLES.items() if part in shown)
-    _write(console, Text("\ncolours: ") + legend + Text("; every token of a completion is scored"))
+    _write(console, Text("\ncolours: ") + legend + Text("; the rest of a completion is scored"))
     for entry in np.unique(np.linspace(0, encoded.num_pairs - 1, min(pairs, encoded.num_pairs)).astype(int)).tolist():
         for text in entry_texts(encoded, entry, str(names[entry]), tokenizer, plain=plain):
             _write(console, text)
@@ -168,8 +177,12 @@ def entry_texts(encoded: Encoded, entry: int, name: str, tokenizer: Any, *, plai
             continue
         ids = encoded.completion(index)
         before = [] if shared else [(head, "cut"), (encoded.prompt(index), "prompt")]
-        yield _heading(name, len(ids), len(tail) + (0 if shared else len(head)))
-        yield _body(tokenizer, [*before, (ids, name), (tail, "cut")], plain)
+        scored = encoded.scored_of(index)
+        yield _heading(name, len(ids), len(tail) + (0 if shared else len(head)), int(scored.sum()))
+        borders = np.flatnonzero(np.diff(scored)) + 1
+        owners = [name if own else "not scored" for own in scored[np.append(0, borders)].tolist()]
+        parts = list(zip(np.split(ids, borders), owners, strict=True))
+        yield _body(tokenizer, [*before, *parts, (tail, "cut")], plain)
 
 
 def _title(encoded: Encoded, entry: int) -> str:
@@ -184,9 +197,9 @@ def _title(encoded: Encoded, entry: int) -> str:
     return f"{place}, {file}:{encoded.line[unit]}{''.join(unusual)}"
 
 
-def _heading(name: str, kept: int, cut: int) -> Text:
-    scored = "not scored" if name == "prompt" else "all scored"
-    return Text(f"{name}: {kept:,} tokens, {scored}" + (f", {cut:,} cut" if cut else ""), f"bold {STYLES[name]}")
+def _heading(name: str, kept: int, cut: int, scored: int = 0) -> Text:
+    share = f"{scored:,} scored" if 0 < scored < kept else "all scored" if scored else "not scored"
+    return Text(f"{name}: {kept:,} tokens, {share}" + (f", {cut:,} cut" if cut else ""), f"bold {STYLES[name]}")
 
 
 def _body(tokenizer: Any, parts: Sequence[tuple[np.ndarray, str]], plain: bool) -> Text:
@@ -198,22 +211,22 @@ def _body(tokenizer: Any, parts: Sequence[tuple[np.ndarray, str]], plain: bool) 
 
 
 def _part(tokenizer: Any, ids: list[int], name: str, plain: bool) -> Text:
-    """Tokens as text in the part's colour; in plain text, cuts and special tokens are bracketed instead."""
+    """Tokens as text in the part's colour; in plain text, what is not scored and control tokens are bracketed."""
     text = Text()
-    for run, is_special in _runs(ids, special_ids(tokenizer)):
+    for run, is_control in _runs(ids, added_ids(tokenizer)):
         shown = _lines(tokenizer.decode(run, skip_special_tokens=False))
-        if is_special:
+        if is_control:
             shown = f"⟦{shown}⟧" if plain else shown
-        text.append(shown, f"{STYLES[name]} {STYLES['special']}" if is_special else STYLES[name])
+        text.append(shown, f"{STYLES[name]} {STYLES['control token']}" if is_control else STYLES[name])
     text = _shortened(text)
-    return Text("[cut: ") + text + Text("]") if plain and name == "cut" else text
+    return Text(f"[{name}: ") + text + Text("]") if plain and name in ("cut", "not scored") else text
 
 
-def _runs(ids: Sequence[int], special: frozenset[int]) -> Iterator[tuple[list[int], bool]]:
-    """Ordinary tokens in runs, special tokens one by one."""
+def _runs(ids: Sequence[int], control: frozenset[int]) -> Iterator[tuple[list[int], bool]]:
+    """Ordinary tokens in runs, control tokens one by one."""
     run: list[int] = []
     for token in ids:
-        if token not in special:
+        if token not in control:
             run.append(token)
             continue
         if run:

@@ -183,7 +183,7 @@ CHANGES_MATHEMATICS = frozenset(
     """
     model.path model.revision model.compute_dtype data.train data.layout data.max_length data.truncation data.ending
     data.template data.control_tokens data.max_characters data.shuffle data.first batch.pairs reference.mode
-    data.columns data.as_chat data.chat_template_kwargs
+    data.columns data.as_chat data.chat_template_kwargs data.score_tool_results
     reference.path reference.revision reference.update_every reference.update_rate optimizer.learning_rate
     optimizer.schedule optimizer.warmup_steps optimizer.warmup_fraction optimizer.beta1 optimizer.beta2
     optimizer.epsilon optimizer.weight_decay optimizer.clip_norm steps epochs seed model.router_aux

@@ -16,7 +16,7 @@ from dpo_jax.data.layouts import Pair, Record
 from dpo_jax.data.messages import BadRow, is_chat, shared_length
 from dpo_jax.data.readers import Row
 from dpo_jax.data.records import RowRules, Stretch, read_record, stretches
-from dpo_jax.data.report import NO_PROMPT, Report, clean
+from dpo_jax.data.report import AS_TEXT, NO_PROMPT, Report, clean
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.data.sources import tables
 from dpo_jax.data.templates import Codec, Tokens, codec, template_digest, tokenize
@@ -39,6 +39,7 @@ class Unit:
 
     prompt: list[int]
     completions: list[list[int]]
+    unscored: list[list[tuple[int, int]]]
     pairs: tuple[Pair, ...]
     file: str
     line: int
@@ -53,7 +54,8 @@ class Unit:
         """The unit with these of its pairs, and the completions that they need."""
         used = sorted({index for pair in pairs for index in (pair.chosen, pair.rejected)})
         again = [pair._replace(chosen=used.index(pair.chosen), rejected=used.index(pair.rejected)) for pair in pairs]
-        return replace(self, completions=[self.completions[index] for index in used], pairs=tuple(again))
+        completions, unscored = ([part[index] for index in used] for part in (self.completions, self.unscored))
+        return replace(self, completions=completions, unscored=unscored, pairs=tuple(again))
 
 
 class EncodingRules(NamedTuple):
@@ -101,7 +103,7 @@ def encode_rows(rules: EncodingRules, stretch: Stretch) -> Part:
         made = _fitted(made, record, rules)
         if isinstance(made, BadRow):
             report.drop(made.kind, made.reason, **where)
-        elif kept := truncated(made, rules, report):
+        elif kept := _with_scores(truncated(made, rules, report), report):
             builder.add(*kept)
             _count(kept[0], record, report)
     return Part(stretch.rows[0].file, builder.build(), report, sightings)
@@ -130,7 +132,7 @@ def _unit(record: Record, tokens: Tokens | BadRow, rules: EncodingRules, report:
     bos, before = rules.coder.bos, rules.coder.before
     head = len(before) if tuple(tokens.prompt[: len(before)]) == before else 0
     head = head or int(bos is not None and tokens.prompt[:1] == [bos])
-    unit = Unit(tokens.prompt, tokens.completions, record.pairs, record.file, record.line, head)
+    unit = Unit(tokens.prompt, tokens.completions, tokens.unscored, record.pairs, record.file, record.line, head)
     pairs = _different(unit, [(0, len(ids)) for ids in unit.completions])
     if not pairs:
         return BadRow("identical completions", "chosen and rejected are the same token ids")
@@ -208,12 +210,27 @@ def _head_kept(unit: Unit, skip: int) -> Unit:
     return replace(unit, prompt=[*unit.prompt[: unit.gone], *ids[head : head + skip], *ids[:head], *ids[head + skip :]])
 
 
+def _with_scores(kept: tuple[Unit, Cut] | None, report: Report) -> tuple[Unit, Cut] | None:
+    """What truncation kept, or None where it left others' words alone of a completion, which is counted."""
+    if kept is None:
+        return None
+    unit, cut = kept
+    for spans, start, length in zip(unit.unscored, cut.start, cut.length, strict=True):
+        others = sum(max(0, min(end, start + length) - max(first, start)) for first, end in spans)
+        if others >= length:
+            reason = f"of the first {length} tokens of a completion, none is the assistant's"
+            report.drop("nothing scored after truncation", reason, file=unit.file, line=unit.line)
+            return None
+    return kept
+
+
 class _Builder:
     """Grows the arrays of an `Encoded` of one file, unit by unit."""
 
     def __init__(self, file: str):
         self.file = file
         self.tokens: list[np.ndarray] = []
+        self.scored: list[np.ndarray] = []
         self.size = 0
         self.columns: dict[str, list] = {field.name: [] for field in fields(Encoded) if field.name not in _WHOLE}
 
@@ -223,10 +240,10 @@ class _Builder:
         first = len(into["completion_start"])
         prompt = {"prompt_start": self._append(unit.prompt), "prompt_length": len(unit.prompt)}
         self._row(**prompt, file=0, line=unit.line)
-        for ids, skip, start, length in zip(unit.completions, *cut, strict=True):
+        for ids, unscored, skip, start, length in zip(unit.completions, unit.unscored, *cut, strict=True):
             self._row(
                 completion_unit=number,
-                completion_start=self._append(ids) + start,
+                completion_start=self._append(ids, unscored) + start,
                 completion_length=length,
                 completion_skip=skip,
                 truncated=bool(skip) or length < len(ids),
@@ -239,8 +256,11 @@ class _Builder:
         for name, value in values.items():
             self.columns[name].append(value)
 
-    def _append(self, ids: list[int]) -> int:
+    def _append(self, ids: list[int], unscored: Sequence[tuple[int, int]] = ()) -> int:
         self.tokens.append(np.asarray(ids, np.int32))
+        self.scored.append(np.ones(len(ids), bool))
+        for start, end in unscored:
+            self.scored[-1][start:end] = False
         self.size += len(ids)
         return self.size - len(ids)
 
@@ -248,12 +268,15 @@ class _Builder:
         """The arrays, without ranks."""
         columns = {name: np.asarray(values, _DTYPES.get(name, np.int32)) for name, values in self.columns.items()}
         tokens = np.concatenate(self.tokens) if self.tokens else np.zeros(0, np.int32)
+        scored = np.concatenate(self.scored) if self.scored else np.zeros(0, bool)
         unranked = np.zeros(len(columns["completion_unit"]), np.int32)
-        return Encoded(tokens=tokens, files=(self.file,) if self.tokens else (), rank=unranked, **columns)
+        files = (self.file,) if self.tokens else ()
+        return Encoded(tokens=tokens, scored=scored, files=files, rank=unranked, **columns)
 
 
-_WHOLE = ("tokens", "files", "rank")
+_WHOLE = ("tokens", "scored", "files", "rank")
 _DTYPES = {
+    "scored": np.bool_,
     "prompt_start": np.int64,
     "completion_start": np.int64,
     "weight": np.float32,
@@ -294,6 +317,8 @@ def _build(pieces: Iterable[Stretch], rules: EncodingRules, report: Report, work
     with closing(in_order(encode_rows, rules, pieces, workers=workers, alone=ALONE)) as made:
         for part in made:
             report.merge(part.report)
+            about = report.files[part.file]
+            about["as_text"] = about.get("as_text", 0) + part.report.counts.get(AS_TEXT, 0)
             seen.compare(part, report)
             parts.append(part.encoded)
     encoded = _joined(parts)
@@ -402,6 +427,7 @@ def collect(
         tokenizer,
         template=template,
         control_tokens=settings.control_tokens,
+        score_tool_results=settings.score_tool_results,
         ending=settings.ending or ("terminator" if settings.truncation == "keep_completion" else "template"),
         arguments=arguments,
     )

@@ -36,7 +36,8 @@ class Encoded:
 
     A unit is one prompt with its completions and the pairs among them; completions of a unit, and pairs, are in unit
     order. `tokens` holds every prompt and completion whole; what truncation cuts is there but not referred to, so that
-    a preview can show it: before a prompt, also what was cut out of its middle, behind BOS and the system turn.
+    a preview can show it: before a prompt, also what was cut out of its middle, behind BOS and the system turn. Every
+    token of a completion is read, and those are scored that `scored` says: all but what tools and users say inside it.
 
     Completion c is read after `prompt_span(c)`: its unit's prompt without the first `completion_skip[c]` tokens. The
     skip is the same for all completions of a unit, except where data.truncation is keep_end. There it may reach
@@ -47,6 +48,7 @@ class Encoded:
     must be for an objective is arranged in examples.py.
 
     Attributes:
+      scored: whether a token of a completion is the assistant's; true of prompts, where nothing reads it.
       label: of a pair, the chance that chosen is the better one; of a single completion, 1 desirable or 0 undesirable.
       rank: how many completions of its unit are preferred to a completion, by the pairs that were read; 0 is best.
       line: row in its file, from 1.
@@ -55,6 +57,7 @@ class Encoded:
     """
 
     tokens: Int32[np.ndarray, " N"]
+    scored: Bool[np.ndarray, " N"]
     prompt_start: Int64[np.ndarray, " U"]
     prompt_length: Int32[np.ndarray, " U"]
     completion_unit: Int32[np.ndarray, " C"]
@@ -91,7 +94,7 @@ class Encoded:
     @property
     def num_scored(self) -> int:
         """Scored tokens of all completions."""
-        return int(self.completion_length.sum(dtype=np.int64))
+        return int(self.scored_length.sum(dtype=np.int64))
 
     @property
     def single(self) -> Bool[np.ndarray, " P"]:
@@ -99,10 +102,17 @@ class Encoded:
         return self.chosen == self.rejected
 
     @functools.cached_property
+    def scored_length(self) -> Int32[np.ndarray, " C"]:
+        """Scored tokens of each completion."""
+        others, start = np.flatnonzero(~self.scored), self.completion_start
+        before, until = (np.searchsorted(others, place) for place in (start, start + self.completion_length))
+        return (self.completion_length - (until - before)).astype(np.int32)
+
+    @functools.cached_property
     def scored_start(self) -> Int64[np.ndarray, " C"]:
         """Where each completion's tokens begin in one list of all scored tokens, which has `num_scored` of them."""
-        ends = np.cumsum(self.completion_length, dtype=np.int64)
-        return ends - self.completion_length
+        ends = np.cumsum(self.scored_length, dtype=np.int64)
+        return ends - self.scored_length
 
     def origin(self, pair: int) -> str:
         """Where a pair came from: `file:line`."""
@@ -123,9 +133,14 @@ class Encoded:
         return self.tokens[start : start + length]
 
     def completion(self, completion: int) -> Int32[np.ndarray, " _"]:
-        """Ids of a completion: all of them are scored."""
+        """Ids of a completion."""
         start = int(self.completion_start[completion])
         return self.tokens[start : start + int(self.completion_length[completion])]
+
+    def scored_of(self, completion: int) -> Bool[np.ndarray, " _"]:
+        """Which ids of a completion are scored."""
+        start = int(self.completion_start[completion])
+        return self.scored[start : start + int(self.completion_length[completion])]
 
     def cut(self, completion: int) -> tuple[Int32[np.ndarray, " _"], Int32[np.ndarray, " _"]]:
         """Ids that truncation took before what is read, and after it.
@@ -269,7 +284,7 @@ class Entry:
 
 
 SETTINGS = ("layout", "columns", "as_chat", "max_length", "truncation", "ending", "chat_template_kwargs")
-SETTINGS += ("control_tokens", "max_characters")
+SETTINGS += ("control_tokens", "score_tool_results", "max_characters")
 """Settings that change the result. The template counts by content, sources by name and content; max_bad_fraction only
 decides whether a result is accepted."""
 

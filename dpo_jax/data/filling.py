@@ -53,7 +53,7 @@ def trees_of(encoded: Encoded, first: Int64[np.ndarray, " _"], *, share_prompts:
     lengths = Lengths(
         trees=slots,
         first=np.concatenate([[0], np.cumsum(np.add.reduceat(begins, first[:-1], dtype=np.int64))]),
-        scored=np.add.reduceat(encoded.completion_length, first[:-1], dtype=np.int64),
+        scored=np.add.reduceat(encoded.scored_length, first[:-1], dtype=np.int64),
     )
     return PromptGroups(lengths, np.append(firsts, len(unit)), start[firsts], length[firsts])
 
@@ -127,16 +127,18 @@ def _fill_trees(
     number = _before(into)
     slot = row[owner] * length
     scored = batch.source.shape[-1]
-    where = _ranges(into * scored + _before(into, size), size)
     source = _ranges(slot + begin - 1, size)
     source[np.cumsum(size) - size] = slot + start[owner] + prompt[owner] - 1  # the first one's is the prompt's last
-    _flat(batch.source)[where] = source
-    _flat(batch.target)[where] = encoded.tokens[_ranges(encoded.completion_start[text], size)]
-    _flat(batch.completion)[where] = np.repeat(number, size)
+    places, count = _ranges(encoded.completion_start[text], size), encoded.scored_length[text].astype(np.int64)
+    chosen = encoded.scored[places]
+    where = _ranges(into * scored + _before(into, count), count)
+    _flat(batch.source)[where] = source[chosen]
+    _flat(batch.target)[where] = encoded.tokens[places[chosen]]
+    _flat(batch.completion)[where] = np.repeat(number, count)
     if reference is not None:
-        _flat(batch.reference)[where] = reference[_ranges(encoded.scored_start[text], size)]
+        _flat(batch.reference)[where] = reference[_ranges(encoded.scored_start[text], count)]
     at = into * batch.ids.shape[-1] + number
-    _flat(batch.ids)[at], _flat(batch.lengths)[at], _flat(batch.last)[at] = text, size, slot + begin + size - 1
+    _flat(batch.ids)[at], _flat(batch.lengths)[at], _flat(batch.last)[at] = text, count, slot + begin + size - 1
     order = np.argsort(text)
     return text[order], number[order]
 

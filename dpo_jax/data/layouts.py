@@ -47,6 +47,7 @@ from dpo_jax.data.messages import (
     type_name,
 )
 from dpo_jax.data.report import REVERSED, WEIGHTLESS
+from dpo_jax.data.stored import tools_of, unpacked
 
 
 class Pair(NamedTuple):
@@ -167,7 +168,7 @@ def _read_sharegpt(row: Mapping[str, Any]) -> Answers:
 
 
 def _read_openai(row: Mapping[str, Any]) -> Answers:
-    given = need(row, "input")
+    given = from_json(need(row, "input"), "input")
     if not isinstance(given, Mapping):
         raise BadRow("wrong type", f"input is {type_name(given)}, not an object with messages")
     prompt = messages_of(need(given, "messages"), "input.messages")
@@ -271,6 +272,7 @@ def to_record(row: Mapping[str, Any], layout: RowLayout, *, file: str, line: int
     Raises:
       BadRow: with the class and the reason.
     """
+    row, notes = unpacked(row)
     answers = layout.read(row)
     answers = in_turns(answers, splits=layout.name == "implicit") if as_chat else answers
     if not answers.prompt and is_chat(answers.completions[0]):
@@ -278,7 +280,7 @@ def to_record(row: Mapping[str, Any], layout: RowLayout, *, file: str, line: int
     tools = _tools(row, layout)
     answers = _as_chat(answers, row, tools)
     for index, completion in enumerate(answers.completions):
-        _usable(completion, _name(index, len(answers.completions)))
+        _usable(completion, completion_name(index, len(answers.completions)))
     _usable_prompt(answers.prompt)
     answers = _without_equals(answers)
     kept = sorted({index for pair in answers.order for index in pair})
@@ -291,7 +293,7 @@ def to_record(row: Mapping[str, Any], layout: RowLayout, *, file: str, line: int
         chat_template_kwargs=_template_kwargs(row),
         file=file,
         line=line,
-        notes=answers.notes + _pair_notes(layout, *numbers),
+        notes=notes + answers.notes + _pair_notes(layout, *numbers),
     )
 
 
@@ -322,11 +324,12 @@ def _without_equals(answers: Answers) -> Answers:
     if len(order) < len(answers.order):
         notes += (("pair left out of a ranked row", "two completions of different rank are the same"),)
     if any(_assistant_turns(completion) > 1 for completion in answers.completions):
-        notes += (("completion of several turns", "all of its turns are scored"),)
+        notes += (("completion of several turns", "all turns of the assistant's are scored"),)
     return answers._replace(order=order, notes=notes)
 
 
-def _name(index: int, count: int) -> str:
+def completion_name(index: int, count: int) -> str:
+    """What a completion of a row with so many is called."""
     names = {1: ("completion",), 2: ("chosen", "rejected")}
     return names[count][index] if count in names else f"completion {index}"
 
@@ -380,13 +383,8 @@ def _usable_prompt(prompt: Part) -> None:
 
 
 def _tools(row: Mapping[str, Any], layout: RowLayout) -> list[dict[str, Any]] | None:
-    given = row["input"].get("tools") if layout.name == "openai" and "tools" not in row else row.get("tools")
-    tools = from_json(given, "tools")
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise BadRow("wrong type", f"tools is {type_name(tools)}, not a list of objects")
-    return [dict(tool) for tool in tools]
+    given = row["input"] if layout.name == "openai" and "tools" not in row else row
+    return tools_of(from_json(given, "input").get("tools"), "tools")
 
 
 def _template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:

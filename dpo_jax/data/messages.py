@@ -27,7 +27,7 @@ class BadRow(Exception):
 
 
 def messages_of(value: object, name: str) -> Messages:
-    """A checked conversation: known roles, text contents. A single message stands for a list of one.
+    """A checked conversation: known roles, text contents, calls that are calls. A single message is a list of one.
 
     A message may also be {"from": ..., "value": ...}, as in ShareGPT.
     """
@@ -55,10 +55,11 @@ def _message(item: object, name: str) -> dict[str, Any]:
         raise BadRow("null value" if "role" in item else "missing column", f"{name} has no role")
     if not isinstance(role, str) or role not in known:
         raise BadRow("unknown role", f"{name} has role {role!r}; known roles: {', '.join(known)}")
-    if content is None and not (known[role] == "assistant" and item.get("tool_calls")):
+    calls = calls_of(fields.pop("tool_calls", None), f"tool_calls of {name}")
+    if content is None and not (known[role] == "assistant" and calls):
         raise BadRow("null value", f"{name} has no content")
     text = {} if content is None else {"content": _content(content, name)}
-    return {**fields, "role": known[role], **text}
+    return {**fields, "role": known[role], **text, **({"tool_calls": calls} if calls else {})}
 
 
 def speaks(message: Mapping[str, Any]) -> bool:
@@ -125,6 +126,52 @@ def from_json(value: object, name: str) -> Any:
         return json.loads(value) if value.strip() else None
     except (ValueError, RecursionError) as error:
         raise BadRow("wrong type", f"{name} is text that is not JSON: {error}") from None
+
+
+def calls_of(value: object, name: str) -> list[dict[str, Any]]:
+    """The calls of a message, checked, without padding. Arguments stay JSON text where they are one.
+
+    Raises:
+      BadRow: they are no list of calls with a name each, or the arguments of one are no object.
+    """
+    calls = value if isinstance(value, list) else from_json(value, name)
+    calls = [calls] if isinstance(calls, Mapping) else calls
+    if calls is None:
+        return []
+    if not isinstance(calls, list):
+        raise BadRow("wrong type", f"{name} is {type_name(calls)}, not a list of calls")
+    return [_call(from_json(call, f"{name}[{at}]"), f"{name}[{at}]") for at, call in enumerate(calls)]
+
+
+def _call(call: object, name: str) -> dict[str, Any]:
+    called = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(called, Mapping) or not isinstance(called.get("name"), str):
+        raise BadRow("wrong type", f"{name} is no call of a function: an object with a function that has a name")
+    arguments_of(called.get("arguments"), f"arguments of {name}")
+    return without_nulls(call)
+
+
+def arguments_of(value: object, name: str) -> dict[str, Any]:
+    """Arguments of a call as an object; none are an empty one.
+
+    Raises:
+      BadRow: they are something else, or text that is not the JSON of an object.
+    """
+    arguments = from_json(value, name)
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, Mapping):
+        raise BadRow("wrong type", f"{name} is {type_name(arguments)}, not an object")
+    return dict(arguments)
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without those keys of its objects that are null."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [without_nulls(item) for item in value]
+    return value
 
 
 def shared_length(one: Sequence, other: Sequence) -> int:

@@ -11,6 +11,8 @@ EXAMPLES = 5
 
 BAD, TOO_LONG, NOTED = "bad", "too long", "noted"
 WEIGHTLESS, REVERSED, NO_PROMPT = "weight of 0", "reversed pair", "no prompt"
+RENDERED, AS_TEXT = "rendered text", "rendered text, kept as text"
+LEFT_OUT = "left out by the chat template"
 WHOLLY = {
     WEIGHTLESS: "nothing would be learned; correct the column weight, or remove it",
     REVERSED: "the answers in rejected would be learned; remove the column label, or swap chosen and rejected",
@@ -48,11 +50,18 @@ KINDS = {
     # The row is sound but data.max_length leaves nothing of it to learn from; it is left out and stops nothing.
     "overlong prompt": TOO_LONG,
     "identical after truncation": TOO_LONG,
+    "nothing scored after truncation": TOO_LONG,
     # The row is used, and this is worth knowing.
     "byte-order mark": NOTED,
+    "conversation as JSON text": NOTED,
+    "null left out": NOTED,
     "control characters": NOTED,
     "bidirectional controls": NOTED,
     "control-token text": NOTED,
+    RENDERED: NOTED,
+    AS_TEXT: NOTED,
+    LEFT_OUT: NOTED,
+    "not scored: others' words": NOTED,
     "prompt repeated in a completion": NOTED,
     "tie in a ranked row": NOTED,
     "pair left out of a ranked row": NOTED,
@@ -88,7 +97,8 @@ class Report:
     Attributes:
       pairs: pairs of completions in the rows that are kept.
       singles: rows that are kept and have one completion; `undesirable` of them are so.
-      files: by file: its layout and whether it was detected, its rows, the columns that nothing reads.
+      files: by file: its layout and whether it was detected, its rows, the columns that nothing reads, rows whose
+        rendered text stays text.
       counts: rows (or pairs, for classes that speak of pairs) by class.
       examples: `file:line: reason` of the first rows of each class.
       lengths: tokens of prompts, chosen, rejected, single completions and whole sequences: min, median, p90, p99, max,
@@ -214,6 +224,13 @@ class Report:
                 f"{self.bad:,} of {self.rows:,} rows are bad ({self.bad / self.rows:.2%}, data.max_bad_fraction is "
                 f"{max_bad_fraction:.2%}): {self._largest(BAD)}; correct the rows or raise data.max_bad_fraction"
             )
+        for name, about in self.files.items():
+            if 2 * about.get("as_text", 0) > about["rows"]:
+                raise UserError(
+                    f"{clean(name, 400)}: {about['as_text']:,} of {about['rows']:,} rows hold texts that a chat "
+                    "template rendered already, whose marks would be plain text; set data.control_tokens=tokens to "
+                    "take them as they are, or give messages"
+                )
         if not self.kept:
             where = ", ".join(clean(name, 400) for name in self.files) or "the data"
             what = self._largest(BAD, TOO_LONG) if self.rows else "there are no rows"

@@ -60,7 +60,14 @@ class DataSettings(Section):
         description="arguments for the chat template, as {enable_thinking: false}; a row's own go before them",
     )
     control_tokens: Literal["text", "tokens"] = Field(
-        default="text", description="what control tokens inside row text become: plain text, or real control tokens"
+        default="text",
+        description="what control tokens inside row text become: plain text (but for those that mark no turn, such as "
+        "<think>, where the assistant says them), or real control tokens, as texts need that were rendered already",
+    )
+    score_tool_results: bool = Field(
+        default=False,
+        description="score what tools and users say inside an answer of several turns, as TRL does; by default only "
+        "the assistant's own tokens are scored, and the others are read",
     )
     max_bad_fraction: float = Field(
         default=0.01, ge=0, le=1, description="stop if more than this share of rows is unusable"

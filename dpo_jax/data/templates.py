@@ -12,33 +12,30 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from dpo_jax.data.layouts import Record
-from dpo_jax.data.messages import BadRow, Messages, Part, is_chat, shared_length, texts_of
-from dpo_jax.data.report import clean
-from dpo_jax.data.strangers import apply_template, check_template, ids_of
-from dpo_jax.data.tokenizer import Tokenizer
+from dpo_jax.data.layouts import Record, completion_name
+from dpo_jax.data.messages import BadRow, is_chat, shared_length
+from dpo_jax.data.probes import Frame, Turn, begins, frame_of, renderer, turn_of
+from dpo_jax.data.rendering import Voice, written
+from dpo_jax.data.report import AS_TEXT, RENDERED, clean
+from dpo_jax.data.strangers import check_template, ids_of
+from dpo_jax.data.tokenizer import Tokenizer, special_ids
 from dpo_jax.errors import UserError
 from dpo_jax.files import digest_of
 
 Ending = Literal["terminator", "template"]
-PROBE = "dpojaxprobe"
 T = TypeVar("T")
 
 
 class Tokens(NamedTuple):
-    """One record in token ids. Completions are in the record's order and are not truncated."""
+    """One record in token ids. Completions are in the record's order and are not truncated.
+
+    `unscored` has, for each completion, the ranges (start, end) of its tokens that are not the assistant's.
+    """
 
     prompt: list[int]
     completions: list[list[int]]
+    unscored: list[list[tuple[int, int]]]
     notes: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class Turn:
-    """How a template ends an assistant's turn: a special token (None: it has none), and the ids that follow it."""
-
-    terminator: int | None = None
-    rest: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,12 @@ class Codec:
       template: chat template that is used instead of the tokenizer's own.
       control_tokens: "text" keeps control tokens in row text as text; "tokens" lets them be control tokens.
       ending: "terminator", or "template": a chat's completion keeps all that the template writes after the answer.
+      score_tool_results: whether turns of tools and users inside an answer are scored.
       control: finds control tokens in a text.
+      marks: finds those that mark a turn or a text, which stay text also where the assistant says them.
+      frame: what the template writes around turns.
       before: ids that the tokenizer puts before a text (BOS, or nothing).
+      opening: those of them that the template writes at the beginning of a conversation; all where there is none.
       turn: how the template ends a turn.
       special: ids of all special tokens.
       eos: EOS token, with its id; None where there is none.
@@ -65,8 +66,12 @@ class Codec:
     template: str | None
     control_tokens: Literal["text", "tokens"]
     ending: Ending
+    score_tool_results: bool
     control: re.Pattern
+    marks: re.Pattern
+    frame: Frame
     before: tuple[int, ...]
+    opening: tuple[int, ...]
     turn: Turn
     special: frozenset[int]
     # Of the tokenizer, which takes long to say each of them.
@@ -76,6 +81,20 @@ class Codec:
     reserved: frozenset[str]
     arguments: Mapping[str, Any]
 
+    @property
+    def voice(self) -> Voice:
+        """How conversations are written."""
+        return Voice(
+            tokenizer=self.tokenizer,
+            template=self.template,
+            frame=self.frame,
+            control=self.control,
+            marks=self.marks,
+            protect=self.control_tokens == "text",
+            score_all=self.score_tool_results,
+            arguments=self.arguments,
+        )
+
 
 def codec(
     tokenizer: Tokenizer,
@@ -83,9 +102,10 @@ def codec(
     template: str | None,
     control_tokens: Literal["text", "tokens"],
     ending: Ending,
+    score_tool_results: bool = False,
     arguments: Mapping[str, Any] | None = None,
 ) -> Codec:
-    """Find out how a tokenizer and its template begin a text and end a turn."""
+    """Find out how a tokenizer and its template begin a text, frame turns and end them."""
     if control_tokens == "text" and "sanitize_control_tokens" not in _arguments(tokenizer):
         raise UserError(
             "this transformers cannot keep control tokens as text; upgrade it, or data.control_tokens=tokens"
@@ -94,14 +114,22 @@ def codec(
     if source:
         check_template(source)
     special = special_ids(tokenizer)
+    control = _control_pattern(tokenizer, source or "")
+    render = renderer(tokenizer, template, arguments or {})
+    frame = frame_of(render, tokenizer, control) if source else Frame()
+    before = _before(tokenizer)
     return Codec(
         tokenizer=tokenizer,
         template=template,
         control_tokens=control_tokens,
         ending=ending,
-        control=_control_pattern(tokenizer, source or ""),
-        before=_before(tokenizer),
-        turn=_turn(tokenizer, template, special, arguments or {}) if source else Turn(),
+        score_tool_results=score_tool_results,
+        control=control,
+        marks=_any_of(frame.marks),
+        frame=frame,
+        before=before,
+        opening=before if not source or begins(render, tokenizer, before) else (),
+        turn=turn_of(render, tokenizer, special) if source else Turn(),
         special=special,
         eos=_eos(tokenizer),
         bos=tokenizer.bos_token_id,
@@ -119,11 +147,6 @@ def reserved_arguments(tokenizer: Tokenizer) -> frozenset[str]:
 def _eos(tokenizer: Tokenizer) -> tuple[str, int] | None:
     token, number = tokenizer.eos_token, tokenizer.eos_token_id
     return None if token is None or number is None else (token, number)
-
-
-def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids that are tokens of their own and no text: more than the named ones, `all_special_ids`."""
-    return frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
 def template_source(tokenizer: Tokenizer, template: str | None) -> str | None:
@@ -152,7 +175,12 @@ def _control_pattern(tokenizer: Tokenizer, source: str) -> re.Pattern:
         for token in tokenizer.added_tokens_decoder.values()
         if token.content.strip() and (token.special or token.content in listed or token.content in source)
     ]
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+    return _any_of(texts)
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern:
+    """Finds any of the texts, the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=lambda text: (-len(text), text)))) or "(?!)")
 
 
 def _ids(tokenizer: Tokenizer, texts: list[str], **options: bool) -> list[list[int]]:
@@ -170,32 +198,21 @@ def _before(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(whole[: starts[0]])
 
 
-def _turn(tokenizer: Tokenizer, template: str | None, special: frozenset[int], arguments: Mapping[str, Any]) -> Turn:
-    """Render a probe and look at what the template writes after the assistant's words."""
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
-    try:
-        text = apply_template(tokenizer, messages, "a probe", chat_template=template, tokenize=False, **arguments)
-    except UserError:  # it does not end
-        raise
-    except Exception:  # a template may raise anything; rows that need it will say so, with file and line
-        return Turn()
-    (ids,) = _ids(tokenizer, [text], add_special_tokens=False)
-    (head,) = _ids(tokenizer, [text[: text.rfind(PROBE) + len(PROBE)]], add_special_tokens=False)
-    tail = range(shared_length(ids, head), len(ids))
-    at = next((at for at in tail if ids[at] in special), None)
-    return Turn() if at is None else Turn(ids[at], tuple(ids[at + 1 :]))
-
-
 # ------------------------------------------------------------------------------------------------ records
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A record's prompt and its prompt with each completion, as texts to tokenise or as ids where that is done."""
+    """A record's prompt and its prompt with each completion, as texts to tokenise or as ids where that is done.
 
-    kind: Literal["text", "chat", "ids"]
+    `foreign` has, for each completion, beginnings of its text that end where words of others begin and end. A `marked`
+    chat has transformers' own marks around control tokens that stay text; a `rendered` text those of a template.
+    """
+
+    kind: Literal["text", "rendered", "chat", "marked", "ids"]
     sequences: Sequence[str | list[int]]
     notes: tuple[tuple[str, str], ...]
+    foreign: Sequence[Sequence[str | list[int]]] = ()
 
 
 def tokenize(records: Sequence[Record], codec: Codec) -> list[Tokens | BadRow]:
@@ -207,7 +224,7 @@ def tokenize(records: Sequence[Record], codec: Codec) -> list[Tokens | BadRow]:
       UserError: rows are conversations and there is no chat template, or texts and there is no EOS token.
     """
     jobs = [_job(record, codec) for record in records]
-    ids = {"text": _batch(jobs, "text", codec), "chat": _batch(jobs, "chat", codec)}
+    ids = {kind: _batch(jobs, kind, codec) for kind in ("text", "rendered", "chat", "marked")}
     return [job if isinstance(job, BadRow) else _caught(_tokens, _with_ids(job, ids), codec) for job in jobs]
 
 
@@ -220,14 +237,19 @@ def _caught(function: Callable[..., T], *arguments: object) -> T | BadRow:
 
 def _batch(jobs: Iterable[_Job | BadRow], kind: str, codec: Codec) -> Iterator[list[int]]:
     mine = [job for job in jobs if isinstance(job, _Job) and job.kind == kind]
-    texts = [text for job in mine for text in job.sequences if isinstance(text, str)]
-    split = kind == "text" and codec.control_tokens == "text"
-    return iter(_ids(codec.tokenizer, texts, add_special_tokens=False, split_special_tokens=split))
+    texts = [text for job in mine for part in (job.sequences, *job.foreign) for text in part if isinstance(text, str)]
+    how = {"split_special_tokens": kind == "text" and codec.control_tokens == "text"}
+    if kind == "marked":
+        how = {"sanitize_control_tokens": True}
+    return iter(_ids(codec.tokenizer, texts, add_special_tokens=False, **how))
 
 
 def _with_ids(job: _Job, ids: Mapping[str, Iterator[list[int]]]) -> _Job:
-    found = [next(ids[job.kind]) if isinstance(part, str) else part for part in job.sequences]
-    return _Job(job.kind, found, job.notes)
+    found = [
+        [next(ids[job.kind]) if isinstance(text, str) else text for text in part]
+        for part in (job.sequences, *job.foreign)
+    ]
+    return _Job(job.kind, found[0], job.notes, found[1:])
 
 
 def _job(record: Record, codec: Codec) -> _Job | BadRow:
@@ -255,8 +277,29 @@ def _text_job(record: Record, codec: Codec) -> _Job:
     completions = [without_eos(str(text), eos) for text in record.completions]
     if not all(text.strip() for text in completions):
         raise BadRow("empty completion", "a completion holds nothing but the EOS token")
-    notes = record.notes + _control_note([str(record.prompt), *completions], codec)
-    return _Job("text", [str(record.prompt), *(f"{record.prompt}{text}" for text in completions)], notes)
+    given = [str(record.prompt), *completions]
+    rendered = rendered_note(given, completions, codec)
+    taken = bool(rendered) and codec.control_tokens == "tokens"
+    notes = record.notes + (rendered or _control_note(given, codec))
+    sequences = [str(record.prompt), *(f"{record.prompt}{text}" for text in completions)]
+    return _Job("rendered" if taken else "text", sequences, notes)
+
+
+def rendered_note(texts: Sequence[str], answers: Sequence[str], codec: Codec) -> tuple[tuple[str, str], ...]:
+    """What is to be said of texts that a chat template has written already: they have its marks around turns.
+
+    Either the text that opens an answer is in one of them, or the first begins with BOS, or an answer ends as a turn.
+    """
+    bos = codec.tokenizer.bos_token if codec.bos is not None else None
+    header, ends = codec.frame.header, codec.frame.ends
+    found = header if header and any(header in text for text in texts) else ""
+    found = found or next((end for end in ends for text in answers if text.rstrip().endswith(end)), "")
+    found = found or (bos if bos and texts[0].lstrip().startswith(bos) else "")
+    if not found:
+        return ()
+    if codec.control_tokens == "text":
+        return ((AS_TEXT, f"{found!r} in a text: kept as text"),)
+    return ((RENDERED, f"{found!r} in a text: taken as the template's own"),)
 
 
 def without_eos(text: str, eos: str) -> str:
@@ -285,45 +328,27 @@ def _chat_job(record: Record, codec: Codec) -> _Job:
         )
     if taken := sorted(codec.reserved & record.chat_template_kwargs.keys()):
         raise BadRow("reserved template argument", f"chat_template_kwargs may not set {', '.join(taken)}")
-    given = (record.prompt, record.completions, record.tools, record.chat_template_kwargs)
-    note = _control_note((text for part in given for text in texts_of(part)), codec)
-    sanitize = bool(note) and codec.control_tokens == "text"
-    prompt = _messages(record.prompt)
-    chats = [prompt, *([*prompt, *_messages(completion)] for completion in record.completions)]
-    sequences = [
-        _rendered(record, chat, codec, asking=not index, sanitize=sanitize) for index, chat in enumerate(chats)
+    count = len(record.completions)
+    chats = written(record, [completion_name(index, count) for index in range(count)], codec.voice)
+    contents = [
+        [str(turn.get("content", "")) for turn in part if isinstance(turn, dict)]
+        for part in (record.prompt, *record.completions)
     ]
-    return _Job("chat", sequences, record.notes + note)
-
-
-def _messages(part: Part) -> Messages:
-    return [message for message in part if isinstance(message, dict)]
-
-
-def _rendered(record: Record, chat: Messages, codec: Codec, *, asking: bool, sanitize: bool) -> str | list[int]:
-    """The chat as text; as ids where text of control tokens must not become control tokens."""
-    how = {"tokenize": True, "return_dict": False, "sanitize_control_tokens": True} if sanitize else {"tokenize": False}
-    try:
-        return apply_template(
-            codec.tokenizer,
-            chat,
-            _where(record),
-            tools=record.tools,
-            chat_template=codec.template,
-            add_generation_prompt=asking,
-            **how,
-            **{**codec.arguments, **record.chat_template_kwargs},
-        )
-    except UserError:  # it does not end
-        raise
-    except Exception as error:  # templates raise what they like: Jinja's errors, their own, TypeError, KeyError
-        raise BadRow("template error", f"{type(error).__name__}: {error}") from error
+    rendered = rendered_note(sum(contents, []), [part[-1] for part in contents[1:]], codec)
+    notes = rendered + chats.notes if codec.control_tokens == "tokens" else rendered or chats.notes
+    foreign = [[answer.text[:place] for span in answer.foreign for place in span] for answer in chats.answers]
+    texts = [chats.prompt, *(answer.text for answer in chats.answers)]
+    return _Job("marked" if chats.marked else "chat", texts, record.notes + notes, foreign)
 
 
 def _tokens(job: _Job, codec: Codec) -> Tokens:
     """Split each sequence after the prompt, and end each completion."""
-    before = codec.before if job.kind == "text" else ()
-    whole, *together = ([*before, *ids] for ids in job.sequences if isinstance(ids, list))
+    before = {"text": codec.before, "rendered": codec.opening}.get(job.kind, ())
+    whole, *together = (
+        _begun(ids, before, codec.before if job.kind == "rendered" else ())
+        for ids in job.sequences
+        if isinstance(ids, list)
+    )
     shared = () if job.kind == "ids" else (shared_length(whole, ids) for ids in together)
     end = min(shared, default=len(whole))
     prompt, notes = whole[:end], job.notes
@@ -334,7 +359,33 @@ def _tokens(job: _Job, codec: Codec) -> Tokens:
         prompt = _empty_prompt(codec)
     endings = [_ended(ids[end:], job.kind, codec) for ids in together]
     notes += tuple(dict.fromkeys(note for _, ending in endings for note in ending))
-    return Tokens(prompt, [ids for ids, _ in endings], notes)
+    unscored = [
+        _ranges(ids, heads, end) for ids, heads in zip(together, job.foreign or [[]] * len(together), strict=True)
+    ]
+    if any(unscored):
+        count = sum(stop - start for ranges in unscored for start, stop in ranges)
+        notes += ((_OTHERS, f"{count} tokens of tools' and users' turns (data.score_tool_results)"),)
+    completions = [ids for ids, _ in endings]
+    for ids, ranges in zip(completions, unscored, strict=True):
+        if sum(stop - start for start, stop in ranges) >= len(ids):
+            raise BadRow("empty completion", "no token of a completion is the assistant's")
+    return Tokens(prompt, completions, unscored, notes)
+
+
+_OTHERS = "not scored: others' words"
+
+
+def _begun(ids: list[int], before: tuple[int, ...], written: tuple[int, ...]) -> list[int]:
+    """A text with what stands before one, in place of what was `written` there already, perhaps twice."""
+    while written and tuple(ids[: len(written)]) == written:
+        ids = ids[len(written) :]
+    return [*before, *ids]
+
+
+def _ranges(whole: list[int], heads: Sequence[str | list[int]], start: int) -> list[tuple[int, int]]:
+    """Ranges of a completion's tokens that lie between two heads of the whole text, counted from its first token."""
+    places = [max(shared_length(whole, head) - start, 0) for head in heads if isinstance(head, list)]
+    return [(first, last) for first, last in zip(places[::2], places[1::2], strict=True) if first < last]
 
 
 def _empty_prompt(codec: Codec) -> list[int]:
@@ -361,19 +412,38 @@ def _ended(ids: list[int], kind: str, codec: Codec) -> tuple[list[int], tuple[tu
         return [*ids, eos], ()
     if kind == "ids":
         return ids, () if ids[-1] in codec.special else ((_NO_END, "the ids do not end with a special token"),)
+    if kind == "rendered":
+        return _ended_once(ids, codec), ()
     if codec.ending == "template":
         return ids, ()
     if turn.terminator is not None and tuple(ids[-1 - len(turn.rest) :]) == (turn.terminator, *turn.rest):
-        ids = ids[: len(ids) - len(turn.rest)]
-        while ids[-2:-1] == [turn.terminator]:
-            ids = ids[:-1]
-        return ids, ()
+        return _ended_once(ids, codec), ()
     if ids[-1] in codec.special:
         return ids, ()
     end = eos if turn.terminator is None else turn.terminator
     return (ids if end is None else [*ids, end]), (
         (_NO_END, "the template ends it without a special token; one is added"),
     )
+
+
+def _ended_once(ids: list[int], codec: Codec) -> list[int]:
+    """An answer with one end: the first of those that it has in a row, or the template's own where it has none."""
+    turn, eos = codec.turn, None if codec.eos is None else codec.eos[1]
+    ends, end = (turn.terminator, eos), None
+    while ids and (size := _after_end(ids, ends, turn.rest)) is not None:
+        end = ids[-1 - size]
+        ids = ids[: -1 - size]
+    if not ids:
+        raise BadRow("empty completion", "a completion holds nothing but the end of a turn")
+    if end is None:
+        end = eos if turn.terminator is None else turn.terminator
+    return ids if end is None else [*ids, end]
+
+
+def _after_end(ids: list[int], ends: tuple[int | None, ...], rest: tuple[int, ...]) -> int | None:
+    """How many ids follow the last of the ends, if they are how the template goes on after one; None if not."""
+    sizes = range(min(len(rest), len(ids) - 1), -1, -1)
+    return next((n for n in sizes if ids[-1 - n] in ends and tuple(ids[len(ids) - n :]) == rest[:n]), None)
 
 
 _NO_END = "no end of turn"

@@ -12,6 +12,7 @@ class Tokenizer(Protocol):
 
     chat_template: str | dict[str, str] | None
     """A text, or several by name."""
+    bos_token: str | None
     eos_token: str | None
     eos_token_id: int | None
     bos_token_id: int | None
@@ -48,3 +49,14 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Sequence[int], **options: object) -> str:
         """Ids as text."""
         ...
+
+
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids that are tokens of their own and no text: more than the named ones, `all_special_ids`."""
+    return frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
+
+
+def added_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids of all control tokens, special or not: those beside the vocabulary that are more than white space."""
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(index for index, token in added if token.special or token.content.strip("\u2581 \t\r\n"))

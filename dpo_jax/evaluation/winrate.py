@@ -17,6 +17,7 @@ from dpo_jax.data.messages import BadRow, Messages, is_chat, messages_of, need, 
 from dpo_jax.data.readers import reader_of, value_of
 from dpo_jax.data.records import text_notes
 from dpo_jax.data.report import clean
+from dpo_jax.data.stored import conversation
 from dpo_jax.data.templates import Codec, codec, template_source, tokenize
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.errors import UserError
@@ -92,6 +93,7 @@ def _object(value: object) -> Mapping[str, Any]:
 
 def _prompt(row: Mapping[str, Any]) -> Prompt:
     value = need(row, "prompt")
+    value = conversation(value, "prompt") if isinstance(value, str) else value
     prompt = value if isinstance(value, str) else messages_of(value, "prompt")
     text_notes(list(texts_of(prompt)))
     return prompt

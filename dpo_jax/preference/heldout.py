@@ -93,6 +93,6 @@ def token_logprobs(
 def scored_places(ids: np.ndarray, encoded: Encoded) -> np.ndarray:
     """Where the scored tokens of these completions (-1 is none), one after the other, stand in the flat list of all."""
     used = ids[ids >= 0]
-    lengths = encoded.completion_length[used].astype(np.int64)
+    lengths = encoded.scored_length[used].astype(np.int64)
     before = np.cumsum(lengths) - lengths
     return np.repeat(encoded.scored_start[used] - before, lengths) + np.arange(lengths.sum())

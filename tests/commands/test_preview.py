@@ -12,7 +12,8 @@ from dpo_jax import preview
 from dpo_jax.data.encode import collect
 from dpo_jax.data.settings import DataSettings
 from tests.support.bad_rows import BAD_ROWS
-from tests.support.tiny_rows import CHAT, CHATML, GOOD, byte_tokenizer, user, write
+from tests.support.chat_templates import THINKING, call, result, tokenizer_with
+from tests.support.tiny_rows import CHAT, CHATML, GOOD, HI, NO, assistant, byte_tokenizer, user, write
 
 LONG = {"prompt": "one two three", "chosen": "chosen words", "rejected": "rejected words here"}
 HOSTILE = {**CHAT, "prompt": [user("[bold]\x1b[31m<|im_end|> \u202e")]}
@@ -25,9 +26,9 @@ def model(tmp_path_factory):
     return folder
 
 
-def shown(tmp_path, *rows, pairs=9, width=80, terminal=False, **changes) -> str:
+def shown(tmp_path, *rows, pairs=9, width=80, terminal=False, tokenizer=None, **changes) -> str:
     stream = io.StringIO()
-    tokenizer = byte_tokenizer()
+    tokenizer = tokenizer or byte_tokenizer()
     settings = DataSettings(train="x", **changes)
     encoded, report = collect(str(write(tmp_path / "rows.jsonl", *rows)), tokenizer, settings)
     colours = {"force_terminal": True, "color_system": "standard"} if terminal else {"color_system": None}
@@ -52,6 +53,26 @@ def test_a_pair_is_shown_with_its_source_its_parts_and_its_ends(tmp_path):
     assert "1 rows read: 1 kept (1 pairs), 0 bad, 0 too long" in text
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_control_token_is_shown_apart_from_the_same_letters_as_text(tmp_path, terminal):
+    row = {"prompt": [user("a <think>")], "chosen": [assistant("<think>b</think>c")], "rejected": NO}
+    text = shown(tmp_path, row, tokenizer=tokenizer_with(THINKING), terminal=terminal)
+    if terminal:
+        assert "a <think>\x1b[0m" in text and "\x1b[7;32m<think>\x1b[0m" in text
+    else:
+        assert "user\na <think>⟦<|im_end|>⟧" in text
+        assert "all scored\n⟦<think>⟧\nb\n⟦</think>⟧\n\nc⟦<|im_end|>⟧\n" in text
+
+
+def test_what_is_read_and_not_scored_is_shown_apart(tmp_path):
+    row = {"prompt": HI, "chosen": [call("f", {}, "so"), result("12 mm"), assistant("b")], "rejected": NO}
+    text = shown(tmp_path, row, tokenizer=tokenizer_with(THINKING))
+    others = "\n⟦<|im_start|>⟧user\n⟦<tool_response>⟧\n12 mm\n⟦</tool_response>⟧⟦<|im_end|>⟧\n⟦<|im_start|>⟧assistant\n"
+    assert f"⟦<|im_end|>⟧[not scored: {others}]⟦<think>⟧" in text
+    assert re.search(r"chosen: (\d+) tokens, (?!\1)\d+ scored\nso⟦<tool_call>⟧", text)
+    assert re.search(r"rejected: \d+ tokens, all scored\n", text)
+
+
 def test_numbers_of_a_pair_are_shown_where_they_are_not_the_usual_ones(tmp_path):
     usual = {"weight": 1, "margin": 0, "label": 1}
     text = shown(tmp_path, {**GOOD, **usual}, {**GOOD, "label": 0.7}, {**GOOD, "weight": 2, "margin": 0.5, "label": 0})
@@ -67,11 +88,11 @@ def test_a_single_completion_is_shown_once_and_as_what_it_is(tmp_path):
     assert "\nundesirable: 8 tokens, all scored\nwords 0⟦<eos>⟧\n\ncompletion 3" in text
     assert f"completion 3 of 3, {tmp_path}/rows.jsonl:3, weight 0.5\n" in text
     assert "chosen" not in text and "rejected" not in text and "label" not in text
-    assert "colours: prompt, desirable, undesirable, cut, special; every token of a completion is scored" in text
+    assert "undesirable, not scored, cut, control token; the rest of a completion is scored" in text
     text = shown(tmp_path, {"messages": CHAT["prompt"] + CHAT["chosen"]})
     assert "completion: 3 tokens, all scored\nYo⟦<|im_end|>⟧\n" in text
     assert "desirable" not in text and "chosen" not in text
-    assert "colours: prompt, completion, cut, special" in text
+    assert "colours: prompt, completion, not scored, cut, control token" in text
 
 
 def test_pairs_and_completions_of_one_run_are_counted_apart(tmp_path):

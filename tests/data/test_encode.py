@@ -351,7 +351,7 @@ def test_a_batch_of_rows_gives_what_each_row_gives_alone(tmp_path):
         ({**GOOD, "chosen": "\u202egnp.exe"}, "bidirectional controls"),
         ({**GOOD, "prompt": "say <|im_end|>"}, "control-token text"),
         ({**CHAT, "prompt": [user("say <|im_end|>")]}, "control-token text"),
-        ({**CHAT, "chosen": [*YO, user("And?"), assistant("so")]}, "completion of several turns"),
+        ({**CHAT, "chosen": [*YO, assistant("so")]}, "completion of several turns"),
         (IDS, "no end of turn"),
     ],
 )

@@ -46,6 +46,7 @@ def test_everything_that_the_result_depends_on_makes_a_new_entry(cached, tmp_pat
         "truncation": {"truncation": "keep_end"},
         "ending": {"ending": "template"},
         "control_tokens": {"control_tokens": "tokens"},
+        "score_tool_results": {"score_tool_results": True},
         "max_characters": {"max_characters": 20},
         "columns": {"columns": {"prompt": "prompt", "chosen": "rejected", "rejected": "chosen"}},
         "as_chat": {"as_chat": True},

@@ -261,7 +261,7 @@ def test_a_conversation_of_several_turns_is_learned_from_its_last_answer():
     record = one({"messages": [*asked, assistant("let me see"), TOOL, assistant("five")]})
     assert record.prompt == asked
     assert record.completions == ([assistant("let me see"), TOOL, assistant("five")],)
-    assert dict(record.notes) == {"completion of several turns": "all of its turns are scored"}
+    assert dict(record.notes) == {"completion of several turns": "all turns of the assistant's are scored"}
     record = one({"prompt": "And?", "completion": [*asked, *NO], "label": 0})
     assert (record.prompt, record.completions) == (asked, (NO,))
 

@@ -20,6 +20,7 @@ def encoded_of(lengths: np.ndarray, vocabulary: int, seed: int = 0, *, blank: bo
     units = np.arange(count, dtype=np.int32)
     return Encoded(
         tokens=tokens.astype(np.int32, copy=False),
+        scored=np.ones(total, bool),
         prompt_start=starts[:, 0].astype(np.int64),
         prompt_length=lengths[:, 0].astype(np.int32),
         completion_unit=np.repeat(units, 2),
