@@ -116,7 +116,7 @@ def written(record: Record, names: Sequence[str], voice: Voice) -> Chats:
 
 def control_note(given: Sequence[Messages], record: Record, voice: Voice) -> Notes:
     """The first control token in what is said that is none of the assistant's own."""
-    others = (record.tools, {**voice.arguments, **record.chat_template_kwargs})
+    others = (record.tools, record.chat_template_kwargs)
     turns = [turn for part in given for turn in part]
     looked = [(voice.control, part) for part in others if part]
     looked += [(voice.marks if turn["role"] == "assistant" else voice.control, turn) for turn in turns]
@@ -359,7 +359,7 @@ class _Scribe:
                 chat_template=self.voice.template,
                 add_generation_prompt=asking,
                 tokenize=False,
-                **self._others({**self.voice.arguments, **self.record.chat_template_kwargs}),
+                **{**self.voice.arguments, **self._others(self.record.chat_template_kwargs)},
             )
         except UserError:  # it does not end
             raise

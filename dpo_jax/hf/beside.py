@@ -35,8 +35,12 @@ def files(folder: Path, *, generation: bool = True) -> list[str]:
     """
     found = sorted(_names(folder, ""))
     for name in found:
-        if not os.access(member(folder, name), os.R_OK):
-            raise UserError(f"{folder / name} cannot be read; make it readable, or take it out of a copy of the folder")
+        path = member(folder, name)
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            remedy = "make it readable, or take it out of a copy of the folder"
+            raise UserError(f"{folder / name} cannot be read ({error.strerror}); {remedy}") from None
     return [name for name in found if name not in WRITTEN_ANEW and (generation or name != GENERATION)]
 
 

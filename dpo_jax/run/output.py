@@ -14,7 +14,7 @@ from dpo_jax.config.run import Run
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.errors import UserError, redacted
 from dpo_jax.files import write_whole
-from dpo_jax.training import checkpoints
+from dpo_jax.training import manifest
 
 RUN_FILE, MODEL, CHECKPOINTS = "run.json", "model", "checkpoints"
 OURS = frozenset(
@@ -67,7 +67,7 @@ def has_steps(folder: Path) -> bool:
 
 def newest_step(folder: Path) -> int | None:
     """The newest checkpoint whose record verifies."""
-    found = checkpoints.newest_record(folder / CHECKPOINTS)
+    found = manifest.newest_record(folder / CHECKPOINTS)
     return found[0] if found else None
 
 
@@ -84,7 +84,7 @@ def recorded(folder: Path, say: Callable[[str], None] | None = None) -> dict[str
     if known is not None:
         return known
     state = "is damaged" if path.exists() else "is missing"
-    found = checkpoints.newest_record(folder / CHECKPOINTS)
+    found = manifest.newest_record(folder / CHECKPOINTS)
     if found is not None and _is_record(found[1]):
         if say is not None:
             say(f"{path} {state}; what it said is taken from checkpoint {found[0]}")

@@ -33,7 +33,7 @@ from jax.experimental import multihost_utils
 
 from dpo_jax.errors import UserError
 from dpo_jax.files import REMEDIES, write_whole
-from dpo_jax.training.manifest import MANIFEST, damage_of, seal
+from dpo_jax.training.manifest import MANIFEST, damage_of, seal, steps_of
 from dpo_jax.training.settings import CheckpointSettings
 from dpo_jax.trees import Tree, paths
 
@@ -179,17 +179,17 @@ class Checkpoints:
         self._good.add(step)
 
     def _remove_old(self, newest: int) -> None:
-        sealed = [step for step, path in _steps(self.folder) if (path / MANIFEST).exists()]
+        sealed = [step for step, path in steps_of(self.folder) if (path / MANIFEST).exists()]
         keep = set(sealed[: self._settings.keep])
         if self._settings.keep_every is not None:
             keep |= {step for step in sealed if step % self._settings.keep_every == 0}
-        unfinished = {step for step, path in _steps(self.folder) if step < newest and _unfinished(path)}
+        unfinished = {step for step, path in steps_of(self.folder) if step < newest and _unfinished(path)}
         for step in set(sealed) - keep | unfinished:
             self._good.discard(step)
             _remove(self.folder / str(step))
 
     def _newest_usable(self) -> int:
-        for step, path in _steps(self.folder):
+        for step, path in steps_of(self.folder):
             if not (path / MANIFEST).exists():
                 if _unfinished(path):
                     self._say(f"checkpoint {path} was never finished; it is ignored")
@@ -287,20 +287,9 @@ class Checkpoints:
             ) from error
 
 
-def newest_record(folder: Path) -> tuple[int, dict[str, Any]] | None:
-    """The newest step of a folder of checkpoints whose record verifies, and its record; None where there is none.
-
-    Nothing is opened, moved or removed.
-    """
-    for step, path in _steps(folder) if folder.is_dir() else ():
-        if damage_of(path, "record/") is None:
-            return step, json.loads((path / "record" / "metadata").read_text("utf-8"))
-    return None
-
-
 def kept_steps(folder: Path) -> list[int]:
     """The steps of a folder of checkpoints that were sealed, in order; whether they verify is not looked at."""
-    return sorted(step for step, path in (_steps(folder) if folder.is_dir() else ()) if (path / MANIFEST).exists())
+    return sorted(step for step, path in (steps_of(folder) if folder.is_dir() else ()) if (path / MANIFEST).exists())
 
 
 def read_part(folder: Path, step: int, part: Tree) -> Tree:
@@ -377,12 +366,6 @@ def _target(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 def _leaves(tree: Tree) -> dict[str, str]:
     """Each leaf's dtype and shape by path: `{"params/w": "float32[4, 8]"}`."""
     return {path: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for path, leaf in paths(tree).items()}
-
-
-def _steps(folder: Path) -> list[tuple[int, Path]]:
-    """Real folders whose name is a step number, newest first."""
-    names = (path for path in folder.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", path.name))
-    return sorted(((int(p.name), p) for p in names if p.is_dir() and not p.is_symlink()), reverse=True)
 
 
 def _unfinished(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,23 @@ def damage_of(folder: Path, under: str = "") -> str | None:
         return f"it is of step {step}"
     with ThreadPoolExecutor(_HASHERS) as pool:
         return next(filter(None, pool.map(lambda claim: _file_damage(folder, *claim), claims)), None)
+
+
+def steps_of(folder: Path) -> list[tuple[int, Path]]:
+    """Real folders whose name is a step number, newest first."""
+    names = (path for path in folder.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", path.name))
+    return sorted(((int(p.name), p) for p in names if p.is_dir() and not p.is_symlink()), reverse=True)
+
+
+def newest_record(folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """The newest step of a folder of checkpoints whose record verifies, and its record; None where there is none.
+
+    Nothing is opened, moved or removed.
+    """
+    for step, path in steps_of(folder) if folder.is_dir() else ():
+        if damage_of(path, "record/") is None:
+            return step, json.loads((path / "record" / "metadata").read_text("utf-8"))
+    return None
 
 
 def _text(step: Any, table: Any) -> str:

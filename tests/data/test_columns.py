@@ -33,6 +33,7 @@ def test_a_mapping_reads_the_files_columns_under_the_names_of_the_layout(tmp_pat
     assert mapped.tokens.tolist() == plain.tokens.tolist()
     assert report.files[str(tmp_path / "rows.jsonl")] == {
         "layout": "pair",
+        "as_text": 0,
         "rows": 1,
         "unused": [],
         "detected": True,

@@ -19,7 +19,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dpo_jax.errors import UserError
-from dpo_jax.training.checkpoints import Checkpoints, newest_record
+from dpo_jax.training.checkpoints import Checkpoints
+from dpo_jax.training.manifest import newest_record
 from dpo_jax.training.settings import CheckpointSettings
 from dpo_jax.trees import paths
 from tests.support.tiers import by_day
