@@ -1,6 +1,7 @@
 """`python -m dpo_jax.evaluate MODEL PAIRS --reference FOLDER`: how often a model prefers what people preferred.
 
-A reward model's folder needs no reference.
+A reward model's folder needs no reference. Without one, what a language model alone says is measured: how often it
+gives the chosen answer the higher probability.
 """
 
 import json
@@ -24,6 +25,8 @@ from dpo_jax.reporting.settings import LogSettings
 from dpo_jax.settings import Section
 from dpo_jax.training.settings import ReferenceSettings
 
+OF_ONE_MODEL = ("logps/", "logits/", "lengths/", "entropy", "mean_token_accuracy")
+"""How the names of metrics begin that need no reference."""
 Block = TypeVar("Block", bound=Section)
 
 
@@ -33,7 +36,10 @@ def main(argv: Sequence[str]) -> int:
     options = _options(argv)
     commands.quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="dpo_jax-") as folder:
-        found, pairs = evaluate(_settings(options), Path(folder), quiet=options.json)
+        blocks = _settings(options)
+        found, pairs = evaluate(blocks, Path(folder), quiet=options.json)
+    if blocks.reference.mode == "none" and not blocks.objective.trains_reward_model:
+        found = {name: value for name, value in found.items() if name.startswith(OF_ONE_MODEL)}
     print(json.dumps({"pairs": pairs, **found}) if options.json else "\n".join(_lines(found, pairs)))
     return 0
 
@@ -87,7 +93,7 @@ def _options(argv: Sequence[str]) -> Namespace:
     )
     parser.add_argument("model", metavar="MODEL", help="Hugging Face folder (or hub id) of the model")
     parser.add_argument("pairs", metavar="PAIRS", nargs="+", help="file, folder or data set of preference pairs")
-    parser.add_argument("--reference", metavar="FOLDER", help="what a language model is measured against")
+    parser.add_argument("--reference", metavar="FOLDER", help="what a language model's rewards are measured against")
     parser.add_argument("--beta", type=float, help="of a language model's rewards (default 0.1)")
     parser.add_argument("--max-length", type=int, default=1024, help="most tokens of a prompt and one completion")
     parser.add_argument("--batch", type=int, default=32, help="pairs at a time (default 32)")
@@ -100,16 +106,17 @@ def _settings(options: Namespace) -> EvaluatedBlocks:
     scores = _is_reward_model(options.model)
     if scores and (options.reference is not None or options.beta is not None):
         raise UserError("command line: a reward model has scores of its own; leave --reference and --beta out")
-    if not scores and options.reference is None:
-        raise UserError("command line: --reference is missing; name the folder that MODEL is measured against")
+    alone = options.reference is None
+    if alone and options.beta is not None:
+        raise UserError("command line: --beta is of rewards, which need a --reference; name one, or leave --beta out")
     rows = {"train": tuple(options.pairs), "max_length": options.max_length, "ending": "template" if scores else None}
-    objective = {"name": "reward"} if scores else {"beta": 0.1 if options.beta is None else options.beta}
+    objective = {"beta": 0.1 if options.beta is None else options.beta, "reference_free": alone}
     return EvaluatedBlocks(
         _block(ModelSettings, "model", {"path": options.model}),
-        _block(ReferenceSettings, "reference", {"mode": "none"} if scores else {"path": options.reference}),
+        _block(ReferenceSettings, "reference", {"mode": "none"} if alone else {"path": options.reference}),
         _block(DataSettings, "data", rows),
         _block(BatchSettings, "batch", {"pairs": options.batch}),
-        _block(ObjectiveSettings, "objective", objective),
+        _block(ObjectiveSettings, "objective", {"name": "reward"} if scores else objective),
     )
 
 

@@ -45,6 +45,10 @@ DEFAULTS = {"weight": 1.0, "margin": 0.0, "label": 1.0}
 """Numbers of a pair that are not worth showing."""
 
 
+SHOWN = ("model", "data")
+"""Sections of settings that a preview reads."""
+
+
 @commands.command
 def main(argv: Sequence[str]) -> int:
     """Print the report, the lengths, and some pairs or completions of the training data and of the held-out data."""
@@ -54,7 +58,9 @@ def main(argv: Sequence[str]) -> int:
     from dpo_jax.run.sources import find
 
     pairs, rest = _pairs(argv)
-    run = config.load(rest, "preview")
+    run = config.load(
+        rest, "preview", options=[f"  --pairs N  how many pairs to show (default {PAIRS})"], sections=SHOWN
+    )
     tokenizer = load_tokenizer(find("model", run.model.path, run.model.revision, SIDE_FILES), run.data.template)
     date = output.template_date(Path(run.output))
     console = console_for(sys.stdout)

@@ -7,6 +7,7 @@ import pytest
 
 from dpo_jax.hf.configs import WRAPPERS
 from dpo_jax.hf.families import FAMILIES
+from dpo_jax.reporting.metrics import METRICS
 from tests.conftest import ROOT
 from tools import bench_table
 from tools.benching import records
@@ -41,6 +42,11 @@ def test_the_worked_example_of_a_tutorial(capsys):
     assert margins == pytest.approx(np.log(7 / 3) - np.log(3 / 7), abs=1e-6) == pytest.approx(1.6946, abs=5e-5)
     assert losses == pytest.approx(np.log1p(np.exp(-margins)), abs=1e-6)
     assert f"losses {losses:.4f}, margins {margins:.4f}" in block
+
+
+def test_every_metric_is_explained():
+    missing = [name for name, text in METRICS.items() if f"| `{name}` | {text} |" not in README]
+    assert missing == []
 
 
 def test_every_module_has_a_place_in_the_tree_and_no_other_is_named():

@@ -10,7 +10,7 @@ import os
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -308,10 +308,14 @@ def _validated(source: GivenSettings) -> Run:
     return run
 
 
-def load(argv: Sequence[str], command: str = "train") -> Run:
+def load(
+    argv: Sequence[str], command: str = "train", *, options: Sequence[str] = (), sections: Sequence[str] = ()
+) -> Run:
     """The run that YAML files (left to right) and overrides (`key=value`, `--key value`, `--key=value`) describe.
 
-    Later ones win. `--help`, `--print-config` and `--print-schema` print and exit.
+    Later ones win. `--help`, `--print-config` and `--print-schema` print and exit. The help also has the lines
+    `options`, of what the command takes beside settings, and of the settings those of `sections`; all, where none are
+    named.
 
     Raises:
       UserError: one line for each thing that is wrong.
@@ -320,7 +324,7 @@ def load(argv: Sequence[str], command: str = "train") -> Run:
     while rest:
         word = rest.pop(0)
         if word in ("-h", "--help"):
-            sys.exit(print(_help(command)))
+            sys.exit(print(_help(command, options, sections or ("", *SECTIONS))))
         if word == "--print-schema":
             sys.exit(print(json.dumps(Run.model_json_schema(), indent=2)))
         if word == "--print-config":
@@ -339,16 +343,20 @@ def load(argv: Sequence[str], command: str = "train") -> Run:
     return run
 
 
-def _help(command: str) -> str:
+def _help(command: str, options: Sequence[str], sections: Collection[str]) -> str:
     lines = [
         f"usage: python -m dpo_jax.{command} CONFIG.yaml ... [section.key=value ...]",
+        *options,
         "",
         "Later files and overrides win. Values are YAML; relative paths are relative to the current directory.",
         "--print-config prints the settings a run would have, --print-schema a JSON schema for editors.",
     ]
     section = None
     for key, field in FIELDS.items():
-        if (head := key.split(".")[0] if "." in key else "") != section:
+        head = key.split(".")[0] if "." in key else ""
+        if head not in sections:
+            continue
+        if head != section:
             section = head
             lines += [
                 "",

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any, Protocol, SupportsFloat
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -236,9 +244,9 @@ class LiveTerminal:
 
     def __init__(self, console: Console, total_steps: int, resume_step: int):
         """A bar that appears with the first phase or step."""
-        self._room = max(console.width - 36, 0)  # what the phase, the count and the time leave
+        self._room = max(console.width - 45, 0)  # what the phase, the count and the time leave
         bar = [BarColumn(bar_width=20)] if console.width >= 120 else []
-        left = [TimeRemainingColumn()] if console.width >= 60 else []
+        left = [TimeElapsedColumn(), TimeRemainingColumn()] if console.width >= 70 else []
         words = [TextColumn(f"{{task.fields[{field}]}}", markup=False) for field in ("phase", "metrics")]
         self._progress = Progress(words[0], *bar, MofNCompleteColumn(), words[1], *left, console=console)
         done = max(resume_step, 0)

@@ -1,5 +1,6 @@
 """The compiled step of a run, the state it moves, and the batches it takes."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,9 +93,11 @@ class Trainer:
     def compile(self, journal: Journal) -> None:
         """Compile the step for each shape of the run, one at a time for every `CORES_A_PROGRAM` cores."""
         signatures = [self._arguments(batch) for batch in self.batches.dummies()]
+        began = time.perf_counter()
         journal.phase(f"compiling 1/{len(signatures)}")
         for done in self._step.prepare(signatures, workers=max(1, processes(None) // CORES_A_PROGRAM)):
             journal.phase(f"compiling {min(done + 1, len(signatures))}/{len(signatures)}")
+        journal.note(f"compiled in {time.perf_counter() - began:.1f} s")
 
     def lower(self, dummy: Any) -> jax.stages.Lowered:
         """The step for batches of this shape, lowered but not compiled."""

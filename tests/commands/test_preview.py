@@ -208,3 +208,10 @@ def test_the_command_runs_without_jax_and_on_a_terminal_that_knows_ascii_only(tm
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={"PYTHONIOENCODING": "ascii"}
     )
     assert (run.returncode, run.stderr) == (0, "") and "\\xe9" in run.stdout
+
+
+def test_help_is_of_what_a_preview_takes(capsys):
+    with pytest.raises(SystemExit):
+        preview.main(["--help"])
+    shown = capsys.readouterr().out
+    assert "--pairs N" in shown and "data.max_length" in shown and "optimizer." not in shown

@@ -16,7 +16,7 @@ from dpo_jax import evaluate, train
 from dpo_jax.objectives.pairs import LossOutput
 from dpo_jax.objectives.table import OBJECTIVES, Objective, Setting
 from dpo_jax.reporting.journal import Journal, read_records
-from dpo_jax.reporting.metrics import TIME_FIELDS
+from dpo_jax.reporting.metrics import METRICS, TIME_FIELDS
 from dpo_jax.run.trainer import Trainer
 from dpo_jax.training import reference as references
 from dpo_jax.training.checkpoints import Checkpoints
@@ -95,6 +95,9 @@ def test_a_run_records_every_step_by_trls_names(finished):
         "lengths/rejected kl truncated dropped step_seconds pairs_per_second tokens_per_second memory_bytes"
     )
     assert set(names.split()) <= set(records[0])
+    known = {*METRICS, "step", "objective/sigmoid", "objective/sigmoid_margin"}  # each is explained there
+    written = {name.removeprefix("eval_") for record in read_records(finished / "metrics.jsonl") for name in record}
+    assert written <= known
     assert records[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and records[-1]["loss"] < 0.68
     assert records[-1]["epoch"] == pytest.approx(STEPS * 4 / 14)
 
