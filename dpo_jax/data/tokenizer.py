@@ -60,3 +60,8 @@ def added_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Ids of all control tokens, special or not: those beside the vocabulary that are more than white space."""
     added = tokenizer.added_tokens_decoder.items()
     return frozenset(index for index, token in added if token.special or token.content.strip("\u2581 \t\r\n"))
+
+
+def rows_for(tokenizer: Tokenizer) -> int:
+    """Rows that an embedding must have for every token of a tokenizer."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from dpo_jax import trees
-from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.errors import UserError
 from dpo_jax.hf.configs import is_wrapper, read_spec
 from dpo_jax.hf.mapping import Claims, TensorEntry
@@ -24,11 +23,6 @@ from dpo_jax.model.spec import DecoderSpec
 
 MOST_GROWTH = 2
 """Times as many rows as before; a tokenizer of more tokens is another model's."""
-
-
-def rows_for(tokenizer: Tokenizer) -> int:
-    """Rows that an embedding must have for every token of a tokenizer."""
-    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
 
 
 def with_rows(spec: DecoderSpec, folder: Path, rows: int | None) -> DecoderSpec:

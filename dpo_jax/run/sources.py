@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.data.tokenizer import Tokenizer
+from dpo_jax.data.tokenizer import Tokenizer, rows_for
 from dpo_jax.errors import UserError, redacted
 from dpo_jax.hf import hub, tensors
 from dpo_jax.hf.push import check_push, push
-from dpo_jax.hf.resize import rows_for
 from dpo_jax.hf.settings import ExportSettings
 from dpo_jax.model.settings import ModelSettings
 from dpo_jax.training.settings import ReferenceSettings
