@@ -9,6 +9,7 @@ import jax
 from dpo_jax.config.run import Run
 from dpo_jax.data.arguments import dated
 from dpo_jax.hf.ending import Ending
+from dpo_jax.hf.tensors import SIDE_FILES
 from dpo_jax.hf.tokenizer import load_tokenizer
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights
@@ -49,13 +50,14 @@ class Job:
         Raises:
           UserError: any of it is not as it must be.
         """
-        sources = find_models(run.model, run.reference, output.recorded(folder))
+        named = run.model, run.reference, output.recorded(folder)
         mesh = models.make_mesh(run.mesh, run.model)
-        tokenizer = load_tokenizer(sources.policy, run.data.template)
-        sources = sources.resized(run.model, tokenizer)
         terms, length, scores = run.objective.terms, run.data.max_length, run.objective.trains_reward_model
         settings = {"model": run.model, "reference": run.reference, "max_length": length, "scalar_head": scores}
-        models.check_models(sources, mesh, **settings)
+        models.check_models(find_models(*named, SIDE_FILES), mesh, **settings)  # before gigabytes are downloaded
+        sources = find_models(*named)
+        tokenizer = load_tokenizer(sources.policy, run.data.template)
+        sources = sources.resized(run.model, tokenizer)
         ending = models.check_ending(sources, tokenizer, run.export, scalar_head=scores)
         for line in models.notes(sources, ending, run.export):
             print(line)

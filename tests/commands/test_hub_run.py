@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -259,3 +260,15 @@ def test_a_push_that_fails_loses_nothing_and_the_same_command_pushes_again(world
     assert at_hub(far, RESULT) == before == contents(model) and not far.repositories[RESULT].private
     far.asked.clear()
     assert train.main(argv) == 0 and far.asked == []  # once is enough
+
+
+def test_a_model_that_cannot_be_trained_is_refused_before_its_weights_are_downloaded(world, far, tmp_path, capsys):
+    folder = shutil.copytree(world / "model", tmp_path / "quantised")
+    known = json.loads((folder / "config.json").read_text())
+    quantised = {**known, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(quantised))
+    far.add("org/quantised", folder)
+    line = refused(arguments(world, tmp_path / "run", "model.path=org/quantised"), capsys)
+    assert "quantization_config" in line
+    assert far.count("org/quantised") and not far.count("model.safetensors")
+    assert not (tmp_path / "run" / "data.json").exists()  # nor was anything tokenised
