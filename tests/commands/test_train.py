@@ -260,6 +260,18 @@ def test_devices_are_invisible_to_other_optimizers_too(world, tmp_path, settings
     assert same_losses(tmp_path / "replicated", tmp_path / "split", rel) and losses[-1] < losses[0]
 
 
+def test_a_model_alone_says_which_answer_it_finds_more_likely_and_nothing_of_rewards(world, finished, capsys):
+    last = [record for record in read_records(finished / "metrics.jsonl") if "eval_loss" in record][-1]
+    capsys.readouterr()
+    assert evaluate.main([str(finished / "model"), str(world / "eval.jsonl"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["logps/accuracies"] == last["eval_logps/accuracies"]
+    assert found["logps/chosen"] == pytest.approx(last["eval_logps/chosen"], rel=1e-5)
+    assert not [name for name in found if name.startswith(("rewards/", "loss", "kl", "drift"))]
+    assert evaluate.main([str(finished / "model"), str(world / "eval.jsonl"), "--beta", "0.2"]) == 2
+    assert "--beta is of rewards, which need a --reference" in capsys.readouterr().err
+
+
 def test_evaluate_measures_what_training_measured(world, finished, capsys):
     argv = [str(finished / "model"), str(world / "eval.jsonl"), "--reference", str(world / "model"), "--json"]
     assert evaluate.main(argv) == 0
