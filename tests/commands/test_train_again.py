@@ -283,3 +283,18 @@ def test_a_secret_in_a_path_is_in_no_file_and_no_path_of_ours_in_the_model(world
     assert [path for path in files if secret.encode() in path.read_bytes()] == []
     assert [path for path in files if path.parent.name == "model" and str(tmp_path).encode() in path.read_bytes()] == []
     assert secret not in capsys.readouterr().out
+
+
+def test_an_output_that_vanishes_is_one_line_and_begins_again(world, finished, tmp_path, monkeypatch, capsys):
+    original = Journal.step
+
+    def step(self, now, metrics):
+        original(self, now, metrics)
+        if now == 1:
+            shutil.rmtree(tmp_path / "run")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "step", step)
+        line = refused(world, tmp_path / "run", capsys)
+    assert str(tmp_path / "run") in line and line.startswith("error: ")
+    assert weights(run(world, tmp_path / "run")) == weights(finished)
