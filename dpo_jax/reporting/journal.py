@@ -86,6 +86,7 @@ class MetricsFile:
         self._path = path = folder / METRICS_FILE
         old = read_records(path) if resume_step >= 0 and path.exists() else []
         kept = [record for record in old if record["step"] <= resume_step]
+        self.found = len(kept)
         if measures_again:
             kept = [record for record in kept if record["step"] < resume_step or "loss" in record]
         self.records = len(kept)
@@ -332,13 +333,12 @@ class Journal:
             if _redraws(screen)
             else PlainTerminal(screen, total_steps, settings.every)
         )
-        optional: dict[str, Callable[[], Writer]] = {
-            name: functools.partial(Service, name, folder, resume_step) for name in settings.loggers
-        }
-        if settings.tensorboard:
-            optional["TensorBoard"] = functools.partial(TensorBoard, folder, resume_step)
+        guarded = [
+            Guarded(name, functools.partial(Service, name, folder, resume_step), self.note) for name in settings.loggers
+        ]
         self._file = MetricsFile(folder, resume_step, measures_again=resume_step >= total_steps)
-        guarded = [Guarded(name, make, self.note) for name, make in optional.items()]
+        if settings.tensorboard:
+            guarded.append(Guarded("TensorBoard", functools.partial(TensorBoard, folder, resume_step), self.note))
         self._writers = [self._file, *guarded]
 
     def __enter__(self) -> "Journal":
@@ -355,6 +355,11 @@ class Journal:
     def records(self) -> int:
         """Records in `metrics.jsonl`; 0 in all processes but the first."""
         return self._file.records if self._file else 0
+
+    @property
+    def found(self) -> int:
+        """Records of the steps that are made, as this journal found them when it began."""
+        return self._file.found if self._file else 0
 
     def sync(self) -> None:
         """Bring `metrics.jsonl` down to the disk, so that no checkpoint knows more than it."""

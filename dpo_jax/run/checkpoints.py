@@ -40,7 +40,7 @@ class Saver:
         journal.phase(f"resuming after step {self.start}")
         saved, record = self._checkpoints.restore(self.start, as_saved(trainer.target()))
         journal.note(f"resumed after step {self.start}")
-        had, has = record.get("records", 0), journal.records
+        had, has = record.get("records", 0), journal.found
         if has < had:
             journal.note(
                 f"{METRICS_FILE} has lost {had - has} of the {had} records that it had up to step {self.start}; the "
