@@ -28,38 +28,38 @@ EXPORTS = {
 }
 
 
-def torch_margin(policy: Path, reference: Path, rows: Sequence[dict[str, Any]], beta: float) -> float:
-    """Mean over rows of beta times what the policy gives chosen over rejected, beyond the reference."""
+def torch_logprobs(folder: Path, rows: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+    """By row, summed log-probabilities (nats) of chosen and rejected, each up to the token that ends the turn."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    models = [
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in (policy, reference)
-    ]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
-    def logprob(model: Any, prompt: list[dict[str, str]], answer: list[dict[str, str]]) -> float:
+    def logprob(prompt: list[dict[str, str]], answer: list[dict[str, str]]) -> float:
         start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
         assert whole.startswith(start)
         first, tokens = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (start, whole))
+        while tokens[-1] not in special:  # what a template writes after a turn is not scored
+            tokens.pop()
         with torch.no_grad():
             scores = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
         return float(sum(scores[place - 1, tokens[place]] for place in range(len(first), len(tokens))))
 
-    def margin(row: dict[str, Any]) -> float:
-        gains = [
-            logprob(models[0], row["prompt"], row[side]) - logprob(models[1], row["prompt"], row[side])
-            for side in ("chosen", "rejected")
-        ]
-        return beta * (gains[0] - gains[1])
+    return [(logprob(row["prompt"], row["chosen"]), logprob(row["prompt"], row["rejected"])) for row in rows]
 
-    return sum(map(margin, rows)) / len(rows)
+
+def margin(policy: Sequence[tuple[float, float]], reference: Sequence[tuple[float, float]], beta: float) -> float:
+    """Mean over rows of beta times what the policy gives chosen over rejected, beyond the reference."""
+    gains = [(a - b) - (c - d) for (a, b), (c, d) in zip(policy, reference, strict=True)]
+    return beta * sum(gains) / len(gains)
 
 
 def measured(words: list[str], rate: str, work: Path) -> list[dict[str, Any]]:
     """A row for each export of one run."""
-    output, found = work / f"rate-{rate}", []
+    output, found, before = work / f"rate-{rate}", [], None
     for name, more in EXPORTS.items():
         argv = [*words, f"optimizer.learning_rate={rate}", f"output={output}", *more]
         if train.main(argv) != 0:
@@ -69,7 +69,9 @@ def measured(words: list[str], rate: str, work: Path) -> list[dict[str, Any]]:
         reported = read_records(output / "metrics.jsonl")[-1]["eval_rewards/margins"]
         moved, of = json.loads((output / "run.json").read_text())["moved"]
         beta = run.objective.terms[0].settings["beta"]
-        again = torch_margin(output / "model", Path(run.model.path), list(map(json.loads, lines)), beta)
+        rows = list(map(json.loads, lines))
+        before = before or torch_logprobs(Path(run.model.path), rows)
+        again = margin(torch_logprobs(output / "model", rows), before, beta)
         found.append({"rate": rate, "export": name, "reported": reported, "torch": again, "moved": moved / of})
     whole = found[-1]["torch"]
     return [{**row, "kept": row["torch"] / whole} for row in found]
