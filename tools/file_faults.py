@@ -55,11 +55,12 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def numbers(text: str) -> range:
-    """`1-40`, `7`, or `none`."""
+    """`1-40`, `1-200:40` (every fortieth), `7`, or `none`."""
     if text == "none":
         return range(0)
-    first, _, last = text.partition("-")
-    return range(int(first), int(last or first) + 1)
+    given, _, each = text.partition(":")
+    first, _, last = given.partition("-")
+    return range(int(first), int(last or first) + 1, int(each or 1))
 
 
 def checked(work: Path, words: list[str], kills: range, fulls: range) -> int:

@@ -19,9 +19,9 @@ class ExportSettings(Section):
         "digits leaves of the training is measured and said at the end",
     )
     rounding: Literal["nearest", "random"] = Field(
-        default="nearest",
-        description="how weights are rounded to bfloat16: to nearest even; or up or down at random (by the seed), so "
-        "that an update of less than a digit is kept on average, at the price of noise",
+        default="random",
+        description="how trained weights are rounded to bfloat16: up or down at random (by the seed), so that an "
+        "update of less than a digit is kept on average, at the price of noise; or to nearest even",
     )
     align_eos: bool = Field(
         default=False,

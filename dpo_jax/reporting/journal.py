@@ -107,7 +107,8 @@ class MetricsFile:
 
     def close(self) -> None:
         """Close the file."""
-        self._handle.close()
+        with naming(self._path):
+            self._handle.close()
 
 
 class TensorBoard:

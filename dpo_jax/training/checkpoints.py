@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -73,6 +74,8 @@ class Checkpoints:
                 _remove_leftovers(self.folder)
             self._manager = ocp.CheckpointManager(self.folder, options=_options())
         logging.getLogger("absl").addFilter(_said_once)
+        if sys.excepthook is not _without_late_answers:
+            sys.excepthook = _without_late_answers
 
     def save(self, step: int, state: Tree, record: dict[str, Any]) -> None:
         """Start saving a tree of arrays and a JSON-able record; a step that is already saved is left alone.
@@ -352,6 +355,12 @@ def _disk_reason(error: Exception) -> str | None:
 def _said_once(record: logging.LogRecord) -> bool:
     """Drop Orbax's log of errors that it also raises: one full disk is 500 lines of tracebacks from four threads."""
     return record.exc_info is None or "orbax" not in record.pathname
+
+
+def _without_late_answers(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Drop what TensorStore prints where a save has failed: one answer of each array's, for a loop that is closed."""
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _silent(_: str) -> None:

@@ -47,6 +47,7 @@ def arguments(world, output, *more):
         "optimizer.schedule": "constant",
         "optimizer.warmup_steps": 0,
         "checkpoint.every": 2,
+        "export.rounding": "nearest",
         "evaluation.every": "null",
         "output": output,
     }

@@ -61,7 +61,7 @@ def test_the_last_evaluation_is_of_the_folder_that_is_left(world, capsys, monkey
     monkeypatch.setattr(
         tensors, "PIECE_BYTES", 64
     )  # so that tensors have several pieces, and a last one that is shorter
-    last = trained(world, "same")
+    last = trained(world, "same", "export.rounding=nearest")
     said = capsys.readouterr().out
     margin, before = last["eval_rewards/margins"], last[UNROUNDED]
     # sums of the same numbers in another order; before rounding the margin is several times as large
@@ -77,7 +77,7 @@ def test_the_last_evaluation_is_of_the_folder_that_is_left(world, capsys, monkey
 
 
 def test_a_float32_export_keeps_all_of_it(world, capsys):
-    same = trained(world, "same")
+    same = trained(world, "same", "export.rounding=nearest")
     capsys.readouterr()
     last = trained(world, "wide", "export.dtype=float32")
     said = capsys.readouterr().out
@@ -115,7 +115,7 @@ def test_rounding_is_that_of_the_export(world):
 
 def test_an_export_that_is_rounded_at_random_is_the_model_that_was_measured_and_keeps_the_mean(world, capsys):
     """To nearest half of the margin and more is lost here; at random only what noise takes."""
-    last = trained(world, "random", "export.rounding=random")
+    last = trained(world, "random")
     margin, before = last["eval_rewards/margins"], last[UNROUNDED]
     assert measured(world, world / "random" / "model", capsys) == pytest.approx(margin, rel=1e-4, abs=1e-6)
     exact, kept = (load_file(world / name / "model" / "model.safetensors") for name in ("wide", "random"))
