@@ -73,9 +73,9 @@ class Checkpoints:
             if jax.process_index() == 0:
                 _remove_leftovers(self.folder)
             self._manager = ocp.CheckpointManager(self.folder, options=_options())
-        logging.getLogger("absl").addFilter(_said_once)
-        if sys.excepthook is not _without_late_answers:
-            sys.excepthook = _without_late_answers
+        logging.getLogger("absl").addFilter(_said_once)  # and for good: threads of Orbax's may outlive `close`
+        if sys.unraisablehook is sys.__unraisablehook__:  # and nobody else's
+            sys.unraisablehook = _without_late_answers
 
     def save(self, step: int, state: Tree, record: dict[str, Any]) -> None:
         """Start saving a tree of arrays and a JSON-able record; a step that is already saved is left alone.
@@ -156,7 +156,6 @@ class Checkpoints:
         finally:
             self._finisher.shutdown()
             self._manager.close()
-            logging.getLogger("absl").removeFilter(_said_once)
 
     def __enter__(self) -> "Checkpoints":
         """The folder itself."""
@@ -357,10 +356,10 @@ def _said_once(record: logging.LogRecord) -> bool:
     return record.exc_info is None or "orbax" not in record.pathname
 
 
-def _without_late_answers(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Drop what TensorStore prints where a save has failed: one answer of each array's, for a loop that is closed."""
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
+def _without_late_answers(unraisable: Any) -> None:
+    """Drop what TensorStore prints where a save has failed: an answer for each array, to a loop that is closed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _silent(_: str) -> None:
