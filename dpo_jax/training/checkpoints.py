@@ -73,7 +73,8 @@ class Checkpoints:
             if jax.process_index() == 0:
                 _remove_leftovers(self.folder)
             self._manager = ocp.CheckpointManager(self.folder, options=_options())
-        logging.getLogger("absl").addFilter(_said_once)  # and for good: threads of Orbax's may outlive `close`
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_said_once)  # and for good: threads of Orbax's may outlive `close`
         if sys.unraisablehook is sys.__unraisablehook__:  # and nobody else's
             sys.unraisablehook = _without_late_answers
 
@@ -352,8 +353,9 @@ def _disk_reason(error: Exception) -> str | None:
 
 
 def _said_once(record: logging.LogRecord) -> bool:
-    """Drop Orbax's log of errors that it also raises: one full disk is 500 lines of tracebacks from four threads."""
-    return record.exc_info is None or "orbax" not in record.pathname
+    """Drop the log of Orbax's errors that it also raises: one full disk is 500 lines of tracebacks from four threads,
+    and from tasks that nobody waits for."""
+    return record.exc_info is None or "orbax" not in record.pathname + record.getMessage()
 
 
 def _without_late_answers(unraisable: Any) -> None:
