@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,13 @@ def write_whole(path: Path, data: bytes | str) -> None:
     finally:
         with contextlib.suppress(OSError):  # the folder itself may be gone
             temporary.unlink()
+
+
+def move_aside(path: Path, why: str) -> Path:
+    """Rename what stands in the way to `NAME.WHY-<time>`, which is free, and return where it is now."""
+    aside = path.with_name(f"{path.name}.{why}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}")
+    path.rename(aside)
+    return aside
 
 
 def sync_folder(folder: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from dpo_jax.errors import UserError, one_line
 
 SECONDS = 8.0
-"""Of a processor, for a try in another process: some times what the slowest tokenizer of the hub takes."""
+"""Of a processor, for a try in another process."""
 WAITING = 6
 """Times as long a try may take by the clock, on a machine that has other things to do; what never ends computes."""
 MEMORY = 2 << 30

@@ -11,7 +11,7 @@ from dpo_jax.errors import UserError, one_line
 from dpo_jax.limits import Died, bounded, tried
 
 MOST_TEMPLATE = 1 << 20
-"""Characters of a chat template; the longest of the hub have 30,000."""
+"""Characters of a chat template."""
 RENDER_SECONDS = 10.0
 """For one conversation, which takes a millisecond."""
 ANSWER = 1 << 20

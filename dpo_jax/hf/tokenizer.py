@@ -16,7 +16,7 @@ from dpo_jax.limits import Died, tried
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 MOST_BYTES = {".jinja": 4 * MOST_TEMPLATE, ".json": 256 << 20, ".txt": 256 << 20, ".model": 256 << 20}
-"""Of a file that a tokenizer is read from, by the end of its name; the largest of the hub have 40 MB."""
+"""Of a file that a tokenizer is read from, by the end of its name."""
 WHOLE_SECONDS, WHOLE_MEMORY = 30.0, 6 << 30
 """For a try that imports transformers, and what that imports."""
 

@@ -7,12 +7,10 @@ from typing import Any
 
 import jax
 
-from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
-from dpo_jax.errors import redacted_values
 from dpo_jax.model.weights import Weights
 from dpo_jax.reporting.journal import METRICS_FILE, Journal
-from dpo_jax.run.output import CHECKPOINTS
+from dpo_jax.run.output import CHECKPOINTS, record_of
 from dpo_jax.run.recorder import Recorder
 from dpo_jax.run.trainer import Trainer
 from dpo_jax.training.checkpoints import Checkpoints
@@ -67,6 +65,5 @@ class Saver:
 def opened(run: Run, folder: Path, facts: Mapping[str, Any]) -> Iterator[Saver]:
     """The checkpoints in a run's folder, each with the run's settings and `facts`; what is still being written when
     this ends is waited for."""
-    record = {"settings": redacted_values(config.dump(run)), "facts": dict(facts)}
     with Checkpoints(folder / CHECKPOINTS, run.checkpoint) as checkpoints:
-        yield Saver(checkpoints, every=run.checkpoint.every, record=record)
+        yield Saver(checkpoints, every=run.checkpoint.every, record=record_of(run, facts))

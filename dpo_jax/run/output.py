@@ -5,14 +5,14 @@ import fcntl
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
 from dpo_jax.data.settings import DataSettings
-from dpo_jax.errors import UserError, redacted
+from dpo_jax.errors import UserError, redacted, redacted_values
 from dpo_jax.files import write_whole
 from dpo_jax.training import manifest
 
@@ -126,7 +126,12 @@ def template_date(folder: Path) -> str | None:
 
 def record_run(run: Run, folder: Path, facts: dict[str, Any]) -> None:
     """Write down what this run is, before what costs anything."""
-    write_json(folder / RUN_FILE, {"settings": config.dump(run), "facts": facts})
+    write_json(folder / RUN_FILE, record_of(run, facts))
+
+
+def record_of(run: Run, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is, as `run.json` and every checkpoint have it: no secret stands in it."""
+    return redacted_values({"settings": config.dump(run), "facts": dict(facts)})
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
 from dpo_jax.data.sources import hub_name
 from dpo_jax.errors import UserError, public
+from dpo_jax.files import move_aside
 from dpo_jax.hf import checkpoint, tensors
 from dpo_jax.hf.ending import Ending, aligned
 from dpo_jax.model.decoder import Model
@@ -97,9 +97,7 @@ def exported_as(run: Run) -> dict[str, Any]:
 def _make_way(model: Path, journal: Journal) -> None:
     whole = model.is_dir() and not model.is_symlink() and not (any(model.iterdir()) and tensors.changed_files(model))
     if os.path.lexists(model) and not whole:
-        aside = model.with_name(f"{model.name}.changed-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}")
-        model.rename(aside)
-        journal.note(f"{model} is not as it was exported; renamed to {aside.name}")
+        journal.note(f"{model} is not as it was exported; renamed to {move_aside(model, 'changed').name}")
 
 
 def is_finished(run: Run, past: Past) -> bool:

@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -33,7 +32,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dpo_jax.errors import UserError
-from dpo_jax.files import REMEDIES, write_whole
+from dpo_jax.files import REMEDIES, move_aside, write_whole
 from dpo_jax.training.manifest import MANIFEST, damage_of, seal, steps_of
 from dpo_jax.training.settings import CheckpointSettings
 from dpo_jax.trees import Tree, paths
@@ -201,7 +200,7 @@ class Checkpoints:
             if damage is None:
                 self._say_lost(newer_than=step)
                 return step
-            aside = _move_aside(path, "bad")
+            aside = move_aside(path, "bad")
             self._say(f"checkpoint {path} is damaged ({damage}); renamed to {aside.name}, looking for an older one")
         if (self.folder / _SEALED).exists() or any(self.folder.glob("*.bad-*")):
             raise UserError(
@@ -229,7 +228,7 @@ class Checkpoints:
         if _unfinished(path):
             _remove(path)
         elif os.path.lexists(path):
-            self._say(f"{path} is not a checkpoint and in the way; renamed to {_move_aside(path, 'stray').name}")
+            self._say(f"{path} is not a checkpoint and in the way; renamed to {move_aside(path, 'stray').name}")
         return step
 
     def _agreed(self, decide: Callable[[], int]) -> int:
@@ -382,12 +381,6 @@ def _unfinished(path: Path) -> bool:
     """Whether this is a step that Orbax committed and nothing sealed."""
     committed = (path / "_CHECKPOINT_METADATA").exists() or (path / "commit_success.txt").exists()
     return committed and not path.is_symlink() and not (path / MANIFEST).exists()
-
-
-def _move_aside(path: Path, why: str) -> Path:
-    aside = path.with_name(f"{path.name}.{why}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}")
-    path.rename(aside)
-    return aside
 
 
 def _remove(path: Path) -> None:
