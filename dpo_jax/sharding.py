@@ -5,6 +5,7 @@ Axes of the mesh: `data` replicates the weights, `fsdp` shares one copy of them,
 """
 
 import math
+import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, TypeVar
@@ -62,6 +63,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(blocks/\d+/.*|final_|embed_|inputs_)norm/(scale|bias)", P()),
 )
 """How each leaf of the parameters is split. A leaf that no rule claims is an error."""
+BESIDE = re.compile(r"(?P<module>.*)/(lora/(?P<lora>\w+)|kernel/(?P<codes>\w+))")
+"""Leaves that are split as a kernel is: the factors of its adapter, or what it is quantised to."""
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -99,8 +102,27 @@ def param_shardings(params: Params, mesh: Mesh) -> Params:
     """A sharding for each leaf of a tree of parameters (arrays or shapes)."""
     table = trees.paths(params)
     return trees.from_paths(
-        {path: _fitted(leaf.shape, trees.match(path, RULES, table="sharding"), mesh) for path, leaf in table.items()}
+        {path: _fitted(leaf.shape, _rule(path, len(leaf.shape)), mesh) for path, leaf in table.items()}
     )
+
+
+def _rule(path: str, ndim: int) -> P:
+    """How a leaf is split: by its own rule, or, of what belongs to a kernel, by the kernel's."""
+    inner = BESIDE.fullmatch(path)
+    if inner is None:
+        return trees.match(path, RULES, table="sharding")
+    rule = tuple(trees.match(f"{inner['module']}/kernel", RULES, table="sharding"))
+    *lead, into, out = (*rule, *(None,) * (2 - len(rule)))
+    match inner["lora"] or inner["codes"]:
+        case "a":
+            return P(*lead, *(None,) * (ndim - len(lead) - 2), into, None)
+        case "b":
+            return P(*lead, *(None,) * (ndim - len(lead) - 2), None, out)
+        case "magnitude":
+            return P(*lead, out)
+        case "nf4" | "fp4" | "int8" | "absmax" if ndim == len(rule):
+            return P(*lead, out, into)
+    return P(*lead[:ndim])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -20,8 +20,12 @@ def paths(tree: Tree) -> dict[str, Any]:
     >>> paths({"a": {"b": 1, "c": 2}})
     {'a/b': 1, 'a/c': 2}
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def name_of(path: tuple[Any, ...]) -> str:
+    """A path of JAX as `a/b/c`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def from_paths(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,6 +42,11 @@ def from_paths(table: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[name] = leaf
     return tree
+
+
+def joined(*trees: Tree) -> Params:
+    """One nested dict of the leaves of several; where two have the same path, the later one's."""
+    return from_paths({path: leaf for tree in trees for path, leaf in paths(tree).items()})
 
 
 def match(path: str, rules: Iterable[tuple[str, T]], *, table: str) -> T:

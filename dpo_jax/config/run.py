@@ -10,7 +10,7 @@ import os
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -18,17 +18,19 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from dpo_jax.config.elsewhere import FOREIGN
+from dpo_jax.config.rules import ADAPTER_RATE, IGNORED, RULES, only_merged
 from dpo_jax.data.settings import BatchSettings, DataSettings
 from dpo_jax.errors import UserError, nearest, printable, redacted, short
 from dpo_jax.evaluation.settings import EvaluationSettings
 from dpo_jax.files import digest_of
 from dpo_jax.hf.settings import ExportSettings
+from dpo_jax.model.adapter_settings import AdapterSettings
 from dpo_jax.model.settings import MeshSettings, ModelSettings
 from dpo_jax.objectives import terms
 from dpo_jax.objectives.settings import ObjectiveSettings, as_written
 from dpo_jax.reporting.settings import AlarmSettings, LogSettings
 from dpo_jax.settings import COMMAND_LINE, GivenSettings, Section, allowed
-from dpo_jax.training.settings import UNUSED, CheckpointSettings, OptimizerSettings, ReferenceSettings, fitting_mode
+from dpo_jax.training.settings import CheckpointSettings, OptimizerSettings, ReferenceSettings, fitting_mode
 
 
 class Run(Section):
@@ -38,6 +40,7 @@ class Run(Section):
     data: DataSettings
     batch: BatchSettings = BatchSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
+    adapter: AdapterSettings = AdapterSettings()
     reference: ReferenceSettings = ReferenceSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     mesh: MeshSettings = MeshSettings()
@@ -53,6 +56,14 @@ class Run(Section):
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="orders the data and draws what is random")
     output: str = Field(description="folder of everything the run writes")
 
+    @property
+    def export_kinds(self) -> tuple[str, ...]:
+        """What the run leaves: an adapter's folder, a whole model ("merged"), or both."""
+        if not self.adapter.used:
+            return ("merged",)
+        kind = self.export.kind or ("merged" if only_merged(self) else "adapter")
+        return ("adapter", "merged") if kind == "both" else (kind,)
+
     @model_validator(mode="before")
     @classmethod
     def _what_follows_from_the_rest(cls, data: Any) -> Any:
@@ -67,6 +78,7 @@ class Run(Section):
         scores = objective is not None and objective.trains_reward_model
         if scores and isinstance(rows, Mapping) and rows.get("ending") is None:
             found["data"] = {**rows, "ending": "template"}
+        found |= _of_adapters(data.get("adapter"), data.get("optimizer"))
         return _without_left_overs(found)
 
     @model_validator(mode="after")
@@ -87,75 +99,14 @@ class Run(Section):
         return self
 
 
-# What makes two settings contradict each other: the key that is at fault, the test, the remedy.
-RULES: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
-    ("steps", lambda r: r.steps is not None and r.epochs is not None, "give steps or epochs, not both"),
-    (
-        "reference.mode",
-        lambda r: r.objective.compares is False and r.reference.mode != "none",
-        "the objective compares with no reference; leave it out, or set reference.mode: none",
-    ),
-    (
-        "reference.mode",
-        lambda r: r.objective.compares is True and r.reference.mode == "none",
-        "the objective compares with a reference; set cached or live, or objective.reference_free: true if it may",
-    ),
-    (
-        "reference.mode",
-        lambda r: r.reference.update_every is not None and r.reference.mode == "cached",
-        "a reference that moves cannot be cached; set reference.mode: live",
-    ),
-    (
-        "evaluation.answers",
-        lambda r: r.objective.trains_reward_model and r.evaluation.answers is not None,
-        "a reward model answers nothing; leave it out",
-    ),
-    (
-        "optimizer.warmup_steps",
-        lambda r: r.steps is not None and (r.optimizer.warmup_steps or 0) >= r.steps,
-        "must be less than steps",
-    ),
-    ("data.train", lambda r: r.data.train == (), "must name at least one file, folder or data set"),
-    ("data.eval", lambda r: r.data.eval == (), "must name at least one file, folder or data set, or be left out"),
-    (
-        "checkpoint.keep_every",
-        lambda r: (r.checkpoint.keep_every or 0) % r.checkpoint.every != 0,
-        "must be a multiple of checkpoint.every; there are no checkpoints in between",
-    ),
-    ("output", lambda r: os.path.abspath(r.output) == os.path.abspath(r.model.path), "must differ from model.path"),
-)
+def _of_adapters(adapter: Any, optimizer: Any) -> dict[str, Any]:
+    """An adapter's learning rate, where none is given: ten times that of a whole model."""
+    used = isinstance(adapter, Mapping) and (adapter.get("rank") is not None or adapter.get("path") is not None)
+    given = optimizer if isinstance(optimizer, Mapping) else {}
+    if not used or (optimizer is not None and not isinstance(optimizer, Mapping)) or "learning_rate" in given:
+        return {}
+    return {"optimizer": {**given, "learning_rate": ADAPTER_RATE}}
 
-# What a run as it stands would ignore: giving one of these is an error, and `dump` leaves them out.
-IGNORED: tuple[tuple[str, Callable[[Run], bool], str], ...] = (
-    ("reference.path", lambda r: r.reference.mode == "none", "reference.mode none reads no reference; leave it out"),
-    (
-        "reference.update_every",
-        lambda r: r.reference.mode == "none",
-        "reference.mode none has no reference that could move; leave it out",
-    ),
-    (
-        "reference.update_rate",
-        lambda r: r.reference.update_every is None,
-        "nothing moves without reference.update_every; leave it out",
-    ),
-    ("log.token_statistics", lambda r: r.objective.trains_reward_model, "a reward model has no tokens; leave it out"),
-    (
-        "optimizer.warmup_fraction",
-        lambda r: r.optimizer.warmup_steps is not None,
-        "give warmup_steps or warmup_fraction, not both",
-    ),
-    *UNUSED,
-    (
-        "evaluation.every",
-        lambda r: r.data.eval is None and r.evaluation.answers is None,
-        "nothing to evaluate; give data.eval or evaluation.answers",
-    ),
-    (
-        "evaluation.max_new_tokens",
-        lambda r: r.evaluation.answers is None,
-        "nothing is generated without evaluation.answers; leave it out",
-    ),
-)
 
 # What null turns off by name, as on a command line after a file, takes along what nothing but it would use.
 LEFT_OVER = (
@@ -187,7 +138,9 @@ CHANGES_MATHEMATICS = frozenset(
     reference.path reference.revision reference.update_every reference.update_rate optimizer.learning_rate
     optimizer.schedule optimizer.warmup_steps optimizer.warmup_fraction optimizer.beta1 optimizer.beta2
     optimizer.epsilon optimizer.weight_decay optimizer.clip_norm steps epochs seed model.router_aux
-    optimizer.name optimizer.param_dtype optimizer.moment_dtype model.freeze model.resize_embedding
+    optimizer.name optimizer.param_dtype optimizer.moment_dtype model.freeze model.resize_embedding reference.adapter
+    adapter.rank adapter.alpha adapter.targets adapter.layers adapter.dropout adapter.rslora adapter.dora
+    adapter.rank_pattern adapter.alpha_pattern adapter.lr_ratio adapter.modules_to_save adapter.path adapter.revision
     """.split()
 ) | {f"objective.{name}" for name in ObjectiveSettings.model_fields}
 KEEPS_MATHEMATICS = frozenset(
@@ -196,7 +149,7 @@ KEEPS_MATHEMATICS = frozenset(
     data.workers batch.micro_tokens batch.share_prompts mesh.data mesh.fsdp mesh.tensor evaluation.every
     evaluation.answers evaluation.max_new_tokens checkpoint.every checkpoint.keep checkpoint.keep_every
     checkpoint.allow_change log.every log.tensorboard log.loggers log.token_statistics log.max_nonfinite output
-    alarms.enabled alarms.chosen_drift alarms.kl export.dtype export.rounding export.align_eos export.push
+    alarms.enabled alarms.chosen_drift alarms.kl export.dtype export.rounding export.align_eos export.kind export.push
     export.private
     """.split()
 )

@@ -41,6 +41,7 @@ class Batch:
       lengths: scored tokens of each completion.
       last: slot of each completion's last token.
       ids: number of each completion in the data set, -1 for none.
+      prompts: number of each completion's prompt in the data set, -1 for none.
       micro_batches: how many of the M are in use.
     """
 
@@ -64,4 +65,5 @@ class Batch:
     lengths: Float32[Any, "*L C"]
     last: Int32[Any, "*L C"]
     ids: Int32[Any, "*L C"]
+    prompts: Int32[Any, "*L C"]
     micro_batches: Int32[Any, ""]

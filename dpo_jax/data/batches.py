@@ -242,6 +242,7 @@ class Batches:
             lengths=filled(completions, dtype=np.float32),
             last=filled(completions),
             ids=filled(completions, value=-1),
+            prompts=filled(completions, value=-1),
             micro_batches=np.int32(used),
         )
 

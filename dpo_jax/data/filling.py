@@ -138,7 +138,8 @@ def _fill_trees(
     if reference is not None:
         _flat(batch.reference)[where] = reference[_ranges(encoded.scored_start[text], count)]
     at = into * batch.ids.shape[-1] + number
-    _flat(batch.ids)[at], _flat(batch.lengths)[at], _flat(batch.last)[at] = text, count, slot + begin + size - 1
+    _flat(batch.ids)[at], _flat(batch.prompts)[at] = text, encoded.completion_unit[text]
+    _flat(batch.lengths)[at], _flat(batch.last)[at] = count, slot + begin + size - 1
     order = np.argsort(text)
     return text[order], number[order]
 

@@ -23,6 +23,11 @@ class ExportSettings(Section):
         description="how trained weights are rounded to bfloat16: up or down at random (by the seed), so that an "
         "update of less than a digit is kept on average, at the price of noise; or to nearest even",
     )
+    kind: Literal["adapter", "merged", "both"] | None = Field(
+        default=None,
+        description="what a run of an adapter leaves: adapter, the PEFT folder OUTPUT/adapter; merged, the whole model "
+        "in OUTPUT/model; or both (default: adapter, where its folder can hold all of it)",
+    )
     align_eos: bool = Field(
         default=False,
         description="add the token that ends an answer (the chat template's end of turn) to eos_token_id of the "

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from dpo_jax.model import delta
 from dpo_jax.model import spec as specs
+from dpo_jax.model.adapters import Noise
 from dpo_jax.model.delta import GatedDeltaNet
 from dpo_jax.model.experts import Mixture, Routing
 from dpo_jax.model.layers import ACTIVATIONS, Dense, MLPLayer, NormLayer, lookup, normal
@@ -32,6 +33,8 @@ class Context(NamedTuple):
     """Where states live."""
     weights: Float[Array, "B T"] | None
     """What each token counts in the routing of experts; None if nobody asks."""
+    noise: Noise | None = None
+    """Dropout of the adapters; None where nothing is dropped."""
 
 
 class Carry(NamedTuple):

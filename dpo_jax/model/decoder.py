@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from dpo_jax import trees
 from dpo_jax.logprobs.fused import HeadSplit
 from dpo_jax.model import spec as specs
+from dpo_jax.model.adapters import Noise, composed
 from dpo_jax.model.attention import TILE, Bounds, Layout, causal
 from dpo_jax.model.blocks import Block, Carry, Context, Ends, Memory
 from dpo_jax.model.delta import empty_memory
@@ -28,7 +29,9 @@ from dpo_jax.model.settings import REMATS
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.trees import Params, Tree
 
-FLOAT32 = re.compile(r".*/(scale|decay_rate|decay_bias|scalar|router/(correction|channel_scale|expert_scale))")
+FLOAT32 = re.compile(
+    r".*/(scale|decay_rate|decay_bias|scalar|router/(correction|channel_scale|expert_scale)|lora/magnitude|absmax)"
+)
 """Leaves that stay in float32 whatever the dtype of computation: what uses them computes in float32."""
 
 
@@ -118,9 +121,14 @@ def abstract_params(spec: DecoderSpec) -> Params:
 
 
 def cast(params: Params, dtype: DTypeLike) -> Params:
-    """Parameters in the dtype of computation; those that are used in float32 stay as they are."""
+    """Parameters in the dtype of computation; those that are used in float32, or are no floats, stay as they are."""
     table = trees.paths(params)
-    return trees.from_paths({p: x if FLOAT32.fullmatch(p) else x.astype(dtype) for p, x in table.items()})
+    return trees.from_paths(
+        {
+            path: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) and not FLOAT32.fullmatch(path) else x
+            for path, x in table.items()
+        }
+    )
 
 
 def held_in(path: str, dtype: DTypeLike) -> DTypeLike:
@@ -163,11 +171,16 @@ def hidden_and_routing(
     layout: Layout,
     weights: Float[Array, "B T"] | None,
     execution: Execution = DEFAULT_EXECUTION,
+    noise: Noise | None = None,
 ) -> tuple[Float[Array, "B T N"], Routing | None]:
-    """As `hidden`, and how often experts were chosen, each token counted by its weight and all layers added up."""
+    """As `hidden`, and how often experts were chosen, each token counted by its weight and all layers added up.
+
+    `noise` is the dropout of a training step's adapters.
+    """
     where, again = execution.activations, REMATS[execution.remat].attention
     view = PackedView.of(spec, layout, execution.attention, bounds=execution.bounds, activations=where, remat=again)
-    x, _, routing = _run(spec, params, tokens, Context(view, execution.activations, weights), execution, {}, {})
+    context = Context(view, execution.activations, weights, noise)
+    x, _, routing = _run(spec, params, tokens, context, execution, {}, {})
     return x, routing
 
 
@@ -292,7 +305,7 @@ def _pattern(spec: DecoderSpec, kinds: tuple[specs.Layer, ...], context: Context
     """Runs one layer of each kind, in order."""
 
     def one(kind, carry, weights, memory, inputs):
-        module = _merged(*_block_graph(kind, spec), weights)
+        module = _merged(*_block_graph(kind, spec), composed(weights, context.noise))
         carry, memory, routing = module(carry, context, memory, inputs)
         return carry._replace(x=_settled(carry.x, context.activations)), memory, routing
 

@@ -23,8 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from dpo_jax.model import spec as specs
-from dpo_jax.model.grouped import grouped_dot
-from dpo_jax.model.kernels import dense
+from dpo_jax.model.adapters import grouped_product, product
 from dpo_jax.model.layers import ACTIVATIONS, Dense, MLPLayer, NormLayer, lookup, normal
 from dpo_jax.model.remat import cheap, named
 
@@ -91,7 +90,7 @@ class Router(nnx.Module):
         """`x @ kernel + bias`, or `(norm(x) channel_scale / sqrt(D)) @ kernel`."""
         if self.norm is not None and self.channel_scale is not None:
             x = self.norm(x) * (_wide(self.channel_scale) * x.shape[-1] ** -0.5)[None, None, :]
-        logits = dense(x, _wide(self.kernel))
+        logits = product(x, _wide(self.kernel))
         return logits if self.bias is None else logits + _wide(self.bias)[None, None, :]
 
     def best(self, scores: Float[Array, "B T E"]) -> Int[Array, "B T K"]:
@@ -113,7 +112,7 @@ class Router(nnx.Module):
 
 
 def _wide(param: nnx.Param) -> Array:
-    return param[...].astype(jnp.float32)
+    return param.get_value().astype(jnp.float32)
 
 
 def _within_groups(scores: Float[Array, "B T E"], groups: int, chosen: int) -> Float[Array, "B T E"]:
@@ -193,7 +192,7 @@ class Linears(nnx.Module):
 
     def __call__(self, x: Float[Array, "N I"], pairs: ExpertPairs) -> Float[Array, "N O"]:
         """Each row through the layer of its expert."""
-        y = named(grouped_dot(x, self.kernel[...], pairs.sizes), "experts")
+        y = named(grouped_product(x, self.kernel.get_value(), pairs.sizes), "experts")
         return y if self.bias is None else y + lookup(self.bias[...], pairs.experts)
 
 

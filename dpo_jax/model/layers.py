@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dpo_jax.model import spec as specs
-from dpo_jax.model.kernels import dense
+from dpo_jax.model.adapters import product
 from dpo_jax.model.remat import cheap
 
 INITIAL_SCALE = 0.02
@@ -71,7 +71,7 @@ class Dense(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         """`x @ kernel + bias`."""
-        y = dense(x, self.kernel[...])
+        y = product(x, self.kernel.get_value())
         return y if self.bias is None else biased(y, self.bias[...])
 
 

@@ -123,26 +123,37 @@ def what_is_trained(spec: DecoderSpec, freeze: Sequence[str]) -> Trained:
     Raises:
       UserError: a pattern is none, or matches no leaf, or nothing is left to train.
     """
-    paths = layer_paths(spec)
-    names = [name for group in paths.values() for name in group]
-    compiled = [_pattern(text, names) for text in freeze]
-    found: dict[str, bool | tuple[bool, ...]] = {}
-    for path, group in paths.items():
-        layers = tuple(not any(pattern.fullmatch(name) for pattern in compiled) for name in group)
-        found[path] = layers[0] if len(set(layers)) == 1 else layers
+    matched = what_matches(spec, freeze, "model.freeze")
+    found = {p: tuple(not one for one in m) if isinstance(m, tuple) else not m for p, m in matched.items()}
     if not any(found.values()):
         raise UserError(f"model.freeze: {list(freeze)} freezes all of the model; leave something to train")
     return found
 
 
-def _pattern(text: str, names: Sequence[str]) -> re.Pattern[str]:
+def what_matches(spec: DecoderSpec, patterns: Sequence[str], setting: str) -> Trained:
+    """By leaf path whether its name (of `layer_paths`) matches any of these patterns, or in which layers.
+
+    Raises:
+      UserError: a pattern of the `setting` is none, or matches no leaf.
+    """
+    paths = layer_paths(spec)
+    names = [name for group in paths.values() for name in group]
+    compiled = [_pattern(text, names, setting) for text in patterns]
+    found: dict[str, bool | tuple[bool, ...]] = {}
+    for path, group in paths.items():
+        layers = tuple(any(pattern.fullmatch(name) for pattern in compiled) for name in group)
+        found[path] = layers[0] if len(set(layers)) == 1 else layers
+    return found
+
+
+def _pattern(text: str, names: Sequence[str], setting: str) -> re.Pattern[str]:
     try:
         pattern = re.compile(text)
     except re.error as error:
-        raise UserError(f"model.freeze: {text!r} is no regular expression ({error}); layers/[0-3]/.* is one") from None
+        raise UserError(f"{setting}: {text!r} is no regular expression ({error}); layers/[0-3]/.* is one") from None
     if not any(pattern.fullmatch(name) for name in names):
         kinds = sorted({re.sub(r"layers/\d+/", "layers/N/", name) for name in names})
         raise UserError(
-            f"model.freeze: {text!r} matches no leaf; patterns match whole names, which are {', '.join(kinds)}"
+            f"{setting}: {text!r} matches no leaf; patterns match whole names, which are {', '.join(kinds)}"
         )
     return pattern

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt32
 
 from dpo_jax.objectives.pairs import LossOutput, Pairs, Scalar
 from dpo_jax.objectives.pairwise import desensitized, policy_weights
@@ -19,10 +19,12 @@ from dpo_jax.objectives.terms import Term, make_terms, takes
 
 
 class Progress(NamedTuple):
-    """Where in a run a loss is taken: the share of the run that is done, and what earlier steps left to remember."""
+    """Where in a run a loss is taken: the share of the run that is done, what earlier steps left to remember, and a
+    number of the seed and the step, for what a step draws at random (None draws nothing)."""
 
     share: Scalar = 0.0
     memory: Float[Array, " m"] | None = None
+    key: UInt32[Array, ""] | None = None
 
 
 START = Progress()

@@ -22,7 +22,7 @@ from dpo_jax.objectives.pairs import Pairs
 from dpo_jax.objectives.table import Kind
 from dpo_jax.objectives.terms import Term, data_of, make_terms
 from dpo_jax.preference.micro_batches import fold, micro_batch
-from dpo_jax.preference.scoring import Scores, Wanted, pairs_of, score, token_metrics
+from dpo_jax.preference.scoring import Dropout, Scores, Wanted, pairs_of, score, token_metrics
 from dpo_jax.trees import Tree
 
 
@@ -37,6 +37,8 @@ class TrainingObjective:
     statistics: bool = True
     router_aux: float = 0.0
     """Weight of the load-balancing loss of the policy's experts; 0 leaves it out."""
+    dropout: float = 0.0
+    """Share of the inputs of the policy's adapter that a training step drops."""
 
     @property
     def data(self) -> Kind:
@@ -88,14 +90,20 @@ class Seen(NamedTuple):
 
 
 def micro_pairs(
-    objective: TrainingObjective, compute: Params, packed: Batch, reference: Params | None, *, quick: bool = False
+    objective: TrainingObjective,
+    compute: Params,
+    packed: Batch,
+    reference: Params | None,
+    *,
+    quick: bool = False,
+    dropout: Dropout | None = None,
 ) -> Seen:
     """What the objectives see of one micro-batch; no statistics with `quick`.
 
     The reference's log-probabilities come from its weights where it is live, else from the batch.
     """
     wanted = objective.wanted._replace(statistics=False) if quick else objective.wanted
-    scores = score(objective.spec, compute, packed, execution=objective.execution, wanted=wanted)
+    scores = score(objective.spec, compute, packed, execution=objective.execution, wanted=wanted, dropout=dropout)
     pairs = pairs_of(scores, _reference_tokens(objective, reference, packed), packed, wanted)
     return Seen(pairs, {} if quick else _token_means(objective, lax.stop_gradient(scores), packed), scores.routing)
 
@@ -168,7 +176,8 @@ def _one_pass(
     counts = counts_of(batch.real, jnp.take_along_axis(batch.lengths, batch.chosen, axis=-1))
 
     def micro(trained, packed):
-        seen = micro_pairs(objective, dataclasses.replace(compute, trained=trained).params, packed, reference)
+        params = dataclasses.replace(compute, trained=trained).params
+        seen = micro_pairs(objective, params, packed, reference, dropout=_dropout(objective, progress))
         loss = total(objective.terms, outcomes(objective.terms, seen.pairs, progress), counts)
         return loss + _balance(objective, seen.routing, seen.routing), seen
 
@@ -184,7 +193,8 @@ def _two_passes(
     objective: TrainingObjective, compute: Weights, batch: Batch, reference: Params | None, progress: Progress
 ) -> tuple[Seen, Params]:
     """The step's pairs, then the gradient along the slope of the step's loss at each of them."""
-    seen = all_pairs(objective, compute.params, batch, reference)
+    dropout = _dropout(objective, progress)
+    seen = all_pairs(objective, compute.params, batch, reference, dropout)
     pairs = seen.pairs
     counts = counts_of(pairs.real, pairs.chosen_length)
 
@@ -196,7 +206,7 @@ def _two_passes(
 
     def micro(trained, packed, slope):
         params = dataclasses.replace(compute, trained=trained).params
-        part = micro_pairs(objective, params, packed, reference, quick=True)
+        part = micro_pairs(objective, params, packed, reference, quick=True, dropout=dropout)
         products = jax.tree.map(lambda x, y: (x * y).sum(), _policy_of(part.pairs), slope)
         return sum(jax.tree.leaves(products), _balance(objective, part.routing, seen.routing))
 
@@ -215,11 +225,21 @@ def _balance(objective: TrainingObjective, part: Routing | None, whole: Routing 
     return objective.router_aux * load_balance(counts, part.scores, total_weight)
 
 
-def all_pairs(objective: TrainingObjective, compute: Params, batch: Batch, reference: Params | None) -> Seen:
+def _dropout(objective: TrainingObjective, progress: Progress) -> Dropout | None:
+    return None if progress.key is None or not objective.dropout else Dropout(progress.key, objective.dropout)
+
+
+def all_pairs(
+    objective: TrainingObjective,
+    compute: Params,
+    batch: Batch,
+    reference: Params | None,
+    dropout: Dropout | None = None,
+) -> Seen:
     """Every pair of a batch, [M, D, P], the sums of its token statistics, and of its routing; no gradient."""
 
     def visit(sofar, packed, number):
-        return _absorbed(sofar, micro_pairs(objective, compute, packed, reference), number)
+        return _absorbed(sofar, micro_pairs(objective, compute, packed, reference, dropout=dropout), number)
 
     return fold(visit, _nothing(objective, batch), batch)
 

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, UInt32
 
 from dpo_jax.data.batch import Batch
 from dpo_jax.logprobs.tokens import linear_scores
+from dpo_jax.model.adapters import Noise, token_noise
 from dpo_jax.model.attention import Bounds, Layout
 from dpo_jax.model.decoder import (
     DEFAULT_EXECUTION,
@@ -40,6 +41,13 @@ class Wanted(NamedTuple):
     routing: bool = False
 
 
+class Dropout(NamedTuple):
+    """What is drawn at random in a training step: a number of the seed and the step, and the share that is dropped."""
+
+    key: UInt32[Array, ""]
+    share: float
+
+
 class Scores(NamedTuple):
     """What a model says of a micro-batch; what was not asked for is 0, or None.
 
@@ -63,9 +71,14 @@ def score(
     *,
     execution: Execution = DEFAULT_EXECUTION,
     wanted: Wanted = Wanted(),  # noqa: B008 (a constant)
+    dropout: Dropout | None = None,
 ) -> Scores:
-    """Score every completion of one micro-batch. Gradients flow through `tokens`, `logps` and routing scores."""
-    states, routing = _states(spec, params, packed, execution, routed=wanted.routing)
+    """Score every completion of one micro-batch. Gradients flow through `tokens`, `logps` and routing scores.
+
+    `dropout` is of the adapters in a training step; None drops nothing.
+    """
+    noise = None if dropout is None else _noise(packed, dropout)
+    states, routing = _states(spec, params, packed, execution, noise, routed=wanted.routing)
     if spec.scalar_head:
         return _scalar(spec, params, states, packed)._replace(routing=routing)
     sources = jnp.take_along_axis(states, packed.source[:, :, None], axis=1).reshape(-1, spec.head_width)
@@ -91,7 +104,7 @@ def score(
 
 
 def _states(
-    spec: DecoderSpec, params: Params, packed: Batch, execution: Execution, *, routed: bool
+    spec: DecoderSpec, params: Params, packed: Batch, execution: Execution, noise: Noise | None, *, routed: bool
 ) -> tuple[Float[Array, "D N W"], Routing | None]:
     """Final hidden states of every slot, and how experts were chosen if that is wanted."""
     shards, rows, length = packed.tokens.shape
@@ -99,8 +112,27 @@ def _states(
     layout = Layout(packed.group.reshape(flat), packed.branch.reshape(flat), packed.position.reshape(flat))
     weights = _texts(layout) if routed else None
     execution = dataclasses.replace(execution, bounds=bounds_of(packed, execution.tile))
-    states, routing = hidden_and_routing(spec, params, packed.tokens.reshape(flat), layout, weights, execution)
+    states, routing = hidden_and_routing(spec, params, packed.tokens.reshape(flat), layout, weights, execution, noise)
     return states.reshape(shards, rows * length, spec.head_width), routing
+
+
+def _noise(packed: Batch, dropout: Dropout) -> Noise | None:
+    """Noise of every slot, which depends on whose token it is and not on where it stands: a completion's by its number
+    in the data set, a prompt's by its prompt's.
+
+    A slot belongs to the first completion that ends at it or behind it, or to the prompt of that one.
+    """
+    rows, length = packed.tokens.shape[1:]
+
+    def of_shard(ids, prompts, last, branch):
+        ends = jnp.where(ids < 0, rows * length, last)
+        order = jnp.argsort(ends)
+        place = jnp.searchsorted(ends[order], jnp.arange(rows * length))
+        completion = order[jnp.minimum(place, len(order) - 1)]
+        return jnp.where(branch.reshape(-1) > 0, 2 * ids[completion] + 1, 2 * prompts[completion])
+
+    text = jax.vmap(of_shard)(packed.ids, packed.prompts, packed.last, packed.branch)
+    return token_noise(dropout.key, text.reshape(-1, length), packed.position.reshape(-1, length), dropout.share)
 
 
 def bounds_of(packed: Batch, tile: int) -> Bounds:

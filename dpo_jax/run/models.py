@@ -1,7 +1,7 @@
 """The models of a run: checked before any weights, read onto their devices, and put together with the objective."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from dpo_jax.hf.settings import ExportSettings
 from dpo_jax.model import remat
 from dpo_jax.model.attention import TILE
 from dpo_jax.model.backends import table
-from dpo_jax.model.decoder import Execution, Model, Params, abstract_params, cast, held_in
+from dpo_jax.model.decoder import Execution, Model, abstract_params, held_in
 from dpo_jax.model.settings import MeshSettings, ModelSettings
 from dpo_jax.model.spec import DecoderSpec
-from dpo_jax.model.weights import Trained, Weights, divided, head_is_frozen, what_is_trained
+from dpo_jax.model.weights import Weights, head_is_frozen
 from dpo_jax.objectives.terms import Term
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.run.sources import Sources
@@ -59,7 +59,7 @@ def load_model(
     gets at least so many `rows`.
     """
     spec = spec_of(folder, rows, scalar_head=scalar_head)
-    return _loaded(spec, folder, mesh, functools.partial(held_in, dtype=jnp.dtype(dtype)))
+    return loaded(spec, folder, mesh, functools.partial(held_in, dtype=jnp.dtype(dtype)))
 
 
 def spec_of(folder: Path, rows: int | None = None, *, scalar_head: bool) -> DecoderSpec:
@@ -67,50 +67,10 @@ def spec_of(folder: Path, rows: int | None = None, *, scalar_head: bool) -> Deco
     return resize.with_rows(read_spec(folder, scalar_head=scalar_head), folder, rows)
 
 
-def _loaded(spec: DecoderSpec, folder: Path, mesh: jax.sharding.Mesh, held: Callable[[str], DTypeLike]) -> Model:
+def loaded(spec: DecoderSpec, folder: Path, mesh: jax.sharding.Mesh, held: Callable[[str], DTypeLike]) -> Model:
+    """A folder's model on its shardings, each leaf in the dtype that `held` says."""
     shardings = sharding.param_shardings(abstract_params(spec), mesh)
     return checkpoint.load_hf(folder, dtype=held, shardings=shardings, spec=spec)
-
-
-def load_policy(
-    model: ModelSettings,
-    folder: Path,
-    mesh: jax.sharding.Mesh,
-    param_dtype: str,
-    *,
-    scalar_head: bool,
-    rows: int | None = None,
-) -> tuple[DecoderSpec, Weights]:
-    """The policy on its shardings, divided into what is trained and what is frozen.
-
-    What is frozen is held in float32 whatever `param_dtype` is, so it comes back exactly; `rows` as of `load_model`.
-    """
-    spec = spec_of(folder, rows, scalar_head=scalar_head)
-    trained = what_is_trained(spec, model.freeze)
-
-    def held(path: str) -> DTypeLike:
-        return held_in(path, jnp.dtype(param_dtype if trained[path] is True else "float32"))
-
-    weights = _divided(_loaded(spec, folder, mesh, held).params, trained, param_dtype)
-    return spec, jax.device_put(weights, _shardings(weights, mesh))
-
-
-def abstract_policy(spec: DecoderSpec, freeze: Sequence[str], mesh: jax.sharding.Mesh, param_dtype: str) -> Weights:
-    """Shapes, dtypes and shardings of what `load_policy` returns."""
-    divide = functools.partial(_divided, trained=what_is_trained(spec, freeze), param_dtype=param_dtype)
-    weights = jax.eval_shape(divide, abstract_params(spec))
-    return sharding.shape_of(weights, _shardings(weights, mesh))
-
-
-def _divided(params: Params, trained: Trained, param_dtype: str) -> Weights:
-    weights = divided(params, trained)
-    return Weights(cast(weights.trained, jnp.dtype(param_dtype)), weights.frozen, weights.rows)
-
-
-def _shardings(weights: Weights, mesh: jax.sharding.Mesh) -> Weights:
-    """A sharding in the place of each leaf."""
-    trained, frozen = (sharding.param_shardings(tree, mesh) for tree in (weights.trained, weights.frozen))
-    return Weights(trained, frozen, weights.rows)
 
 
 def weights_digest(folder: Path) -> str:
@@ -140,7 +100,6 @@ def check_models(
     policy = spec_of(sources.policy, sources.rows, scalar_head=scalar_head)
     _check_length("model.path", policy, max_length)
     attention_of(model, policy, mesh)
-    what_is_trained(policy, model.freeze)
     if model.router_aux and policy.experts is None:
         raise UserError(f"model.router_aux: {model.router_aux} balances experts, and there are none; leave it out")
     if reference.mode == "none" or sources.reference_is_policy:
@@ -226,8 +185,10 @@ def make_objective(
     mesh: jax.sharding.Mesh,
     *,
     statistics: bool = True,
+    dropout: float = 0.0,
 ) -> TrainingObjective:
-    """The objective on this model; of its weights (arrays or shapes) it matters which are trained."""
+    """The objective on this model; of its weights (arrays or shapes) it matters which are trained, and `dropout` is of
+    their adapter."""
     where, split, attention = sharding.rows(mesh), sharding.head_split(mesh), attention_of(model, spec, mesh)
     tile = table.TILES.get(sharding.platform(mesh), TILE)
     execution = Execution(model.scan_layers, model.remat, where, attention, tile, split, head_is_frozen(spec, weights))
@@ -238,4 +199,5 @@ def make_objective(
         execution=execution,
         statistics=statistics,
         router_aux=spec.router_aux if model.router_aux is None else model.router_aux,
+        dropout=dropout,
     )

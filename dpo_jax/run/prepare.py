@@ -20,6 +20,7 @@ from dpo_jax.run.continuing import Past
 from dpo_jax.run.data import Data, Packing, check_tokens, length_line, number_of_steps, read_data
 from dpo_jax.run.evaluator import EvaluationPrompts, Evaluator, read_prompts
 from dpo_jax.run.first_step import FirstStep
+from dpo_jax.run.policy import Policy, adapter_notes, policy_of
 from dpo_jax.run.recorder import Recorder, make_alarms
 from dpo_jax.run.reference import Reference, ReferenceScorer, make_reference
 from dpo_jax.run.sources import Sources, find_models
@@ -42,6 +43,7 @@ class Job:
     packing: Packing
     prompts: EvaluationPrompts | None
     ending: Ending | None
+    policy: Policy
 
     @classmethod
     def read(cls, run: Run, folder: Path) -> "Job":
@@ -54,12 +56,16 @@ class Job:
         mesh = models.make_mesh(run.mesh, run.model)
         terms, length, scores = run.objective.terms, run.data.max_length, run.objective.trains_reward_model
         settings = {"model": run.model, "reference": run.reference, "max_length": length, "scalar_head": scores}
-        models.check_models(find_models(*named, SIDE_FILES), mesh, **settings)  # before gigabytes are downloaded
-        sources = find_models(*named)
+        first = find_models(*named, SIDE_FILES, adapter=run.adapter)
+        models.check_models(first, mesh, **settings)  # before gigabytes are downloaded
+        if run.adapter.path is None:
+            policy_of(run, first, mesh)
+        sources = find_models(*named, adapter=run.adapter)
         tokenizer = load_tokenizer(sources.policy, run.data.template)
         sources = sources.resized(run.model, tokenizer)
         ending = models.check_ending(sources, tokenizer, run.export, scalar_head=scores)
-        for line in models.notes(sources, ending, run.export):
+        policy = policy_of(run, sources, mesh)
+        for line in [*models.notes(sources, ending, run.export), *adapter_notes(run, policy)]:
             print(line)
         cache, date = output.cache_folder(run.data, folder), output.template_date(folder)
         data = read_data(run.data, tokenizer, cache, print, date)
@@ -72,7 +78,7 @@ class Job:
         prompts = read_prompts(run.evaluation, sources.policy, tokenizer, run.data.chat_template_kwargs)
         check_tokens(data, models.spec_of(sources.policy, sources.rows, scalar_head=scores).vocab_size, tokenizer)
         packing = Packing.of(run.batch, length, terms, mesh)
-        return cls(run, folder, sources, mesh, tokenizer, data, steps, packing, prompts, ending)
+        return cls(run, folder, sources, mesh, tokenizer, data, steps, packing, prompts, ending, policy)
 
     @property
     def cache(self) -> Path:
@@ -81,21 +87,13 @@ class Job:
 
     def load_policy(self) -> tuple[DecoderSpec, Weights]:
         """The policy's starting weights on the mesh, divided into trained and frozen."""
-        run = self.run
-        return models.load_policy(
-            run.model,
-            self.sources.policy,
-            self.mesh,
-            run.optimizer.param_dtype,
-            scalar_head=run.objective.trains_reward_model,
-            rows=self.sources.rows,
-        )
+        return self.policy.spec, self.policy.load(self.mesh, self.run.seed)
 
     def objective(self, spec: DecoderSpec, weights: Weights) -> TrainingObjective:
         """What is minimised, on this model."""
         run = self.run
-        statistics = run.log.token_statistics
-        return models.make_objective(run.model, run.objective.terms, spec, weights, self.mesh, statistics=statistics)
+        how = {"statistics": run.log.token_statistics, "dropout": self.policy.dropout}
+        return models.make_objective(run.model, run.objective.terms, spec, weights, self.mesh, **how)
 
     def journal(self, start: int | None, began: float) -> Journal:
         """The journal of a command that `began` then; what it has of steps after the checkpoint `start` is dropped."""
@@ -113,6 +111,7 @@ class Job:
             objective,
             self.data,
             ReferenceScorer(self.mesh, self.packing, self.cache, journal),
+            start=self.policy,
             resumes=resumes,
         )
 
@@ -121,7 +120,8 @@ class Job:
         run = self.run
         order = {"shuffle": run.data.shuffle, "seed": run.seed}
         batches = self.packing.steps(self.data.train, objective.spec, self.steps, **order, reference=reference.train)
-        return Trainer(objective, weights, batches, reference, self.mesh, optimizer=run.optimizer, seed=run.seed)
+        how = {"optimizer": run.optimizer, "lr_ratio": run.adapter.lr_ratio, "seed": run.seed}
+        return Trainer(objective, weights, batches, reference, self.mesh, **how)
 
     def evaluator(self, objective: TrainingObjective, weights: Weights, reference: Reference) -> Evaluator:
         """What is measured on held-out data."""
@@ -140,7 +140,7 @@ class Job:
     def recorder(self, trainer: Trainer, evaluator: Evaluator, journal: Journal, *, after: int) -> Recorder:
         """What is written down of each step `after` so many."""
         run = self.run
-        same = self.sources.reference_is_policy
+        same = self.sources.reference_is_policy and self.policy.starts_at_reference(self.run.reference.adapter)
         first = FirstStep.of(trainer.objective, self.data.train, run.batch.pairs, self.cache, reference_is_policy=same)
         alarms = make_alarms(
             run.alarms,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import sharding
+from dpo_jax import sharding, trees
 from dpo_jax.config.run import Run
 from dpo_jax.data.batch import Batch
 from dpo_jax.data.batches import Batches
@@ -19,7 +19,8 @@ from dpo_jax.data.sources import is_here
 from dpo_jax.errors import UserError
 from dpo_jax.hf.tensors import SIDE_FILES
 from dpo_jax.hf.tokenizer import load_tokenizer
-from dpo_jax.model.decoder import abstract_params, cast
+from dpo_jax.model.decoder import cast
+from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.terms import data_of
 from dpo_jax.planning import costs, hlo, memory
 from dpo_jax.planning.costs import Load
@@ -29,6 +30,7 @@ from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.preference.micro_batches import micro_batch
 from dpo_jax.run import models
 from dpo_jax.run.data import Packing, examples, number_of_steps
+from dpo_jax.run.policy import Policy, policy_of
 from dpo_jax.run.reference import Reference, held_as, moving_reference
 from dpo_jax.run.sources import Sources, find_models
 from dpo_jax.run.trainer import Trainer
@@ -69,7 +71,7 @@ def find_config(run: Run, mesh: jax.sharding.Mesh) -> Sources:
       UserError: there is none, or training would refuse the models.
     """
     needed = (*CONFIG_ONLY, *SIDE_FILES) if run.model.resize_embedding else CONFIG_ONLY
-    sources = find_models(run.model, run.reference, {}, needed)
+    sources = find_models(run.model, run.reference, {}, needed, adapter=run.adapter)
     if run.model.resize_embedding:
         sources = sources.resized(run.model, load_tokenizer(sources.policy))
     models.check_models(
@@ -134,13 +136,15 @@ def describe(
     """
     spec = models.spec_of(sources.policy, sources.rows, scalar_head=run.objective.trains_reward_model)
     terms = run.objective.terms
-    weights = models.abstract_policy(spec, run.model.freeze, mesh, run.optimizer.param_dtype)
-    objective = models.make_objective(run.model, terms, spec, weights, mesh, statistics=run.log.token_statistics)
+    policy = policy_of(run, sources, mesh)
+    weights, how = policy.abstract(mesh), {"statistics": run.log.token_statistics, "dropout": policy.dropout}
+    objective = models.make_objective(run.model, terms, spec, weights, mesh, **how)
     steps = number_of_steps(encoded.num_pairs, run.batch.pairs, steps=run.steps, epochs=run.epochs)
-    reference = _reference(run.reference, objective, mesh)
+    reference = _reference(run.reference, policy, weights, objective, mesh)
     packing = Packing.of(run.batch, run.data.max_length, terms, mesh, attention_length=attention_length)
     batches = packing.steps(encoded, spec, steps, shuffle=run.data.shuffle, seed=run.seed)
-    trainer = Trainer(objective, weights, batches, reference, mesh, optimizer=run.optimizer, seed=run.seed)
+    how = {"optimizer": run.optimizer, "lr_ratio": run.adapter.lr_ratio, "seed": run.seed}
+    trainer = Trainer(objective, weights, batches, reference, mesh, **how)
     dummies = sorted(batches.dummies(), key=lambda dummy: -dummy.tokens.size)
     made = _some(batches)
     load = costs.mean_load([costs.load_of(batch, costs.windows_of(spec)) for batch in made])
@@ -153,14 +157,20 @@ def _some(batches: Batches) -> list[Batch]:
     return [batches.at(int(step)) for step in np.unique(np.linspace(0, batches.steps - 1, LOOKED_AT).astype(int))]
 
 
-def _reference(settings: ReferenceSettings, objective: TrainingObjective, mesh: jax.sharding.Mesh) -> Reference:
+def _reference(
+    settings: ReferenceSettings,
+    policy: Policy,
+    weights: Weights,
+    objective: TrainingObjective,
+    mesh: jax.sharding.Mesh,
+) -> Reference:
     """Shapes of a live reference's weights."""
     moving = moving_reference(settings)
     if settings.mode != "live":
         return Reference(moving=moving)
     dtype = jnp.dtype(held_as(moving, objective))
-    weights = jax.eval_shape(functools.partial(cast, dtype=dtype), abstract_params(objective.spec))
-    return Reference(weights=sharding.shape_of(weights, sharding.param_shardings(weights, mesh)), moving=moving)
+    params = jax.eval_shape(lambda weights: cast(policy.reference(weights, settings.adapter), dtype), weights)
+    return Reference(weights=sharding.shape_of(params, sharding.param_shardings(params, mesh)), moving=moving)
 
 
 # ---------------------------------------------------------------------------------------------- what it takes
@@ -171,8 +181,9 @@ def predicted(step: PlannedStep) -> dict[str, int]:
     trainer = step.trainer
     found = memory.state_items(trainer.abstract, trainer.shardings)
     if trainer.reference is not None:
-        weights = trainer.reference
-        found["reference"] = memory.per_device(weights, sharding.param_shardings(weights, step.mesh))
+        shared, places = trees.paths(trainer.frozen.frozen), sharding.param_shardings(trainer.reference, step.mesh)
+        own = {path: leaf for path, leaf in trees.paths(trainer.reference).items() if path not in shared}
+        found["reference"] = memory.per_device(own, {path: trees.paths(places)[path] for path in own})
     found["batch"] = memory.per_device(step.dummy, sharding.batch_shardings(step.dummy, step.mesh))
     if frozen := trainer.frozen.frozen:
         found["frozen parameters"] = memory.per_device(frozen, sharding.param_shardings(frozen, step.mesh))

@@ -21,6 +21,7 @@ from dpo_jax.preference.scoring import score_batch
 from dpo_jax.reporting.journal import Journal
 from dpo_jax.run.data import Data, Packing
 from dpo_jax.run.models import load_model, weights_digest
+from dpo_jax.run.policy import Policy
 from dpo_jax.run.sources import Sources
 from dpo_jax.training import reference as references
 from dpo_jax.training.settings import ReferenceSettings
@@ -85,9 +86,12 @@ def make_reference(
     data: Data,
     scorer: ReferenceScorer,
     *,
+    start: Policy | None = None,
     resumes: bool = False,
 ) -> Reference:
     """The reference as the settings want it. Cached: its weights are gone when this returns.
+
+    `start` says what of the policy is the reference, where it is an adapter's; else all of it is.
 
     There are none where the run resumes with a reference that moves: its weights are in the checkpoint.
     """
@@ -96,15 +100,17 @@ def make_reference(
         return Reference(moving=moving)
     dtype = held_as(moving, objective)
     own = sources.reference_is_policy
+    params = policy.params if start is None else start.reference(policy, settings.adapter)
     if settings.mode == "live" and own:
-        return Reference(weights=_copied(policy, dtype), moving=moving)
-    model = Model(objective.spec, policy.params) if own else None
+        return Reference(weights=_copied(params, {} if moving else policy.frozen, dtype), moving=moving)
+    model = Model(objective.spec, params) if own else None
     model = model or load_model(sources.reference, scorer.mesh, dtype, rows=sources.rows)
     if settings.mode == "live":
         return Reference(weights=cast(model.params, jnp.dtype(dtype)), moving=moving)
     digest = weights_digest(sources.reference)
     kind = _computed_in(policy, objective) if own else objective.compute_dtype
     kind += "" if sources.rows is None else f" {model.spec.vocab_size} rows"
+    kind += start.reference_kind(settings.adapter) if own and start is not None else ""
     train, held_out = (
         None if encoded is None else scorer.logps(model, objective, encoded, digest, kind)
         for encoded in (data.train, data.held_out)
@@ -112,12 +118,13 @@ def make_reference(
     return Reference(train=train, held_out=held_out)
 
 
-def _copied(policy: Weights, dtype: str) -> Params:
-    """The policy's parameters in this dtype, none in the policy's own buffers: the first step gives away those that are
-    trained, and those of a reference that moves."""
-    params = policy.params
-    new = cast(params, jnp.dtype(dtype))
-    return jax.tree.map(lambda new, old: jnp.copy(new) if new.dtype == old.dtype else new, new, params)
+def _copied(params: Params, frozen: Params, dtype: str) -> Params:
+    """The parameters in this dtype, none in the policy's own buffers but those of what is `frozen`: the first step
+    gives away those that are trained, and those of a reference that moves."""
+    new, old, shared = trees.paths(cast(params, jnp.dtype(dtype))), trees.paths(params), trees.paths(frozen)
+    return trees.from_paths(
+        {path: jnp.copy(x) if x.dtype == old[path].dtype and path not in shared else x for path, x in new.items()}
+    )
 
 
 def _computed_in(policy: Weights, objective: TrainingObjective) -> str:

@@ -11,10 +11,13 @@ from dpo_jax.errors import UserError, redacted
 from dpo_jax.hf import hub, tensors
 from dpo_jax.hf.push import check_push, push
 from dpo_jax.hf.settings import ExportSettings
+from dpo_jax.model.adapter_settings import AdapterSettings
 from dpo_jax.model.settings import ModelSettings
 from dpo_jax.training.settings import ReferenceSettings
 
 EVERYTHING = ("*.safetensors", *tensors.SIDE_FILES)
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+NO_ADAPTER = AdapterSettings()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Sources:
     commits: dict[str, str]
     reference_is_policy: bool
     """Whether the reference is the policy's own starting weights."""
+    adapter: Path | None = None
+    """Folder of the adapter that the run goes on from."""
     rows: int | None = None
     """Rows that the embedding must have at least (`model.resize_embedding`), whatever the folders have."""
 
@@ -48,11 +53,14 @@ def find_models(
     reference: ReferenceSettings,
     record: Mapping[str, Any],
     patterns: Sequence[str] = EVERYTHING,
+    *,
+    adapter: AdapterSettings = NO_ADAPTER,
 ) -> Sources:
     """Finds the models that a run starts from, and downloads those that are hub ids.
 
     Args:
       model: names the policy.
+      adapter: names an adapter to go on from, which is downloaded whole, or none.
       reference: names the reference.
       record: what the run has written down so far: `settings` and `facts`, or nothing.
       patterns: the files that are needed, at least.
@@ -64,10 +72,13 @@ def find_models(
     is_policy = reference.path is None or (reference.path, reference.revision) == named["model"]
     if reference.path is not None and not is_policy and reference.mode != "none":
         named["reference"] = (reference.path, reference.revision)
+    if adapter.path is not None:
+        named["adapter"] = (adapter.path, adapter.revision)
     known = _recorded(named, record)
-    paths = {part: find(part, *name, patterns, known.get(part)) for part, name in named.items()}
+    wanted = {part: ADAPTER_FILES if part == "adapter" else patterns for part in named}
+    paths = {part: find(part, *name, wanted[part], known.get(part)) for part, name in named.items()}
     commits = {part: _commit(path) for part, path in paths.items() if _is_hub_id(named[part][0])}
-    return Sources(paths["model"], paths.get("reference", paths["model"]), commits, is_policy)
+    return Sources(paths["model"], paths.get("reference", paths["model"]), commits, is_policy, paths.get("adapter"))
 
 
 def find(

@@ -45,14 +45,18 @@ class Trainer:
         mesh: jax.sharding.Mesh,
         *,
         optimizer: OptimizerSettings,
+        lr_ratio: float = 1.0,
         seed: int = 0,
     ):
-        """Set up; nothing is compiled yet and the state is only described. A reference that moves becomes state."""
+        """Set up; nothing is compiled yet and the state is only described. A reference that moves becomes state.
+
+        `lr_ratio` is of an adapter (see `make_optimizer`).
+        """
         self.objective, self.batches, self.mesh, self.moving = objective, batches, mesh, reference.moving
         self.frozen = with_trained(weights, {})
         self._start = reference.weights if self.moving else None
         self.reference = None if self.moving else reference.weights
-        self.optimizer = make_optimizer(optimizer)
+        self.optimizer = make_optimizer(optimizer, lr_ratio=lr_ratio)
         moving = jax.eval_shape(lambda weights: to_float32(weights.params), weights) if self.moving else None
         self.abstract = jax.eval_shape(self._fresh, weights.trained, moving)
         self.shardings = self._state_shardings()

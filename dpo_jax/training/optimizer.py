@@ -17,6 +17,7 @@ from dpo_jax.trees import Params, Tree
 
 DECAY: tuple[tuple[str, bool], ...] = (
     (r".*/kernel", True),
+    (r".*/lora/(a|b|magnitude)", True),  # magnitudes too, as transformers' Trainer decays all that no name excepts
     (r"(embed|head|positions|inputs)/embedding", True),
     (r".*/bias", False),
     (r".*norm/scale", False),
@@ -73,11 +74,13 @@ def check_warmup(settings: OptimizerSettings, steps: int) -> None:
         )
 
 
-def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(settings: OptimizerSettings, *, lr_ratio: float = 1.0) -> optax.GradientTransformationExtraArgs:
     """Clipping, the optimizer's direction, and decoupled decay; the caller multiplies by minus the learning rate.
 
     Its `update` wants the norm of all gradients, `norm=`. If that is finite, so are directions and moments: no gradient
     is larger, its square is finite too, and no denominator is 0.
+
+    `lr_ratio` is the learning rate of an adapter's B over that of everything else (LoRA+, arXiv:2402.12354).
 
     Gradients and parameters are given to it in float32 whatever the parameters are kept in (see `to_float32`).
     Adafactor (arXiv:1804.04235) is without momentum, relative steps and scaling by parameters; a stack of layers is
@@ -96,7 +99,15 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformationE
             parts += [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
     if settings.weight_decay:
         parts.append(optax.add_decayed_weights(settings.weight_decay, mask=decay_mask))
+    if lr_ratio != 1.0:
+        parts.append(optax.stateless(lambda updates, _: _faster(updates, lr_ratio)))
     return optax.chain(*parts)
+
+
+def _faster(directions: Tree, ratio: float) -> Params:
+    """The directions with those of each B times `ratio`."""
+    table = trees.paths(directions)
+    return trees.from_paths({path: x * ratio if path.endswith("/lora/b") else x for path, x in table.items()})
 
 
 def clipped(largest: float) -> optax.GradientTransformationExtraArgs:

@@ -28,6 +28,11 @@ class ReferenceSettings(Section):
         default=None, description="folder (or hub id) of the reference model (default: the policy's starting weights)"
     )
     revision: str | None = Field(default=None, description="as model.revision, for the reference model")
+    adapter: Literal["start", "base"] = Field(
+        default="start",
+        description="where the run goes on from an adapter (adapter.path): whether the reference is the model with "
+        "that adapter as it was at the start, or the model without it",
+    )
     update_every: int | None = Field(
         default=None, gt=0, description="move the reference towards the policy every this many steps (TR-DPO)"
     )

@@ -85,7 +85,8 @@ def make_step(
     def step(
         state: State, frozen: Weights, reference: Params | None, batch: Batch
     ) -> tuple[State, dict[str, jax.Array]]:
-        progress = progress_of(state, steps)
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        progress = progress_of(state, steps)._replace(key=jax.random.bits(key, dtype=jnp.uint32))
         reference = state.get("reference", reference)
         loss, metrics, gradient, memory = loss_and_gradient(
             objective, with_trained(frozen, state["trained"]), batch, reference, progress
@@ -93,7 +94,6 @@ def make_step(
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         rate = jnp.asarray(learning_rate(state["step"]), jnp.float32)
-        key = jax.random.fold_in(jax.random.key(seed), state["step"])
 
         def update(kept: State) -> State:
             with jax.numpy_dtype_promotion("standard"):  # optax takes powers of floats by integer counts

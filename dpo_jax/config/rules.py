@@ -1,0 +1,137 @@
+"""What makes the settings of a run contradict each other, and what a run as it stands would ignore."""
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from dpo_jax.training.settings import UNUSED
+
+if TYPE_CHECKING:
+    from dpo_jax.config.run import Run
+
+ADAPTER_RATE = 5e-6
+"""Learning rate of adapters where none is given: TRL's advice, ten times that of a whole model."""
+LOW_ADAPTER_RATE = 2e-6
+"""Below this an adapter hardly moves in a run of the usual length, and that is said."""
+
+
+def only_merged(run: "Run") -> str | None:
+    """Why the result of an adapter's run can only be written as a whole model."""
+    causes = {
+        "adapter.dora": run.adapter.dora,
+        "adapter.modules_to_save": run.adapter.modules_to_save != (),
+        "a reward model": run.objective.trains_reward_model,
+    }
+    return next((name for name, there in causes.items() if there), None)
+
+
+RULES: tuple[tuple[str, Callable[["Run"], bool], str], ...] = (
+    ("steps", lambda r: r.steps is not None and r.epochs is not None, "give steps or epochs, not both"),
+    (
+        "reference.mode",
+        lambda r: r.objective.compares is False and r.reference.mode != "none",
+        "the objective compares with no reference; leave it out, or set reference.mode: none",
+    ),
+    (
+        "reference.mode",
+        lambda r: r.objective.compares is True and r.reference.mode == "none",
+        "the objective compares with a reference; set cached or live, or objective.reference_free: true if it may",
+    ),
+    (
+        "reference.mode",
+        lambda r: r.reference.update_every is not None and r.reference.mode == "cached",
+        "a reference that moves cannot be cached; set reference.mode: live",
+    ),
+    (
+        "evaluation.answers",
+        lambda r: r.objective.trains_reward_model and r.evaluation.answers is not None,
+        "a reward model answers nothing; leave it out",
+    ),
+    (
+        "optimizer.warmup_steps",
+        lambda r: r.steps is not None and (r.optimizer.warmup_steps or 0) >= r.steps,
+        "must be less than steps",
+    ),
+    (
+        "model.freeze",
+        lambda r: r.adapter.used and r.model.freeze != (),
+        "an adapter trains nothing of the model but adapter.modules_to_save; leave it out",
+    ),
+    (
+        "optimizer.param_dtype",
+        lambda r: r.adapter.used and r.optimizer.param_dtype != "float32",
+        "the factors of an adapter are float32; leave it out",
+    ),
+    (
+        "reference.update_every",
+        lambda r: r.adapter.used and r.reference.update_every is not None,
+        "the reference of an adapter stays, as in TRL; leave it out, or train the whole model",
+    ),
+    (
+        "model.resize_embedding",
+        lambda r: r.adapter.used and r.model.resize_embedding,
+        "an adapter leaves the embedding as it is; leave it out, or train the whole model",
+    ),
+    (
+        "export.kind",
+        lambda r: r.adapter.used and r.export.kind in ("adapter", "both") and only_merged(r) is not None,
+        "an adapter's folder that every server reads holds plain factors only; with adapter.dora, "
+        "adapter.modules_to_save or a reward model set export.kind: merged",
+    ),
+    ("data.train", lambda r: r.data.train == (), "must name at least one file, folder or data set"),
+    ("data.eval", lambda r: r.data.eval == (), "must name at least one file, folder or data set, or be left out"),
+    (
+        "checkpoint.keep_every",
+        lambda r: (r.checkpoint.keep_every or 0) % r.checkpoint.every != 0,
+        "must be a multiple of checkpoint.every; there are no checkpoints in between",
+    ),
+    ("output", lambda r: os.path.abspath(r.output) == os.path.abspath(r.model.path), "must differ from model.path"),
+)
+"""What makes two settings contradict each other: the key that is at fault, the test, the remedy."""
+
+IGNORED: tuple[tuple[str, Callable[["Run"], bool], str], ...] = (
+    ("reference.path", lambda r: r.reference.mode == "none", "reference.mode none reads no reference; leave it out"),
+    (
+        "reference.update_every",
+        lambda r: r.reference.mode == "none",
+        "reference.mode none has no reference that could move; leave it out",
+    ),
+    (
+        "reference.update_rate",
+        lambda r: r.reference.update_every is None,
+        "nothing moves without reference.update_every; leave it out",
+    ),
+    ("log.token_statistics", lambda r: r.objective.trains_reward_model, "a reward model has no tokens; leave it out"),
+    (
+        "optimizer.warmup_fraction",
+        lambda r: r.optimizer.warmup_steps is not None,
+        "give warmup_steps or warmup_fraction, not both",
+    ),
+    *UNUSED,
+    (
+        "evaluation.every",
+        lambda r: r.data.eval is None and r.evaluation.answers is None,
+        "nothing to evaluate; give data.eval or evaluation.answers",
+    ),
+    (
+        "reference.adapter",
+        lambda r: r.adapter.path is None or r.reference.mode == "none" or r.reference.path is not None,
+        "there is no adapter.path whose start could be the reference; leave it out",
+    ),
+    (
+        "export.kind",
+        lambda r: not r.adapter.used,
+        "the whole model is trained and written; leave it out, or give adapter.rank",
+    ),
+    (
+        "export.rounding",
+        lambda r: r.adapter.used,
+        "a merged model is rounded to nearest, and an adapter not at all; leave it out",
+    ),
+    (
+        "evaluation.max_new_tokens",
+        lambda r: r.evaluation.answers is None,
+        "nothing is generated without evaluation.answers; leave it out",
+    ),
+)
+"""What a run as it stands would ignore: giving one of these is an error, and `config.run.dump` leaves them out."""
