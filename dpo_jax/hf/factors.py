@@ -14,7 +14,7 @@ from dpo_jax.hf.mapping import TensorEntry
 
 Key = tuple[str, int | None]
 """A matrix of the base's folder: the tensor's name, and the expert's number where one tensor holds those of all."""
-HEAD = "head/embedding"
+EMBED, HEAD = "embed/embedding", "head/embedding"
 
 
 class Factor(NamedTuple):
@@ -43,7 +43,8 @@ class Factor(NamedTuple):
         whole = matrix + (self.b @ self.a) * np.float32(self.scale)
         if self.magnitude is None:
             return whole
-        return (self.magnitude / np.linalg.norm(whole, axis=1))[:, None] * whole
+        norms = np.sqrt(np.einsum("oi,oi->o", whole, whole, dtype=np.float64)).astype(np.float32)
+        return (self.magnitude / norms)[:, None] * whole
 
 
 class Rows(NamedTuple):

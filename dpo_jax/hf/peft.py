@@ -12,7 +12,7 @@ import numpy as np
 
 from dpo_jax.errors import UserError, nearest, short
 from dpo_jax.hf.beside import ADAPTER, ADAPTER_CONFIG
-from dpo_jax.hf.factors import HEAD, Adapter, Factor, Key, Rows, same, size
+from dpo_jax.hf.factors import EMBED, HEAD, Adapter, Factor, Key, Rows, same, size
 from dpo_jax.hf.mapping import Scheme, TensorEntry
 from dpo_jax.hf.peft_config import AdapterConfig, read_config
 from dpo_jax.hf.peft_names import DOWN, GATE_UP, Experts, Places, places
@@ -21,7 +21,6 @@ from dpo_jax.model.spec import DecoderSpec
 
 FILE = f"{ADAPTER}.safetensors"
 PREFIX = "base_model.model."
-EMBED = "embed/embedding"
 INNER = ".base_layer"
 PARTS = {
     ".lora_A.weight": "a",
