@@ -21,9 +21,10 @@ from jax.typing import DTypeLike
 
 from dpo_jax import __version__, trees
 from dpo_jax.errors import UserError
-from dpo_jax.hf import beside, resize, reward, tensors
+from dpo_jax.hf import beside, merged, resize, reward, tensors
 from dpo_jax.hf.card import LANGUAGE_MODEL, REWARD_MODEL, base_name, front_matter, model_card
 from dpo_jax.hf.configs import family_of, is_wrapper, read_spec
+from dpo_jax.hf.factors import EMBED, HEAD
 from dpo_jax.hf.mapping import Claims, LeafPart, Scheme, TensorEntry, claim, names
 from dpo_jax.hf.tensors import DTYPES, TensorInfo, Tensors, local_folder, member, read_json
 from dpo_jax.model.decoder import Model, abstract_params
@@ -42,6 +43,7 @@ def load_hf(
     dtype: DTypeLike | Callable[[str], DTypeLike] = jnp.float32,
     shardings: Tree = None,
     spec: DecoderSpec | None = None,
+    adapter: str | Path | None = None,
 ) -> Model:
     """The model of a Hugging Face folder, read one tensor at a time.
 
@@ -53,6 +55,8 @@ def load_hf(
         None puts everything on the default device, uncommitted.
       spec: what `read_spec` gave, if the caller has it already. One with a scalar head takes of a language model's
         folder all but its head, and starts the scalar head at zero; one with more tokens gets new rows (see resize.py).
+      adapter: PEFT folder, or hub id, whose changes are added to the weights in float32. The model's head may then be
+        one of its own, where the adapter makes it differ from the embedding that it was tied to.
 
     Raises:
       UserError: anything about the folder that is not as it must be, in one line.
@@ -60,12 +64,18 @@ def load_hf(
     folder = local_folder(folder_or_hub_id)
     spec = read_spec(folder) if spec is None else spec
     source = Tensors(folder)
-    stored = resize.as_stored(spec, folder)
+    stored, scheme = resize.as_stored(spec, folder), scheme_of(spec, folder)
     find = reward.claim_decoder if reward.head_is_new(spec, folder) else claim
-    claims = find(stored, source.infos, str(folder), scheme_of(spec, folder))
+    claims = find(stored, source.infos, str(folder), scheme)
     _check_copies(source, claims)
+    if adapter is not None:
+        source = merged.with_adapter(adapter, source, stored, scheme, claims)
+        spec, stored = (merged.untied(one, source.adapter) for one in (spec, stored))
+        claims = find(stored, source.infos, str(folder), scheme)
     leaves, grown = trees.paths(abstract_params(stored)), resize.grown_leaves(stored, spec)
     places = dict.fromkeys(leaves) if shardings is None else trees.paths(shardings)
+    if HEAD in leaves:  # one that the adapter made lies as the embedding does
+        places.setdefault(HEAD, places[EMBED])
     read_to = {leaf: resize.whole_rows(place) if leaf in grown else place for leaf, place in places.items()}
     by_leaf: dict[str, list[_Found]] = {}
     for entry in claims.entries.values():

@@ -132,6 +132,16 @@ class Keys:
         self._file, self._prefix = file, prefix
         self._names: dict[str, str] = {}
 
+    @property
+    def file(self) -> Path:
+        """The file that is read."""
+        return self._file
+
+    @property
+    def left(self) -> dict[str, Any]:
+        """Keys that nobody has read yet, and their values."""
+        return dict(self._left)
+
     def rename(self, names: Mapping[str, str]) -> None:
         """Takes each key of `names` (as the config has it) for the other; errors say what the config has."""
         for old, new in names.items():

@@ -225,7 +225,7 @@ def claim(spec: DecoderSpec, infos: Mapping[str, TensorInfo], where: str, scheme
             f"{where}: tensor {SCORE!r} is the head of a reward model, which has none over the vocabulary; give a "
             "language model, or name a ...ForSequenceClassification in architectures of config.json"
         )
-    naming, tower = _placed(scheme, infos)
+    naming, tower = placed(scheme, infos)
     most = len(infos) + SPARE
     table = {entry.name: entry for entry in islice(_entries(spec, naming), most + 1)}
     if len(table) > most:  # a config may say anything, and is not followed far beyond what is there
@@ -247,7 +247,7 @@ def claim(spec: DecoderSpec, infos: Mapping[str, TensorInfo], where: str, scheme
     return Claims(entries, copies, tuple(carried))
 
 
-def _placed(scheme: Scheme, infos: Mapping[str, TensorInfo]) -> tuple[Naming, str]:
+def placed(scheme: Scheme, infos: Mapping[str, TensorInfo]) -> tuple[Naming, str]:
     """The names as this folder has them, and what those of the decoder begin with.
 
     They may lack their first part (as a base model saves them), or stand within a larger model.

@@ -149,10 +149,10 @@ PIECE_BYTES = 1 << 20
 class Tensors:
     """The tensors of a folder: `infos` by name, in file and offset order. Files stay mapped while this lives."""
 
-    def __init__(self, folder: Path):
-        """Opens and checks every tensor file of the folder; reads no tensor."""
+    def __init__(self, folder: Path, file: str | None = None):
+        """Opens and checks every tensor file of the folder, or the one that is named; reads no tensor."""
         self.folder = folder
-        self.files, self.weight_map = _tensor_files(folder)
+        self.files, self.weight_map = _tensor_files(folder) if file is None else ([file], None)
         opened = {file: _open(folder, file) for file in self.files}
         self._handles = {file: handle for file, (handle, _) in opened.items()}
         self._places = {file: places for file, (_, places) in opened.items()}
