@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from dpo_jax.model.adapter_settings import SHAPE, AdapterSettings
 from dpo_jax.training.settings import UNUSED
 
 if TYPE_CHECKING:
@@ -108,6 +109,15 @@ IGNORED: tuple[tuple[str, Callable[["Run"], bool], str], ...] = (
         "give warmup_steps or warmup_fraction, not both",
     ),
     *UNUSED,
+    *(
+        (f"adapter.{name}", lambda r: not r.adapter.used, "nothing is adapted; give adapter.rank, or adapter.path")
+        for name in AdapterSettings.model_fields
+        if name not in ("rank", "path")
+    ),
+    *(
+        (f"adapter.{name}", lambda r: r.adapter.path is not None, "adapter.path has its own; leave it out")
+        for name in SHAPE
+    ),
     (
         "evaluation.every",
         lambda r: r.data.eval is None and r.evaluation.answers is None,

@@ -329,7 +329,9 @@ def dump(run: Run) -> dict[str, Any]:
     for key, ignores, _ in IGNORED:
         section, name = key.split(".")
         if ignores(run):
-            settings[section].pop(name)
+            settings[section].pop(name, None)
+    if not run.adapter.used:
+        settings.pop("adapter")
     if not run.model.freeze:
         settings["model"].pop("freeze")
     return settings

@@ -71,16 +71,7 @@ class AdapterSettings(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "AdapterSettings":
-        given = self.model_fields_set - {"rank", "path"}
         found = []
-        if self.path is not None:
-            found += [
-                f"adapter.{name}: adapter.path has its own; leave it out"
-                for name in SHAPE
-                if name in self.model_fields_set and getattr(self, name) not in (None, False, ())
-            ]
-        elif self.rank is None:
-            found += [f"adapter.{name}: nothing is adapted; give adapter.rank, or adapter.path" for name in given]
         if self.revision is not None and self.path is None:
             found.append("adapter.revision: is of adapter.path, which is not given; give both, or neither")
         if self.targets in ("", ()):

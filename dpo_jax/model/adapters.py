@@ -93,7 +93,7 @@ def fresh(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], key: PRNGKeyA
             shape, limit = (*experts, inputs, rank), inputs**-0.5
             drawn = jax.vmap(lambda k, s=shape, m=limit: jax.random.uniform(k, s, minval=-m, maxval=m))(keys)
             there = jnp.arange(rank)[None, :] < jnp.asarray(change.ranks)[:, None]
-            found[beside(path, "a")] = drawn * there.reshape(layers, *(1,) * (drawn.ndim - 2), rank)
+            found[beside(path, "a")] = jnp.where(there.reshape(layers, *(1,) * (drawn.ndim - 2), rank), drawn, 0.0)
         found[beside(path, "b")] = jnp.zeros((layers, *experts, rank, outputs))
     return trees.from_paths(found)
 

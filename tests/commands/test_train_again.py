@@ -105,7 +105,7 @@ DAMAGES = {
     "the tokenizer": lambda model: (model / "tokenizer.json").write_text("{}"),
     "the sums": lambda model: (model / "SHA256SUMS").unlink(),
     "everything": shutil.rmtree,
-    "emptied": lambda model: [path.unlink() for path in model.iterdir()],
+    "emptied": lambda model: [shutil.rmtree(path) if path.is_dir() else path.unlink() for path in model.iterdir()],
     "a file": as_file,
 }
 

@@ -10,11 +10,14 @@ import pytest
 
 from dpo_jax import sample, sharding, trees
 from dpo_jax.hf.configs import read_spec
+from dpo_jax.model.adapter_settings import AdapterSettings
 from dpo_jax.model.settings import MeshSettings, ModelSettings
 from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.terms import make_terms
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.run import models, recorder, reference
+from dpo_jax.run.policy import Policy
+from dpo_jax.run.sources import Sources
 from dpo_jax.training import reference as references
 from tests.support.forests import SPEC, random_encoded
 from tests.support.tiny_folders import write_folder
@@ -38,23 +41,60 @@ def mesh_of(data, fsdp, tensor):
     return sharding.make_mesh(data, fsdp, tensor, devices=jax.devices()[: data * fsdp * tensor])
 
 
+ADAPTERS = {
+    "lora": {"rank": 4, "layers": (1, 2), "rank_pattern": {"q_proj": 2}, "dropout": 0.1},
+    "dora": {"rank": 4, "targets": ("q_proj", "down_proj"), "dora": True, "modules_to_save": (".*norm/scale",)},
+}
+
+
+def policy(folder, freeze=(), dtype="float32", *, compute="float32", **adapter):
+    sources = Sources(folder, folder, {}, True)
+    settings = ModelSettings(path=str(folder), freeze=freeze), AdapterSettings(**adapter)
+    return Policy.of(sources, *settings, compute_dtype=compute, param_dtype=dtype, scalar_head=False)
+
+
 def loaded(folder, freeze, dtype="float32", mesh=None):
-    settings = ModelSettings(path=str(folder), freeze=freeze)
-    return models.load_policy(settings, folder, mesh or mesh_of(1, 1, 1), dtype, scalar_head=False)
+    found = policy(folder, freeze, dtype)
+    return found.spec, found.load(mesh or mesh_of(1, 1, 1))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", FREEZES)
 def test_what_is_described_is_what_is_loaded(folder, name, dtype):
+    weights = check_described(policy(folder, FREEZES[name], dtype))
+    assert {leaf.dtype for leaf in jax.tree.leaves(weights.frozen)} <= {jnp.dtype("float32")}
+    assert trees.num_parameters(weights) == trees.num_parameters(loaded(folder, ())[1])
+
+
+def check_described(found):
     mesh = mesh_of(1, 2, 2)
-    spec, weights = loaded(folder, FREEZES[name], dtype, mesh)
-    described = models.abstract_policy(spec, FREEZES[name], mesh, dtype)
+    weights, described = found.load(mesh), found.abstract(mesh)
     assert jax.tree.structure(weights) == jax.tree.structure(described)
     for leaf, shape in zip(*map(jax.tree.leaves, (weights, described)), strict=True):
         assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
         assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim)
-    assert {leaf.dtype for leaf in jax.tree.leaves(weights.frozen)} <= {jnp.dtype("float32")}
-    assert trees.num_parameters(weights) == trees.num_parameters(loaded(folder, ())[1])
+    return weights
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_is_trained_in_float32_beside_a_base_in_the_dtype_of_computation(folder, name, compute):
+    found = policy(folder, compute=compute, **ADAPTERS[name])
+    weights = check_described(found)
+    assert {leaf.dtype for leaf in jax.tree.leaves(weights.trained)} == {jnp.dtype("float32")}
+    kernels = {path: leaf for path, leaf in trees.paths(weights.frozen).items() if path.endswith("kernel")}
+    assert {leaf.dtype for leaf in kernels.values()} == {jnp.dtype(compute)}
+    whole = {path for path in trees.paths(weights.trained) if "/lora/" not in path}
+    assert whole == ({path for path in trees.paths(weights.params) if path.endswith("norm/scale")} if whole else set())
+    again, other = found.load(mesh_of(1, 1, 1), 0), found.load(mesh_of(1, 1, 1), 1)
+    jax.tree.map(np.testing.assert_array_equal, weights, again)
+    drawn = [leaf for path, leaf in trees.paths(other.trained).items() if path.endswith("/a")]
+    assert not any(
+        (one == leaf).all()
+        for one, leaf in zip(
+            (leaf for path, leaf in trees.paths(weights.trained).items() if path.endswith("/a")), drawn, strict=True
+        )
+    )
 
 
 @pytest.mark.parametrize("name", FREEZES)
@@ -91,13 +131,22 @@ def test_log_probabilities_of_other_weights_have_other_names(folder):
 def test_a_live_copy_of_the_policy_shares_no_buffer_with_it(folder, name):
     """Those of a reference that moves are given away with the state, so frozen ones must not be among them."""
     _, weights = loaded(folder, FREEZES[name])
-    copied = reference._copied(weights, "float32")
+    copied = reference._copied(weights.params, {}, "float32")
 
     def buffers(tree):
         return {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)}
 
     assert not buffers(copied) & buffers(weights)
     jax.tree.map(np.testing.assert_array_equal, copied, weights.params)
+
+
+def test_the_reference_of_an_adapter_is_its_base_and_no_copy_of_it(folder):
+    found = policy(folder, **ADAPTERS["lora"])
+    weights = found.load(mesh_of(1, 1, 1))
+    params = found.reference(weights, "start")
+    assert not any("/lora/" in path for path in trees.paths(params))
+    held = trees.paths(reference._copied(params, weights.frozen, "float32"))
+    assert all(leaf is held[path] for path, leaf in trees.paths(params).items())
 
 
 def test_the_digest_of_weights_is_of_those_that_are_there_now(tmp_path):
