@@ -59,11 +59,15 @@ WRITTEN = "{base}, written by `dpo_jax`."
 
 DPO = """\
 {base}, trained on preference pairs with Direct Preference Optimization (DPO) by `dpo_jax`, in JAX.
-Names, dtypes and files are those of the base model; the tokenizer and its chat template are unchanged."""
+{files}"""
+
+SAME_FILES = "Names, dtypes and files are those of the base model; the tokenizer and its chat template are unchanged."
+ADAPTER_FILES = """\
+This is a low-rank adapter (LoRA), to be loaded with its base model; it brings that model's tokenizer and template."""
 
 OBJECTIVES = """\
-{{base}}, trained by `dpo_jax`, in JAX, with {names}. Names, dtypes and files are those of the base model; the tokenizer
-and its chat template are unchanged."""
+{{base}}, trained by `dpo_jax`, in JAX, with {names}.
+{{files}}"""
 
 BRADLEY_TERRY = """\
 {base}, trained as a reward model on preference pairs with the Bradley-Terry loss by `dpo_jax`, in JAX. A scalar head
@@ -93,9 +97,12 @@ class CardKind(NamedTuple):
     title: str
     trained: str
     citation: str | None
+    files: str = SAME_FILES
+    library: str = "transformers"
 
 
 LANGUAGE_MODEL = CardKind("text-generation", "dpo", "DPO", DPO, CITATION)
+ADAPTER_MODEL = LANGUAGE_MODEL._replace(files=ADAPTER_FILES, library="peft")
 REWARD_MODEL = CardKind("text-classification", "reward-model", "reward model", BRADLEY_TERRY, None)
 
 
@@ -119,14 +126,14 @@ def model_card(
         raise ValueError(
             f"model card has no part {unknown[0]!r}; parts: base_model, datasets, metrics, config, objectives, notes"
         )
-    if kind is LANGUAGE_MODEL and (objectives := card.get("objectives")):
-        kind = _by_objectives(objectives)
+    if kind.tag == LANGUAGE_MODEL.tag and (objectives := card.get("objectives")):
+        kind = _by_objectives(kind, objectives)
     front: dict[str, Any] = {"base_model": base} if HUB_ID.fullmatch(base) else {}
-    front |= {"library_name": "transformers", "pipeline_tag": kind.task}
+    front |= {"library_name": kind.library, "pipeline_tag": kind.task}
     front |= {**inherited, "tags": [kind.tag, "dpo_jax", "jax"] if card else ["dpo_jax", "jax"]}
     if datasets:
         front["datasets"] = datasets
-    parts = [(kind.trained if card else WRITTEN).format(base=printable(base))]
+    parts = [(kind.trained if card else WRITTEN).format(base=printable(base), files=kind.files)]
     parts += [*([note] if note else []), *(printable(said) for said in card.get("notes", ()))]
     if card.get("metrics"):
         rows = [f"| {printable(str(name))} | {_number(value)} |" for name, value in card["metrics"].items()]
@@ -140,13 +147,13 @@ def model_card(
     return CARD.format(front=dumped, title=title, text="\n\n".join(parts))
 
 
-def _by_objectives(objectives: Mapping[str, str]) -> CardKind:
+def _by_objectives(kind: CardKind, objectives: Mapping[str, str]) -> CardKind:
     """What a card says of a language model that was trained with these objectives (name -> what is said of it)."""
     if list(objectives) == ["sigmoid"]:
-        return LANGUAGE_MODEL
+        return kind
     names, tag = " + ".join(objectives), next(iter(objectives)).replace("_", "-")
     text = OBJECTIVES.format(names=", ".join(f"`{name}` ({about})" for name, about in objectives.items()))
-    return LANGUAGE_MODEL._replace(tag=tag, title=names, trained=text, citation=None)
+    return kind._replace(tag=tag, title=names, trained=text, citation=None)
 
 
 def _number(value: float | None) -> str:

@@ -117,25 +117,37 @@ def joined(entry: TensorEntry, factors: Sequence[Factor | None]) -> Factor:
 
     Leaves that share `a` and scale keep their rank; others stand in blocks, so that the ranks add up.
     """
+    found = stacked(factors, _sizes(entry))
+    assert found is not None
     if len(factors) == 1:
-        assert factors[0] is not None
-        return factors[0]
+        return found
+    bounds = np.cumsum(_sizes(entry))[:-1]
+    return found._replace(b=_beside(entry, np.split(found.b, bounds)))
+
+
+def stacked(factors: Sequence[Factor | None], outputs: Sequence[int]) -> Factor | None:
+    """One factor of matrices that stand one after another, each with so many outputs; None if none is changed."""
     given = [one for one in factors if one is not None]
-    assert given and all(one.magnitude is None and one.bias is None for one in given)
+    if len(given) == len(factors) == 1 or not given:
+        return given[0] if given else None
+    assert all(one.magnitude is None and one.bias is None for one in given)
     first = given[0]
     if all(one.scale == first.scale and np.array_equal(one.a, first.a) for one in given):
-        blocks = [np.zeros((size, first.rank), np.float32) for size in _sizes(entry)]
-        for number, one in enumerate(factors):
-            blocks[number] = blocks[number] if one is None else one.b
-        return Factor(first.a, _beside(entry, blocks), first.scale)
-    rank, blocks, start = sum(one.rank for one in given), [], 0
-    for number, one in enumerate(factors):
-        block = np.zeros((_sizes(entry)[number], rank), np.float32)
+        blocks = [
+            np.zeros((size, first.rank), np.float32) if one is None else one.b
+            for one, size in zip(factors, outputs, strict=True)
+        ]
+        return Factor(first.a, np.concatenate(blocks), first.scale)
+    scales = {one.scale for one in given}
+    scale = first.scale if len(scales) == 1 else 1.0
+    b, row, column = np.zeros((sum(outputs), sum(one.rank for one in given)), np.float32), 0, 0
+    for one, size in zip(factors, outputs, strict=True):
         if one is not None:
-            block[:, start : start + one.rank] = one.b * np.float32(one.scale)
-            start += one.rank
-        blocks.append(block)
-    return Factor(np.concatenate([one.a for one in given]), _beside(entry, blocks), 1.0)
+            place = b[row : row + size, column : column + one.rank]
+            place[...] = one.b if one.scale == scale else one.b * np.float32(one.scale / scale)
+            column += one.rank
+        row += size
+    return Factor(np.concatenate([one.a for one in given]), b, scale)
 
 
 def same(one: Factor, other: Factor) -> bool:

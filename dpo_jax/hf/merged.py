@@ -85,6 +85,14 @@ class Merged(Tensors):
         whole = self._last[1]
         return whole[index].copy() if index else whole.copy()
 
+    def before(self, name: str) -> np.ndarray:
+        """The base's tensor, without the adapter's changes."""
+        return self._source.read(self._from.get(name, name))
+
+    def own_dtype(self, name: str) -> str:
+        """The dtype that the base has this tensor in."""
+        return self._source.infos[self._from.get(name, name)].dtype
+
     def pieces(self, name: str) -> Iterator[np.ndarray]:
         """The numbers of a tensor in their order; those of a changed one all at once."""
         if not self.changes(name):
