@@ -51,7 +51,7 @@ def train(run: config.Run) -> int:
             state, stopped = advance(trainer, state, recorder, saver)
             if stopped:
                 return result.say_stopped(stopped, state, journal)
-            result.export(run, job.sources, spec, trainer.weights(state), journal, job.ending)
+            result.export(run, job.sources, job.policy, trainer.weights(state), journal, job.ending)
         return result.show(run, folder, "done")
 
 

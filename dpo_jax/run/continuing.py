@@ -18,11 +18,12 @@ from dpo_jax.run import output
 from dpo_jax.training.optimizer import same_rates
 from dpo_jax.training.reference import data_digest
 
-STEPS, PAIRS, DATA, WEIGHTS = (
+STEPS, PAIRS, DATA, WEIGHTS, ADAPTER = (
     "number of steps",
     "number of pairs",
     "digest of the training data",
     "digest of the starting weights",
+    "digest of the adapter at the start",
 )
 """Facts of a run: what it depends on beside its settings."""
 JUDGED_BY_FACTS = ("steps", "epochs", "data.train", "data.first")
@@ -52,7 +53,7 @@ class Past:
         """That of an output folder, empty if it has neither a step nor a model to lose: one that was refused in the
         middle of its start may be begun again with other settings, data or weights."""
         known = output.recorded(folder, say=print)
-        step, model = output.newest_step(folder), (folder / output.MODEL).exists()
+        step, model = output.newest_step(folder), output.has_exports(folder)
         learned = known if step is not None or model or output.has_steps(folder) else {}
         finished = bool(learned.get("finished"))
         exported = known.get("exported") or {}

@@ -7,12 +7,12 @@ import jax
 
 from dpo_jax.config import run as config
 from dpo_jax.errors import UserError
-from dpo_jax.hf import checkpoint
 from dpo_jax.hf.tokenizer import load_tokenizer
-from dpo_jax.model.decoder import Model
 from dpo_jax.model.settings import MeshSettings
 from dpo_jax.model.weights import Weights
-from dpo_jax.run import continuing, models, output, result, written
+from dpo_jax.run import continuing, models, output, result
+from dpo_jax.run.adapted import Text
+from dpo_jax.run.policy import policy_of
 from dpo_jax.run.sources import find_models
 from dpo_jax.training import checkpoints
 from dpo_jax.training.settings import ReferenceSettings
@@ -58,24 +58,21 @@ def export_kept(
         raise UserError(
             f"{folder} has no checkpoint of step {chosen}; kept are {steps or 'none'}: see checkpoint.keep_every"
         )
-    found = find_models(run.model, ReferenceSettings(mode="none"), known)
-    tokenizer, scores = load_tokenizer(found.policy, run.data.template), run.objective.trains_reward_model
+    found = find_models(run.model, ReferenceSettings(mode="none"), known, adapter=run.adapter)
+    tokenizer = load_tokenizer(found.policy, run.data.template)
     found = found.resized(run.model, tokenizer)
     digest, was = models.weights_digest(found.policy), known["facts"].get(continuing.WEIGHTS)
     if was not in (None, digest):
         raise UserError(f"{found.policy}: {continuing.WEIGHTS} was {was} and is now {digest}; restore the model")
     mesh = models.make_mesh(MeshSettings(), run.model)
-    how = {"scalar_head": scores, "rows": found.rows}
-    spec, weights = models.load_policy(run.model, found.policy, mesh, run.optimizer.param_dtype, **how)
+    policy = policy_of(run, found, mesh)
+    weights = policy.load(mesh, run.seed)
     weights = with_trained(weights, _trained(folder, chosen, weights))
-    kept = dtype or written.KEEP[run.export.dtype]
-    asked = run.export.model_copy(update={"dtype": "same" if kept == "keep" else kept})
-    rounding = written.Rounding.of(asked, spec, found.policy, weights.trained, run.seed)
-    model = Model(spec, rounding.at_random(weights).params)
-    ending = models.check_ending(found, tokenizer, run.export, scalar_head=scores)
+    ending = models.check_ending(found, tokenizer, run.export, scalar_head=run.objective.trains_reward_model)
     card, files = result.described(run, found, ending, step=chosen)
-    options = {"card": card, "extra_files": files, "dtype": kept, "max_shard_bytes": max_shard_bytes}
-    checkpoint.save_hf(model, target, found.policy, **options)
+    options = {} if max_shard_bytes is None else {"max_shard_bytes": max_shard_bytes}
+    text = Text(card, files, run.model.path)
+    result.write(run.export_kinds[0], run, policy, weights, target, text, dtype=dtype, **options)
     return chosen
 
 

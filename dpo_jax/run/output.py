@@ -16,13 +16,15 @@ from dpo_jax.errors import UserError, redacted, redacted_values
 from dpo_jax.files import write_whole
 from dpo_jax.training import manifest
 
-RUN_FILE, MODEL, CHECKPOINTS = "run.json", "model", "checkpoints"
+RUN_FILE, MODEL, ADAPTER, CHECKPOINTS = "run.json", "model", "adapter", "checkpoints"
+EXPORTS = {"merged": MODEL, "adapter": ADAPTER}
+"""Folder of each kind of result (`Run.export_kinds`)."""
 OURS = frozenset(
-    {".lock", RUN_FILE, "metrics.jsonl", CHECKPOINTS, MODEL, "cache", "data.json", "answers"}
+    {".lock", RUN_FILE, "metrics.jsonl", CHECKPOINTS, MODEL, ADAPTER, "cache", "data.json", "answers"}
     | {"tensorboard", "wandb", "wandb_run", "trackio"}
 )
 """What a run's folder holds."""
-LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|\.model\.(tmp|old)-\d+")
+LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|\.(model|adapter)\.(tmp|old)-\d+")
 """Names of what a run was writing when it was killed: files before they are moved into place, and the export."""
 
 
@@ -65,6 +67,11 @@ def has_steps(folder: Path) -> bool:
     return any((folder / CHECKPOINTS).glob("*"))
 
 
+def has_exports(folder: Path) -> bool:
+    """Whether there is a result of training, whole or not."""
+    return any((folder / name).exists() for name in EXPORTS.values())
+
+
 def newest_step(folder: Path) -> int | None:
     """The newest checkpoint whose record verifies."""
     found = manifest.newest_record(folder / CHECKPOINTS)
@@ -89,7 +96,7 @@ def recorded(folder: Path, say: Callable[[str], None] | None = None) -> dict[str
         if say is not None:
             say(f"{path} {state}; what it said is taken from checkpoint {found[0]}")
         return {name: found[1][name] for name in ("settings", "facts")}
-    if path.exists() and (has_steps(folder) or (folder / MODEL).exists()):
+    if path.exists() and (has_steps(folder) or has_exports(folder)):
         raise UserError(f"{path} is damaged, and no checkpoint has what it said; restore it, or name another output")
     return {}
 

@@ -10,17 +10,17 @@ from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
 from dpo_jax.data.sources import hub_name
 from dpo_jax.errors import UserError, public
-from dpo_jax.files import move_aside
-from dpo_jax.hf import checkpoint, tensors
+from dpo_jax.files import file_digest, move_aside
+from dpo_jax.hf import checkpoint, peft, tensors
 from dpo_jax.hf.ending import Ending, aligned
 from dpo_jax.model.decoder import Model
-from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights
 from dpo_jax.reporting.journal import Journal, read_records, summary
-from dpo_jax.run import continuing, output, sources, written
+from dpo_jax.run import adapted, continuing, output, sources, written
 from dpo_jax.run.continuing import Past
 from dpo_jax.run.data import Data
 from dpo_jax.run.models import notes, weights_digest
+from dpo_jax.run.policy import Policy
 from dpo_jax.run.sources import Sources
 from dpo_jax.training import reference
 from dpo_jax.training.step import State
@@ -41,6 +41,7 @@ def facts(found: Sources, data: Data, steps: int) -> dict[str, object]:
         continuing.PAIRS: train.num_pairs,
         continuing.DATA: reference.data_digest(train),
         continuing.WEIGHTS: weights_digest(found.policy),
+        **({} if found.adapter is None else {continuing.ADAPTER: file_digest(found.adapter / peft.FILE)}),
     }
 
 
@@ -52,23 +53,36 @@ def before_and_after(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     return (found[0], found[-1]) if found else ({}, {})
 
 
-def export(run: Run, found: Sources, spec: DecoderSpec, weights: Weights, journal: Journal, end: Ending | None) -> None:
-    """The trained model as a Hugging Face folder like the one it came from, written beside and verified first.
+def export(run: Run, found: Sources, policy: Policy, weights: Weights, journal: Journal, end: Ending | None) -> None:
+    """What was trained as Hugging Face folders like the one it came from, written beside and verified first.
 
-    A model that stands there and is not as it was exported is renamed, never replaced.
+    One that stands there and is not as it was exported is renamed, never replaced.
     """
-    folder = journal.folder
+    folder, said = journal.folder, {}
     journal.phase("exporting")
-    _make_way(folder / output.MODEL, journal)
     _, metrics = before_and_after(folder)
     card, files = described(run, found, end, metrics=metrics)
-    dtype = written.KEEP[run.export.dtype]
-    rounding = written.Rounding.of(run.export, spec, found.policy, weights.trained, run.seed)
-    model = Model(spec, rounding.at_random(weights).params)
-    moved = checkpoint.save_hf(
-        model, folder / output.MODEL, like=found.policy, card=card, extra_files=files, replace=True, dtype=dtype
-    )
-    output.mark(folder, finished=True, moved=moved, exported=exported_as(run))
+    for kind in run.export_kinds:
+        target = folder / output.EXPORTS[kind]
+        _make_way(target, journal)
+        said |= write(kind, run, policy, weights, target, adapted.Text(card, files, run.model.path), replace=True)
+    output.mark(folder, finished=True, exported=exported_as(run), **said)
+
+
+def write(
+    kind: str, run: Run, policy: Policy, weights: Weights, target: Path, text: adapted.Text, **how: Any
+) -> dict[str, Any]:
+    """One folder of what a run has trained; what is to be said of it at the end."""
+    dtype = how.pop("dtype", None) or written.KEEP[run.export.dtype]
+    if kind == "adapter":
+        adapted.write_adapter(policy, weights, target, text, **how)
+        return {}
+    if policy.adapter is not None:
+        return {"merged": adapted.write_merged(policy, weights, target, text, dtype=dtype, **how)}
+    asked = run.export.model_copy(update={"dtype": "same" if dtype == "keep" else dtype})
+    rounding = written.Rounding.of(asked, policy.spec, policy.folder, weights.trained, run.seed)
+    model, how = Model(policy.spec, rounding.at_random(weights).params), {**how, "dtype": dtype}
+    return {"moved": checkpoint.save_hf(model, target, policy.folder, card=text.card, extra_files=text.files, **how)}
 
 
 def described(run: Run, found: Sources, end: Ending | None, **more: Any) -> tuple[dict[str, Any], dict[str, str]]:
@@ -91,7 +105,7 @@ def described(run: Run, found: Sources, end: Ending | None, **more: Any) -> tupl
 
 def exported_as(run: Run) -> dict[str, Any]:
     """The settings that decide what the exported folder holds."""
-    return run.export.model_dump(mode="json", exclude={"push", "private"})
+    return run.export.model_dump(mode="json", exclude={"push", "private"}, exclude_none=True)
 
 
 def _make_way(model: Path, journal: Journal) -> None:
@@ -108,8 +122,9 @@ def is_finished(run: Run, past: Past) -> bool:
     Raises:
       UserError: it would have to go on, and its checkpoints are gone.
     """
-    model, changes = past.folder / output.MODEL, past.changes(run)
-    damaged = _damaged(model) if past.finished else None
+    changes = past.changes(run)
+    damaged = next(filter(None, (_damaged(past.folder / output.EXPORTS[kind]) for kind in run.export_kinds)), None)
+    damaged = damaged if past.finished else None
     if past.finished and not changes and damaged is None and past.exported in ({}, exported_as(run)):
         return True
     if past.finished and past.step is None:
@@ -118,17 +133,18 @@ def is_finished(run: Run, past: Past) -> bool:
             f"exported again; put {past.folder / output.CHECKPOINTS} back, or name another output"
         )
     if past.finished and damaged is not None:
-        print(f"{model / damaged} is missing or was changed since the export; the model is exported again")
+        print(f"{damaged} is missing or was changed since the export; the model is exported again")
     elif past.finished and not changes:
         print(f"the model is exported again, by {exported_as(run)} in place of {dict(past.exported)}")
     return False
 
 
-def _damaged(model: Path) -> str | None:
+def _damaged(model: Path) -> Path | None:
     """A file of an export that is gone or has changed, other than its card."""
     listed = tensors.listed_files(model)
     changed = [name for name in tensors.changed_files(model) if name in listed and name != CARD]
-    return (changed or [None])[0] if listed else tensors.SUMS
+    name = (changed or [None])[0] if listed else tensors.SUMS
+    return None if name is None else model / name
 
 
 def show(run: Run, folder: Path, word: str) -> int:
@@ -139,12 +155,15 @@ def show(run: Run, folder: Path, word: str) -> int:
     """
     before, after = before_and_after(folder)
     summary(before, after)
-    said = [written.moved_line(output.recorded(folder).get("moved")), written.margin_line(after, run.export.dtype)]
+    known, kinds = output.recorded(folder), run.export_kinds
+    said = [written.moved_line(known.get("moved")), known.get("merged"), written.margin_line(after, run.export.dtype)]
     print("\n".join(line for line in said if line), end="\n" if any(said) else "")
-    print(f"{word}: the model is in {folder / 'model'}, the record in {folder / 'metrics.jsonl'}", flush=True)
-    pushed = output.recorded(folder).get("pushed", {})
+    names = {"merged": "model", "adapter": "adapter"}
+    where = " and ".join(f"the {names[kind]} is in {folder / output.EXPORTS[kind]}" for kind in kinds)
+    print(f"{word}: {where}, the record in {folder / 'metrics.jsonl'}", flush=True)
+    pushed = known.get("pushed", {})
     if run.export.push is not None and run.export.push not in pushed:
-        url = sources.send(run.export, folder / "model")
+        url = sources.send(run.export, folder / output.EXPORTS[kinds[0]])
         output.mark(folder, pushed={**pushed, run.export.push: url})
         print(f"pushed: {url}")
     return 0
