@@ -1,4 +1,5 @@
-"""Hugging Face folders in and out: `python -m dpo_jax.convert export SOURCE TARGET`, `check FOLDER`, `push FOLDER ID`.
+"""Hugging Face folders in and out: `python -m dpo_jax.convert export SOURCE TARGET`, `merge BASE ADAPTER TARGET`,
+`check FOLDER`, `push FOLDER ID`.
 
 An export has the tensors, files and tokenizer of its source, read back and verified before the folder stands. Weights
 are changed only by `--dtype`, which rounds them to nearest even. The source may be the output folder of a run, whose
@@ -48,22 +49,57 @@ def _export(argv: Sequence[str]) -> int:
     return 0
 
 
+def _merge(argv: Sequence[str]) -> int:
+    parser = Parser(
+        "convert merge",
+        "Write a model with an adapter merged into its weights: added in float32, and rounded once.",
+    )
+    parser.add_argument("base", help="model folder, or hub id")
+    parser.add_argument("adapter", help="folder of a PEFT adapter, or hub id")
+    parser.add_argument("target", help="folder to write; it must not exist yet, or be empty")
+    parser.add_argument(
+        "--dtype",
+        choices=["keep", "float32", "bfloat16"],
+        default="keep",
+        help="of the weights written; keep: as the base has them (default)",
+    )
+    options = parser.parse_args(argv)
+    quiet_libraries()
+
+    from dpo_jax.hf.merge import merge
+
+    drift = merge(options.base, options.adapter, options.target, dtype=options.dtype)
+    print(f"wrote and verified {options.target}: {drift}")
+    return 0
+
+
 def _check(argv: Sequence[str]) -> int:
     parser = Parser(
         "convert check",
         "Load a folder, export it, and compare every tensor, every file and, with PyTorch, the logits. "
         "Exit code 1 if anything differs.",
     )
-    parser.add_argument("folder", help="model folder, or hub id")
+    parser.add_argument("folder", help="model folder, or hub id; or that of an adapter, which names its base")
+    parser.add_argument(
+        "--adapter", metavar="FOLDER", help="check the model with this PEFT adapter: merged, and in PEFT itself"
+    )
     parser.add_argument("--keep", metavar="TARGET", help="folder to leave the export in (default: a temporary folder)")
     parser.add_argument("--no-torch", dest="torch", action="store_false", help="compare tensors and files only")
     options = parser.parse_args(argv)
     quiet_libraries()
 
-    from dpo_jax.hf.verify import check
+    from dpo_jax.hf.adapted import adapted
+    from dpo_jax.hf.verify import check, check_adapter
 
-    report = check(options.folder, keep=options.keep, torch=options.torch, say=print)
-    print("the export is the original" if report.ok else "the export is NOT the original")
+    model = adapted(options.folder, options.adapter)
+    if model.adapter is None:
+        report = check(model.base, keep=options.keep, torch=options.torch, say=print)
+        print("the export is the original" if report.ok else "the export is NOT the original")
+        return 0 if report.ok else 1
+    if model.line:
+        print(model.line)
+    report = check_adapter(model.base, model.adapter, keep=options.keep, torch=options.torch, say=print)
+    print("the merged model is the base with the adapter" if report.ok else "the merged model is NOT the base with it")
     return 0 if report.ok else 1
 
 
@@ -82,7 +118,12 @@ def _push(argv: Sequence[str]) -> int:
     return 0
 
 
-ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {"export": _export, "check": _check, "push": _push}
+ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {
+    "export": _export,
+    "merge": _merge,
+    "check": _check,
+    "push": _push,
+}
 
 
 @command
@@ -93,7 +134,8 @@ def main(argv: Sequence[str]) -> int:
         "action",
         choices=ACTIONS,
         metavar="ACTION",
-        help="export SOURCE TARGET: write a folder again, verified; check FOLDER: compare a folder with its export; "
+        help="export SOURCE TARGET: write a folder again, verified; merge BASE ADAPTER TARGET: write a model with an "
+        "adapter in it; check FOLDER: compare a folder with its export; "
         "push FOLDER REPO_ID: upload a folder",
     )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of the action")

@@ -4,6 +4,7 @@ A reward model's folder needs no reference. Without one, what a language model a
 gives the chosen answer the higher probability.
 """
 
+import dataclasses
 import json
 import math
 import sys
@@ -11,7 +12,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
@@ -25,6 +26,9 @@ from dpo_jax.reporting.settings import LogSettings
 from dpo_jax.settings import Section
 from dpo_jax.training.settings import ReferenceSettings
 
+if TYPE_CHECKING:
+    from dpo_jax.hf.adapted import Adapted
+
 OF_ONE_MODEL = ("logps/", "logits/", "lengths/", "entropy", "mean_token_accuracy")
 """How the names of metrics begin that need no reference."""
 Block = TypeVar("Block", bound=Section)
@@ -35,9 +39,10 @@ def main(argv: Sequence[str]) -> int:
     """Read the arguments, then measure."""
     options = _options(argv)
     commands.quiet_libraries()
+    model = _adapted(options)
     with tempfile.TemporaryDirectory(prefix="dpo_jax-") as folder:
         blocks = _settings(options)
-        found, pairs = evaluate(blocks, Path(folder), quiet=options.json)
+        found, pairs = evaluate(blocks, Path(folder), quiet=options.json, adapter=model.adapter)
     if blocks.reference.mode == "none" and not blocks.objective.trains_reward_model:
         found = {name: value for name, value in found.items() if name.startswith(OF_ONE_MODEL)}
     print(json.dumps({"pairs": pairs, **found}) if options.json else "\n".join(_lines(found, pairs)))
@@ -54,8 +59,13 @@ class EvaluatedBlocks(NamedTuple):
     objective: ObjectiveSettings
 
 
-def evaluate(settings: EvaluatedBlocks, folder: Path, quiet: bool = False) -> tuple[dict[str, float], int]:
-    """Metrics of a model against a reference over pairs, and how many these are; the folder is for what is cached."""
+def evaluate(
+    settings: EvaluatedBlocks, folder: Path, quiet: bool = False, adapter: Path | None = None
+) -> tuple[dict[str, float], int]:
+    """Metrics of a model (with an adapter) against a reference over pairs, and how many these are.
+
+    The folder is for what is cached.
+    """
     from dpo_jax.hf.configs import read_spec
     from dpo_jax.hf.tokenizer import load_tokenizer
     from dpo_jax.model.weights import Weights
@@ -71,11 +81,13 @@ def evaluate(settings: EvaluatedBlocks, folder: Path, quiet: bool = False) -> tu
     compile_cache.use(model.compile_cache)
     mesh = models.make_mesh(MeshSettings(), model)
     sources = find_models(model, reference, {})
+    if adapter is not None:  # the same folder without it is another model
+        sources = dataclasses.replace(sources, reference_is_policy=False)
     tokenizer = load_tokenizer(sources.policy, rows.template)
     data = read_data(rows, tokenizer, folder, _silent if quiet else print).examples(wanted.terms, length)
     models.check_models(sources, mesh, model=model, reference=reference, max_length=length, scalar_head=scalar_head)
     check_tokens(data, read_spec(sources.policy, scalar_head=scalar_head).vocab_size, tokenizer)
-    policy = models.load_model(sources.policy, mesh, scalar_head=scalar_head)
+    policy = models.load_model(sources.policy, mesh, scalar_head=scalar_head, adapter=adapter)
     weights = Weights(policy.params)
     objective = models.make_objective(model, wanted.terms, policy.spec, weights, mesh)
     packing = Packing.of(batch, length, wanted.terms, mesh)
@@ -87,12 +99,26 @@ def evaluate(settings: EvaluatedBlocks, folder: Path, quiet: bool = False) -> tu
         return measure(weights, folder, 0), data.train.num_pairs
 
 
+def _adapted(options: Namespace) -> "Adapted":
+    """The model and its adapter; `options.model` is then the base."""
+    from dpo_jax.hf.adapted import adapted
+
+    model = adapted(options.model, options.adapter)
+    if model.line:
+        print(model.line, file=sys.stderr)
+    options.model = model.base
+    return model
+
+
 def _options(argv: Sequence[str]) -> Namespace:
     parser = commands.Parser(
         "evaluate", "Preference accuracy and reward margin of a model against a reference, or of a reward model."
     )
-    parser.add_argument("model", metavar="MODEL", help="Hugging Face folder (or hub id) of the model")
+    parser.add_argument(
+        "model", metavar="MODEL", help="Hugging Face folder (or hub id) of the model, or of an adapter of one"
+    )
     parser.add_argument("pairs", metavar="PAIRS", nargs="+", help="file, folder or data set of preference pairs")
+    parser.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter of the model: a folder, or hub id")
     parser.add_argument("--reference", metavar="FOLDER", help="what a language model's rewards are measured against")
     parser.add_argument("--beta", type=float, help="of a language model's rewards (default 0.1)")
     parser.add_argument("--max-length", type=int, default=1024, help="most tokens of a prompt and one completion")

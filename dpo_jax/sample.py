@@ -1,4 +1,4 @@
-"""Ask a model: `python -m dpo_jax.sample FOLDER [--against FOLDER] [--prompt TEXT ... | --prompts FILE]`.
+"""Ask a model: `python -m dpo_jax.sample FOLDER [--adapter FOLDER] [--against FOLDER] [--prompt TEXT ..]`.
 
 Without prompts it is a conversation on a terminal, and otherwise reads one prompt a line from its input. With
 `--against` two models (one and its reference) read the same tokens, and each answer is shown with its log-probability
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dpo_jax.evaluation.chat import Session
     from dpo_jax.evaluation.generate import Decoding
     from dpo_jax.evaluation.winrate import Asked
+    from dpo_jax.hf.adapted import Adapted
     from dpo_jax.model.decoder import Model
 
 
@@ -50,7 +51,8 @@ def main(argv: Sequence[str]) -> None:
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("sample", "Ask a model, or a model and its reference side by side.")
-    parser.add_argument("folder", help="model folder, or hub id")
+    parser.add_argument("folder", help="model folder, or hub id; or that of an adapter, which names its base")
+    parser.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter of the model: a folder, or hub id")
     parser.add_argument(
         "--against", metavar="FOLDER", help="a second model with the same tokens, such as the reference"
     )
@@ -75,6 +77,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print JSON Lines instead of text")
     options = parser.parse_args(argv)
     _check(options)
+    options.adapter_given = options.adapter
     return options
 
 
@@ -160,8 +163,16 @@ def _session(options: argparse.Namespace) -> "Session":
     from dpo_jax.data.templates import template_source
     from dpo_jax.evaluation import winrate
     from dpo_jax.evaluation.chat import Session, Speaker
+    from dpo_jax.hf.adapted import adapted
     from dpo_jax.hf.tokenizer import load_tokenizer
 
+    models = [adapted(options.folder, options.adapter)]
+    if options.against is not None:
+        models.append(adapted(options.against))
+    for model in models:
+        if model.line:
+            print(model.line, file=sys.stderr)
+    options.folder = models[0].base
     tokenizer = load_tokenizer(options.folder)
     chat = not options.raw and template_source(tokenizer, None) is not None
     if options.system is not None and not chat:
@@ -169,23 +180,21 @@ def _session(options: argparse.Namespace) -> "Session":
             f"{COMMAND_LINE}: --system: the tokenizer of {options.folder} has no chat template; leave it out"
         )
     decoding = _decoding(options, tokenizer)
-    folders = [options.folder] if options.against is None else [options.folder, options.against]
-    if options.against is not None and load_tokenizer(options.against).get_vocab() != tokenizer.get_vocab():
+    if load_tokenizer(models[-1].base).get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"{options.against} has other tokens than {options.folder}; --against takes a model with the same"
         )
-    models = [_load(folder, options.dtype) for folder in folders]
-    speakers = tuple(map(Speaker, _names(folders), models))
+    speakers = tuple(map(Speaker, _names(models), [_load(model, options.dtype) for model in models]))
     return Session(speakers, winrate.prompt_codec(tokenizer), decoding, options.seed, chat, options.system)
 
 
-def _names(folders: Sequence[str]) -> list[str]:
-    short = [Path(folder).resolve().name for folder in folders]
-    return short if len(set(short)) == len(short) else list(folders)
+def _names(models: "Sequence[Adapted]") -> list[str]:
+    short = [model.name for model in models]
+    return short if len(set(short)) == len(short) else [str(model.adapter or model.base) for model in models]
 
 
-def _load(folder: str, dtype: str) -> "Model":
-    """The model of a folder, split over all devices of this machine."""
+def _load(model: "Adapted", dtype: str) -> "Model":
+    """A model, with its adapter if it has one, split over all devices of this machine."""
     import jax
     import jax.numpy as jnp
 
@@ -199,11 +208,11 @@ def _load(folder: str, dtype: str) -> "Model":
     compile_cache.use(compile_cache.AUTO)
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    spec = read_spec(local_folder(folder), scalar_head=False)
+    spec = read_spec(local_folder(model.base), scalar_head=False)
     one = jax.device_count() == 1
     places = None if one else sharding.param_shardings(abstract_params(spec), sharding.make_mesh(fsdp=1, tensor=-1))
     held = functools.partial(held_in, dtype=jnp.dtype(dtype))  # as in training, norm scales stay in float32
-    return load_hf(folder, dtype=held, shardings=places, spec=spec)
+    return load_hf(model.base, dtype=held, shardings=places, spec=spec, adapter=model.adapter)
 
 
 def _decoding(options: argparse.Namespace, tokenizer: Any) -> "Decoding":

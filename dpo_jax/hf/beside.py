@@ -99,13 +99,13 @@ def check_kind(folder: Path) -> None:
         return
     base = read_json(folder, ADAPTER_CONFIG).get("base_model_name_or_path")
     of = f" of {printable(base[:200])}" if isinstance(base, str) and base else ""
-    merge = (
-        "merge it into its base with PEFT (PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload()"
-        ".save_pretrained(FOLDER)) and give that folder"
-    )
+    merge = f"merge it into its base (python -m dpo_jax.convert merge BASE {folder} TARGET) and give TARGET"
     if os.path.lexists(folder / "config.json"):
         raise UserError(
             f"{folder / ADAPTER_CONFIG}: the folder holds an adapter{of} beside a model, which would be ignored here "
             f"and followed by transformers; take {ADAPTER_CONFIG} and {ADAPTER}.* out of a copy of it, or {merge}"
         )
-    raise UserError(f"{folder} is an adapter{of}, not a model ({ADAPTER_CONFIG} without config.json); {merge}")
+    raise UserError(
+        f"{folder} is an adapter{of}, not a model ({ADAPTER_CONFIG} without config.json); give its base, and this as "
+        f"the adapter (--adapter; load_hf(BASE, adapter=ADAPTER)), or {merge}"
+    )

@@ -25,14 +25,12 @@ from dpo_jax.hf import beside, merged, resize, reward, tensors
 from dpo_jax.hf.card import LANGUAGE_MODEL, REWARD_MODEL, base_name, front_matter, model_card
 from dpo_jax.hf.configs import family_of, is_wrapper, read_spec
 from dpo_jax.hf.factors import EMBED, HEAD
+from dpo_jax.hf.layout import by_file, layout, with_dtype
 from dpo_jax.hf.mapping import Claims, LeafPart, Scheme, TensorEntry, claim, names
 from dpo_jax.hf.tensors import DTYPES, TensorInfo, Tensors, local_folder, member, read_json
 from dpo_jax.model.decoder import Model, abstract_params
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.trees import Tree
-
-SHARD_BYTES = 5 * 10**9
-EXPORT_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 # ---------------------------------------------------------------------------------------------- in
 
@@ -269,13 +267,13 @@ def save_hf(
     source = Tensors(origin)
     _check_like(model, origin)
     claims, infos = _claimed(model.spec, source, origin)
-    infos = _layout(infos, claims, dtype, max_shard_bytes)
+    infos = layout(infos, claims.entries | claims.copies, dtype, max_shard_bytes)
     config = reward.reward_config(model.spec, origin) if reward.head_is_new(model.spec, origin) else None
     if dtype != "keep":
-        config = _with_dtype(config or read_json(origin, "config.json"), dtype)
+        config = with_dtype(config or read_json(origin, "config.json"), dtype)
     if resize.as_stored(model.spec, origin) != model.spec:
         config = resize.with_vocabulary(config or read_json(origin, "config.json"), model.spec.vocab_size)
-    export = _Export(model.spec, trees.paths(model.params), source, claims, _by_file(infos), config)
+    export = _Export(model.spec, trees.paths(model.params), source, claims, by_file(infos), config)
     if jax.process_index() != 0:
         for name in (name for part in export.files.values() for name in part):
             _fetch(export, name, infos[name].dtype)
@@ -300,7 +298,7 @@ def dtypes_written(
     """By leaf, the dtype that `save_hf` would write it in; of several tensors, that with the fewest digits."""
     origin = local_folder(like)
     claims, infos = _claimed(spec, Tensors(origin), origin)
-    infos = _layout(infos, claims, dtype, None)
+    infos = layout(infos, claims.entries | claims.copies, dtype)
     found: dict[str, str] = {}
     for name, entry in claims.entries.items():
         kind = np.dtype(DTYPES[infos[name].dtype])
@@ -336,25 +334,6 @@ def _check_like(model: Model, origin: Path) -> None:
         raise ValueError(
             f"leaf {wrong[0]!r} of params has shape {found.get(wrong[0])}, the spec says {wanted.get(wrong[0])}"
         )
-
-
-def _layout(
-    infos: dict[str, TensorInfo], claims: Claims, dtype: str, max_shard_bytes: int | None
-) -> dict[str, TensorInfo]:
-    if dtype != "keep":
-        weights = claims.entries | claims.copies
-        infos = {
-            name: info._replace(dtype=EXPORT_DTYPES[dtype]) if name in weights else info for name, info in infos.items()
-        }
-        max_shard_bytes = SHARD_BYTES if max_shard_bytes is None else max_shard_bytes
-    return infos if max_shard_bytes is None else tensors.split(infos, max_shard_bytes)
-
-
-def _by_file(infos: dict[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
-    files: dict[str, dict[str, TensorInfo]] = {}
-    for name, info in infos.items():
-        files.setdefault(info.file, {})[name] = info
-    return files
 
 
 def _write_weights(export: _Export, path: Path, infos: dict[str, TensorInfo]) -> tuple[str, Moved]:
@@ -454,7 +433,3 @@ def _index(export: _Export) -> dict[str, bytes]:
     if infos == export.source.infos and export.source.weight_map is not None:
         return {tensors.INDEX: member(export.source.folder, tensors.INDEX).read_bytes()}
     return {} if list(export.files) == [tensors.SINGLE] else {tensors.INDEX: tensors.index_text(infos).encode()}
-
-
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    return {**config, "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype": dtype}

@@ -6,7 +6,7 @@ What an adapter changes may be too little to be seen in sixteen bits; how much o
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,8 +14,9 @@ from dpo_jax import __version__
 from dpo_jax.errors import printable
 from dpo_jax.hf import beside, tensors
 from dpo_jax.hf.card import base_name, front_matter, model_card
-from dpo_jax.hf.checkpoint import EXPORT_DTYPES, SHARD_BYTES, scheme_of
+from dpo_jax.hf.checkpoint import scheme_of
 from dpo_jax.hf.configs import read_spec
+from dpo_jax.hf.layout import Dtype, by_file, layout, with_dtype
 from dpo_jax.hf.mapping import Scheme, claim
 from dpo_jax.hf.merged import Merged, rounded, untied, with_adapter
 from dpo_jax.hf.tensors import DTYPES, TensorInfo, Tensors, local_folder, read_json
@@ -47,7 +48,7 @@ def merge(
     adapter: str | Path,
     target: str | Path,
     *,
-    dtype: Literal["keep", "float32", "bfloat16"] = "keep",
+    dtype: Dtype = "keep",
 ) -> Drift:
     """Writes a base with an adapter merged into it as a model folder.
 
@@ -76,7 +77,7 @@ def write_merged(
     spec: DecoderSpec,
     scheme: Scheme,
     *,
-    dtype: Literal["keep", "float32", "bfloat16"] = "keep",
+    dtype: Dtype = "keep",
     card: Mapping[str, Any] | None = None,
     extra_files: Mapping[str, str] | None = None,
     replace: bool = False,
@@ -98,22 +99,20 @@ def write_merged(
     """
     target, origin = Path(target), view.folder
     infos = _layout(view, spec, scheme, dtype)
-    by_file: dict[str, dict[str, TensorInfo]] = {}
-    for name, info in infos.items():
-        by_file.setdefault(info.file, {})[name] = info
+    files = by_file(infos)
     config = _config(origin, dtype, view.adapter.unties)
     tensors.check_target(target, replace)
     need = sum(tensors.num_bytes(info.dtype, info.shape) for info in infos.values())
     counted = _Counted(view, infos)
     with tensors.staging(target, need, replace) as staging:
         sums: dict[str, str] = {}
-        for file, part in by_file.items():
+        for file, part in files.items():
             metadata = {"format": "pt", **view.metadata.get(file, {})}
             sums[file] = tensors.write_tensors(staging / file, part, metadata, counted.fetch)
             tensors.check_tensors(staging / file, part, sums[file])
         sums |= beside.copy(origin, [name for name in beside.files(origin) if name != "config.json"], staging)
         texts = {"config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
-        if list(by_file) != [tensors.SINGLE]:
+        if list(files) != [tensors.SINGLE]:
             texts[tensors.INDEX] = tensors.index_text(infos)
         named = base_name(origin, card)
         texts["README.md"] = model_card(named, front_matter(origin), card)
@@ -152,17 +151,11 @@ class _Counted:
         return cast
 
 
-def _layout(view: Merged, spec: DecoderSpec, scheme: Scheme, dtype: str) -> dict[str, TensorInfo]:
+def _layout(view: Merged, spec: DecoderSpec, scheme: Scheme, dtype: Dtype) -> dict[str, TensorInfo]:
     """What is written: the base's dtypes and files, or weights of another dtype in files of a usual size."""
     own = {name: info._replace(dtype=view.own_dtype(name)) for name, info in view.infos.items()}
-    if dtype == "keep":
-        return own
     claims = claim(untied(spec, view.adapter), view.infos, str(view.folder), scheme)
-    weights = claims.entries | claims.copies
-    changed = {
-        name: info._replace(dtype=EXPORT_DTYPES[dtype]) if name in weights else info for name, info in own.items()
-    }
-    return tensors.split(changed, SHARD_BYTES)
+    return layout(own, claims.entries | claims.copies, dtype)
 
 
 def _config(origin: Path, dtype: str, unties: bool) -> dict[str, Any]:
@@ -173,9 +166,7 @@ def _config(origin: Path, dtype: str, unties: bool) -> dict[str, Any]:
         config["tie_word_embeddings"] = False
         if isinstance(config.get("text_config"), dict):
             config["text_config"]["tie_word_embeddings"] = False
-    if dtype != "keep":
-        config["torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"] = dtype
-    return config
+    return config if dtype == "keep" else with_dtype(config, dtype)
 
 
 def _check(staging: Path, spec: DecoderSpec) -> None:

@@ -25,6 +25,8 @@ from dpo_jax.hf import beside, tensors
 from dpo_jax.hf.beside import WRITTEN_ANEW
 from dpo_jax.hf.checkpoint import load_hf, save_hf
 from dpo_jax.hf.configs import quiet, read_spec
+from dpo_jax.hf.merge import merge
+from dpo_jax.hf.merged import FILES
 from dpo_jax.hf.tensors import Tensors, local_folder
 from dpo_jax.model.attention import causal
 from dpo_jax.model.decoder import Model, hidden, logits, scalar_scores
@@ -91,6 +93,72 @@ def check(
             say(str(one))
             found.append(one)
     return Verification(folder, tuple(found))
+
+
+def check_adapter(
+    base: str | Path,
+    adapter: str | Path,
+    *,
+    keep: str | Path | None = None,
+    torch: bool = True,
+    say: Callable[[str], object] = lambda line: None,
+) -> Verification:
+    """Merges an adapter into its base in float32, and compares the logits of the two, and those of PEFT.
+
+    Args:
+      base: folder or hub id.
+      adapter: PEFT folder or hub id.
+      keep: where the merged model stays.
+      torch: whether logits are compared in PyTorch, with PEFT where that is installed.
+      say: takes each line as it is known.
+
+    Raises:
+      UserError: as `check`, or the adapter is not one of this base.
+    """
+    folder = local_folder(base)
+    read_spec(folder)
+    if keep is not None:
+        tensors.check_target(Path(keep), replace=False)
+    torch = torch and has_torch()
+    say(_plan(Tensors(folder), keep, torch))
+    found: list[Check] = []
+    with _place(keep) as target:
+        for one in _adapter_compared(folder, local_folder(adapter, FILES), target, torch):
+            say(str(one))
+            found.append(one)
+    return Verification(folder, tuple(found))
+
+
+def _adapter_compared(folder: Path, adapter: Path, target: Path, torch: bool) -> Iterator[Check]:
+    model = load_hf(folder, adapter=adapter)
+    rows = token_rows(model.spec.vocab_size, tensors.read_json(folder, "config.json").get("pad_token_id"))
+    ours = our_logits(model, rows)
+    del model
+    yield Check("adapter", str(merge(folder, adapter, target, dtype="float32")), None)
+    apart = _apart(our_logits(load_hf(target), rows), ours)
+    yield Check("merged, logits", f"merged and base with adapter differ by {apart:.3g}", apart == 0.0)
+    if not torch or not importlib.util.find_spec("peft"):
+        able = has_torch() and importlib.util.find_spec("peft")
+        why = "as asked" if able else "it needs PyTorch and PEFT: pip install torch peft"
+        yield Check("PEFT", f"not compared, {why}", None)
+        return
+    for what, place, own in (("PyTorch, merged", target, None), ("PEFT", folder, adapter)):
+        try:
+            theirs, _ = torch_logits(place, rows, own)
+        # transformers, torch and PEFT raise anything for a folder that they cannot load; that is the finding.
+        except Exception as error:
+            yield Check(
+                what, str(error) if isinstance(error, UserError) else f"cannot run it: {one_line(error)}", False
+            )
+            continue
+        yield _near(f"{what} and JAX, logits", theirs, ours)
+
+
+def _near(what: str, theirs: np.ndarray, ours: np.ndarray) -> Check:
+    """Whether PyTorch's logits (or scores) and ours are the same but for rounding."""
+    apart, largest = _apart(theirs, ours), float(np.abs(theirs).max())
+    allowed = ALLOWED * max(1.0, largest)
+    return Check(what, f"differ by {apart:.2g}, allowed {allowed:.2g}; the largest is {largest:.3g}", apart <= allowed)
 
 
 def _plan(source: Tensors, keep: str | Path | None, torch: bool) -> str:
@@ -248,10 +316,7 @@ def _in_pytorch(folder: Path, target: Path, rows: np.ndarray, ours: np.ndarray) 
     what = "scores" if ours.ndim == 2 else "logits"
     apart = _apart(before, after)
     yield Check(f"PyTorch, {what}", f"original and export differ by {apart:.3g}", apart == 0.0)
-    apart, largest = _apart(after, ours), float(np.abs(after).max())
-    allowed = ALLOWED * max(1.0, largest)
-    told = f"differ by {apart:.2g}, allowed {allowed:.2g}; the largest is {largest:.3g}"
-    yield Check(f"PyTorch and JAX, {what}", told, apart <= allowed)
+    yield _near(f"PyTorch and JAX, {what}", after, ours)
 
 
 def _apart(left: np.ndarray, right: np.ndarray) -> float:
@@ -259,8 +324,10 @@ def _apart(left: np.ndarray, right: np.ndarray) -> float:
     return float(np.abs(left - right).max()) if left.shape == right.shape else math.inf
 
 
-def torch_logits(folder: Path, rows: np.ndarray) -> tuple[np.ndarray, Mapping[str, set]]:
+def torch_logits(folder: Path, rows: np.ndarray, adapter: Path | None = None) -> tuple[np.ndarray, Mapping[str, set]]:
     """Logits (or scores, [ROWS, 1]) of PyTorch in float32, and the names that it missed or did not expect, by kind.
+
+    An adapter is put on by PEFT.
 
     Raises:
       Exception: whatever transformers raises.
@@ -277,6 +344,10 @@ def torch_logits(folder: Path, rows: np.ndarray) -> tuple[np.ndarray, Mapping[st
             use_safetensors=True,
             trust_remote_code=False,
         )
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(adapter)).eval()
         with torch.no_grad():
             found = [model(torch.tensor(row[None]), use_cache=False).logits[0].numpy() for row in rows]
     del model

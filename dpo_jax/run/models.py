@@ -52,14 +52,15 @@ def load_model(
     *,
     scalar_head: bool = False,
     rows: int | None = None,
+    adapter: Path | None = None,
 ) -> Model:
     """A folder's model, straight onto its shardings; with a scalar head, from a language model or a reward model.
 
     Leaves that are used in float32 whatever the dtype of computation (norm scales) are read in float32. The embedding
-    gets at least so many `rows`.
+    gets at least so many `rows`; what an adapter changes is added.
     """
     spec = spec_of(folder, rows, scalar_head=scalar_head)
-    return loaded(spec, folder, mesh, functools.partial(held_in, dtype=jnp.dtype(dtype)))
+    return loaded(spec, folder, mesh, functools.partial(held_in, dtype=jnp.dtype(dtype)), adapter)
 
 
 def spec_of(folder: Path, rows: int | None = None, *, scalar_head: bool) -> DecoderSpec:
@@ -67,10 +68,16 @@ def spec_of(folder: Path, rows: int | None = None, *, scalar_head: bool) -> Deco
     return resize.with_rows(read_spec(folder, scalar_head=scalar_head), folder, rows)
 
 
-def loaded(spec: DecoderSpec, folder: Path, mesh: jax.sharding.Mesh, held: Callable[[str], DTypeLike]) -> Model:
-    """A folder's model on its shardings, each leaf in the dtype that `held` says."""
+def loaded(
+    spec: DecoderSpec,
+    folder: Path,
+    mesh: jax.sharding.Mesh,
+    held: Callable[[str], DTypeLike],
+    adapter: Path | None = None,
+) -> Model:
+    """A folder's model on its shardings, each leaf in the dtype that `held` says; with an adapter merged, if given."""
     shardings = sharding.param_shardings(abstract_params(spec), mesh)
-    return checkpoint.load_hf(folder, dtype=held, shardings=shardings, spec=spec)
+    return checkpoint.load_hf(folder, dtype=held, shardings=shardings, spec=spec, adapter=adapter)
 
 
 def weights_digest(folder: Path) -> str:

@@ -211,7 +211,7 @@ def test_an_adapter_beside_the_model_is_refused_as_training_refuses_it(source, t
     folder = Path(shutil.copytree(source, tmp_path / "m"))
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
     for use in (check, read_spec):
-        with pytest.raises(UserError, match="an adapter of elsewhere beside a model.*PEFT"):
+        with pytest.raises(UserError, match="an adapter of elsewhere beside a model.*convert merge"):
             use(folder)
 
 

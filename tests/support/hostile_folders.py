@@ -216,7 +216,7 @@ HOSTILE: dict[str, Hostile] = {
     "tensor: float64": Hostile(_dtype(np.float64), (NAME, "F64", "dequantise or convert")),
     "tensor: float8": Hostile(_dtype(ml_dtypes.float8_e4m3fn), (NAME, "F8_E4M3", "dequantise or convert")),
     "weights: a pickle only": Hostile(_pickled, ("pytorch_model.bin", "safe_serialization=True")),
-    "weights: an adapter only": Hostile(_adapter, ("is an adapter of ../elsewhere, not a model", "PEFT")),
+    "weights: an adapter only": Hostile(_adapter, ("is an adapter of ../elsewhere, not a model", "convert merge")),
     "weights: an adapter beside a model": Hostile(
         _bytes("adapter_config.json", b'{"base_model_name_or_path": 7}'), ("holds an adapter beside a model", "PEFT")
     ),
