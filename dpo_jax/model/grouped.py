@@ -15,6 +15,7 @@ The work grows with N, whatever G is, and nothing but one row block and one matr
                                 group  0 0 0 0 | 0 | 2 2
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -52,11 +53,12 @@ grouped_dot.defvjp(_forward, _backward)
 def _product(x: Float[Array, "N I"], w: Float[Array, "G D F"], sizes: Int[Array, " G"], *, axis: int) -> Array:
     """Each row times its group's matrix, or times its transpose (axis 2)."""
     return lax.platform_dependent(
-        x, w, sizes, tpu=partial(_ragged_product, axis=axis), default=partial(_block_product, axis=axis)
+        x, w, sizes, tpu=partial(ragged_product, axis=axis), default=partial(_block_product, axis=axis)
     )
 
 
-def _ragged_product(x, w, sizes, *, axis: int):
+def ragged_product(x: Float[Array, "N I"], w: Float[Array, "G D F"], sizes: Int[Array, " G"], *, axis: int) -> Array:
+    """Each row times its group's matrix, summed over the matrix's axis 1 or 2; by XLA's own operation."""
     numbers = lax.RaggedDotDimensionNumbers((((1,), (axis,)), ((), ())), (0,), (0,))
     return lax.ragged_dot_general(x, w, sizes, numbers, preferred_element_type=jnp.float32).astype(x.dtype)
 
@@ -106,17 +108,32 @@ def _padded(x: Float[Array, "N I"], groups: int) -> Float[Array, "P I"]:
 
 
 def _block_product(x, w, sizes, *, axis: int):
-    rows, size = x.shape[0], block_size(x.shape[0], w.shape[0])
-    inputs = _padded(x, w.shape[0])
+    def matrix(group):
+        return lax.dynamic_index_in_dim(w, group, keepdims=False)
+
+    return block_product(x, matrix, sizes, outputs=w.shape[3 - axis], axis=axis)
+
+
+def block_product(
+    x: Float[Array, "N I"],
+    matrix: Callable[[Int[Array, ""]], Float[Array, "D F"]],
+    sizes: Int[Array, " G"],
+    *,
+    outputs: int,
+    axis: int,
+) -> Float[Array, "N O"]:
+    """Each row times its group's matrix, summed over the matrix's axis, 1 (D) or 2 (F); block by block."""
+    rows, groups = x.shape[0], sizes.shape[0]
+    size, inputs = block_size(rows, groups), _padded(x, groups)
 
     def multiply(y, block: Blocks):
         part = lax.dynamic_slice_in_dim(inputs, block.start, size)
-        kernel = lax.dynamic_index_in_dim(w, block.group, keepdims=False)
+        kernel = matrix(block.group)
         part = lax.dot_general(part, kernel, (((1,), (axis - 1,)), ((), ())), preferred_element_type=jnp.float32)
         # rows of the next group are wrong here, and the next block writes over them
         return lax.dynamic_update_slice_in_dim(y, part.astype(x.dtype), block.start, 0), None
 
-    empty = jnp.zeros((rows + size, w.shape[3 - axis]), x.dtype)
+    empty = jnp.zeros((rows + size, outputs), x.dtype)
     return lax.scan(multiply, empty, _blocks(sizes, rows))[0][:rows]
 
 

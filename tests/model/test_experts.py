@@ -216,7 +216,7 @@ def test_the_products_for_tpu_are_the_same(sizes):
         three_products(product, outer, jnp.asarray(sizes, jnp.int32), x, w, out)
         for product, outer in (
             (grouped._block_product, grouped._block_outer),
-            (grouped._ragged_product, grouped._ragged_outer),
+            (grouped.ragged_product, grouped._ragged_outer),
         )
     )
     close(blocks, ragged)
