@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 from dpo_jax import trees
 from dpo_jax.model.grouped import grouped_dot
 from dpo_jax.model.kernels import dense
+from dpo_jax.model.quantised import QuantisedKernel, kind_of, quantised_dense, quantised_grouped_dot
 from dpo_jax.trees import Params
 
 LORA = "lora"
@@ -109,13 +110,17 @@ def constants(adapter: Adapter) -> Params:
     return trees.from_paths(found)
 
 
-def magnitudes(params: Params) -> Params:
-    """DoRA's magnitudes at the start, beside the factors of `params`: the norm of each column of `W + s A B`."""
+def magnitudes(params: Params, shapes: Params) -> Params:
+    """DoRA's magnitudes at the start, beside the factors of `params`: the norm of each column of `W + s A B`.
+
+    `shapes` is a tree like the base's parameters.
+    """
 
     def of(kernel: "Adapted") -> Array:
         return jax.vmap(lambda one: one.norms())(kernel)
 
-    leaves = jax.tree_util.tree_leaves_with_path(composed(params), is_leaf=lambda leaf: isinstance(leaf, Adapted))
+    made = composed(params, shapes)
+    leaves = jax.tree_util.tree_leaves_with_path(made, is_leaf=lambda leaf: isinstance(leaf, Adapted))
     found = {trees.name_of(path): leaf for path, leaf in leaves if isinstance(leaf, Adapted)}
     return trees.from_paths({beside(path, "magnitude"): of(kernel) for path, kernel in found.items()})
 
@@ -180,22 +185,30 @@ def _dropped(x: Float[Array, "B T I"], tokens: UInt32[Array, "B T"], salt: UInt3
 class Adapted:
     """A kernel with its adapter: what stands in the place of an array inside the layers.
 
-    `tokens` and `share` are those of `Noise`, where this pass has any.
+    A pytree, so its leaves may be whatever JAX puts in the places of arrays; a stack of layers has an axis before these.
+
+    Attributes:
+      base: [*E, I, O], or a quantised kernel.
+      a, b: [*E, I, R] and [*E, R, O].
+      scale: [].
+      magnitude: [O], DoRA's, or None.
+      salt: [], which tells this place of dropout from others, or None.
+      tokens, share: those of `Noise`, where this pass has any.
     """
 
     base: Any
-    a: Float[Array, "*E I R"]
-    b: Float[Array, "*E R O"]
-    scale: Float[Array, ""]
-    magnitude: Float[Array, " O"] | None = None
-    salt: UInt32[Array, ""] | None = None
-    tokens: UInt32[Array, "B T"] | None = None
+    a: Any
+    b: Any
+    scale: Any
+    magnitude: Any = None
+    salt: Any = None
+    tokens: Any = None
     share: float = 0.0
 
     def astype(self, dtype: Any) -> "Adapted":
         """With base and factors in this dtype."""
-        base, a, b = (leaf.astype(dtype) for leaf in (self.base, self.a, self.b))
-        return dataclasses.replace(self, base=base, a=a, b=b)
+        base = self.base if isinstance(self.base, QuantisedKernel) else self.base.astype(dtype)
+        return dataclasses.replace(self, base=base, a=self.a.astype(dtype), b=self.b.astype(dtype))
 
     def change(self) -> Float[Array, "*E I O"]:
         """`s A B`, in float32."""
@@ -203,17 +216,19 @@ class Adapted:
 
     def norms(self) -> Float[Array, " O"]:
         """Of the columns of `W + s A B`, in float32."""
-        whole = _plain(self.base).astype(jnp.float32) + self.change()
+        whole = _plain(self.base) + self.change()
         return jnp.sqrt(jnp.square(whole).sum(axis=0))
 
 
 def _plain(kernel: Any) -> Array:
-    """A kernel as an array, whatever it is kept in."""
-    return kernel
+    """A kernel as an array of float32, whatever it is kept in."""
+    return kernel.dequantised(jnp.float32) if isinstance(kernel, QuantisedKernel) else kernel.astype(jnp.float32)
 
 
 def product(x: Float[Array, "*B I"], kernel: Any) -> Float[Array, "*B O"]:
-    """`x @ kernel`, of an array or of an adapted kernel."""
+    """`x @ kernel`, of an array, or of a quantised or an adapted kernel."""
+    if isinstance(kernel, QuantisedKernel):
+        return quantised_dense(x, kernel)
     if not isinstance(kernel, Adapted):
         return dense(x, kernel)
     y, low = product(x, kernel.base), _low_rank(x, kernel)
@@ -244,7 +259,9 @@ def _noisy(x: Float[Array, "B T I"], kernel: Adapted) -> Float[Array, "B T I"]:
 
 
 def grouped_product(x: Float[Array, "N I"], kernel: Any, sizes: Int[Array, " E"]) -> Float[Array, "N O"]:
-    """`x[n] @ kernel[expert of n]`, as `grouped_dot`, of an array or of an adapted kernel."""
+    """`x[n] @ kernel[expert of n]`, as `grouped_dot`, of an array, or of a quantised or an adapted kernel."""
+    if isinstance(kernel, QuantisedKernel):
+        return quantised_grouped_dot(x, kernel, sizes)
     if not isinstance(kernel, Adapted):
         return grouped_dot(x, kernel, sizes)
     low = grouped_dot(grouped_dot(x, kernel.a.astype(x.dtype), sizes), kernel.b.astype(x.dtype), sizes)
@@ -254,14 +271,20 @@ def grouped_product(x: Float[Array, "N I"], kernel: Any, sizes: Int[Array, " E"]
 # ---------------------------------------------------------------------------------------------- kernels as one value
 
 
-def composed(params: Params, noise: Noise | None = None) -> Params:
-    """The parameters of some modules in which each kernel with factors beside it is one `Adapted`."""
+def composed(params: Params, shapes: Params, noise: Noise | None = None) -> Params:
+    """The parameters of some modules in which each kernel that is quantised, or has factors beside it, is one value.
+
+    `shapes` is the same tree of what has the kernels' shapes, with or without the axis of a stack.
+    """
     found = {}
     for name, child in params.items():
         if not isinstance(child, dict):
             found[name] = child
             continue
-        inner = composed({key: value for key, value in child.items() if key != LORA}, noise)
+        if kind_of(child) is not None:
+            found[name] = QuantisedKernel.of(child, tuple(shapes[name].shape[-2:]))
+            continue
+        inner = composed({key: value for key, value in child.items() if key != LORA}, shapes[name], noise)
         if LORA in child:
             inner["kernel"] = _adapted(inner["kernel"], child[LORA], _shared(params, name), noise)
         found[name] = inner
@@ -282,9 +305,12 @@ def _adapted(base: Any, factors: Params, a: Array, noise: Noise | None) -> Adapt
     return dataclasses.replace(found, salt=factors["salt"], tokens=noise.tokens, share=noise.share)
 
 
-def folded(params: Params) -> Params:
-    """The parameters with each adapter in its kernel, in float32: the same function without factors."""
-    return dict(_folded(composed(params)))
+def folded(params: Params, shapes: Params) -> Params:
+    """The parameters with each adapter in its kernel, in float32: the same function without factors.
+
+    `shapes` is a tree like the base's parameters.
+    """
+    return dict(_folded(composed(params, shapes)))
 
 
 def _folded(params: Params) -> Iterator[tuple[str, Any]]:
@@ -293,13 +319,15 @@ def _folded(params: Params) -> Iterator[tuple[str, Any]]:
             yield name, dict(_folded(child))
         elif isinstance(child, Adapted):
             yield name, jax.vmap(_whole)(child)
+        elif isinstance(child, QuantisedKernel):
+            yield name, _plain(child)
         else:
             yield name, child
 
 
 def _whole(kernel: Adapted) -> Array:
     """W', in float32."""
-    whole = _plain(kernel.base).astype(jnp.float32) + kernel.change()
+    whole = _plain(kernel.base) + kernel.change()
     if kernel.magnitude is None:
         return whole
     ratio = kernel.magnitude.astype(jnp.float32) / jnp.sqrt(jnp.square(whole).sum(axis=0))

@@ -305,7 +305,8 @@ def _pattern(spec: DecoderSpec, kinds: tuple[specs.Layer, ...], context: Context
     """Runs one layer of each kind, in order."""
 
     def one(kind, carry, weights, memory, inputs):
-        module = _merged(*_block_graph(kind, spec), composed(weights, context.noise))
+        whole = composed(weights, _block_shapes(kind, spec), context.noise)
+        module = _merged(*_block_graph(kind, spec), whole)
         carry, memory, routing = module(carry, context, memory, inputs)
         return carry._replace(x=_settled(carry.x, context.activations)), memory, routing
 
@@ -354,6 +355,11 @@ def _plain(module: nnx.Module) -> Params:
 @functools.lru_cache
 def _block_graph(layer: specs.Layer, spec: DecoderSpec):
     return nnx.split(nnx.eval_shape(lambda: Block(layer, spec, rngs=nnx.Rngs(0))))
+
+
+@functools.lru_cache
+def _block_shapes(layer: specs.Layer, spec: DecoderSpec) -> Params:
+    return nnx.to_pure_dict(_block_graph(layer, spec)[1])
 
 
 @functools.lru_cache

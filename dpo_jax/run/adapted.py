@@ -1,5 +1,6 @@
 """What a run of an adapter leaves: a PEFT folder, or its base with the adapter in it."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,9 +15,16 @@ from dpo_jax.hf.checkpoint import save_hf, scheme_of
 from dpo_jax.hf.mapping import TensorEntry, claim
 from dpo_jax.hf.tensors import Tensors
 from dpo_jax.model.adapters import folded
-from dpo_jax.model.decoder import Model
+from dpo_jax.model.decoder import Model, abstract_params
+from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights
 from dpo_jax.run.policy import Policy
+from dpo_jax.trees import Params
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _folded(params: Params, spec: DecoderSpec) -> Params:
+    return folded(params, abstract_params(spec))
 
 
 class Text(NamedTuple):
@@ -71,7 +79,7 @@ def write_merged(
 ) -> str | None:
     """Write the base with what was trained in it, added in float32 and rounded once; what rounding does to it."""
     if reward.head_is_new(policy.spec, policy.folder):
-        model = Model(policy.spec, jax.jit(folded)(weights.params))
+        model = Model(policy.spec, _folded(weights.params, policy.spec))
         how = {"card": text.card, "extra_files": text.files, "replace": replace, "dtype": dtype}
         save_hf(model, target, policy.folder, **how)
         return None

@@ -5,6 +5,7 @@ of computation, once, and is the reference as well.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 import zlib
@@ -182,6 +183,9 @@ class Policy:
             factors = jax.jit(self.fresh, static_argnums=0, out_shardings=places)(seed)
         return self._with(weights, factors)
 
+    def _magnitudes(self, params: Params) -> Params:
+        return jax.jit(functools.partial(adapters.magnitudes, shapes=abstract_params(self.spec)))(params)
+
     def fresh(self, seed: int) -> Params:
         """New factors, which change nothing."""
         assert self.adapter is not None
@@ -195,7 +199,7 @@ class Policy:
         found = Weights(trained, frozen, weights.rows)
         if not self.adapter.dora or self.start is not None:
             return found
-        return dataclasses.replace(found, trained=trees.joined(trained, jax.jit(adapters.magnitudes)(found.params)))
+        return dataclasses.replace(found, trained=trees.joined(trained, self._magnitudes(found.params)))
 
 
 def _adapter_of(

@@ -1,6 +1,7 @@
 """The policy of a run: divided and held as its settings say, and described as it will be."""
 
 import dataclasses
+import functools
 import shutil
 
 import jax
@@ -86,8 +87,9 @@ def test_an_adapter_is_trained_in_float32_beside_a_base_in_the_dtype_of_computat
     assert {leaf.dtype for leaf in kernels.values()} == {jnp.dtype(compute)}
     whole = {path for path in trees.paths(weights.trained) if "/lora/" not in path}
     assert whole == ({path for path in trees.paths(weights.params) if path.endswith("norm/scale")} if whole else set())
-    again, other = found.load(mesh_of(1, 1, 1), 0), found.load(mesh_of(1, 1, 1), 1)
-    jax.tree.map(np.testing.assert_array_equal, weights, again)
+    again, other = jax.device_get((found.load(mesh_of(1, 1, 1), 0), found.load(mesh_of(1, 1, 1), 1)))
+    weights = jax.device_get(weights)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=3e-7), weights, again)  # norms: order of a sum
     drawn = [leaf for path, leaf in trees.paths(other.trained).items() if path.endswith("/a")]
     assert not any(
         (one == leaf).all()
