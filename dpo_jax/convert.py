@@ -2,8 +2,9 @@
 `check FOLDER`, `push FOLDER ID`.
 
 An export has the tensors, files and tokenizer of its source, read back and verified before the folder stands. Weights
-are changed only by `--dtype`, which rounds them to nearest even. The source may be the output folder of a run, whose
-checkpoints have the weights in the digits that they were trained in.
+are changed only by `--dtype`, which rounds them to nearest even; those that are packed (4 bits and the like) become
+plain ones. The source may be the output folder of a run, whose checkpoints have the weights in the digits that they
+were trained in.
 """
 
 import argparse
@@ -94,7 +95,8 @@ def _check(argv: Sequence[str]) -> int:
     model = adapted(options.folder, options.adapter)
     if model.adapter is None:
         report = check(model.base, keep=options.keep, torch=options.torch, say=print)
-        print("the export is the original" if report.ok else "the export is NOT the original")
+        what = "the original, dequantised" if report.quantised else "the original"
+        print(f"the export is {what}" if report.ok else f"the export is NOT {what}")
         return 0 if report.ok else 1
     if model.line:
         print(model.line)

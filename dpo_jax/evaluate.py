@@ -67,6 +67,7 @@ def evaluate(
     The folder is for what is cached.
     """
     from dpo_jax.hf.configs import read_spec
+    from dpo_jax.hf.tensors import SIDE_FILES
     from dpo_jax.hf.tokenizer import load_tokenizer
     from dpo_jax.model.weights import Weights
     from dpo_jax.reporting.journal import Journal
@@ -80,12 +81,13 @@ def evaluate(
     scalar_head, length = wanted.trains_reward_model, rows.max_length
     compile_cache.use(model.compile_cache)
     mesh = models.make_mesh(MeshSettings(), model)
+    checked = {"model": model, "reference": reference, "max_length": length, "scalar_head": scalar_head}
+    models.check_models(find_models(model, reference, {}, SIDE_FILES), mesh, **checked)  # before weights are fetched
     sources = find_models(model, reference, {})
     if adapter is not None:  # the same folder without it is another model
         sources = dataclasses.replace(sources, reference_is_policy=False)
     tokenizer = load_tokenizer(sources.policy, rows.template)
     data = read_data(rows, tokenizer, folder, _silent if quiet else print).examples(wanted.terms, length)
-    models.check_models(sources, mesh, model=model, reference=reference, max_length=length, scalar_head=scalar_head)
     check_tokens(data, read_spec(sources.policy, scalar_head=scalar_head).vocab_size, tokenizer)
     policy = models.load_model(sources.policy, mesh, scalar_head=scalar_head, adapter=adapter)
     weights = Weights(policy.params)
@@ -157,9 +159,9 @@ def _block(kind: type[Block], name: str, values: Mapping[str, Any]) -> Block:
 
 def _is_reward_model(path: str) -> bool:
     from dpo_jax.hf.configs import read_spec
-    from dpo_jax.hf.tensors import local_folder
+    from dpo_jax.hf.tensors import SIDE_FILES, local_folder
 
-    return read_spec(local_folder(path)).scalar_head
+    return read_spec(local_folder(path, SIDE_FILES)).scalar_head
 
 
 def _lines(found: Mapping[str, float], pairs: int) -> list[str]:

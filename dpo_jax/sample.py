@@ -200,15 +200,14 @@ def _load(model: "Adapted", dtype: str) -> "Model":
 
     from dpo_jax import sharding
     from dpo_jax.hf.checkpoint import load_hf
-    from dpo_jax.hf.configs import read_spec
-    from dpo_jax.hf.tensors import local_folder
+    from dpo_jax.hf.configs import find_model, read_spec
     from dpo_jax.model.decoder import abstract_params, held_in
     from dpo_jax.run import compile_cache
 
     compile_cache.use(compile_cache.AUTO)
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    spec = read_spec(local_folder(model.base), scalar_head=False)
+    spec = read_spec(find_model(model.base), scalar_head=False)
     one = jax.device_count() == 1
     places = None if one else sharding.param_shardings(abstract_params(spec), sharding.make_mesh(fsdp=1, tensor=-1))
     held = functools.partial(held_in, dtype=jnp.dtype(dtype))  # as in training, norm scales stay in float32

@@ -48,6 +48,8 @@ COMPILING = (
     "hf/test_family_readers.py",
     "hf/test_hub_configs.py",
     "hf/test_hostile_sweep.py",
+    "hf/test_quantised.py",
+    "hf/test_quantised_refusals.py",
     "hf/test_resize.py",
     "hf/test_reward_export.py",
     "hf/test_verify.py",

@@ -17,6 +17,8 @@ from dpo_jax.hf.tensors import PICKLES, member, read_json
 WRITTEN_ANEW = frozenset({"README.md", tensors.OURS, tensors.SUMS})
 GENERATION = "generation_config.json"
 """Not taken over for a reward model, which generates nothing."""
+PACKING = frozenset({"quantize_config.json", "quant_config.json", "hf_quant_config.json"})
+"""How weights are packed, which those of an export are not."""
 ADAPTER, ADAPTER_CONFIG = "adapter_model", "adapter_config.json"
 WEIGHTS = (".safetensors", *PICKLES, ".npy", ".gguf", ".onnx", ".onnx_data", ".tflite", ".mlmodel", ".index.json")
 """How names of weights end, and of lists of them, of any program."""
@@ -24,8 +26,9 @@ MOST_FILES = 10_000
 PIECE = 1 << 20
 
 
-def files(folder: Path, *, generation: bool = True) -> list[str]:
-    """Names of the files that an export takes over, `generation_config.json` among them unless told otherwise.
+def files(folder: Path, *, generation: bool = True, quantised: bool = False) -> list[str]:
+    """Names of the files that an export takes over, `generation_config.json` among them unless told otherwise, and
+    those that say how weights are packed unless these were.
 
     Those are all but hidden ones, weights, and what is written anew. A folder inside that holds weights of its own (an
     earlier checkpoint, another format) is another model, and stays behind whole.
@@ -41,7 +44,8 @@ def files(folder: Path, *, generation: bool = True) -> list[str]:
         except OSError as error:
             remedy = "make it readable, or take it out of a copy of the folder"
             raise UserError(f"{folder / name} cannot be read ({error.strerror}); {remedy}") from None
-    return [name for name in found if name not in WRITTEN_ANEW and (generation or name != GENERATION)]
+    left = WRITTEN_ANEW | (PACKING if quantised else set()) | (set() if generation else {GENERATION})
+    return [name for name in found if name not in left]
 
 
 def _names(folder: Path, inside: str) -> Iterator[str]:

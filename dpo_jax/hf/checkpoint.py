@@ -21,12 +21,12 @@ from jax.typing import DTypeLike
 
 from dpo_jax import __version__, trees
 from dpo_jax.errors import UserError
-from dpo_jax.hf import beside, merged, resize, reward, tensors
+from dpo_jax.hf import beside, merged, resize, reward, shards, tensors
 from dpo_jax.hf.card import LANGUAGE_MODEL, REWARD_MODEL, base_name, front_matter, model_card
-from dpo_jax.hf.configs import family_of, is_wrapper, read_spec
+from dpo_jax.hf.configs import family_of, find_model, is_wrapper, read_spec
 from dpo_jax.hf.factors import EMBED, HEAD
-from dpo_jax.hf.layout import by_file, layout, with_dtype
 from dpo_jax.hf.mapping import Claims, LeafPart, Scheme, TensorEntry, claim, names
+from dpo_jax.hf.quantised import opened, without_quantisation
 from dpo_jax.hf.tensors import DTYPES, TensorInfo, Tensors, local_folder, member, read_json
 from dpo_jax.model.decoder import Model, abstract_params
 from dpo_jax.model.spec import DecoderSpec
@@ -42,8 +42,10 @@ def load_hf(
     shardings: Tree = None,
     spec: DecoderSpec | None = None,
     adapter: str | Path | None = None,
+    unrounded: bool = False,
 ) -> Model:
-    """The model of a Hugging Face folder, read one tensor at a time.
+    """The model of a Hugging Face folder, read one tensor at a time. Weights that are packed (bitsandbytes, MXFP4, FP8,
+    GPTQ, AWQ, compressed-tensors) are dequantised.
 
     Args:
       folder_or_hub_id: a folder that exists here, or else the name of a hub repository.
@@ -55,14 +57,16 @@ def load_hf(
         folder all but its head, and starts the scalar head at zero; one with more tokens gets new rows (see resize.py).
       adapter: PEFT folder, or hub id, whose changes are added to the weights in float32. The model's head may then be
         one of its own, where the adapter makes it differ from the embedding that it was tied to.
+      unrounded: whether bitsandbytes' weights of 4 bits keep all digits; they are rounded to the dtype that the folder
+        names beside each of them, then cast to `dtype`, if not. Those of other formats are rounded to `dtype` only.
 
     Raises:
       UserError: anything about the folder that is not as it must be, in one line.
     """
-    folder = local_folder(folder_or_hub_id)
+    folder = find_model(folder_or_hub_id) if spec is None else local_folder(folder_or_hub_id)
     spec = read_spec(folder) if spec is None else spec
-    source = Tensors(folder)
-    stored, scheme = resize.as_stored(spec, folder), scheme_of(spec, folder)
+    source = opened(folder, unrounded=unrounded)
+    stored, scheme = resize.as_stored(spec, folder), scheme_of(spec, folder, source.spare)
     find = reward.claim_decoder if reward.head_is_new(spec, folder) else claim
     claims = find(stored, source.infos, str(folder), scheme)
     _check_copies(source, claims)
@@ -92,10 +96,10 @@ def _dtype_of(leaf: str, dtype: DTypeLike | Callable[[str], DTypeLike]) -> DType
     return dtype(leaf) if callable(dtype) and not isinstance(dtype, type) else dtype
 
 
-def scheme_of(spec: DecoderSpec, folder: Path) -> Scheme:
-    """How the folder's family names the tensors of this decoder."""
+def scheme_of(spec: DecoderSpec, folder: Path, spare: frozenset[str] = frozenset()) -> Scheme:
+    """How the folder's family names the tensors of this decoder, and which it may have beside them."""
     family = family_of(folder)
-    return Scheme(family.naming(spec), family.ignored, is_wrapper(folder))
+    return Scheme(family.naming(spec), family.ignored, is_wrapper(folder), spare)
 
 
 def entries_of(spec: DecoderSpec, folder: Path) -> list[TensorEntry]:
@@ -152,7 +156,7 @@ def _piece(source: Tensors, found: _Found, sharding: Sharding | None) -> jax.Arr
     shape = found.part.shape
     if sharding is None:
         return jnp.asarray(_read(source, found, ()))
-    if found.entry.plain:
+    if found.entry.plain and not source.is_packed(found.entry.name):
         read = functools.lru_cache(functools.partial(_read, source, found))
         return jax.make_array_from_callback(shape, sharding, lambda index: read(_bounds(index, shape)))
     whole = _read(source, found, ())
@@ -167,7 +171,7 @@ def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[tu
 def _read(source: Tensors, found: _Found, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
     name = found.entry.name
     index = found.entry.index_of(tuple(slice(*bound) for bound in bounds)) if bounds else ()
-    array = source.read(name, index)
+    array = source.exact(name, index)
     bad = tensors.non_finite(array)
     if bad:
         where = source.folder / source.infos[name].file
@@ -238,6 +242,7 @@ def save_hf(
     max_shard_bytes: int | None = None,
 ) -> Moved | None:
     """Writes the model as a folder that looks like the one it came from, and reads it back before it stands there.
+    One whose weights were packed becomes a plain folder, without `quantization_config`.
 
     Tensor names, dtypes, shapes and files, the config and the tokenizer are those of `like`; weights that did not
     change come back bit for bit. A model with more tokens than `like` has its own `vocab_size`. Added are a model card,
@@ -253,27 +258,30 @@ def save_hf(
       extra_files: further text files by name, such as `dpo_jax.json`, or another `generation_config.json`.
       replace: an earlier export at `folder`, with nothing in it changed or added, may be replaced.
       dtype: of the tensors written; `keep` is each tensor's own in `like`.
-      max_shard_bytes: split into files of at most this size; None keeps the files of `like`
-        (5 GB if dtype changes).
+      max_shard_bytes: split into files of at most this size; None keeps the files of `like` (5 GB if dtype changes, or
+        weights were packed).
 
     Returns:
-      How many of the folder's weights differ from those of `like`; None in all processes but the first.
+      How many of the folder's weights differ from those of `like` (dequantised, if they were packed); None in all
+      processes but the first.
 
     Raises:
       UserError: the target is not free, `like` is not of this model, a weight is NaN or too large for its dtype, or the
         folder cannot be written. What stood at `folder` is then as it was.
     """
     target, origin = Path(folder), local_folder(like)
-    source = Tensors(origin)
+    source = opened(origin)
     _check_like(model, origin)
     claims, infos = _claimed(model.spec, source, origin)
-    infos = layout(infos, claims.entries | claims.copies, dtype, max_shard_bytes)
+    infos = shards.laid_out(infos, claims.weights, dtype, max_shard_bytes, packed=bool(source.quantised))
     config = reward.reward_config(model.spec, origin) if reward.head_is_new(model.spec, origin) else None
     if dtype != "keep":
-        config = with_dtype(config or read_json(origin, "config.json"), dtype)
+        config = shards.with_dtype(config or read_json(origin, "config.json"), dtype)
     if resize.as_stored(model.spec, origin) != model.spec:
         config = resize.with_vocabulary(config or read_json(origin, "config.json"), model.spec.vocab_size)
-    export = _Export(model.spec, trees.paths(model.params), source, claims, by_file(infos), config)
+    if source.quantised:
+        config = without_quantisation(config or read_json(origin, "config.json"))
+    export = _Export(model.spec, trees.paths(model.params), source, claims, shards.by_file(infos), config)
     if jax.process_index() != 0:
         for name in (name for part in export.files.values() for name in part):
             _fetch(export, name, infos[name].dtype)
@@ -297,8 +305,8 @@ def dtypes_written(
 ) -> dict[str, str]:
     """By leaf, the dtype that `save_hf` would write it in; of several tensors, that with the fewest digits."""
     origin = local_folder(like)
-    claims, infos = _claimed(spec, Tensors(origin), origin)
-    infos = layout(infos, claims.entries | claims.copies, dtype)
+    claims, infos = _claimed(spec, opened(origin), origin)
+    infos = shards.laid_out(infos, claims.weights, dtype, None)
     found: dict[str, str] = {}
     for name, entry in claims.entries.items():
         kind = np.dtype(DTYPES[infos[name].dtype])
@@ -310,12 +318,13 @@ def dtypes_written(
 
 def _claimed(spec: DecoderSpec, source: Tensors, origin: Path) -> tuple[Claims, dict[str, TensorInfo]]:
     """Which tensors an export like this folder has, and what each is of the model."""
-    scheme, stored = scheme_of(spec, origin), resize.as_stored(spec, origin)
+    scheme, stored = scheme_of(spec, origin, source.spare), resize.as_stored(spec, origin)
     if reward.head_is_new(spec, origin):
         trunk = reward.claim_decoder(stored, source.infos, str(origin), scheme)
         claims, infos = reward.with_score(stored, trunk, source.infos, scheme)
     else:
-        claims, infos = claim(stored, source.infos, str(origin), scheme), source.infos
+        claims = claim(stored, source.infos, str(origin), scheme)
+        infos = {name: info for name, info in source.infos.items() if name in claims.weights or name in claims.carried}
     return resize.grown_claims(claims, infos, resize.grown_leaves(stored, spec)) if stored != spec else (claims, infos)
 
 
@@ -400,7 +409,11 @@ def _entry_of(leaf, index):
 
 def _beside(export: _Export, folder: Path, generation: bool) -> dict[str, str]:
     """Copies what the source has beside its tensors; SHA-256 by name."""
-    names = beside.files(export.source.folder, generation=generation and not export.spec.scalar_head)
+    names = beside.files(
+        export.source.folder,
+        generation=generation and not export.spec.scalar_head,
+        quantised=bool(export.source.quantised),
+    )
     copied = [name for name in names if export.config is None or name != "config.json"]
     return beside.copy(export.source.folder, copied, folder)
 
@@ -430,6 +443,6 @@ def _texts(
 def _index(export: _Export) -> dict[str, bytes]:
     """The source's own index if every tensor keeps its file and dtype, so that it too comes back byte for byte."""
     infos = {name: info for part in export.files.values() for name, info in part.items()}
-    if infos == export.source.infos and export.source.weight_map is not None:
+    if infos == export.source.infos and export.source.weight_map is not None and not export.source.quantised:
         return {tensors.INDEX: member(export.source.folder, tensors.INDEX).read_bytes()}
-    return {} if list(export.files) == [tensors.SINGLE] else {tensors.INDEX: tensors.index_text(infos).encode()}
+    return {} if list(export.files) == [tensors.SINGLE] else {tensors.INDEX: shards.index_text(infos).encode()}

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import functools
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,8 @@ from dpo_jax.hf import bounds
 from dpo_jax.hf.beside import check_kind
 from dpo_jax.hf.families import FAMILIES, Family
 from dpo_jax.hf.keys import AGAIN, FIXED, HARMLESS, MOVED, REQUIRED, Keys
-from dpo_jax.hf.tensors import read_bytes, read_json, tensor_names
+from dpo_jax.hf.quantisation import KEY, method_of
+from dpo_jax.hf.tensors import SIDE_FILES, local_folder, read_bytes, read_json, tensor_names
 from dpo_jax.model.spec import DecoderSpec
 
 LANGUAGE_MODEL, CLASSIFIER, WRAPPER = "ForCausalLM", "ForSequenceClassification", "ForConditionalGeneration"
@@ -48,7 +50,7 @@ def read_spec(folder: str | Path, *, scalar_head: bool | None = None) -> Decoder
     check_kind(folder)
     file, raw = folder / "config.json", read_json(folder, "config.json")
     bounds.check(raw, file)
-    _check_raw(raw, Keys(raw, file))
+    _check_raw(raw, Keys(raw, file), file)
     spec = _decoder(folder, raw)
     own = _is_classifier(raw)
     if own and scalar_head is False:
@@ -57,6 +59,18 @@ def read_spec(folder: str | Path, *, scalar_head: bool | None = None) -> Decoder
     if scalar_head and not own:
         _check_reward(raw, Keys(raw, file))
     return dataclasses.replace(spec, scalar_head=own if scalar_head is None else scalar_head)
+
+
+def find_model(folder_or_hub_id: str | Path) -> Path:
+    """The folder of a model, or the hub repository of that name, downloaded; one that cannot be read is refused by its
+    small files, before the weights are downloaded.
+
+    Raises:
+      UserError: it cannot be had, or as `read_spec`.
+    """
+    if not Path(folder_or_hub_id).expanduser().is_dir():
+        read_spec(local_folder(folder_or_hub_id, SIDE_FILES))
+    return local_folder(folder_or_hub_id)
 
 
 def family_of(folder: Path) -> Family:
@@ -73,6 +87,7 @@ def is_wrapper(folder: Path) -> bool:
 def _decoder(folder: Path, raw: dict[str, Any]) -> DecoderSpec:
     file = folder / "config.json"
     config = copy.deepcopy(_auto_config(folder, read_bytes(file)))
+    config.pop(KEY, None)  # `_check_raw` has judged it
     swallowed = _swallowed(raw, config)
     if raw["model_type"] in WRAPPERS:
         inner, outer = config["text_config"], config
@@ -98,7 +113,7 @@ def _is_tied(folder: Path, raw: dict[str, Any], config: dict[str, Any]) -> bool:
         if isinstance(table.get("tie_word_embeddings"), bool):
             return table["tie_word_embeddings"]
     return bool(config.get("tie_word_embeddings")) and not any(
-        name.endswith("lm_head.weight") for name in tensor_names(folder)
+        re.fullmatch(r"(.*\.)?lm_head\.(q?weight|weight_packed)", name) for name in tensor_names(folder)
     )
 
 
@@ -108,7 +123,7 @@ def _swallowed(raw: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     own = CONFIG_MAPPING[config["model_type"]].attribute_map
-    left = {name: value for name, value in raw.items() if name not in config and name not in MOVED}
+    left = {name: value for name, value in raw.items() if name not in config and name not in MOVED and name != KEY}
     return {name: value for name, value in left.items() if config.get(own.get(name, ""), ...) != value}
 
 
@@ -162,7 +177,7 @@ def _check_labels(raw: dict[str, Any], k: Keys) -> None:
         raise k.refuse(name, raw.get(name), why)
 
 
-def _check_raw(raw: dict[str, Any], k: Keys) -> None:
+def _check_raw(raw: dict[str, Any], k: Keys, file: Path) -> None:
     """What must be known before transformers sees the folder, and what it would settle in silence."""
     if "auto_map" in raw:
         why = "the model brings its own code, never run; if transformers knows the family, remove the key from a copy"
@@ -177,9 +192,7 @@ def _check_raw(raw: dict[str, Any], k: Keys) -> None:
         raise k.refuse("architectures", kinds, why)
     if _is_classifier(raw):
         _check_labels(raw, k)
-    if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"]
-        raise k.refuse("quantization_config", method, "only whole weights are read; dequantise the model first")
+    method_of(raw, file)
     _check_rope(raw, k)
 
 

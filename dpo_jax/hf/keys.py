@@ -164,6 +164,10 @@ class Keys:
         """Value of a key, which counts as unread still if it was."""
         return self._all.get(name)
 
+    def has(self, name: str) -> bool:
+        """Whether the key is there, be it null."""
+        return name in self._all
+
     def size(self, name: str, default: int | None = None) -> int:
         """A whole number above zero."""
         value = self.take(name, default)

@@ -204,14 +204,21 @@ class Claims(NamedTuple):
     copies: dict[str, TensorEntry]
     carried: tuple[str, ...]
 
+    @property
+    def weights(self) -> dict[str, TensorEntry]:
+        """What is of the model, under either name."""
+        return {**self.entries, **self.copies}
+
 
 class Scheme(NamedTuple):
     """How a folder's tensors are named: the family's names, patterns of tensors to carry along, and whether the decoder
-    is a part of a larger model, whose other tensors are carried along too."""
+    is a part of a larger model, whose other tensors are carried along too. Those that are `spare` are left behind where
+    nobody claims them."""
 
     naming: Naming
     ignored: str = ""
     wrapped: bool = False
+    spare: frozenset[str] = frozenset()
 
 
 def claim(spec: DecoderSpec, infos: Mapping[str, TensorInfo], where: str, scheme: Scheme) -> Claims:
@@ -241,10 +248,11 @@ def claim(spec: DecoderSpec, infos: Mapping[str, TensorInfo], where: str, scheme
         raise UserError(f"{where}: tensor {missing[0]!r} is missing ({len(missing)} are); config.json asks for it")
     entries = {name: table[name] for name in infos if name in table}
     copies = {name: second[name] for name in infos if name in second and name not in table}
-    carried = [name for name in infos if name not in entries and name not in copies]
+    carried = [name for name in infos if name not in entries and name not in copies and name not in scheme.spare]
     _check_carried(carried, scheme, tower, where)
-    _check_infos(infos, {**entries, **copies}, where)
-    return Claims(entries, copies, tuple(carried))
+    claims = Claims(entries, copies, tuple(carried))
+    _check_infos(infos, claims.weights, where)
+    return claims
 
 
 def placed(scheme: Scheme, infos: Mapping[str, TensorInfo]) -> tuple[Naming, str]:

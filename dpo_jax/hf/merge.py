@@ -12,13 +12,14 @@ import numpy as np
 
 from dpo_jax import __version__
 from dpo_jax.errors import printable
-from dpo_jax.hf import beside, tensors
+from dpo_jax.hf import beside, shards, tensors
 from dpo_jax.hf.card import base_name, front_matter, model_card
 from dpo_jax.hf.checkpoint import scheme_of
 from dpo_jax.hf.configs import read_spec
-from dpo_jax.hf.layout import Dtype, by_file, layout, with_dtype
 from dpo_jax.hf.mapping import Scheme, claim
 from dpo_jax.hf.merged import Merged, rounded, untied, with_adapter
+from dpo_jax.hf.quantised import opened
+from dpo_jax.hf.shards import Dtype
 from dpo_jax.hf.tensors import DTYPES, TensorInfo, Tensors, local_folder, read_json
 from dpo_jax.model.spec import DecoderSpec
 
@@ -63,7 +64,8 @@ def merge(
     """
     origin = local_folder(base)
     spec = read_spec(origin)
-    source, scheme = Tensors(origin), scheme_of(spec, origin)
+    source = opened(origin)
+    scheme = scheme_of(spec, origin, source.spare)
     tensors.check_target(Path(target), replace=False)
     claims = claim(spec, source.infos, str(origin), scheme)
     view = with_adapter(adapter, source, spec, scheme, claims)
@@ -99,7 +101,7 @@ def write_merged(
     """
     target, origin = Path(target), view.folder
     infos = _layout(view, spec, scheme, dtype)
-    files = by_file(infos)
+    files = shards.by_file(infos)
     config = _config(origin, dtype, view.adapter.unties)
     tensors.check_target(target, replace)
     need = sum(tensors.num_bytes(info.dtype, info.shape) for info in infos.values())
@@ -113,7 +115,7 @@ def write_merged(
         sums |= beside.copy(origin, [name for name in beside.files(origin) if name != "config.json"], staging)
         texts = {"config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
         if list(files) != [tensors.SINGLE]:
-            texts[tensors.INDEX] = tensors.index_text(infos)
+            texts[tensors.INDEX] = shards.index_text(infos)
         named = base_name(origin, card)
         texts["README.md"] = model_card(named, front_matter(origin), card)
         facts = {"version": __version__, "base_model": named, "base_digest": tensors.weights_digest(origin)}
@@ -155,7 +157,7 @@ def _layout(view: Merged, spec: DecoderSpec, scheme: Scheme, dtype: Dtype) -> di
     """What is written: the base's dtypes and files, or weights of another dtype in files of a usual size."""
     own = {name: info._replace(dtype=view.own_dtype(name)) for name, info in view.infos.items()}
     claims = claim(untied(spec, view.adapter), view.infos, str(view.folder), scheme)
-    return layout(own, claims.entries | claims.copies, dtype)
+    return shards.laid_out(own, claims.weights, dtype, None, packed=bool(view.quantised))
 
 
 def _config(origin: Path, dtype: str, unties: bool) -> dict[str, Any]:
@@ -166,7 +168,7 @@ def _config(origin: Path, dtype: str, unties: bool) -> dict[str, Any]:
         config["tie_word_embeddings"] = False
         if isinstance(config.get("text_config"), dict):
             config["text_config"]["tie_word_embeddings"] = False
-    return config if dtype == "keep" else with_dtype(config, dtype)
+    return config if dtype == "keep" else shards.with_dtype(config, dtype)
 
 
 def _check(staging: Path, spec: DecoderSpec) -> None:

@@ -38,6 +38,7 @@ class Merged(Tensors):
         """
         self.folder, self.files = source.folder, source.files
         self.metadata, self.adapter = source.metadata, adapter
+        self.quantised, self.spare = source.quantised, source.spare
         self._source = source
         self._factors = by_tensor(adapter.factors)
         self._biases = _added_biases(adapter)
@@ -100,12 +101,20 @@ class Merged(Tensors):
         else:
             yield self.read(name).reshape(-1)
 
-    def exact(self, name: str) -> np.ndarray:
+    def exact(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """The same with all digits that the base gives; what the adapter changes is rounded as `infos` says."""
+        return self.read(name, index) if self.changes(name) else self._source.exact(self._from.get(name, name), index)
+
+    def is_packed(self, name: str) -> bool:
+        """Whether reading a part takes as long as reading the whole tensor."""
+        return not self.changes(name) and self._source.is_packed(self._from.get(name, name))
+
+    def _sum(self, name: str) -> np.ndarray:
         """A tensor in float32, not rounded."""
         own, adapter = self._own.get(name, name), self.adapter
         value = adapter.replaced.get(own)
         if value is None:
-            value = self._source.read(self._from.get(name, name))
+            value = self._source.exact(self._from.get(name, name))
         value = value.astype(np.float32)  # a new array, which may be written into
         if own in adapter.rows:
             value[list(adapter.rows[own].numbers)] = adapter.rows[own].values
@@ -117,7 +126,7 @@ class Merged(Tensors):
         return value
 
     def _whole(self, name: str) -> np.ndarray:
-        return rounded(self.exact(name), self.infos[name].dtype, f"{self.folder} with the adapter: tensor {name!r}")
+        return rounded(self._sum(name), self.infos[name].dtype, f"{self.folder} with the adapter: tensor {name!r}")
 
 
 def rounded(value: np.ndarray, dtype: str, where: str) -> np.ndarray:

@@ -37,6 +37,8 @@ DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 """What weights may be, by safetensors' names."""
 STORED = DTYPES | {"BOOL": np.dtype(bool), "F64": np.dtype(np.float64)}
 STORED |= {f"{kind.upper()}{8 * size}": np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)}
+FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
+STORED |= {name: np.dtype(getattr(ml_dtypes, kind)) for name, kind in FLOAT8.items()}
 """What any tensor of a folder may be, such as a mask that is carried along."""
 MAX_JSON_BYTES = 64 << 20
 MAX_JSON_PARTS = 200_000
@@ -147,7 +149,14 @@ PIECE_BYTES = 1 << 20
 
 
 class Tensors:
-    """The tensors of a folder: `infos` by name, in file and offset order. Files stay mapped while this lives."""
+    """The tensors of a folder: `infos` by name, in file and offset order. Files stay mapped while this lives.
+
+    `quantised` names the method by which a folder is packed (see `quantised`), `spare` tensors that a model need not
+    have.
+    """
+
+    quantised: str = ""
+    spare: frozenset[str] = frozenset()
 
     def __init__(self, folder: Path, file: str | None = None):
         """Opens and checks every tensor file of the folder, or the one that is named; reads no tensor."""
@@ -187,11 +196,22 @@ class Tensors:
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A tensor, or the part of it that `index` selects, as a new array."""
-        handle = self._handles[self.infos[name].file]
+        info = self.infos[name]
+        if info.dtype in FLOAT8:  # NumPy has none, so safetensors does not read it
+            return np.concatenate([np.empty(0, STORED[info.dtype]), *self.pieces(name)]).reshape(info.shape)[index]
+        handle = self._handles[info.file]
         try:
             return handle.get_slice(name)[index] if index else handle.get_tensor(name)
         except SafetensorError as error:
-            raise UserError(f"{self.folder / self.infos[name].file}: tensor {name!r}: {one_line(error)}") from error
+            raise UserError(f"{self.folder / info.file}: tensor {name!r}: {one_line(error)}") from error
+
+    def exact(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """As `read`, with all digits that the folder gives, which for packed weights are more than `infos` says."""
+        return self.read(name, index)
+
+    def is_packed(self, name: str) -> bool:
+        """Whether reading a part takes as long as reading the whole tensor."""
+        return False
 
     def pieces(self, name: str) -> Iterator[np.ndarray]:
         """The numbers of a tensor in their order, some at a time; what `read` maps into memory stays there."""
@@ -343,33 +363,6 @@ def check_tensors(path: Path, infos: Mapping[str, TensorInfo], digest: str) -> N
         found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
     if found != {name: (dtype, shape) for name, (_, dtype, shape) in infos.items()} or file_digest(path) != digest:
         raise OSError(f"{path} does not read back as it was written")
-
-
-def split(infos: Mapping[str, TensorInfo], max_bytes: int) -> dict[str, TensorInfo]:
-    """Tensors assigned to new files of at most `max_bytes` each (a larger tensor has a file of its own), in order."""
-    groups: list[dict[str, TensorInfo]] = [{}]
-    room = max_bytes
-    for name, info in infos.items():
-        size = num_bytes(info.dtype, info.shape)
-        if size > room and groups[-1]:
-            groups.append({})
-            room = max_bytes
-        groups[-1][name] = info
-        room -= size
-    files = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
-    files = files if len(groups) > 1 else [SINGLE]
-    return {
-        name: info._replace(file=file)
-        for file, group in zip(files, groups, strict=True)
-        for name, info in group.items()
-    }
-
-
-def index_text(infos: Mapping[str, TensorInfo]) -> str:
-    """The index file that goes with sharded tensors."""
-    total = sum(num_bytes(info.dtype, info.shape) for info in infos.values())
-    weight_map = {name: info.file for name, info in sorted(infos.items())}
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------- replacing a folder

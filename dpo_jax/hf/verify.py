@@ -24,9 +24,11 @@ from dpo_jax.files import file_digest, size_text
 from dpo_jax.hf import beside, tensors
 from dpo_jax.hf.beside import WRITTEN_ANEW
 from dpo_jax.hf.checkpoint import load_hf, save_hf
-from dpo_jax.hf.configs import quiet, read_spec
+from dpo_jax.hf.configs import find_model, quiet, read_spec
 from dpo_jax.hf.merge import merge
 from dpo_jax.hf.merged import FILES
+from dpo_jax.hf.quantisation import KEY
+from dpo_jax.hf.quantised import opened, without_quantisation
 from dpo_jax.hf.tensors import Tensors, local_folder
 from dpo_jax.model.attention import causal
 from dpo_jax.model.decoder import Model, hidden, logits, scalar_scores
@@ -51,10 +53,11 @@ class Check(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """Everything that was compared; `ok` if nothing differs."""
+    """Everything that was compared; `ok` if nothing differs. `quantised` names the method that packed the folder."""
 
     folder: Path
     checks: tuple[Check, ...]
+    quantised: str = ""
 
     @property
     def ok(self) -> bool:
@@ -71,6 +74,8 @@ def check(
 ) -> Verification:
     """Loads a folder, exports it, and compares the two, in PyTorch too if it is installed.
 
+    Of a folder of packed weights the dequantised ones are compared, and PyTorch sees the export only.
+
     Args:
       folder_or_hub_id: of the model.
       keep: where the export stays; it must not exist, or be empty. None uses a temporary folder.
@@ -80,9 +85,9 @@ def check(
     Raises:
       UserError: the folder is not one that can be loaded, or there is no room for the export or for PyTorch's model.
     """
-    folder = local_folder(folder_or_hub_id)
+    folder = find_model(folder_or_hub_id)
     read_spec(folder)
-    source = Tensors(folder)
+    source = opened(folder)
     if keep is not None:
         tensors.check_target(Path(keep), replace=False)
     torch = torch and has_torch()
@@ -92,7 +97,7 @@ def check(
         for one in _compared(source, target, torch):
             say(str(one))
             found.append(one)
-    return Verification(folder, tuple(found))
+    return Verification(folder, tuple(found), source.quantised)
 
 
 def check_adapter(
@@ -120,7 +125,7 @@ def check_adapter(
     if keep is not None:
         tensors.check_target(Path(keep), replace=False)
     torch = torch and has_torch()
-    say(_plan(Tensors(folder), keep, torch))
+    say(_plan(opened(folder), keep, torch))
     found: list[Check] = []
     with _place(keep) as target:
         for one in _adapter_compared(folder, local_folder(adapter, FILES), target, torch):
@@ -204,12 +209,18 @@ def _compared(source: Tensors, target: Path, torch: bool) -> Iterator[Check]:
     save_hf(model, target, folder)
     del model
     yield _tensors(source, target)
-    yield from _files(folder, target, generation=not scalar)
-    if ours is not None:
-        yield from _in_pytorch(folder, target, rows, ours)
-    else:
+    yield from _files(source, target, generation=not scalar)
+    if ours is None:
         why = "as asked" if has_torch() else "PyTorch is not installed: pip install torch"
         yield Check("logits", f"not compared, {why}", None)
+    elif source.quantised:
+        rounded = our_logits(load_hf(target), rows)
+        yield Check("logits, export", f"rounding the weights moved them by {_apart(ours, rounded):.2g}", None)
+        why = f"that takes {source.quantised}'s own kernels, most of them for GPUs; PyTorch sees the export only"
+        yield Check("PyTorch, original", f"not run: {why}", None)
+        yield from _in_pytorch(None, target, rows, rounded)
+    else:
+        yield from _in_pytorch(folder, target, rows, ours)
 
 
 # ---------------------------------------------------------------------------------------------- tensors and files
@@ -217,7 +228,7 @@ def _compared(source: Tensors, target: Path, torch: bool) -> Iterator[Check]:
 
 def _tensors(source: Tensors, target: Path) -> Check:
     """Names, dtypes, shapes, files and bytes."""
-    names = list(source.infos)
+    names = [name for name in source.infos if name not in source.spare]
     try:
         export = Tensors(target)
         found = ((name, _difference(source, export, name)) for name in dict.fromkeys([*names, *export.infos]))
@@ -226,6 +237,8 @@ def _tensors(source: Tensors, target: Path) -> Check:
         return Check("tensors", str(error), False)
     if wrong:
         return Check("tensors", f"{len(wrong)} of {len(names)}: {_few(wrong)}", False)
+    if source.quantised:
+        return Check("tensors", f"{len(names)} with the names, bytes, dtypes and shapes of the dequantised ones", True)
     return Check("tensors", f"{len(names)} with the same names, bytes, dtypes, shapes and files", True)
 
 
@@ -236,7 +249,7 @@ def _difference(source: Tensors, export: Tensors, name: str) -> str:
     if name not in source.infos:
         return "extra"
     before, after = source.infos[name], export.infos[name]
-    for what in ("dtype", "shape", "file"):
+    for what in ("dtype", "shape") if source.quantised else ("dtype", "shape", "file"):
         if getattr(before, what) != getattr(after, what):
             return f"{what} {getattr(before, what)} became {getattr(after, what)}"
     return "" if np.array_equal(_bits(source, name), _bits(export, name)) else "bytes"
@@ -246,21 +259,27 @@ def _bits(folder: Tensors, name: str) -> np.ndarray:
     return np.ascontiguousarray(folder.read(name)).reshape(-1).view(np.uint8)
 
 
-def _files(folder: Path, target: Path, *, generation: bool) -> Iterator[Check]:
+def _files(source: Tensors, target: Path, *, generation: bool) -> Iterator[Check]:
     """Every file beside the tensors, byte for byte; and what the export says of itself."""
+    folder, packed = source.folder, bool(source.quantised)
     before, after = _beside(folder), _beside(target)
-    wanted = {*beside.files(folder, generation=generation), *(before & {tensors.INDEX})}
+    anew = WRITTEN_ANEW | ({"config.json", tensors.INDEX} if packed else set())
+    wanted = {*beside.files(folder, generation=generation, quantised=packed), *(before & {tensors.INDEX})} - anew
     wrong = [
         f"{name} ({'missing' if name not in after else 'bytes'})"
         for name in sorted(wanted)
         if name not in after or file_digest(folder / name) != file_digest(target / name)
     ]
-    wrong += [f"{name} (extra)" for name in sorted(after - wanted - WRITTEN_ANEW)]
+    wrong += [f"{name} (extra)" for name in sorted(after - wanted - anew)]
     same = f"{len(wanted)} with the same bytes: {_few(sorted(wanted), 12)}"
     yield Check("files", f"{len(wrong)} of {len(wanted)}: {_few(wrong)}" if wrong else same, not wrong)
     changed = tensors.changed_files(target)
     yield Check(tensors.SUMS, f"does not fit {_few(changed)}" if changed else "fits every file", not changed)
-    left = sorted(before - wanted - WRITTEN_ANEW)
+    if packed:
+        plain = without_quantisation(tensors.read_json(folder, "config.json"))
+        same = plain == tensors.read_json(target, "config.json")
+        yield Check("config.json", f"{'the same' if same else 'another'}, without {KEY}", same)
+    left = sorted(before - wanted - anew)
     if left:
         yield Check("left behind", _few(left), None)
 
@@ -299,10 +318,12 @@ def our_logits(model: Model, rows: np.ndarray) -> np.ndarray:
         return np.asarray(scalar_scores(model.spec, model.params, states[:, -1])[:, None])
 
 
-def _in_pytorch(folder: Path, target: Path, rows: np.ndarray, ours: np.ndarray) -> Iterator[Check]:
-    """Both folders in PyTorch: which names it misses, its logits of the two, and its logits and ours."""
+def _in_pytorch(folder: Path | None, target: Path, rows: np.ndarray, ours: np.ndarray) -> Iterator[Check]:
+    """Both folders in PyTorch: which names it misses, its logits of the two, and its logits and ours; or of None, only
+    those of the target."""
     try:
-        (before, names), (after, names_after) = (torch_logits(one, rows) for one in (folder, target))
+        before, names = (None, {}) if folder is None else torch_logits(folder, rows)
+        after, names_after = torch_logits(target, rows)
     # transformers and torch raise anything for a folder that they cannot load; that is the finding.
     except Exception as error:
         yield Check(
@@ -312,10 +333,11 @@ def _in_pytorch(folder: Path, target: Path, rows: np.ndarray, ours: np.ndarray) 
     problems = [f"{kind} {_few(sorted(map(str, found)))}" for kind, found in names_after.items() if found]
     told = "; ".join(problems) or "no tensor is missing or unexpected"
     passed_by = all(not found for kind, found in names.items() if kind != "unexpected_keys")
-    yield Check("PyTorch, tensors", told, names_after == names and passed_by)
+    yield Check("PyTorch, tensors", told, not problems if before is None else names_after == names and passed_by)
     what = "scores" if ours.ndim == 2 else "logits"
-    apart = _apart(before, after)
-    yield Check(f"PyTorch, {what}", f"original and export differ by {apart:.3g}", apart == 0.0)
+    if before is not None:
+        apart = _apart(before, after)
+        yield Check(f"PyTorch, {what}", f"original and export differ by {apart:.3g}", apart == 0.0)
     yield _near(f"PyTorch and JAX, {what}", after, ours)
 
 

@@ -185,7 +185,7 @@ def _dropped(x: Float[Array, "B T I"], tokens: UInt32[Array, "B T"], salt: UInt3
 class Adapted:
     """A kernel with its adapter: what stands in the place of an array inside the layers.
 
-    A pytree, so its leaves may be whatever JAX puts in the places of arrays; a stack of layers has an axis before these.
+    A pytree, so its leaves may be whatever JAX puts in the places of arrays; a stack of layers has one axis more.
 
     Attributes:
       base: [*E, I, O], or a quantised kernel.

@@ -13,7 +13,7 @@ from dpo_jax.hf import adapters as folders
 from dpo_jax.hf import factors, merge, merged, peft_export, reward
 from dpo_jax.hf.checkpoint import save_hf, scheme_of
 from dpo_jax.hf.mapping import TensorEntry, claim
-from dpo_jax.hf.tensors import Tensors
+from dpo_jax.hf.quantised import opened
 from dpo_jax.model.adapters import folded
 from dpo_jax.model.decoder import Model, abstract_params
 from dpo_jax.model.spec import DecoderSpec
@@ -55,7 +55,7 @@ def _is_whole(policy: Policy, entry: TensorEntry) -> bool:
 
 def write_adapter(policy: Policy, weights: Weights, target: Path, text: Text, *, replace: bool = False) -> None:
     """Write the factors as a PEFT folder; raises as `peft_export.write_adapter`."""
-    adapter, base = trained_on(policy, weights), Tensors(policy.folder)
+    adapter, base = trained_on(policy, weights), opened(policy.folder)
     peft_export.write_adapter(
         target,
         adapter,
@@ -83,7 +83,8 @@ def write_merged(
         how = {"card": text.card, "extra_files": text.files, "replace": replace, "dtype": dtype}
         save_hf(model, target, policy.folder, **how)
         return None
-    source, scheme = Tensors(policy.folder), scheme_of(policy.spec, policy.folder)
+    source = opened(policy.folder)
+    scheme = scheme_of(policy.spec, policy.folder, source.spare)
     claims = claim(policy.spec, source.infos, str(policy.folder), scheme)
     view = merged.Merged(source, trained_on(policy, weights), claims, "float32")
     how = {"dtype": dtype, "card": text.card, "extra_files": text.files, "replace": replace}

@@ -24,7 +24,8 @@ from dpo_jax.errors import UserError
 from dpo_jax.hf import adapters as folders
 from dpo_jax.hf.checkpoint import entries_of, scheme_of
 from dpo_jax.hf.factors import Factor, Key
-from dpo_jax.hf.tensors import Tensors, read_json
+from dpo_jax.hf.quantised import opened
+from dpo_jax.hf.tensors import read_json
 from dpo_jax.model import adapters
 from dpo_jax.model.adapter_settings import AdapterSettings
 from dpo_jax.model.adapters import Adapter
@@ -213,7 +214,8 @@ def _adapter_of(
     from dpo_jax.hf.peft import read_adapter
 
     assert sources.adapter is not None
-    read = read_adapter(sources.adapter, spec, scheme_of(spec, sources.policy), Tensors(sources.policy))
+    base = opened(sources.policy)
+    read = read_adapter(sources.adapter, spec, scheme_of(spec, sources.policy, base.spare), base)
     if read.replaced or read.rows or read.unties or any(one.bias is not None for one in read.factors.values()):
         raise UserError(
             f"adapter.path: {sources.adapter} has more than factors (biases, whole modules or rows of an embedding), "

@@ -265,7 +265,7 @@ def test_a_push_that_fails_loses_nothing_and_the_same_command_pushes_again(world
 def test_a_model_that_cannot_be_trained_is_refused_before_its_weights_are_downloaded(world, far, tmp_path, capsys):
     folder = shutil.copytree(world / "model", tmp_path / "quantised")
     known = json.loads((folder / "config.json").read_text())
-    quantised = {**known, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    quantised = {**known, "quantization_config": {"quant_method": "gptq", "bits": 3}}
     (folder / "config.json").write_text(json.dumps(quantised))
     far.add("org/quantised", folder)
     line = refused(arguments(world, tmp_path / "run", "model.path=org/quantised"), capsys)

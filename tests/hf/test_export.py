@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from dpo_jax import trees
 from dpo_jax.errors import UserError
-from dpo_jax.hf import tensors
+from dpo_jax.hf import shards, tensors
 from dpo_jax.hf.card import HUB_ID, base_name, model_card
 from dpo_jax.hf.checkpoint import load_hf, save_hf
 from dpo_jax.hf.tensors import Tensors, changed_files, weights_digest
@@ -218,7 +218,7 @@ def test_shards_stay_below_their_limit_and_lose_nothing(limit, tmp_path):
 @settings(deadline=None)
 def test_splitting_keeps_order_and_fills_files(sizes, limit):
     infos = {f"t{i}": tensors.TensorInfo("x", "F16", (size,)) for i, size in enumerate(sizes)}
-    found = tensors.split(infos, limit)
+    found = shards.split(infos, limit)
     assert list(found) == list(infos) and [i.file for i in found.values()] == sorted(i.file for i in found.values())
     totals = {}
     for info in found.values():

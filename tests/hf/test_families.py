@@ -150,7 +150,7 @@ def test_windows_are_where_the_family_puts_them(family, config, windows, tmp_pat
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling = .*differs from rope_parameters"),
         ({"rope_parameters": {"rope_type": "linear", "factor": -1, "rope_theta": 1e4}}, "rope_parameters.factor = -1"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config = .*gptq.*dequantise the model"),
+        ({"quantization_config": {"quant_method": "quip"}}, "quantization_config.quant_method = .quip.: weights"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder = true"),
         ({"architectures": ["LlamaForTokenClassification"]}, "architectures"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "id2label = null: makes 2 labels"),
