@@ -1,8 +1,8 @@
 """PEFT folders in: each kind of change is the formula that PEFT computes, on the tensors of the base's folder."""
 
-import json
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -307,15 +307,15 @@ def test_logits_are_those_of_peft(name):
     folder, base = case(name)
     model = load_hf(base, adapter=folder)
     wanted = load_file(folder / "golden.safetensors")["logits"]
-    found = np.asarray(logits(model.spec, model.params, load_file(base / "golden.safetensors")["ids"]))
+    ids = jnp.asarray(load_file(base / "golden.safetensors")["ids"])
+    found = np.asarray(logits(model.spec, model.params, ids))
     largest = np.abs(wanted).max()
     assert np.abs(found - wanted).max() <= (2e-4 if largest <= 10 else 1e-5 * largest)
-    if not (folder / "merged.safetensors").is_file() or model.spec.tied != json.loads(
-        (base / "config.json").read_text()
-    ).get("tie_word_embeddings", name.startswith("gpt2")):
+    if not (folder / "merged.safetensors").is_file():
         return
     seen = view(folder, base)
     for tensor, array in load_file(folder / "merged.safetensors").items():
+        if (name, tensor) == ("llama_embedding_tied", "model.embed_tokens.weight"):
+            continue  # PEFT adds the change of a tied embedding to it, and that of the head once more
         apart = np.abs(seen.read(tensor) - array).max()
-        # rows' norms are added up in another order than PyTorch's vector units do
-        assert apart <= (5e-7 if "dora" in name else 1.8 if "embedding_tied" in name else 0), tensor
+        assert apart <= (5e-7 if "dora" in name else 0), tensor  # norms are summed in another order by PyTorch

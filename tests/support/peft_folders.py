@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from dpo_jax import trees
 from dpo_jax.hf.checkpoint import load_hf, scheme_of
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.hf.factors import Adapter
@@ -78,7 +79,5 @@ def view(folder: Path, base: Path, dtype="keep") -> Merged:
 
 def leaves(base: Path, adapter: Path | None = None, **options) -> dict[str, np.ndarray]:
     """Leaves of the loaded model by path."""
-    from dpo_jax import trees
-
     table = trees.paths(load_hf(base, adapter=adapter, **options).params)
     return {path: np.array(leaf) for path, leaf in table.items()}
