@@ -43,8 +43,8 @@ def adapted(model: str, adapter: str | None = None) -> Adapted:
     try:
         local_folder(base, ("config.json",))
     except UserError as error:
-        why = f"{own / ADAPTER_CONFIG}: base_model_name_or_path = {printable(base[:200])}: {error}"
-        raise UserError(f"{why}; or give the base, with --adapter {model}") from error
+        why = f"{model} is an adapter of {printable(base[:200])}, not a model: {error}"
+        raise UserError(f"{why}; or give its base where it is: BASE --adapter {model}") from error
     return Adapted(base, own, f"{model} is an adapter of {printable(base)}, which its {ADAPTER_CONFIG} names")
 
 

@@ -216,9 +216,10 @@ HOSTILE: dict[str, Hostile] = {
     "tensor: float64": Hostile(_dtype(np.float64), (NAME, "F64", "dequantise or convert")),
     "tensor: float8": Hostile(_dtype(ml_dtypes.float8_e4m3fn), (NAME, "F8_E4M3", "dequantise or convert")),
     "weights: a pickle only": Hostile(_pickled, ("pytorch_model.bin", "safe_serialization=True")),
-    "weights: an adapter only": Hostile(_adapter, ("is an adapter of ../elsewhere, not a model", "convert merge")),
+    "weights: an adapter only": Hostile(_adapter, ("is an adapter of ../elsewhere, not a model", "BASE")),
     "weights: an adapter beside a model": Hostile(
-        _bytes("adapter_config.json", b'{"base_model_name_or_path": 7}'), ("holds an adapter beside a model", "PEFT")
+        _bytes("adapter_config.json", b'{"base_model_name_or_path": 7}'),
+        ("holds an adapter beside a model", "convert merge"),
     ),
     "config: code of its own": Hostile(_with_code, ("config.json", "auto_map", "never run")),
     "config: not JSON": Hostile(_bytes("config.json", b'{"model_type": "llama",}'), ("config.json", "not valid JSON")),
