@@ -59,6 +59,11 @@ RULES: tuple[tuple[str, Callable[["Run"], bool], str], ...] = (
         "an adapter trains nothing of the model but adapter.modules_to_save; leave it out",
     ),
     (
+        "model.quantise",
+        lambda r: r.model.quantise is not None and not r.adapter.used,
+        "only what is not trained can be kept in few bits; give adapter.rank, or leave it out",
+    ),
+    (
         "optimizer.param_dtype",
         lambda r: r.adapter.used and r.optimizer.param_dtype != "float32",
         "the factors of an adapter are float32; leave it out",

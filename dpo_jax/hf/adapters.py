@@ -7,6 +7,7 @@ share, and a B whose columns are divided among them as the tensor's outputs are.
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +16,12 @@ from dpo_jax import trees
 from dpo_jax.errors import UserError, nearest
 from dpo_jax.hf.factors import Factor, Key, parts
 from dpo_jax.hf.mapping import LeafPart, TensorEntry
+from dpo_jax.hf.quantisation import KEY
+from dpo_jax.hf.quantised import opened
+from dpo_jax.hf.tensors import read_json
 from dpo_jax.model.adapter_settings import ALL_LINEAR, EXPERTS, GROUPS, PEFT_DEFAULT, ROUTER, AdapterSettings
-from dpo_jax.model.adapters import Adapter, LowRank, beside
+from dpo_jax.model.adapters import AdapterSpec, LowRank, beside
+from dpo_jax.model.quantised import Kind
 from dpo_jax.trees import Params
 
 LINEAR = r"blocks/\d+/(attention|delta|mlp|experts/shared)/[a-z_]+/kernel"
@@ -64,7 +69,9 @@ def modules(entries: Sequence[TensorEntry]) -> list[Module]:
     return found
 
 
-def resolve(settings: AdapterSettings, entries: Sequence[TensorEntry], layers: Mapping[str, Any], kind: str) -> Adapter:
+def resolve(
+    settings: AdapterSettings, entries: Sequence[TensorEntry], layers: Mapping[str, Any], kind: str
+) -> AdapterSpec:
     """The adapter that the settings describe on a model.
 
     Args:
@@ -98,7 +105,7 @@ def resolve(settings: AdapterSettings, entries: Sequence[TensorEntry], layers: M
                 raise UserError(f"adapter.rank_pattern: {one.path}: experts of one layer must be alike")
     _check_whole(chosen, known, settings)
     sizes = {stack: len(numbers) for stack, numbers in layers.items()}
-    return Adapter(_stacked(changes, sizes), settings.dropout, settings.dora)
+    return AdapterSpec(_stacked(changes, sizes), settings.dropout, settings.dora)
 
 
 def _chosen(settings: AdapterSettings, known: list[Module], kind: str) -> list[Module]:
@@ -168,10 +175,36 @@ def _stacked(
     return found
 
 
+def few_bits(asked: Kind | None, folder: Path, entries: Sequence[TensorEntry]) -> dict[str, Kind]:
+    """Kernels of an adapter's base that are kept in few bits, by leaf path: those that a setting or the folder says.
+
+    The folder's own are those that bitsandbytes has quantised in every layer of a stack.
+    """
+    matrices = [one for one in modules(entries) if one.kind in (ALL_LINEAR, EXPERTS)]
+    leaves = dict.fromkeys(part.leaf for one in matrices for part in one.entry.parts)
+    if asked is not None:
+        return dict.fromkeys(leaves, asked)
+    table = read_json(folder, "config.json").get(KEY) or {}
+    if not table or not any(folder.glob("*.safetensors")):  # or only its config is here, of which nothing is read
+        return dict.fromkeys(leaves, _own_kind(table)) if _own_kind(table) else {}
+    kind, source = _own_kind(table), opened(folder)
+    plain = {p.leaf for one in matrices if not source.is_packed(one.entry.name) for p in one.entry.parts}
+    return {} if kind is None else {leaf: kind for leaf in leaves if leaf not in plain}
+
+
+def _own_kind(table: Mapping[str, Any]) -> Kind | None:
+    """What bitsandbytes' `quantization_config` says; None of another method's."""
+    if table.get("quant_method", "bitsandbytes") != "bitsandbytes":
+        return None
+    if table.get("load_in_4bit"):
+        return "fp4" if table.get("bnb_4bit_quant_type", "fp4") == "fp4" else "nf4"
+    return "int8" if table.get("load_in_8bit") else None
+
+
 # ---------------------------------------------------------------------------------------------- factors and leaves
 
 
-def described(factors: Mapping[Key, Factor], entries: Sequence[TensorEntry], layers: Mapping[str, Any]) -> Adapter:
+def described(factors: Mapping[Key, Factor], entries: Sequence[TensorEntry], layers: Mapping[str, Any]) -> AdapterSpec:
     """The adapter that these factors are of, by the folder's tensors."""
     changes: dict[str, tuple[dict[int, int], dict[int, float], str]] = {}
     for factor, entry, _ in _placed(factors, entries):
@@ -183,7 +216,7 @@ def described(factors: Mapping[Key, Factor], entries: Sequence[TensorEntry], lay
                 raise UserError(f"tensor {entry.name!r}: experts of one layer have adapters of other scales; merge it")
     dora = any(factor.magnitude is not None for factor in factors.values())
     sizes = {stack: len(numbers) for stack, numbers in layers.items()}
-    return Adapter(_stacked(changes, sizes), 0.0, dora)
+    return AdapterSpec(_stacked(changes, sizes), 0.0, dora)
 
 
 def _placed(
@@ -205,7 +238,7 @@ def _matrix(entry: TensorEntry, rows: int) -> TensorEntry:
 
 def to_leaves(
     factors: Mapping[Key, Factor],
-    adapter: Adapter,
+    adapter: AdapterSpec,
     shapes: Mapping[str, tuple[int, ...]],
     entries: Sequence[TensorEntry],
 ) -> Params:
@@ -228,7 +261,7 @@ def to_leaves(
     return trees.from_paths(found)
 
 
-def to_factors(adapter: Adapter, leaves: Mapping[str, Any], entries: Sequence[TensorEntry]) -> dict[Key, Factor]:
+def to_factors(adapter: AdapterSpec, leaves: Mapping[str, Any], entries: Sequence[TensorEntry]) -> dict[Key, Factor]:
     """Leaves by path as factors by tensor: what `to_leaves` makes leaves of."""
     found = {}
     for entry in entries:

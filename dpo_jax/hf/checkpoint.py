@@ -3,7 +3,6 @@
 Both directions hold about one tensor in host memory.
 """
 
-import functools
 import hashlib
 import json
 import re
@@ -16,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 from dpo_jax import __version__, trees
@@ -25,10 +23,12 @@ from dpo_jax.hf import beside, merged, resize, reward, shards, tensors
 from dpo_jax.hf.card import LANGUAGE_MODEL, REWARD_MODEL, base_name, front_matter, model_card
 from dpo_jax.hf.configs import family_of, find_model, is_wrapper, read_spec
 from dpo_jax.hf.factors import EMBED, HEAD
+from dpo_jax.hf.leaves import Found, leaf_of, quantised_leaf
 from dpo_jax.hf.mapping import Claims, LeafPart, Scheme, TensorEntry, claim, names
 from dpo_jax.hf.quantised import opened, without_quantisation
 from dpo_jax.hf.tensors import DTYPES, TensorInfo, Tensors, local_folder, member, read_json
 from dpo_jax.model.decoder import Model, abstract_params
+from dpo_jax.model.quantised import Kind
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.trees import Tree
 
@@ -43,6 +43,7 @@ def load_hf(
     spec: DecoderSpec | None = None,
     adapter: str | Path | None = None,
     unrounded: bool = False,
+    quantise: Mapping[str, Kind] | None = None,
 ) -> Model:
     """The model of a Hugging Face folder, read one tensor at a time. Weights that are packed (bitsandbytes, MXFP4, FP8,
     GPTQ, AWQ, compressed-tensors) are dequantised.
@@ -59,6 +60,7 @@ def load_hf(
         one of its own, where the adapter makes it differ from the embedding that it was tied to.
       unrounded: whether bitsandbytes' weights of 4 bits keep all digits; they are rounded to the dtype that the folder
         names beside each of them, then cast to `dtype`, if not. Those of other formats are rounded to `dtype` only.
+      quantise: kernels that are kept in 4 or 8 bits, by leaf path; `shardings` then has their codes' places below it.
 
     Raises:
       UserError: anything about the folder that is not as it must be, in one line.
@@ -79,14 +81,19 @@ def load_hf(
     if HEAD in leaves:  # one that the adapter made lies as the embedding does
         places.setdefault(HEAD, places[EMBED])
     read_to = {leaf: resize.whole_rows(place) if leaf in grown else place for leaf, place in places.items()}
-    by_leaf: dict[str, list[_Found]] = {}
+    by_leaf: dict[str, list[Found]] = {}
     for entry in claims.entries.values():
         for number, part in enumerate(entry.parts):
-            by_leaf.setdefault(part.leaf, []).append(_Found(entry, number))
+            by_leaf.setdefault(part.leaf, []).append(Found(entry, number))
     kinds = {leaf: jnp.dtype(_dtype_of(leaf, dtype)) for leaf in leaves}
-    loaded = {
-        leaf: _leaf(source, by_leaf.get(leaf, []), leaves[leaf].shape, kinds[leaf], read_to[leaf]) for leaf in leaves
-    }
+    loaded: dict[str, jax.Array] = {}
+    for path, shape in ((path, leaf.shape) for path, leaf in leaves.items()):
+        if (kind := (quantise or {}).get(path)) is None:
+            loaded[path] = leaf_of(source, by_leaf.get(path, []), shape, kinds[path], read_to[path])
+            continue
+        where = {name: None if shardings is None else places[f"{path}/{name}"] for name in (kind, "absmax")}
+        made = quantised_leaf(source, by_leaf[path], shape, kind, where)
+        loaded |= {f"{path}/{name}": array for name, array in made.items()}
     loaded |= {leaf: resize.grown(loaded[leaf], shape[0], places[leaf]) for leaf, shape in grown.items()}
     return Model(spec, trees.from_paths(loaded))
 
@@ -107,17 +114,6 @@ def entries_of(spec: DecoderSpec, folder: Path) -> list[TensorEntry]:
     return names(spec, scheme_of(spec, folder).naming)
 
 
-class _Found(NamedTuple):
-    """Where the folder has a part of a leaf: which part of which tensor."""
-
-    entry: TensorEntry
-    number: int
-
-    @property
-    def part(self) -> LeafPart:
-        return self.entry.parts[self.number]
-
-
 def _check_copies(source: Tensors, claims: Claims) -> None:
     """A leaf that the folder holds twice must be the same numbers twice."""
     for copy, entry in claims.copies.items():
@@ -132,77 +128,6 @@ def _check_copies(source: Tensors, claims: Claims) -> None:
 def _digest(source: Tensors, name: str) -> tuple[str, bytes]:
     bits = np.ascontiguousarray(source.read(name)).reshape(-1).view(np.uint8).data
     return source.infos[name].dtype, hashlib.sha256(bits).digest()
-
-
-def _leaf(
-    source: Tensors, found: list[_Found], shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding | None
-) -> jax.Array:
-    """One leaf; a stacked one starts from zeros, and each entry is written into it in place.
-
-    One that has no parts in the folder (a new scalar head) stays zero.
-    """
-    if found and not found[0].part.index:
-        return _cast(sharding)(_piece(source, found[0], sharding), dtype)
-    stack = _zeros(sharding)(shape, dtype)
-    for one in found:
-        piece = _piece(source, one, _below(sharding, len(one.part.index)))
-        # Waiting keeps the host from reading far ahead of the devices, one tensor after another.
-        stack = jax.block_until_ready(_put(sharding)(stack, piece, one.part.index))
-    return stack
-
-
-def _piece(source: Tensors, found: _Found, sharding: Sharding | None) -> jax.Array:
-    """One part of a leaf as the tree lays it out, in the folder's dtype."""
-    shape = found.part.shape
-    if sharding is None:
-        return jnp.asarray(_read(source, found, ()))
-    if found.entry.plain and not source.is_packed(found.entry.name):
-        read = functools.lru_cache(functools.partial(_read, source, found))
-        return jax.make_array_from_callback(shape, sharding, lambda index: read(_bounds(index, shape)))
-    whole = _read(source, found, ())
-    return jax.make_array_from_callback(shape, sharding, lambda index: whole[index])
-
-
-def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """A device's part of an array as plain numbers, so that devices with equal parts share one read."""
-    return tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
-
-
-def _read(source: Tensors, found: _Found, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
-    name = found.entry.name
-    index = found.entry.index_of(tuple(slice(*bound) for bound in bounds)) if bounds else ()
-    array = source.exact(name, index)
-    bad = tensors.non_finite(array)
-    if bad:
-        where = source.folder / source.infos[name].file
-        raise UserError(f"{where}: tensor {name!r} has {bad} values that are NaN or infinite; the model is damaged")
-    return np.asarray(found.entry.unpack(array, found.number), order="C")
-
-
-def _below(sharding: Sharding | None, axes: int) -> Sharding | None:
-    """Where one entry of a stacked leaf goes: the leaf's sharding without its first axes."""
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[axes:]), memory_kind=sharding.memory_kind)
-
-
-@functools.lru_cache
-def _zeros(sharding: Sharding | None) -> Callable:
-    return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)
-
-
-@functools.lru_cache
-def _cast(sharding: Sharding | None) -> Callable:
-    return jax.jit(lambda piece, dtype: piece.astype(dtype), static_argnums=1, out_shardings=sharding)
-
-
-@functools.lru_cache
-def _put(sharding: Sharding | None) -> Callable:
-    def put(stack, piece, index):
-        piece = piece.astype(stack.dtype).reshape((1,) * len(index) + piece.shape)
-        return lax.dynamic_update_slice(stack, piece, (*index, *(0,) * (stack.ndim - len(index))))
-
-    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
 
 
 # ---------------------------------------------------------------------------------------------- out

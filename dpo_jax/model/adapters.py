@@ -51,7 +51,7 @@ class LowRank(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapter:
+class AdapterSpec:
     """What is adapted, and how: everything but the numbers.
 
     Attributes:
@@ -77,7 +77,7 @@ def beside(kernel: str, name: str) -> str:
     return f"{kernel.removesuffix('kernel')}{LORA}/{name}"
 
 
-def fresh(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], key: PRNGKeyArray) -> Params:
+def fresh(adapter: AdapterSpec, shapes: Mapping[str, tuple[int, ...]], key: PRNGKeyArray) -> Params:
     """Factors that change nothing yet: A uniform in `+-1 / sqrt(I)` as in PEFT, B zero; float32.
 
     Args:
@@ -99,7 +99,7 @@ def fresh(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], key: PRNGKeyA
     return trees.from_paths(found)
 
 
-def constants(adapter: Adapter) -> Params:
+def constants(adapter: AdapterSpec) -> Params:
     """What stands beside the factors and is not trained: scales, and what tells one place of dropout from another."""
     found: dict[str, Array] = {}
     for path, change in adapter.changes.items():
@@ -116,12 +116,12 @@ def magnitudes(params: Params, shapes: Params) -> Params:
     `shapes` is a tree like the base's parameters.
     """
 
-    def of(kernel: "Adapted") -> Array:
+    def of(kernel: "AdaptedKernel") -> Array:
         return jax.vmap(lambda one: one.norms())(kernel)
 
     made = composed(params, shapes)
-    leaves = jax.tree_util.tree_leaves_with_path(made, is_leaf=lambda leaf: isinstance(leaf, Adapted))
-    found = {trees.name_of(path): leaf for path, leaf in leaves if isinstance(leaf, Adapted)}
+    leaves = jax.tree_util.tree_leaves_with_path(made, is_leaf=lambda leaf: isinstance(leaf, AdaptedKernel))
+    found = {trees.name_of(path): leaf for path, leaf in leaves if isinstance(leaf, AdaptedKernel)}
     return trees.from_paths({beside(path, "magnitude"): of(kernel) for path, kernel in found.items()})
 
 
@@ -182,7 +182,7 @@ def _dropped(x: Float[Array, "B T I"], tokens: UInt32[Array, "B T"], salt: UInt3
     meta_fields=["share"],
 )
 @dataclasses.dataclass(frozen=True)
-class Adapted:
+class AdaptedKernel:
     """A kernel with its adapter: what stands in the place of an array inside the layers.
 
     A pytree, so its leaves may be whatever JAX puts in the places of arrays; a stack of layers has one axis more.
@@ -205,7 +205,7 @@ class Adapted:
     tokens: Any = None
     share: float = 0.0
 
-    def astype(self, dtype: Any) -> "Adapted":
+    def astype(self, dtype: Any) -> "AdaptedKernel":
         """With base and factors in this dtype."""
         base = self.base if isinstance(self.base, QuantisedKernel) else self.base.astype(dtype)
         return dataclasses.replace(self, base=base, a=self.a.astype(dtype), b=self.b.astype(dtype))
@@ -229,7 +229,7 @@ def product(x: Float[Array, "*B I"], kernel: Any) -> Float[Array, "*B O"]:
     """`x @ kernel`, of an array, or of a quantised or an adapted kernel."""
     if isinstance(kernel, QuantisedKernel):
         return quantised_dense(x, kernel)
-    if not isinstance(kernel, Adapted):
+    if not isinstance(kernel, AdaptedKernel):
         return dense(x, kernel)
     y, low = product(x, kernel.base), _low_rank(x, kernel)
     if kernel.magnitude is None:
@@ -242,7 +242,7 @@ def product(x: Float[Array, "*B I"], kernel: Any) -> Float[Array, "*B O"]:
     return y + (ratio - 1) * product(_noisy(x, kernel), kernel.base) + ratio * low
 
 
-def _low_rank(x: Float[Array, "*B I"], kernel: Adapted) -> Float[Array, "*B O"]:
+def _low_rank(x: Float[Array, "*B I"], kernel: AdaptedKernel) -> Float[Array, "*B O"]:
     """`s x A B`; the noise is made again in the backward pass."""
 
     def lowered(x: Array, a: Array, tokens: Array | None, salt: Array | None) -> Array:
@@ -253,7 +253,7 @@ def _low_rank(x: Float[Array, "*B I"], kernel: Adapted) -> Float[Array, "*B O"]:
     return dense(low, kernel.b.astype(x.dtype)) * kernel.scale.astype(x.dtype)
 
 
-def _noisy(x: Float[Array, "B T I"], kernel: Adapted) -> Float[Array, "B T I"]:
+def _noisy(x: Float[Array, "B T I"], kernel: AdaptedKernel) -> Float[Array, "B T I"]:
     assert kernel.tokens is not None and kernel.salt is not None
     return _dropped(x, kernel.tokens, kernel.salt, kernel.share)
 
@@ -262,7 +262,7 @@ def grouped_product(x: Float[Array, "N I"], kernel: Any, sizes: Int[Array, " E"]
     """`x[n] @ kernel[expert of n]`, as `grouped_dot`, of an array, or of a quantised or an adapted kernel."""
     if isinstance(kernel, QuantisedKernel):
         return quantised_grouped_dot(x, kernel, sizes)
-    if not isinstance(kernel, Adapted):
+    if not isinstance(kernel, AdaptedKernel):
         return grouped_dot(x, kernel, sizes)
     low = grouped_dot(grouped_dot(x, kernel.a.astype(x.dtype), sizes), kernel.b.astype(x.dtype), sizes)
     return grouped_product(x, kernel.base, sizes) + low * kernel.scale.astype(x.dtype)
@@ -298,8 +298,8 @@ def _shared(siblings: Params, name: str) -> Array:
     return siblings[name][LORA]["a"]
 
 
-def _adapted(base: Any, factors: Params, a: Array, noise: Noise | None) -> Adapted:
-    found = Adapted(base, a, factors["b"], factors["scale"], factors.get("magnitude"))
+def _adapted(base: Any, factors: Params, a: Array, noise: Noise | None) -> AdaptedKernel:
+    found = AdaptedKernel(base, a, factors["b"], factors["scale"], factors.get("magnitude"))
     if noise is None or "salt" not in factors:
         return found
     return dataclasses.replace(found, salt=factors["salt"], tokens=noise.tokens, share=noise.share)
@@ -317,7 +317,7 @@ def _folded(params: Params) -> Iterator[tuple[str, Any]]:
     for name, child in params.items():
         if isinstance(child, dict):
             yield name, dict(_folded(child))
-        elif isinstance(child, Adapted):
+        elif isinstance(child, AdaptedKernel):
             yield name, jax.vmap(_whole)(child)
         elif isinstance(child, QuantisedKernel):
             yield name, _plain(child)
@@ -325,7 +325,7 @@ def _folded(params: Params) -> Iterator[tuple[str, Any]]:
             yield name, child
 
 
-def _whole(kernel: Adapted) -> Array:
+def _whole(kernel: AdaptedKernel) -> Array:
     """W', in float32."""
     whole = _plain(kernel.base) + kernel.change()
     if kernel.magnitude is None:

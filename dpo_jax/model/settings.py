@@ -61,6 +61,12 @@ class ModelSettings(Section):
         default="auto",
         description="dtype of activations and matrix products; auto: bfloat16 on accelerators, float32 on a CPU",
     )
+    quantise: Literal["nf4", "fp4", "int8"] | None = Field(
+        default=None,
+        description="keep the matrices of attention, MLPs and experts of an adapter's base in 4 bits (nf4 or fp4, in "
+        "blocks of 64) or 8 (int8, by row), as bitsandbytes has them; null keeps them as the folder has them, which in "
+        "bitsandbytes' own folders is in few bits too",
+    )
     scan_layers: bool = Field(
         default=True, description="compile one layer and scan over it; false unrolls (longer to compile)"
     )

@@ -83,7 +83,7 @@ def write_merged(
         how = {"card": text.card, "extra_files": text.files, "replace": replace, "dtype": dtype}
         save_hf(model, target, policy.folder, **how)
         return None
-    source = opened(policy.folder)
+    source = policy.base()
     scheme = scheme_of(policy.spec, policy.folder, source.spare)
     claims = claim(policy.spec, source.infos, str(policy.folder), scheme)
     view = merged.Merged(source, trained_on(policy, weights), claims, "float32")

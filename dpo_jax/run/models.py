@@ -1,7 +1,7 @@
 """The models of a run: checked before any weights, read onto their devices, and put together with the objective."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from dpo_jax import sharding
+from dpo_jax import sharding, trees
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.errors import UserError
 from dpo_jax.hf import checkpoint, ending, resize, tensors
@@ -20,6 +20,7 @@ from dpo_jax.model import remat
 from dpo_jax.model.attention import TILE
 from dpo_jax.model.backends import table
 from dpo_jax.model.decoder import Execution, Model, abstract_params, held_in
+from dpo_jax.model.quantised import Kind, kept_shapes
 from dpo_jax.model.settings import MeshSettings, ModelSettings
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights, head_is_frozen
@@ -27,6 +28,7 @@ from dpo_jax.objectives.terms import Term
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.run.sources import Sources
 from dpo_jax.training.settings import ReferenceSettings
+from dpo_jax.trees import Params
 
 
 def make_mesh(mesh: MeshSettings, model: ModelSettings) -> jax.sharding.Mesh:
@@ -74,10 +76,27 @@ def loaded(
     mesh: jax.sharding.Mesh,
     held: Callable[[str], DTypeLike],
     adapter: Path | None = None,
+    quantise: Mapping[str, Kind] | None = None,
 ) -> Model:
-    """A folder's model on its shardings, each leaf in the dtype that `held` says; with an adapter merged, if given."""
-    shardings = sharding.param_shardings(abstract_params(spec), mesh)
-    return checkpoint.load_hf(folder, dtype=held, shardings=shardings, spec=spec, adapter=adapter)
+    """A folder's model on its shardings, each leaf in the dtype that `held` says, or quantised; with an adapter merged,
+    if given."""
+    kinds = quantise or {}
+    shardings = sharding.param_shardings(abstract_quantised(spec, kinds), mesh)
+    how = {"dtype": held, "shardings": shardings, "spec": spec, "adapter": adapter}
+    return checkpoint.load_hf(folder, **how, quantise=kinds, unrounded=bool(kinds))
+
+
+def abstract_quantised(spec: DecoderSpec, kinds: Mapping[str, Kind]) -> Params:
+    """Shapes and dtypes of the parameters where these kernels are kept in few bits."""
+    found = {}
+    for path, leaf in trees.paths(abstract_params(spec)).items():
+        if path not in kinds:
+            found[path] = leaf
+            continue
+        *outer, inputs, outputs = leaf.shape
+        for name, like in kept_shapes(kinds[path], (inputs, outputs)).items():
+            found[f"{path}/{name}"] = jax.ShapeDtypeStruct((*outer, *like.shape), like.dtype)
+    return trees.from_paths(found)
 
 
 def weights_digest(folder: Path) -> str:

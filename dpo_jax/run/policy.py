@@ -22,14 +22,17 @@ from dpo_jax.config.rules import ADAPTER_RATE, LOW_ADAPTER_RATE
 from dpo_jax.config.run import Run
 from dpo_jax.errors import UserError
 from dpo_jax.hf import adapters as folders
+from dpo_jax.hf import reward
 from dpo_jax.hf.checkpoint import entries_of, scheme_of
 from dpo_jax.hf.factors import Factor, Key
+from dpo_jax.hf.few_bits import FewBits
 from dpo_jax.hf.quantised import opened
-from dpo_jax.hf.tensors import read_json
+from dpo_jax.hf.tensors import Tensors, read_json
 from dpo_jax.model import adapters
 from dpo_jax.model.adapter_settings import AdapterSettings
-from dpo_jax.model.adapters import Adapter
+from dpo_jax.model.adapters import AdapterSpec
 from dpo_jax.model.decoder import abstract_params, cast, held_in, stacks
+from dpo_jax.model.quantised import Kind
 from dpo_jax.model.settings import ModelSettings
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Trained, Weights, divided, what_is_trained, what_matches
@@ -81,6 +84,7 @@ class Policy:
       frozen_dtype: that the rest is held in.
       adapter: what is trained beside the model, or None.
       start: the factors of an adapter that the run goes on from, or None.
+      kinds: of the base's kernels that are kept in few bits, by leaf path.
     """
 
     spec: DecoderSpec
@@ -88,8 +92,9 @@ class Policy:
     trained: Trained
     param_dtype: str
     frozen_dtype: str = "float32"
-    adapter: Adapter | None = None
+    adapter: AdapterSpec | None = None
     start: Mapping[Key, Factor] | None = None
+    kinds: Mapping[str, Kind] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(
@@ -114,7 +119,10 @@ class Policy:
         trained = dict(what_matches(spec, adapter.modules_to_save, "adapter.modules_to_save"))
         trained |= {path: True for path in trained if path.startswith("score/")}
         _check_apart(found, trained)
-        return cls(spec, sources.policy, trained, param_dtype, compute_dtype, found, start)
+        few = folders.few_bits(model.quantise, sources.policy, entries_of(spec, sources.policy))
+        kinds: dict[str, Kind] = {path: kind for path, kind in few.items() if not trained[path]}
+        frozen = "float32" if reward.head_is_new(spec, sources.policy) else compute_dtype
+        return cls(spec, sources.policy, trained, param_dtype, frozen, found, start, kinds)
 
     def held(self, path: str) -> DTypeLike:
         """dtype that a leaf of the model is read in; what is frozen in full training comes back exactly."""
@@ -123,7 +131,8 @@ class Policy:
 
     def load(self, mesh: jax.sharding.Mesh, seed: int = 0) -> Weights:
         """The policy on its shardings, divided into what is trained and what is frozen; `seed` is of new factors."""
-        weights = self._divided(models.loaded(self.spec, self.folder, mesh, self.held).params)
+        base = models.loaded(self.spec, self.folder, mesh, self.held, quantise=self.kinds)
+        weights = self._divided(base.params)
         if self.adapter is not None:
             weights = self._adapted(weights, mesh, seed)
         return jax.device_put(weights, _shardings(weights, mesh))
@@ -132,8 +141,9 @@ class Policy:
         """Shapes, dtypes and shardings of what `load` returns."""
 
         def made() -> Weights:
-            leaves = trees.paths(abstract_params(self.spec))
-            base = trees.from_paths({path: jnp.zeros(leaf.shape, self.held(path)) for path, leaf in leaves.items()})
+            leaves = trees.paths(models.abstract_quantised(self.spec, self.kinds))
+            held = {path: self.held(path) if path in self.trained else leaf.dtype for path, leaf in leaves.items()}
+            base = trees.from_paths({path: jnp.zeros(leaf.shape, held[path]) for path, leaf in leaves.items()})
             weights = self._divided(base)
             return weights if self.adapter is None else self._with(weights, self.fresh(0))
 
@@ -148,14 +158,15 @@ class Policy:
 
     def reference_kind(self, adapter: str) -> str:
         """What tells the reference's numbers from those of the folder alone, for the key of their cache."""
+        bits = f" {sorted(self.kinds.items())}" if self.kinds else ""
         if self.start is None or adapter == "base":
-            return ""
+            return bits
         digest = hashlib.sha256()
         for (name, expert), factor in sorted(self.start.items(), key=str):
             parts = [b"" if part is None else np.ascontiguousarray(part).tobytes() for part in (factor.a, factor.b)]
             digest.update(f"{name} {expert} {factor.scale}".encode() + b"".join(parts))
             digest.update(b"" if factor.magnitude is None else factor.magnitude.tobytes())
-        return f" adapter {digest.hexdigest()}"
+        return f"{bits} adapter {digest.hexdigest()}"
 
     @property
     def dropout(self) -> float:
@@ -166,13 +177,20 @@ class Policy:
         """Whether the policy's start is its own reference, where that is not another model (`reference.adapter`)."""
         return self.start is None or adapter == "start"
 
+    def base(self) -> Tensors:
+        """The tensors of the model as it is trained on: those of its folder, or what few bits leave of them."""
+        if not self.kinds:
+            return opened(self.folder)
+        return FewBits(opened(self.folder, unrounded=True), self.entries, self.kinds)
+
     @property
     def entries(self) -> list:
         """Every tensor of the folder."""
         return entries_of(self.spec, self.folder)
 
     def _divided(self, base: Params) -> Weights:
-        weights = divided(base, self.trained)
+        codes = dict.fromkeys((path for path in trees.paths(base) if path not in self.trained), False)
+        weights = divided(base, {**self.trained, **codes})
         return Weights(cast(weights.trained, jnp.dtype(self.param_dtype)), weights.frozen, weights.rows)
 
     def _adapted(self, weights: Weights, mesh: jax.sharding.Mesh, seed: int) -> Weights:
@@ -205,7 +223,7 @@ class Policy:
 
 def _adapter_of(
     settings: AdapterSettings, spec: DecoderSpec, sources: Sources
-) -> tuple[Adapter, Mapping[Key, Factor] | None]:
+) -> tuple[AdapterSpec, Mapping[Key, Factor] | None]:
     """What is adapted, and the factors of one that is gone on with."""
     entries, layers = entries_of(spec, sources.policy), {name: numbers for name, _, numbers in stacks(spec)}
     if settings.path is None:
@@ -225,7 +243,7 @@ def _adapter_of(
     return dataclasses.replace(found, dropout=settings.dropout), read.factors
 
 
-def _check_apart(adapter: Adapter, trained: Trained) -> None:
+def _check_apart(adapter: AdapterSpec, trained: Trained) -> None:
     for path in adapter.changes:
         if trained[path]:
             raise UserError(

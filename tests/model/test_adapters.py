@@ -12,7 +12,7 @@ import pytest
 from dpo_jax import logits, sharding, trees
 from dpo_jax.data.batches import Batches
 from dpo_jax.model import adapters, quantised
-from dpo_jax.model.adapters import Adapter, LowRank
+from dpo_jax.model.adapters import AdapterSpec, LowRank
 from dpo_jax.model.decoder import Execution, abstract_params, init_params
 from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.mixture import Progress
@@ -41,7 +41,7 @@ def adapter(rank=3, *, dropout=0.0, dora=False, scale=2.0):
         owner = path if shared is None else path.replace(path.split("/")[-2], shared)
         return LowRank((rank,) * layers, (scale,) * layers, owner)
 
-    return Adapter({path: of(path) for path in KERNELS}, dropout, dora)
+    return AdapterSpec({path: of(path) for path in KERNELS}, dropout, dora)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_layers_without_an_adapter_and_smaller_ranks_stay_zero_under_adam(params
     wider = {
         p: (one._replace(ranks=(*one.ranks[:-1], 3)) if i % 2 else one) for i, (p, one) in enumerate(layered.items())
     }
-    made = Adapter(wider)
+    made = AdapterSpec(wider)
     weights = adapted(params, made)
     settings = OptimizerSettings(learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.1)
     optimizer = make_optimizer(settings)
