@@ -20,10 +20,12 @@ from dpo_jax.hf.peft_export import Written, write_adapter
 from dpo_jax.hf.peft_names import places
 from dpo_jax.hf.tensors import Tensors, changed_files
 from dpo_jax.hf.verify import torch_logits
+from tests.hf.test_wrappers import WRAPPERS
 from tests.support.peft_folders import case, case_names, halves, read, write_peft
 from tests.support.tiny_folders import write_config, write_folder
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+ROWS = Rows((1,), np.ones((1, 32), np.float32))
 UNTIED = {"num_hidden_layers": 2, "tie_word_embeddings": False}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 HAS_PEFT = all(importlib.util.find_spec(name) for name in ("torch", "peft"))
@@ -66,20 +68,14 @@ def products(adapter):
 def test_what_is_written_reads_back_as_it_was(base, tmp_path):
     adapter = read(write_peft(tmp_path / "a", halves(Q, 32, 32) | halves(DOWN, 32, 48), lora_dropout=0.1), base)
     assert write(tmp_path / "b", adapter, base, base_model="some/base") == Written(2, 3.0, 2)
-    assert (
-        load_file(tmp_path / "a/adapter_model.safetensors").keys()
-        == load_file(tmp_path / "b/adapter_model.safetensors").keys()
-    )
+    assert load_file(tmp_path / "a" / FILE).keys() == load_file(tmp_path / "b" / FILE).keys()
     again = read(tmp_path / "b", base)
     for key, one in adapter.factors.items():
         other = again.factors[key]
         assert np.array_equal(one.a, other.a) and np.array_equal(one.b, other.b) and one.scale == other.scale
     assert again.dropout == 0.1 and not changed_files(tmp_path / "b")
     said = config(tmp_path / "b")
-    assert said["base_model_name_or_path"] == "some/base" and said["target_modules"] == [
-        f"model.layers.0.{Q[15:]}",
-        DOWN,
-    ]
+    assert said["base_model_name_or_path"] == "some/base" and set(said["target_modules"]) == {Q, DOWN}
     there = {path.name for path in (tmp_path / "b").iterdir()}
     assert there >= {"tokenizer.json", "chat_template.jinja", "README.md", "dpo_jax.json", "SHA256SUMS", "LICENSE"}
     assert not there & {"config.json", "generation_config.json", "model.safetensors"}
@@ -159,7 +155,7 @@ def test_what_not_every_reader_takes_is_refused(what, tmp_path):
         "dora": Adapter({(f"{Q}.weight", None): one._replace(magnitude=np.ones(32, np.float32))}, entries),
         "bias": Adapter({(f"{Q}.weight", None): one._replace(bias=np.ones(32, np.float32))}, entries),
         "whole": Adapter({(f"{Q}.weight", None): one}, entries, {"model.norm.weight": np.ones(32, np.float32)}),
-        "rows": Adapter({(f"{Q}.weight", None): one}, entries, rows={"model.embed_tokens.weight": Rows((1,), np.ones((1, 32), np.float32))})
+        "rows": Adapter({(f"{Q}.weight", None): one}, entries, rows={"model.embed_tokens.weight": ROWS}),
         "tied": Adapter({("model.embed_tokens.weight", None): one}, entries),
         "nothing": Adapter({}, entries),
     }[what]
@@ -237,6 +233,32 @@ def test_peft_reads_factors_of_every_matrix_of_a_family(family, tmp_path):
     ours = np.asarray(logits(model.spec, model.params, jnp.asarray(ids, jnp.int32)))
     theirs = told_by_peft(base, tmp_path / "a", ids)
     assert np.abs(ours - theirs).max() < 1e-5 * max(10, np.abs(theirs).max())
+
+
+@needs_peft
+@pytest.mark.parametrize(("kind", "outside"), [("gemma3", "model.language_model.layers."), ("qwen3_5", None)])
+def test_modules_of_a_decoder_within_a_larger_model_have_its_paths(kind, outside, tmp_path):
+    """As `AutoModelForCausalLM` builds it: some of these models whole, of others the decoder alone."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with quiet():
+        torch.manual_seed(0)
+        made = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **WRAPPERS[kind])).float()
+        made.save_pretrained(tmp_path / "m")
+        base = tmp_path / "m"
+        adapter = made_for(base, only=lambda name: "layers" in name and name.endswith("proj.weight"))
+        write(tmp_path / "a", adapter, base)
+        if outside is None:
+            table = json.loads((base / "config.json").read_text()) | {"architectures": ["Qwen3_5ForCausalLM"]}
+            (base / "config.json").write_text(json.dumps(table))
+        else:
+            assert all(name.startswith(outside) for name in config(tmp_path / "a")["target_modules"])
+        ids = np.random.default_rng(1).integers(3, 90, (2, 12))
+        theirs = told_by_peft(base, tmp_path / "a", ids)
+    model = load_hf(base, adapter=tmp_path / "a")
+    ours = np.asarray(logits(model.spec, model.params, jnp.asarray(ids, jnp.int32)))
+    assert np.abs(ours - theirs).max() < 1e-4
 
 
 @needs_peft
