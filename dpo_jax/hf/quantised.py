@@ -128,20 +128,22 @@ class Quantised(Tensors):
         """The same with all its digits: float32, or the dtype that the format itself names.
 
         Raises:
-          UserError: a scale is NaN or infinite, or a group does not exist.
+          UserError: a scale or a weight is NaN or infinite, or a group does not exist.
         """
         if name not in self._weights:
             return self.stored.read(name, index)
         stem, row, plan = self._weights[name]
         arrays = self._arrays(name)
-        try:
-            found = row.weight(arrays, plan)
-        except Damaged as error:
-            raise stem.wrong(error.suffix, str(error)) from error
-        assert found.shape == plan.shape and found.dtype == np.float32, (name, found.shape, plan)
-        if plan.dtype is not None and not self._unrounded:
-            with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
+            try:
+                found = row.weight(arrays, plan)
+            except Damaged as error:
+                raise stem.wrong(error.suffix, str(error)) from error
+            assert found.shape == plan.shape and found.dtype == np.float32, (name, found.shape, plan)
+            if plan.dtype is not None and not self._unrounded:
                 found = found.astype(STORED[plan.dtype], copy=False)
+        if bad := tensors.non_finite(found):
+            raise stem.wrong(row.codes, f"gives {bad} weights that are NaN or infinite")
         return found[index] if index else found
 
     def four_bits(self, name: str) -> FourBits | None:

@@ -356,7 +356,7 @@ def test_a_weight_that_is_read_as_nan_is_refused_by_name(tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name].view(np.uint8)[3, 4] = 0x7F  # NaN, in every way of 8 bits
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"tensor '{name}' has 1 values that are NaN"):
+    with pytest.raises(UserError, match=f"tensor '{name}' gives 1 weights that are NaN"):
         load_hf(folder)
 
 
