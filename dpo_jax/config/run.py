@@ -132,14 +132,14 @@ def _without_left_overs(data: Mapping[str, Any]) -> dict[str, Any]:
 # Every setting is in one of the next two: does another value lead to another model (beyond float reassociation)?
 CHANGES_MATHEMATICS = frozenset(
     """
-    model.path model.revision model.compute_dtype model.quantise data.train data.layout data.max_length data.truncation data.ending
+    model.path model.revision model.compute_dtype data.train data.layout data.max_length data.truncation data.ending
     data.template data.control_tokens data.max_characters data.shuffle data.first batch.pairs reference.mode
     data.columns data.as_chat data.chat_template_kwargs data.score_tool_results
     reference.path reference.revision reference.update_every reference.update_rate optimizer.learning_rate
     optimizer.schedule optimizer.warmup_steps optimizer.warmup_fraction optimizer.beta1 optimizer.beta2
     optimizer.epsilon optimizer.weight_decay optimizer.clip_norm steps epochs seed model.router_aux
     optimizer.name optimizer.param_dtype optimizer.moment_dtype model.freeze model.resize_embedding reference.adapter
-    adapter.rank adapter.alpha adapter.targets adapter.layers adapter.dropout adapter.rslora adapter.dora
+    model.quantise adapter.rank adapter.alpha adapter.targets adapter.layers adapter.dropout adapter.rslora adapter.dora
     adapter.rank_pattern adapter.alpha_pattern adapter.lr_ratio adapter.modules_to_save adapter.path adapter.revision
     """.split()
 ) | {f"objective.{name}" for name in ObjectiveSettings.model_fields}

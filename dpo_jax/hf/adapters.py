@@ -184,12 +184,15 @@ def few_bits(asked: Kind | None, folder: Path, entries: Sequence[TensorEntry]) -
     leaves = dict.fromkeys(part.leaf for one in matrices for part in one.entry.parts)
     if asked is not None:
         return dict.fromkeys(leaves, asked)
-    table = read_json(folder, "config.json").get(KEY) or {}
-    if not table or not any(folder.glob("*.safetensors")):  # or only its config is here, of which nothing is read
-        return dict.fromkeys(leaves, _own_kind(table)) if _own_kind(table) else {}
-    kind, source = _own_kind(table), opened(folder)
+    table = read_json(folder, "config.json").get(KEY)
+    kind = _own_kind(table) if isinstance(table, dict) else None
+    if kind is None:
+        return {}
+    if not any(folder.glob("*.safetensors")):  # only its config is here, for a plan
+        return dict.fromkeys(leaves, kind)
+    source = opened(folder)
     plain = {p.leaf for one in matrices if not source.is_packed(one.entry.name) for p in one.entry.parts}
-    return {} if kind is None else {leaf: kind for leaf in leaves if leaf not in plain}
+    return {leaf: kind for leaf in leaves if leaf not in plain}
 
 
 def _own_kind(table: Mapping[str, Any]) -> Kind | None:

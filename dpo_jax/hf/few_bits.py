@@ -1,4 +1,4 @@
-"""A folder's kernels as they are once they have been kept in 4 or 8 bits: what an adapter on such a base was trained on."""
+"""A folder's kernels as 4 or 8 bits leave them: what an adapter on such a base was trained on."""
 
 from collections.abc import Iterator, Mapping, Sequence
 

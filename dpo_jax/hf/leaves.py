@@ -26,6 +26,7 @@ class Found(NamedTuple):
 
     @property
     def part(self) -> LeafPart:
+        """The part of the leaf."""
         return self.entry.parts[self.number]
 
 
