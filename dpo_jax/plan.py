@@ -17,7 +17,7 @@ from dpo_jax.config.run import Run
 from dpo_jax.errors import UserError
 from dpo_jax.planning.chips import CHIPS, Chip
 
-ON_CPU = "a CPU's compiler computes bfloat16 products in float32, so its temporaries are more than an accelerator's"
+ON_CPU = "a CPU's compiler computes products of 16 bits in float32, so its temporaries are more than an accelerator's"
 
 
 @commands.command
@@ -148,7 +148,7 @@ def _measured(run: Run, step: Any, data: str, hosts: int, chip: Chip) -> dict[st
         "memory": {
             "predicted": predicted,
             "compiler": program.reported(compiled),
-            "note": ON_CPU if step.objective.compute_dtype == "bfloat16" else "",
+            "note": "" if step.objective.compute_dtype == "float32" else ON_CPU,
             "capacity": chip.memory,
         },
         "flops": {"useful": useful, "device": flops, "note": note},

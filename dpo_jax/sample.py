@@ -69,7 +69,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="decides what is drawn (default 0)")
     parser.add_argument(
         "--dtype",
-        choices=["auto", "float32", "bfloat16"],
+        choices=["auto", "float32", "bfloat16", "float16"],
         default="auto",
         help="to compute in; auto: float32 on a CPU, bfloat16 elsewhere",
     )

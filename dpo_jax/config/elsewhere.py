@@ -5,7 +5,7 @@ FOREIGN = {
     for names, answer in (
         ("model_name_or_path model_name base_model pretrained_model_name_or_path tokenizer", "model.path"),
         ("bf16 dtype torch_dtype precision mixed_precision", "model.compute_dtype"),
-        ("fp16 float16 half", "float16 is not computed in; model.compute_dtype takes bfloat16 and float32"),
+        ("fp16 float16 half", "model.compute_dtype=float16; its loss scale is found by itself"),
         ("gradient_checkpointing activation_checkpointing enable_activation_checkpointing", "model.remat"),
         ("dataset_name dataset train_dataset train_file data_files datasets train_data", "data.train"),
         ("eval_dataset test_datasets eval_file validation_file val_data", "data.eval"),

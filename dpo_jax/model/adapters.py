@@ -126,10 +126,9 @@ def magnitudes(params: Params, shapes: Params) -> Params:
 
 
 def without(params: Params) -> Params:
-    """The base of an adapted model; it is the tree itself where nothing is adapted."""
-    if not isinstance(params, dict):
-        return params
-    return {name: without(child) for name, child in params.items() if name != LORA}
+    """The base of an adapted model, the same arrays."""
+    rest = {name: child for name, child in params.items() if name != LORA}
+    return {name: without(child) if isinstance(child, dict) else child for name, child in rest.items()}
 
 
 # ---------------------------------------------------------------------------------------------- noise

@@ -57,9 +57,10 @@ class ModelSettings(Section):
         description="give the embedding (and a head that is not tied to it) a row for every token of the tokenizer; a "
         "new row is the mean of the old ones, and the exported config.json has the new vocab_size",
     )
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="dtype of activations and matrix products; auto: bfloat16 on accelerators, float32 on a CPU",
+        description="dtype of activations and matrix products; auto: bfloat16 on accelerators, float32 on a CPU; "
+        "float16, for GPUs without bfloat16, scales the loss so that slopes neither vanish nor overflow",
     )
     quantise: Literal["nf4", "fp4", "int8"] | None = Field(
         default=None,

@@ -139,10 +139,12 @@ def loss_and_gradient(
     batch: Batch,
     reference: Params | None = None,
     progress: Progress = START,
+    scale: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Values, Params, Float[Array, " m"] | None]:
     """Loss, metrics, float32 gradient and memory over the whole batch, summed micro-batch by micro-batch.
 
-    The gradient is that of the trained weights, and has their structure.
+    The gradient is that of the trained weights, and has their structure. `scale` changes none of the results but by
+    rounding: slopes in the dtype of computation are so many times larger, and the gradient is divided by it.
 
     The denominators are those of the whole batch, so neither micro-batches nor devices change the value. Where a pair's
     loss depends on the step's other pairs, all of them are scored first, and once more with a gradient; so too where
@@ -150,7 +152,9 @@ def loss_and_gradient(
     """
     compute, reference = _computing(objective, weights, reference)
     solve = _two_passes if objective.step_wide or (objective.balances and batch.real.shape[0] > 1) else _one_pass
-    seen, gradient = solve(objective, compute, batch, reference, progress)
+    seen, gradient = solve(objective, compute, batch, reference, progress, scale)
+    if scale is not None:
+        gradient = jax.tree.map(lambda leaf: leaf / scale, gradient)
     loss, metrics, memory = measure(objective.terms, seen.pairs, progress)
     metrics = metrics | means(seen.statistics)
     if seen.routing is not None:
@@ -170,16 +174,21 @@ def measure(
 
 
 def _one_pass(
-    objective: TrainingObjective, compute: Weights, batch: Batch, reference: Params | None, progress: Progress
+    objective: TrainingObjective,
+    compute: Weights,
+    batch: Batch,
+    reference: Params | None,
+    progress: Progress,
+    scale: Float[Array, ""] | None,
 ) -> tuple[Seen, Params]:
-    """Every micro-batch with its gradient."""
+    """Every micro-batch with its gradient, which is multiplied by the scale."""
     counts = counts_of(batch.real, jnp.take_along_axis(batch.lengths, batch.chosen, axis=-1))
 
     def micro(trained, packed):
         params = dataclasses.replace(compute, trained=trained).params
         seen = micro_pairs(objective, params, packed, reference, dropout=_dropout(objective, progress))
         loss = total(objective.terms, outcomes(objective.terms, seen.pairs, progress), counts)
-        return loss + _balance(objective, seen.routing, seen.routing), seen
+        return _scaled(loss + _balance(objective, seen.routing, seen.routing), scale), seen
 
     def visit(state, packed, number):
         sofar, gradient = state
@@ -190,9 +199,14 @@ def _one_pass(
 
 
 def _two_passes(
-    objective: TrainingObjective, compute: Weights, batch: Batch, reference: Params | None, progress: Progress
+    objective: TrainingObjective,
+    compute: Weights,
+    batch: Batch,
+    reference: Params | None,
+    progress: Progress,
+    scale: Float[Array, ""] | None,
 ) -> tuple[Seen, Params]:
-    """The step's pairs, then the gradient along the slope of the step's loss at each of them."""
+    """The step's pairs, then the gradient along the slope of the step's loss at each of them, times the scale."""
     dropout = _dropout(objective, progress)
     seen = all_pairs(objective, compute.params, batch, reference, dropout)
     pairs = seen.pairs
@@ -208,13 +222,17 @@ def _two_passes(
         params = dataclasses.replace(compute, trained=trained).params
         part = micro_pairs(objective, params, packed, reference, quick=True, dropout=dropout)
         products = jax.tree.map(lambda x, y: (x * y).sum(), _policy_of(part.pairs), slope)
-        return sum(jax.tree.leaves(products), _balance(objective, part.routing, seen.routing))
+        return _scaled(sum(jax.tree.leaves(products), _balance(objective, part.routing, seen.routing)), scale)
 
     def visit(gradient, packed, number):
         slope = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, number, 0, keepdims=False), slopes)
         return _added(gradient, jax.grad(micro)(compute.trained, packed, slope))
 
     return seen, fold(visit, _no_gradient(compute.trained), batch)
+
+
+def _scaled(loss: Float[Array, ""], scale: Float[Array, ""] | None) -> Float[Array, ""]:
+    return loss if scale is None else loss * scale
 
 
 def _balance(objective: TrainingObjective, part: Routing | None, whole: Routing | None) -> jax.Array:

@@ -33,6 +33,7 @@ METRICS: dict[str, str] = {
     "beta": "beta of this step, where it is scheduled",
     "aux_loss": "load-balancing loss of the experts, before its weight",
     "skipped_steps": "steps so far that were not finite and changed nothing",
+    "loss_scale": "in float16, what the loss is multiplied by before it is differentiated",
     "logits/chosen": "mean logit over chosen completion tokens and the vocabulary",
     "logits/rejected": "the same over rejected completion tokens",
     "entropy": "mean entropy of the next token, over completion tokens",

@@ -14,6 +14,7 @@ from dpo_jax.run.output import CHECKPOINTS, record_of
 from dpo_jax.run.recorder import Recorder
 from dpo_jax.run.trainer import Trainer
 from dpo_jax.training.checkpoints import Checkpoints
+from dpo_jax.training.loss_scale import completed, fitted
 from dpo_jax.training.step import State, as_saved, from_saved
 
 
@@ -36,7 +37,9 @@ class Saver:
         for leaf in jax.tree.leaves(weights.trained):  # or they would stand beside those that are restored
             leaf.delete()
         journal.phase(f"resuming after step {self.start}")
-        saved, record = self._checkpoints.restore(self.start, as_saved(trainer.target()))
+        target = trainer.target()
+        there = fitted(target, self._checkpoints.entries(self.start))
+        saved, record = self._checkpoints.restore(self.start, as_saved(there))
         journal.note(f"resumed after step {self.start}")
         had, has = record.get("records", 0), journal.found
         if has < had:
@@ -44,7 +47,7 @@ class Saver:
                 f"{METRICS_FILE} has lost {had - has} of the {had} records that it had up to step {self.start}; the "
                 "weights do not depend on it"
             )
-        return from_saved(saved)
+        return completed(from_saved(saved), target)
 
     def save(self, step: int, state: State, recorder: Recorder, *, last: int, at_once: bool) -> bool:
         """Save the state after this step if that is due, at the `last` step, or `at_once`; what it measured first.

@@ -20,6 +20,7 @@ from dpo_jax.run.data import Data
 from dpo_jax.run.evaluator import Evaluator, counted
 from dpo_jax.run.first_step import FirstStep, preference_loss
 from dpo_jax.run.trainer import Trainer
+from dpo_jax.training.loss_scale import LossScale
 from dpo_jax.training.optimizer import warmup_steps
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import State
@@ -71,7 +72,8 @@ class Recorder:
         """Write what is pending, and say what ought not to have happened.
 
         Raises:
-          UserError: the last step was not finite, so the weights are not those of a training that went well.
+          UserError: the last step was not finite, so the weights are not those of a training that went well; or no step
+        moved them at all.
         """
         self.flush()
         last, (skipped, in_a_row) = int(state["step"]), (int(state[k]) for k in ("skipped", "consecutive_nonfinite"))
@@ -80,8 +82,13 @@ class Recorder:
                 f"the last {in_a_row} of {last} steps were not finite, so nothing is exported; checkpoints and metrics "
                 "stay; begin again in another output folder with a lower optimizer.learning_rate"
             )
+        if skipped and skipped == last:
+            raise UserError(
+                f"none of {last} steps changed anything{_scale_of(state)}; so nothing is exported; checkpoints and "
+                "metrics stay: give more steps, and the same command goes on"
+            )
         if skipped:
-            self.journal.note(f"{skipped} of {last} steps were not finite and changed nothing")
+            self.journal.note(f"{skipped} of {last} steps were not finite and changed nothing{_scale_of(state)}")
         if self._trainer.recompilations:
             self.journal.note(f"{self._trainer.recompilations} compilations happened after warm-up")
 
@@ -167,6 +174,13 @@ def memory_in_use() -> int:
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [found["peak_bytes_in_use"] for found in stats if found and "peak_bytes_in_use" in found]
     return max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _scale_of(state: State) -> str:
+    """What a note on skipped steps says of the loss scale, where there is one."""
+    if (scaling := LossScale.of(state)) is None:
+        return ""
+    return f", as happens in float16 while the loss scale finds its size; it is {float(scaling.scale):g} now"
 
 
 def _watched(objective: TrainingObjective, metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -88,7 +88,8 @@ class Trainer:
         return {**given, **rest}
 
     def _fresh(self, trained: Any, reference: Any) -> State:
-        return fresh_state(trained, self.optimizer, reference=reference, remembers=self.objective.remembers)
+        remembers, scaled = self.objective.remembers, self.objective.compute_dtype == "float16"
+        return fresh_state(trained, self.optimizer, reference=reference, remembers=remembers, scaled=scaled)
 
     def target(self) -> Any:
         """Shapes, dtypes and shardings of the state, for restoring it."""

@@ -136,6 +136,12 @@ class Checkpoints:
             raise self._unusable(step, damage)
         return self._read(step, "record")
 
+    def entries(self, step: int) -> set[str]:
+        """Names of a saved step's entries, such as its weights and its moments; no array is read."""
+        self.wait()
+        self._require_usable(step)
+        return {path.split("/")[0] for path in self._read(step, "leaves")}
+
     def wait(self) -> None:
         """Return when the last save is written, sealed and the old steps are removed; raise if it failed."""
         pending, self._pending = self._pending, None

@@ -13,13 +13,16 @@ from dpo_jax.data.batch import Batch
 from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.mixture import Progress
 from dpo_jax.preference.loss import TrainingObjective, loss_and_gradient
+from dpo_jax.training import loss_scale
+from dpo_jax.training.loss_scale import LossScale
 from dpo_jax.training.optimizer import apply_updates, to_float32
 from dpo_jax.trees import Params
 
 State = dict[str, Any]
 """`trained` (the trained weights: float32, or bfloat16 but for small leaves), `optimizer` (float32, its first moment
 maybe bfloat16), `step`, and `skipped` and `consecutive_nonfinite`: non-finite steps, all and in a row. Where the
-reference moves also its weights, `reference` (float32); where an objective remembers earlier steps also `memory`."""
+reference moves also its weights, `reference` (float32); where an objective remembers earlier steps also `memory`; in
+float16 also `loss_scale` and `good_steps`, see `loss_scale`."""
 
 ON_DISK = {"trained": "params", "consecutive_nonfinite": "streak"}
 """Names in checkpoints, of those entries that have others there."""
@@ -47,9 +50,22 @@ class MovingReference(NamedTuple):
 
 
 def fresh_state(
-    trained: Params, optimizer: optax.GradientTransformation, *, reference: Params | None = None, remembers: int = 0
+    trained: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    reference: Params | None = None,
+    remembers: int = 0,
+    scaled: bool = False,
 ) -> State:
-    """The state before the first step; `reference` are the starting weights of one that will move."""
+    """The state before the first step.
+
+    Args:
+      trained: the starting weights.
+      optimizer: whose moments begin.
+      reference: the starting weights of one that will move.
+      remembers: numbers that are carried from step to step.
+      scaled: whether the loss is scaled, as float16 wants it.
+    """
     zero = jnp.zeros((), jnp.int32)
     state = {
         "trained": trained,
@@ -59,6 +75,7 @@ def fresh_state(
         "consecutive_nonfinite": zero,
     }
     state |= {} if reference is None else {"reference": reference}
+    state |= loss_scale.fresh().entries() if scaled else {}
     return state | ({"memory": jnp.zeros(remembers, jnp.float32)} if remembers else {})
 
 
@@ -79,7 +96,9 @@ def make_step(
     number decide how updates of bfloat16 parameters are rounded.
 
     A step whose loss or gradient is not finite changes neither weights nor moments; it is counted, and the step number
-    goes on, so that the data do too. The gradient's norm says so, and where that is finite all updates are.
+    goes on, so that the data do too. The gradient's norm says so, and where that is finite all updates are. Where the
+    state has a loss scale, and a smaller one is the remedy, such a step is skipped but not one of a row of non-finite
+    steps.
     """
 
     def step(
@@ -87,9 +106,10 @@ def make_step(
     ) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         progress = progress_of(state, steps)._replace(key=jax.random.bits(key, dtype=jnp.uint32))
-        reference = state.get("reference", reference)
+        reference, scaling = state.get("reference", reference), LossScale.of(state)
+        scale = None if scaling is None else scaling.scale
         loss, metrics, gradient, memory = loss_and_gradient(
-            objective, with_trained(frozen, state["trained"]), batch, reference, progress
+            objective, with_trained(frozen, state["trained"]), batch, reference, progress, scale
         )
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -106,13 +126,17 @@ def make_step(
         # A branch, not a choice between new and old arrays: XLA then writes the new ones over the old ones.
         kept = {name: state[name] for name in ("trained", "optimizer", "memory") if name in state}
         updated = lax.cond(finite, update, lambda kept: kept, kept)
-        missed = 1 - finite.astype(jnp.int32)
+        missed, counts = 1 - finite.astype(jnp.int32), jnp.int32(1)
+        if scaling is not None:
+            counts = 1 - scaling.blamed(loss).astype(jnp.int32)
+            updated |= scaling.after(finite).entries()
+            metrics = {**metrics, "loss_scale": scaling.scale}
         state = {
             **state,
             **updated,
             "step": state["step"] + 1,
             "skipped": state["skipped"] + missed,
-            "consecutive_nonfinite": (state["consecutive_nonfinite"] + missed) * missed,
+            "consecutive_nonfinite": (state["consecutive_nonfinite"] + counts) * missed,
         }
         if moving is not None:
             policy = with_trained(frozen, state["trained"]).params

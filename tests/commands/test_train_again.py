@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from dpo_jax import convert, train
 from dpo_jax.reporting.journal import Journal, read_records
 from dpo_jax.reporting.metrics import TIME_FIELDS
+from dpo_jax.training import loss_scale
 from tests.support.tiers import by_day, by_pairs
 from tests.support.tiny_folders import write_folder
 from tests.support.tiny_rows import byte_tokenizer, write, yes_or_no
@@ -167,6 +168,7 @@ def stopped(world, output, monkeypatch, *more, after=2):
 LONGER = {
     "steps": ((), ("steps=6",)),
     "epochs": (("steps=null", "epochs=1"), ("steps=null", "epochs=1.5")),
+    "float16": (("model.compute_dtype=float16",), ("model.compute_dtype=float16", "steps=6")),
     "more data": (("data.shuffle=false",), ("data.shuffle=false", "data.train=GROWN", "steps=5")),
 }
 
@@ -174,7 +176,8 @@ LONGER = {
 @pytest.mark.parametrize(
     ("kind", "when"),
     by_pairs(
-        list(itertools.product(LONGER, ["finished", "stopped"])), [("steps", "finished"), ("more data", "stopped")]
+        list(itertools.product(LONGER, ["finished", "stopped"])),
+        [("steps", "finished"), ("more data", "stopped"), ("float16", "stopped")],
     ),
 )
 def test_a_longer_run_is_the_run_that_was_so_long_from_the_start(world, tmp_path, monkeypatch, kind, when):
@@ -201,6 +204,35 @@ def test_a_length_that_would_have_changed_the_past_is_refused_unless_it_is_accep
     rates = [record["learning_rate"] for record in lasting(output) if "loss" in record]
     assert len(rates) == 6 and rates[5] == pytest.approx(1e-3 / 6) and rates[3] == pytest.approx(1e-3 / 4)
     run(world, output, falling, "steps=6")  # accepted once, it is the run's own
+
+
+def test_overflows_while_the_loss_scale_falls_stop_no_run(world, tmp_path, capsys, monkeypatch):
+    """Not even one that stops at the first step that is not finite; a run that had no other steps exports nothing."""
+    monkeypatch.setattr(loss_scale, "START", 2.0**20)
+    words = ("model.compute_dtype=float16", "log.max_nonfinite=0", "data.eval=null")
+    line = refused(world, tmp_path / "run", capsys, *words, "steps=2")
+    assert "none of 2 steps changed anything" in line and "it is 262144 now" in line and "give more steps" in line
+    assert not (tmp_path / "run" / "model").exists()
+    run(world, tmp_path / "run", *words, "steps=16")
+    records = lasting(tmp_path / "run")
+    finite = [record["grad_norm"] is not None for record in records]
+    skipped = 16 - sum(finite)
+    assert finite == sorted(finite) and 2 < skipped < 16
+    scales = [2.0 ** (20 - min(step, skipped)) for step in range(16)]
+    assert [record["loss_scale"] for record in records] == scales
+    assert all(record["loss"] < 0.7 for record in records) and records[-1]["skipped_steps"] == skipped
+    assert (
+        f"{skipped} of 16 steps were not finite and changed nothing, as happens in float16" in capsys.readouterr().out
+    )
+    assert weights(tmp_path / "run") != (world / "model" / WEIGHTS).read_bytes()
+
+
+def test_a_run_may_be_told_to_go_on_in_float16(world, copied, capsys):
+    other = ("model.compute_dtype=float16", "steps=6")
+    assert 'model.compute_dtype: "auto" -> "float16"' in refused(world, copied, capsys, *other)
+    run(world, copied, *other, "checkpoint.allow_change=[model.compute_dtype]")
+    scales = [record.get("loss_scale") for record in lasting(copied) if "loss" in record]
+    assert scales == [None] * 4 + [loss_scale.START] * 2
 
 
 def test_data_that_would_have_changed_the_past_are_refused_unless_they_are_accepted(world, copied, capsys):

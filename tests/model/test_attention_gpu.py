@@ -347,6 +347,7 @@ def test_a_package_that_is_not_there_is_named(monkeypatch):
         (small(64, softcap=30.0), "bfloat16", HOPPER, False, "xla"),
         (small(64), "float32", HOPPER, True, "xla"),
         (small(64), "bfloat16", table.Device("gpu", 8.0), True, "xla"),
+        (small(64), "float16", HOPPER, True, "xla"),  # no kernel was run in float16
         (small(64), "bfloat16", table.Device("tpu"), True, "xla"),  # splash ran on no device yet
     ],
 )

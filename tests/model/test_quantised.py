@@ -35,7 +35,6 @@ from dpo_jax.model.quantised import (
     quantised_grouped_dot,
 )
 
-GOLDENS = Path("/work/shared/adapters/bnb/tensors.safetensors")
 FOUR_BITS = [
     *(f"{kind}_{rest}" for kind in ("nf4", "fp4") for rest in ("float32", "bfloat16", "float16")),
     *("nf4_ragged", "nf4_zeros_and_outliers", "nf4_double_bfloat16", "fp4_double_bfloat16"),
@@ -67,16 +66,18 @@ def same_bits(got: np.ndarray, expected: np.ndarray) -> None:
 # ---------------------------------------------------------------------------------------------- bitsandbytes
 
 
-def golden(name: str) -> dict[str, np.ndarray]:
-    if not GOLDENS.exists():
+def golden(shared: Path, name: str) -> dict[str, np.ndarray]:
+    """The tensors that bitsandbytes wrote of a case, where they are at hand."""
+    file = shared / "adapters" / "bnb" / "tensors.safetensors"
+    if not file.exists():
         pytest.skip("the tensors that bitsandbytes wrote are not on this machine")
     start = f"{name}."
-    return {key.removeprefix(start): x for key, x in load_file(GOLDENS).items() if key.startswith(start)}
+    return {key.removeprefix(start): x for key, x in load_file(file).items() if key.startswith(start)}
 
 
 @pytest.mark.parametrize("name", FOUR_BITS)
-def test_four_bits_are_those_of_bitsandbytes(name):
-    case, kind = golden(name), name[:3]
+def test_four_bits_are_those_of_bitsandbytes(shared, name):
+    case, kind = golden(shared, name), name[:3]
     leaf = quantise(case["input"], kind)
     same_bits(leaf[kind].reshape(-1), case["weight"].reshape(-1))
     if case["weight.absmax"].dtype == np.float32:
@@ -85,8 +86,8 @@ def test_four_bits_are_those_of_bitsandbytes(name):
 
 
 @pytest.mark.parametrize("name", [*FOUR_BITS, "nf4_double_float32", "nf4_block128", "nf4_bf16_storage"])
-def test_what_bitsandbytes_stored_is_kept_and_dequantised_as_there(name):
-    case, kind, block = golden(name), name[:3], 128 if "block128" in name else BLOCK
+def test_what_bitsandbytes_stored_is_kept_and_dequantised_as_there(shared, name):
+    case, kind, block = golden(shared, name), name[:3], 128 if "block128" in name else BLOCK
     absmax = case["weight.absmax"]
     if absmax.dtype == np.uint8:
         state = case[f"weight.quant_state.bitsandbytes__{kind}"].tobytes().decode()
@@ -97,8 +98,8 @@ def test_what_bitsandbytes_stored_is_kept_and_dequantised_as_there(name):
     same_bits(dequantised(leaf, case["dequantized"].shape, case["dequantized"].dtype), case["dequantized"])
 
 
-def test_eight_bits_are_those_of_bitsandbytes():
-    case = golden("int8")
+def test_eight_bits_are_those_of_bitsandbytes(shared):
+    case = golden(shared, "int8")
     leaf = quantise(case["input"], "int8")
     same_bits(leaf["int8"], case["weight"])
     same_bits(leaf["absmax"], case["SCB"])

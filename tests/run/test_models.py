@@ -175,7 +175,7 @@ def test_the_cached_reference_has_a_name_by_what_changes_its_numbers():
 def test_the_precision_of_products_is_that_of_the_run_and_not_of_the_one_before():
     before = jax.config.jax_default_matmul_precision
     try:
-        for dtype, precision in (("float32", "highest"), ("bfloat16", None), ("float32", "highest")):
+        for dtype, precision in (("float32", "highest"), ("bfloat16", None), ("float16", None), ("float32", "highest")):
             models.make_mesh(MeshSettings(), ModelSettings(path="m", compute_dtype=dtype))
             assert jax.config.jax_default_matmul_precision == precision
     finally:

@@ -50,6 +50,14 @@ def test_in_bfloat16_answers_are_as_likely_to_both_but_for_rounding():
     checked("bfloat16")  # the first objective has no reference
 
 
+def test_in_float16_rounding_may_do_an_eighth_of_that():
+    told = {"loss": 0.72, "lengths/chosen": 40.0}
+    checked("float16", **told, **{"drift/chosen": 0.09})
+    checked("bfloat16", **told, **{"drift/chosen": 0.1})
+    with pytest.raises(UserError, match="differ by 0.1 nats"):
+        checked("float16", **told, **{"drift/chosen": 0.1})
+
+
 def test_where_the_first_loss_is_not_known_nothing_is_asked():
     checked(objective="simpo", loss=7.0)
     checked(data=ENCODED, loss=7.0)

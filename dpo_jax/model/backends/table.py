@@ -49,6 +49,7 @@ class Device:
 
 
 FLOATS = ("float32", "bfloat16")
+"""Of kernels that were tried in these; none was in float16, which is left to xla."""
 BACKENDS = {
     "splash": Backend(("tpu",), FLOATS, frozenset({"window", "softcap", "sinks", "value width"})),
     "tokamax": Backend(
@@ -76,7 +77,7 @@ BACKENDS = {
     ),
     "xla": Backend(
         ("cpu", "gpu", "tpu"),
-        FLOATS,
+        (*FLOATS, "float16"),
         frozenset({"window", "softcap", "sinks", "alibi", "value width"}),
         verified=("cpu",),
     ),
