@@ -184,7 +184,7 @@ def _session(options: argparse.Namespace) -> "Session":
         raise UserError(
             f"{options.against} has other tokens than {options.folder}; --against takes a model with the same"
         )
-    speakers = tuple(map(Speaker, _names(models), [_load(model, options.dtype) for model in models]))
+    speakers = tuple(map(Speaker, _names(models), [_load(one.base, options.dtype, one.adapter) for one in models]))
     return Session(speakers, winrate.prompt_codec(tokenizer), decoding, options.seed, chat, options.system)
 
 
@@ -193,8 +193,8 @@ def _names(models: "Sequence[Adapted]") -> list[str]:
     return short if len(set(short)) == len(short) else [str(model.adapter or model.base) for model in models]
 
 
-def _load(model: "Adapted", dtype: str) -> "Model":
-    """A model, with its adapter if it has one, split over all devices of this machine."""
+def _load(folder: str, dtype: str, adapter: Path | None = None) -> "Model":
+    """The model of a folder, with an adapter if there is one, split over all devices of this machine."""
     import jax
     import jax.numpy as jnp
 
@@ -207,11 +207,11 @@ def _load(model: "Adapted", dtype: str) -> "Model":
     compile_cache.use(compile_cache.AUTO)
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    spec = read_spec(find_model(model.base), scalar_head=False)
+    spec = read_spec(find_model(folder), scalar_head=False)
     one = jax.device_count() == 1
     places = None if one else sharding.param_shardings(abstract_params(spec), sharding.make_mesh(fsdp=1, tensor=-1))
     held = functools.partial(held_in, dtype=jnp.dtype(dtype))  # as in training, norm scales stay in float32
-    return load_hf(model.base, dtype=held, shardings=places, spec=spec, adapter=model.adapter)
+    return load_hf(folder, dtype=held, shardings=places, spec=spec, adapter=adapter)
 
 
 def _decoding(options: argparse.Namespace, tokenizer: Any) -> "Decoding":

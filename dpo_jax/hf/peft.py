@@ -5,7 +5,6 @@ adapter that acts otherwise than where it was trained, without a word.
 """
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -348,13 +347,3 @@ class _Reader:
 def bias_name(weight: str) -> str:
     """The bias that goes with a weight."""
     return f"{weight.removesuffix('.weight')}.bias"
-
-
-def tensors_changed(adapter: Adapter) -> Iterator[str]:
-    """Names of all tensors of the base that an adapter changes."""
-    yield from adapter.replaced
-    yield from adapter.rows
-    for (name, _), factor in adapter.factors.items():
-        yield name
-        if factor.bias is not None:
-            yield bias_name(name)

@@ -62,7 +62,6 @@ class AdapterConfig(NamedTuple):
     ties: bool
     """What is done to the embedding is done to a head that is tied to it."""
     base: str | None
-    task: str | None
     swapped: bool
     """Written by a PEFT before 0.19, which took the outputs and inputs of fused experts for each other."""
 
@@ -127,7 +126,6 @@ def read_config(folder: Path) -> AdapterConfig:
         tokens=_tokens(k),
         ties=k.flag("ensure_weight_tying"),
         base=base if isinstance(base, str) and base else None,
-        task=task,
         swapped=_before_019(version),
     )
     _texts(k, "target_modules")

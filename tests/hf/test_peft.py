@@ -61,7 +61,7 @@ def test_a_change_is_scale_times_b_times_a_and_nothing_else_moves(base, tmp_path
         ({"alpha_pattern": {"proj": 8}}, (1.5, 1.5)),
         ({"alpha_pattern": {r"layers\.1\..*": 5, "down_proj": 7}}, (1.5, 2.5)),
         ({"rank_pattern": {"down_proj": 2, "q_proj": 2}, "r": 9}, (1.5, 1.5)),
-        ({"rank_pattern": {Q: 2}, "alpha_pattern": {Q: 1}, "use_rslora": True}, (1 / 2**0.5, 3 / 2**0.5)),
+        ({"rank_pattern": {"proj": 7, ".*proj": 2}, "r": 9, "use_rslora": True}, (3 / 2**0.5, 3 / 2**0.5)),
     ],
 )
 def test_the_scale_is_that_of_the_first_pattern_that_fits_the_whole_end_of_a_name(config, scales, base, tmp_path):

@@ -211,6 +211,17 @@ FAMILIES = {
         "norm_topk_prob": False,
         "tie_word_embeddings": False,
     },
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_hidden_layers": 2,
+        "mlp_only_layers": [0],
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
     "gpt_oss": {
         "architectures": ["GptOssForCausalLM"],
         "num_hidden_layers": 2,
