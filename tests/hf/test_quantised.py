@@ -21,7 +21,7 @@ from dpo_jax.hf.verify import check
 from dpo_jax.model.decoder import Model, abstract_params, logits
 from tests.support import packed_weights as packed
 from tests.support.packed_weights import BF16, E8, Packed
-from tests.support.tiny_folders import NUMPY_DTYPES, write_folder
+from tests.support.tiny_folders import NUMPY_DTYPES, write_folder, write_index
 
 FOLDERS = (
     *("bnb/llama_nf4_double", "bnb/llama_fp4", "bnb/llama_int8"),
@@ -152,6 +152,12 @@ def test_other_formats_become_what_the_config_says_and_bfloat16_if_it_says_nothi
     assert equal(source.exact("x.weight"), one.weight)
 
 
+def test_numbers_of_groups_that_are_not_set_are_those_of_their_order(tmp_path):
+    one = packed.words(rng(), (5, 64), group=16)
+    one.tensors[".weight_g_idx"] = np.full(64, -1, np.int32)
+    assert equal(opened(packed.write_one(tmp_path, one)).exact("x.weight"), one.weight)
+
+
 def test_a_weight_of_four_bits_is_to_be_had_packed(tmp_path):
     one = packed.four_bits(rng(), (7, 30), nested=4, storage=BF16)
     source = opened(packed.write_one(tmp_path, one))
@@ -264,6 +270,14 @@ def test_a_large_export_is_split_and_lists_its_tensors(tmp_path, monkeypatch):
     listed = json.loads((tmp_path / "export" / tensors.INDEX).read_text())["weight_map"]
     assert listed.keys() == arrays.keys() and len(set(listed.values())) > 2
     assert {*tensors.Tensors(tmp_path / "export").infos} == {*arrays}
+
+
+def test_the_index_of_packed_tensors_is_never_taken_over(tmp_path):
+    folder, arrays = quantised_folder(tmp_path / "m", "gptq")
+    write_index(folder, dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors"))
+    save_hf(load_hf(folder), tmp_path / "export", folder)
+    export = tensors.Tensors(tmp_path / "export")  # refuses an index that does not list what is there
+    assert export.infos.keys() == arrays.keys() and {*opened(folder).infos} == {*arrays}
 
 
 def test_each_device_gets_its_part_and_a_weight_is_computed_once(tmp_path, monkeypatch):
