@@ -49,11 +49,11 @@ def params():
     return jax.tree.map(lambda leaf: 3 * leaf, init_params(SPEC, jax.random.key(0)))
 
 
-def adapted(params, made, *, key=None):
+def adapted(params, made, *, key=None, size=0.2):
     """Weights of an adapter on a base; with a `key` both factors are random, not only A."""
     factors = adapters.fresh(made, SHAPES, jax.random.key(1))
     if key is not None:
-        factors = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(key), x.shape), factors)
+        factors = jax.tree.map(lambda x: x + size * jax.random.normal(jax.random.key(key), x.shape), factors)
     weights = Weights(factors, trees.joined(params, adapters.constants(made)))
     if made.dora:
         magnitudes = adapters.magnitudes(weights.params, abstract_params(SPEC))
@@ -67,8 +67,9 @@ def nf4(params):
     for path, leaf in trees.paths(params).items():
         kept[path] = plain[path] = leaf
         if path in KERNELS:
-            made = quantised.quantise(np.asarray(leaf).swapaxes(-1, -2), "nf4")
-            kept |= {f"{path}/{name}": jnp.asarray(array) for name, array in made.items()}
+            codes = quantised.quantise(np.asarray(leaf).swapaxes(-1, -2), "nf4")
+            made = {name: jnp.asarray(array) for name, array in codes.items()}
+            kept |= {f"{path}/{name}": array for name, array in made.items()}
             plain[path] = quantised.QuantisedKernel.of(made, leaf.shape[-2:]).dequantised(jnp.float32)
             del kept[path]
     return trees.from_paths(kept), trees.from_paths(plain)
@@ -138,7 +139,7 @@ LAYOUTS = {
 def solved(kind, base, share, micro, devices):
     params = jax.tree.map(lambda leaf: 3 * leaf, init_params(SPEC, jax.random.key(0)))
     params = nf4(params)[0] if base == "nf4" else params
-    weights = adapted(params, adapter(dropout=DROPOUT), key=2)
+    weights = adapted(params, adapter(dropout=DROPOUT), key=2, size=0.05)
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     placed = Weights(*(jax.device_put(t, sharding.param_shardings(t, mesh)) for t in (weights.trained, weights.frozen)))
     objective = TrainingObjective(
