@@ -107,6 +107,7 @@ def _measured(run: Run, step: Any, data: str, hosts: int, chip: Chip) -> dict[st
     import jax.numpy as jnp
 
     from dpo_jax import trees
+    from dpo_jax.model.decoder import abstract_params
     from dpo_jax.planning import costs, estimate, hlo, report
     from dpo_jax.run import program
 
@@ -117,7 +118,7 @@ def _measured(run: Run, step: Any, data: str, hosts: int, chip: Chip) -> dict[st
     found = hlo.collectives(found_program, devices)
     items = program.moved_by(step)
     inside, across = estimate.traffic(found, devices // hosts)
-    useful = costs.step_flops(spec, step.load)
+    useful = costs.step_flops(spec, step.load, step.trainer.abstract["trained"])
     flops, note = hlo.product_flops(found_program), ""
     if found_program.uncounted:
         note = f"{found_program.uncounted} inner loops whose length is a value are counted once: more is computed"
@@ -127,7 +128,7 @@ def _measured(run: Run, step: Any, data: str, hosts: int, chip: Chip) -> dict[st
     return {
         "model": {
             "path": run.model.path,
-            "parameters": trees.num_parameters(step.trainer.weights(step.trainer.abstract)),
+            "parameters": trees.num_parameters(abstract_params(spec)),
             "compute_dtype": step.objective.compute_dtype,
             "remat": run.model.remat,
         },

@@ -61,6 +61,8 @@ def run_compare(arguments: argparse.Namespace) -> int:
     if not 0 <= arguments.warmup < arguments.steps:
         raise UserError(f"--warmup: {arguments.warmup} must be less than the {arguments.steps} of --steps; lower it")
     programs = runners(arguments)
+    if arguments.lora is not None and {runner.name for runner in programs} - {OURS, "trl"}:
+        raise UserError("--lora: only trl is compared with an adapter; leave the others out")
     choice = workloads.Choice(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(workloads.Choice)})
     with tempfile.TemporaryDirectory() as folder:
         spec, facts = workloads.prepare(arguments.workload, choice, Path(folder))
@@ -75,8 +77,8 @@ def run_compare(arguments: argparse.Namespace) -> int:
 
 
 def portable(spec: Spec) -> dict[str, Any]:
-    """The spec less the two paths, which mean nothing elsewhere."""
-    return {key: value for key, value in dataclasses.asdict(spec).items() if key not in ("model", "pairs")}
+    """The spec less the paths, which mean nothing elsewhere."""
+    return {key: value for key, value in dataclasses.asdict(spec).items() if key not in ("model", "pairs", "adapter")}
 
 
 def run_micro(arguments: argparse.Namespace) -> int:
@@ -153,6 +155,7 @@ def _add_compare(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     command.add_argument("--reference", choices=("default", "precomputed"), default="precomputed")
     command.add_argument("--pairs-per-step", type=positive, metavar="N", help="another number than the workload's")
     command.add_argument("--max-length", type=positive, metavar="N", help="another length than the workload's")
+    command.add_argument("--lora", type=positive, metavar="RANK", help="train an adapter (dpo_jax and trl only)")
     command.set_defaults(run=run_compare)
 
 

@@ -64,14 +64,16 @@ def _newest(found: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _workload(record: Mapping[str, Any]) -> str:
-    spec = record["spec"]
-    return f"{record['workload']}, {spec['dtype']}" + (", own reference" if spec["reference"] == "default" else "")
+    spec, rank = record["spec"], record["data"].get("lora_rank")
+    adapter = "" if rank is None else f", LoRA of rank {rank}"
+    own = ", own reference" if spec["reference"] == "default" else ""
+    return f"{record['workload']}, {spec['dtype']}{adapter}{own}"
 
 
 def _key(record: Mapping[str, Any]) -> tuple:
     spec, machine = record["spec"], record["hardware"]
     about = (spec["dtype"], spec["reference"], spec["pairs_per_step"], spec["max_length"], spec["threads"])
-    return (record["workload"], *about, machine["processor"], *machine["gpus"])
+    return (record["workload"], record["data"].get("lora_rank"), *about, machine["processor"], *machine["gpus"])
 
 
 def _row(record: Mapping[str, Any], name: str, result: Mapping[str, Any], note: int) -> str:

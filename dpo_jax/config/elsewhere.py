@@ -92,11 +92,24 @@ FOREIGN = {
             "token hub_token hf_token use_auth_token",
             "the hub's token is read from the environment (HF_TOKEN) or the login of `hf auth login`, not from here",
         ),
+        ("lora_r lora_rank r", "adapter.rank"),
+        ("lora_alpha", "adapter.alpha"),
+        ("lora_dropout", "adapter.dropout"),
+        ("lora_target lora_target_modules lora_target_parameters target_modules", "adapter.targets"),
+        ("use_rslora", "adapter.rslora"),
+        ("use_dora peft_use_dora", "adapter.dora"),
+        ("loraplus_lr_ratio", "adapter.lr_ratio"),
+        ("lora_modules_to_save", "adapter.modules_to_save"),
+        ("lora_layers_to_transform layers_to_transform", "adapter.layers"),
+        ("adapter_name_or_path lora_model_dir peft_model_id", "adapter.path"),
+        ("use_peft finetuning_type peft_method", "an adapter is trained where adapter.rank says how large it is to be"),
+        ("load_in_4bit bnb_4bit_quant_type quantization_bit", "model.quantise=nf4, with adapter.rank, keeps 4 bits"),
+        ("load_in_8bit", "model.quantise=int8, with adapter.rank, keeps 8 bits"),
         (
-            "use_peft lora_r lora_alpha lora_dropout lora_rank lora_target lora_target_modules adapter finetuning_type "
-            "load_in_4bit load_in_8bit quantization_bit",
-            "not there: weights are trained as they are, all of them or those that model.freeze leaves",
+            "use_bnb_nested_quant bnb_4bit_use_double_quant bnb_4bit_compute_dtype",
+            "not needed: scales are kept in float32, and products are in model.compute_dtype",
         ),
+        ("merge_adapter merge_lora", "export.kind=merged writes the whole model, both writes the adapter as well"),
     )
     for name in names.split()
 }

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from dpo_jax.model.adapter_settings import SHAPE, AdapterSettings
+from dpo_jax.model.settings import SHAPE, AdapterSettings
 from dpo_jax.training.settings import UNUSED
 
 if TYPE_CHECKING:

@@ -24,8 +24,7 @@ from dpo_jax.errors import UserError, nearest, printable, redacted, short
 from dpo_jax.evaluation.settings import EvaluationSettings
 from dpo_jax.files import digest_of
 from dpo_jax.hf.settings import ExportSettings
-from dpo_jax.model.adapter_settings import AdapterSettings
-from dpo_jax.model.settings import MeshSettings, ModelSettings
+from dpo_jax.model.settings import AdapterSettings, MeshSettings, ModelSettings
 from dpo_jax.objectives import terms
 from dpo_jax.objectives.settings import ObjectiveSettings, as_written
 from dpo_jax.reporting.settings import AlarmSettings, LogSettings

@@ -19,9 +19,9 @@ from dpo_jax.hf.mapping import LeafPart, TensorEntry
 from dpo_jax.hf.quantisation import KEY
 from dpo_jax.hf.quantised import opened
 from dpo_jax.hf.tensors import read_json
-from dpo_jax.model.adapter_settings import ALL_LINEAR, EXPERTS, GROUPS, PEFT_DEFAULT, ROUTER, AdapterSettings
 from dpo_jax.model.adapters import AdapterSpec, LowRank, beside
 from dpo_jax.model.quantised import Kind
+from dpo_jax.model.settings import ALL_LINEAR, EXPERTS, GROUPS, PEFT_DEFAULT, ROUTER, AdapterSettings
 from dpo_jax.trees import Params
 
 LINEAR = r"blocks/\d+/(attention|delta|mlp|experts/shared)/[a-z_]+/kernel"

@@ -249,7 +249,7 @@ def _low_rank(x: Float[Array, "*B I"], kernel: AdaptedKernel) -> Float[Array, "*
 
     lowered = lowered if kernel.tokens is None else jax.checkpoint(lowered)
     low = lowered(x, kernel.a.astype(x.dtype), kernel.tokens, kernel.salt)
-    return dense(low, kernel.b.astype(x.dtype)) * kernel.scale.astype(x.dtype)
+    return dense(low * kernel.scale.astype(x.dtype), kernel.b.astype(x.dtype))  # scaled where it is narrow
 
 
 def _noisy(x: Float[Array, "B T I"], kernel: AdaptedKernel) -> Float[Array, "B T I"]:
@@ -263,8 +263,8 @@ def grouped_product(x: Float[Array, "N I"], kernel: Any, sizes: Int[Array, " E"]
         return quantised_grouped_dot(x, kernel, sizes)
     if not isinstance(kernel, AdaptedKernel):
         return grouped_dot(x, kernel, sizes)
-    low = grouped_dot(grouped_dot(x, kernel.a.astype(x.dtype), sizes), kernel.b.astype(x.dtype), sizes)
-    return grouped_product(x, kernel.base, sizes) + low * kernel.scale.astype(x.dtype)
+    low = grouped_dot(x, kernel.a.astype(x.dtype), sizes) * kernel.scale.astype(x.dtype)
+    return grouped_product(x, kernel.base, sizes) + grouped_dot(low, kernel.b.astype(x.dtype), sizes)
 
 
 # ---------------------------------------------------------------------------------------------- kernels as one value

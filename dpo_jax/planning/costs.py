@@ -14,6 +14,7 @@ from dpo_jax.data.batch import Batch
 from dpo_jax.model import spec as specs
 from dpo_jax.model.decoder import abstract_params
 from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.trees import Params
 
 
 class Load(NamedTuple):
@@ -55,9 +56,21 @@ def forward_flops(spec: DecoderSpec, load: Load) -> float:
     return load.tokens * token_flops(spec) + load.scored * head_flops(spec) + attention_flops(spec, load)
 
 
-def step_flops(spec: DecoderSpec, load: Load) -> float:
-    """Useful operations of one step: forward, and twice that backward; no recomputation, no reference."""
-    return 3.0 * forward_flops(spec, load)
+def step_flops(spec: DecoderSpec, load: Load, trained: Params | None = None) -> float:
+    """Useful operations of one step: forward, and twice that backward; no recomputation, no reference.
+
+    Of what is not trained the gradient is not computed, which leaves out a third; the factors of an adapter are three
+    products more. `trained` are its leaves, or their shapes; None is the whole model.
+    """
+    if trained is None:
+        return 3.0 * forward_flops(spec, load)
+    leaves = trees.paths(trained)
+    products = {p: x for p, x in leaves.items() if p.endswith(("kernel", "/lora/a", "/lora/b"))}
+    by_token = {p: 2.0 * math.prod(x.shape) * _share(spec, p) for p, x in products.items() if not p.startswith("score")}
+    factors = sum(flops for path, flops in by_token.items() if "/lora/" in path)
+    head = head_flops(spec) if f"{'embed' if spec.tied else 'head'}/embedding" in leaves else 0.0
+    gradient = load.tokens * (sum(by_token.values()) + 2.0 * factors) + load.scored * head
+    return 2.0 * forward_flops(spec, load) + attention_flops(spec, load) + gradient
 
 
 def token_flops(spec: DecoderSpec) -> float:

@@ -20,7 +20,7 @@ from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.mixture import as_measured
 from dpo_jax.preference import heldout
 from dpo_jax.preference.loss import TrainingObjective, evaluate_batch
-from dpo_jax.run.written import UNROUNDED, Rounding
+from dpo_jax.run.written import UNROUNDED, Merging, Rounding
 
 
 class EvaluationPrompts(NamedTuple):
@@ -57,7 +57,7 @@ class Evaluator:
         reference: Any = None,
         prompts: EvaluationPrompts | None = None,
         every: int | None = None,
-        rounding: Rounding | None = None,
+        rounding: Rounding | Merging | None = None,
     ):
         """Set up; compiles at its first use. `reference` are the weights of a live one, `every` counts steps, and
         `rounding` is that of the folder that the run will leave."""

@@ -29,11 +29,10 @@ from dpo_jax.hf.few_bits import FewBits
 from dpo_jax.hf.quantised import opened
 from dpo_jax.hf.tensors import Tensors, read_json
 from dpo_jax.model import adapters
-from dpo_jax.model.adapter_settings import AdapterSettings
 from dpo_jax.model.adapters import AdapterSpec
 from dpo_jax.model.decoder import abstract_params, cast, held_in, stacks
 from dpo_jax.model.quantised import Kind
-from dpo_jax.model.settings import ModelSettings
+from dpo_jax.model.settings import AdapterSettings, ModelSettings
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Trained, Weights, divided, what_is_trained, what_matches
 from dpo_jax.run import models

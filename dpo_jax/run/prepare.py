@@ -25,7 +25,7 @@ from dpo_jax.run.recorder import Recorder, make_alarms
 from dpo_jax.run.reference import Reference, ReferenceScorer, make_reference
 from dpo_jax.run.sources import Sources, find_models
 from dpo_jax.run.trainer import Trainer
-from dpo_jax.run.written import Rounding
+from dpo_jax.run.written import Merging, Rounding
 from dpo_jax.training.optimizer import check_warmup
 
 
@@ -133,8 +133,11 @@ class Job:
             objective, self.mesh, held_out=rows, reference=live, prompts=self.prompts, every=every, rounding=rounding
         )
 
-    def rounding(self, spec: DecoderSpec, weights: Weights) -> Rounding:
-        """What writing the trained weights rounds away."""
+    def rounding(self, spec: DecoderSpec, weights: Weights) -> Rounding | Merging | None:
+        """What writing what was trained rounds away; None of an adapter that is written alone."""
+        if self.policy.adapter is not None:
+            merges = "merged" in self.run.export_kinds
+            return Merging.of(self.run.export, spec, self.sources.policy) if merges else None
         return Rounding.of(self.run.export, spec, self.sources.policy, weights.trained, self.run.seed)
 
     def recorder(self, trainer: Trainer, evaluator: Evaluator, journal: Journal, *, after: int) -> Recorder:

@@ -11,8 +11,7 @@ from dpo_jax.errors import UserError, redacted
 from dpo_jax.hf import hub, tensors
 from dpo_jax.hf.push import check_push, push
 from dpo_jax.hf.settings import ExportSettings
-from dpo_jax.model.adapter_settings import AdapterSettings
-from dpo_jax.model.settings import ModelSettings
+from dpo_jax.model.settings import AdapterSettings, ModelSettings
 from dpo_jax.training.settings import ReferenceSettings
 
 EVERYTHING = ("*.safetensors", *tensors.SIDE_FILES)

@@ -13,6 +13,8 @@ from jax import lax
 from dpo_jax import trees
 from dpo_jax.hf import checkpoint
 from dpo_jax.hf.settings import ExportSettings
+from dpo_jax.model.adapters import folded
+from dpo_jax.model.decoder import abstract_params
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights
 from dpo_jax.training.optimizer import stochastically_rounded
@@ -66,6 +68,39 @@ def _rounded(params: Params, digits: tuple[tuple[str, tuple[int, int]], ...], se
             leaves[path] = moved.astype(leaves[path].dtype)
         else:  # a cast there and back would be left out by XLA, which may keep more digits than a program asks for
             leaves[path] = lax.reduce_precision(leaves[path], *bits)
+    return trees.from_paths(leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Merging:
+    """What writing an adapter's base with the adapter in it rounds away.
+
+    Attributes:
+      digits: by leaf of the model, as of `Rounding`.
+      spec: of the model.
+    """
+
+    digits: Mapping[str, tuple[int, int]]
+    spec: DecoderSpec
+
+    @classmethod
+    def of(cls, export: ExportSettings, spec: DecoderSpec, like: Path) -> "Merging":
+        """That of a merged export like a folder; without digits where it rounds nothing."""
+        kinds = {
+            path: jnp.finfo(kind) for path, kind in checkpoint.dtypes_written(spec, like, KEEP[export.dtype]).items()
+        }
+        return cls({path: (kind.nexp, kind.nmant) for path, kind in kinds.items() if kind.nmant < 23}, spec)
+
+    def __call__(self, weights: Weights) -> Weights:
+        """The model with the numbers that it is written with."""
+        return Weights(_merged(weights.params, self.spec, tuple(sorted(self.digits.items()))))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _merged(params: Params, spec: DecoderSpec, digits: tuple[tuple[str, tuple[int, int]], ...]) -> Params:
+    leaves = trees.paths(folded(params, abstract_params(spec)))
+    for path, bits in digits:
+        leaves[path] = lax.reduce_precision(leaves[path].astype(jnp.float32), *bits)
     return trees.from_paths(leaves)
 
 

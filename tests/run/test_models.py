@@ -11,8 +11,7 @@ import pytest
 
 from dpo_jax import sample, sharding, trees
 from dpo_jax.hf.configs import read_spec
-from dpo_jax.model.adapter_settings import AdapterSettings
-from dpo_jax.model.settings import MeshSettings, ModelSettings
+from dpo_jax.model.settings import AdapterSettings, MeshSettings, ModelSettings
 from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.terms import make_terms
 from dpo_jax.preference.loss import TrainingObjective

@@ -80,6 +80,8 @@ class Choice:
     data: str | None = None
     pairs_per_step: int | None = None
     max_length: int | None = None
+    lora: int | None = None
+    """Rank of an adapter of all of attention and the MLPs, which is trained in place of the model."""
 
 
 def prepare(name: str, choice: Choice, folder: Path) -> tuple[Spec, dict[str, Any]]:
@@ -122,8 +124,24 @@ def prepare(name: str, choice: Choice, folder: Path) -> tuple[Spec, dict[str, An
         reference=choice.reference,
         threads=choice.threads,
         pad_id=pad_id(model),
+        adapter=None if choice.lora is None else str(write_lora(folder / "adapter", model, choice.lora)),
     )
-    return spec, facts(model, rows)
+    return spec, facts(model, rows) | ({} if choice.lora is None else {"lora_rank": choice.lora})
+
+
+def write_lora(folder: Path, model: Path, rank: int) -> Path:
+    """A new adapter as PEFT draws one: A uniform, B zero, scaled by 2."""
+    from dpo_jax.model.settings import AdapterSettings, ModelSettings
+    from dpo_jax.model.weights import Weights
+    from dpo_jax.run.adapted import Text, write_adapter
+    from dpo_jax.run.policy import Policy
+    from dpo_jax.run.sources import Sources
+
+    settings = ModelSettings(path=str(model)), AdapterSettings(rank=rank)
+    how = {"compute_dtype": "float32", "param_dtype": "float32", "scalar_head": False}
+    policy = Policy.of(Sources(model, model, {}, True), *settings, **how)
+    write_adapter(policy, Weights(policy.fresh(0)), folder, Text({}, {}, str(model)))
+    return folder
 
 
 def _check_sources(name: str, workload: Workload, choice: Choice) -> None:

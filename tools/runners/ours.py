@@ -44,6 +44,7 @@ def settings(spec: Spec, folder: Path) -> list[str]:
         f"optimizer.epsilon={spec.epsilon}",
         "optimizer.weight_decay=0",
         f"optimizer.clip_norm={'null' if spec.clip_norm is None else spec.clip_norm}",
+        *([] if spec.adapter is None else [f"adapter.path={spec.adapter}", "reference.adapter=base"]),
     ]
 
 
@@ -152,7 +153,7 @@ def run(spec: Spec, events: Events, folder: Path, more: Sequence[str] = (), trac
         compile_wall=compiling.seconds,
         late_compilations=trainer.recompilations,
         row_shapes=shapes,
-        useful_flops=costs.step_flops(decoder, load),
+        useful_flops=costs.step_flops(decoder, load, trainer.abstract["trained"]),
         tokens=load.tokens,
         slots=load.slots,
     )

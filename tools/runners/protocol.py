@@ -67,6 +67,8 @@ class Spec:
     threads: int
     """Threads that a library may use on a CPU; the process is bound to as many CPUs (see `spec_of_command_line`)."""
     pad_id: int
+    adapter: str | None = None
+    """PEFT folder of the adapter that is trained, in place of the model; the reference is the model without it."""
 
     @staticmethod
     def read(path: str | Path) -> "Spec":

@@ -1,8 +1,9 @@
 """TRL's DPOTrainer under the stopwatch: `PYTHON tools/runners/trl.py SPEC.json`, as protocol.py says.
 
-Needs trl==1.16.0, torch and datasets. The trainer is TRL's own, with what suits a timing: no gradient checkpointing, no
-reports, fused AdamW, autocast for bfloat16 with float32 weights, and a reference that is computed ahead if the spec
-says so. TRL tokenises texts only, so `_prepare_dataset`, which does that, hands back the tokens it is given.
+Needs trl==1.16.0, torch and datasets, and peft where the spec has an adapter. The trainer is TRL's own, with what suits
+a timing: no gradient checkpointing, no reports, fused AdamW, autocast for bfloat16 with float32 weights, and a
+reference that is computed ahead if the spec says so. TRL tokenises texts only, so `_prepare_dataset`, which does that,
+hands back the tokens it is given.
 """
 
 # protocol comes first: it takes this folder off the path, where this file would stand before the package
@@ -82,13 +83,23 @@ def run(spec: Spec, events: Events, scratch: str) -> None:
             if logs and "loss" in logs:
                 events.step(state.global_step - 1, logs["loss"], spec.pairs_per_step)
 
+    adapter: dict[str, Any] = {}
+    if spec.adapter is not None:
+        from peft import PeftConfig
+
+        adapter = {"peft_config": PeftConfig.from_pretrained(spec.adapter, inference_mode=False)}
     trainer = Given(
         model=AutoModelForCausalLM.from_pretrained(spec.model, dtype=torch.float32),
         args=DPOConfig(**settings(spec, scratch, on_cpu=on_cpu)),
         processing_class=AutoTokenizer.from_pretrained(spec.model),
         train_dataset=Dataset.from_list(spec.rows()),
         callbacks=[Timed()],
+        **adapter,
     )
+    if spec.adapter is not None:  # TRL draws an adapter of its own, and this is the one that all begin with
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(trainer.model, load_peft_weights(spec.adapter, device="cpu"))
     trainer.train()
     events.done(PACKAGES, None if on_cpu else torch.cuda.max_memory_allocated())
 
