@@ -249,7 +249,12 @@ def _low_rank(x: Float[Array, "*B I"], kernel: AdaptedKernel) -> Float[Array, "*
 
     lowered = lowered if kernel.tokens is None else jax.checkpoint(lowered)
     low = lowered(x, kernel.a.astype(x.dtype), kernel.tokens, kernel.salt)
-    return dense(low * kernel.scale.astype(x.dtype), kernel.b.astype(x.dtype))  # scaled where it is narrow
+    return dense(_scaled(low, kernel.scale), kernel.b.astype(x.dtype))
+
+
+def _scaled(low: Float[Array, "*B R"], scale: Float[Array, ""]) -> Float[Array, "*B R"]:
+    """`s x A`, where it is narrow; the scale keeps its digits, which in bfloat16 would be three."""
+    return (low.astype(jnp.float32) * scale).astype(low.dtype)
 
 
 def _noisy(x: Float[Array, "B T I"], kernel: AdaptedKernel) -> Float[Array, "B T I"]:
@@ -263,7 +268,7 @@ def grouped_product(x: Float[Array, "N I"], kernel: Any, sizes: Int[Array, " E"]
         return quantised_grouped_dot(x, kernel, sizes)
     if not isinstance(kernel, AdaptedKernel):
         return grouped_dot(x, kernel, sizes)
-    low = grouped_dot(x, kernel.a.astype(x.dtype), sizes) * kernel.scale.astype(x.dtype)
+    low = _scaled(grouped_dot(x, kernel.a.astype(x.dtype), sizes), kernel.scale)
     return grouped_product(x, kernel.base, sizes) + grouped_dot(low, kernel.b.astype(x.dtype), sizes)
 
 
