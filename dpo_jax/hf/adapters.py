@@ -83,6 +83,9 @@ def resolve(
     Raises:
       UserError: the targets are nowhere in the model, cannot be adapted, or are a part of what must be adapted whole.
     """
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(settings, name) or ():
+            _compiled(f"adapter.{name}", key)
     known = modules(entries)
     chosen = _chosen(settings, known, kind)
     if settings.layers is not None:
@@ -103,7 +106,7 @@ def resolve(
             ranks, scales, _ = changes.setdefault(part.leaf, ({}, {}, one.entry.parts[0].leaf))
             if ranks.setdefault(part.index[0], rank) != rank or scales.setdefault(part.index[0], scale) != scale:
                 raise UserError(f"adapter.rank_pattern: {one.path}: experts of one layer must be alike")
-    _check_whole(chosen, known, settings)
+    _check_whole(chosen, known)
     sizes = {stack: len(numbers) for stack, numbers in layers.items()}
     return AdapterSpec(_stacked(changes, sizes), settings.dropout, settings.dora)
 
@@ -111,10 +114,7 @@ def resolve(
 def _chosen(settings: AdapterSettings, known: list[Module], kind: str) -> list[Module]:
     targets = settings.targets
     if isinstance(targets, str) and targets not in GROUPS and not re.fullmatch(r"[\w.-]+", targets):
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise UserError(f"adapter.targets: {targets!r} is no regular expression ({error})") from None
+        pattern = _compiled("adapter.targets", targets)
         found = [one for one in known if pattern.fullmatch(one.path)]
         if not found:
             raise UserError(f"adapter.targets: {targets!r} matches no module; paths are such as {known[0].path}")
@@ -134,6 +134,13 @@ def _chosen(settings: AdapterSettings, known: list[Module], kind: str) -> list[M
     return [one for one in known if any(_is_named(one, name) for name in names)]
 
 
+def _compiled(setting: str, text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise UserError(f"{setting}: {text!r} is no regular expression ({error})") from None
+
+
 def _is_named(one: Module, name: str) -> bool:
     """Whether a target means a module: by its kind, or by the end of its path, with or without numbers of experts."""
     if name in GROUPS:
@@ -151,7 +158,7 @@ def _fitting(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
-def _check_whole(chosen: Sequence[Module], known: Sequence[Module], settings: AdapterSettings) -> None:
+def _check_whole(chosen: Sequence[Module], known: Sequence[Module]) -> None:
     """All experts of a layer are adapted, or none: their factors are one array."""
     of_experts = [one for one in known if one.kind == EXPERTS]
     taken = {one.path for one in chosen}

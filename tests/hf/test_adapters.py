@@ -113,6 +113,7 @@ def test_layers_patterns_and_scales(llama):
 WRONG = {
     "names nothing": ({"targets": "q_porj"}, "did you mean q_proj"),
     "no expression": ({"targets": "(q_proj"}, "is no regular expression"),
+    "no pattern": ({"rank_pattern": {"(q_proj": 4}}, "adapter.rank_pattern: '(q_proj' is no regular expression"),
     "matches nothing": ({"targets": r".*\.nothing"}, "matches no module"),
     "no experts": ({"targets": "experts"}, "is no module that can be adapted"),
     "no such layer": ({"layers": (0, 99)}, "adapter.layers: 99"),
