@@ -26,13 +26,16 @@ THROUGH = frozenset({"bitcast", "convert", "copy", "reshape", "transpose"})
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
-_NAME = re.compile(r"%([\w.\-]+)")
+_NAME = re.compile(r"%([\w.\-]+(?:#\d+)?)")
 _AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: name, opcode, `(dtype, dimensions)` of each result, names of the operands, and the rest of the line."""
+    """One line: name, opcode, `(dtype, dimensions)` of each result, the operands, and the rest of the line.
+
+    An operand is the name of an instruction, with `#k` behind it where it is element k of a tuple.
+    """
 
     name: str
     opcode: str
@@ -61,16 +64,38 @@ class Instruction:
 Computation = dict[str, Instruction]
 
 
+def maker(operand: str, inside: Computation) -> Instruction | None:
+    """The instruction that makes an operand; None if it stands elsewhere."""
+    return inside.get(operand.partition("#")[0])
+
+
+def shape_of(operand: str, inside: Computation) -> tuple[str, tuple[int, ...]]:
+    """dtype and dimensions of an operand."""
+    name, _, element = operand.partition("#")
+    return inside[name].results[int(element or 0)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """Computations by name, and how often each of their instructions runs in one step.
 
-    `uncounted` loops are inside one of unknown length and of unknown length themselves: they are counted once.
+    Attributes:
+      uncounted: loops that are inside one of unknown length and of unknown length themselves: they are counted once.
+      fused: computations that run inside of a fusion, whose instructions are no kernels of their own.
+      waits: how often the condition of a loop of unknown length is asked for.
     """
 
     computations: dict[str, Computation]
     times: dict[str, float]
     uncounted: int = 0
+    fused: frozenset[str] = frozenset()
+    waits: float = 0.0
+
+    def launched(self) -> Iterator[tuple[Instruction, float]]:
+        """Instructions that are in no fusion, and how often they run."""
+        for name, times in self.times.items():
+            if name not in self.fused:
+                yield from ((one, times) for one in self.computations[name].values())
 
     def instructions(self, *opcodes: str) -> Iterator[tuple[Instruction, Computation, float]]:
         """Instructions of these kinds, with the computation they stand in and how often they run."""
@@ -151,7 +176,7 @@ def parse(text: str, *, unknown: float = 1.0) -> Program:
         raise ValueError("the text has no ENTRY computation; it is not an HLO module")
     count = _Count(computations, unknown)
     count.visit(entry, 1.0, depth=0)
-    return Program(computations, count.times, count.uncounted)
+    return Program(computations, count.times, count.uncounted, frozenset(count.fused), count.waits)
 
 
 def _dimensions(sizes: str) -> tuple[int, ...]:
@@ -170,10 +195,11 @@ def _split(rest: str) -> tuple[tuple[str, ...], str]:
 
 def _names(operands: str) -> tuple[str, ...]:
     """Names of operands, with a % and maybe their shapes before them, or bare."""
-    return tuple(_NAME.findall(operands) if "%" in operands else re.findall(r"[\w.\-]+", operands))
+    return tuple(_NAME.findall(operands) if "%" in operands else re.findall(r"[\w.\-]+(?:#\d+)?", operands))
 
 
 CALLS = ("to_apply", "calls", "branch_computations", "true_computation", "false_computation")
+CALLING = ("call", "fusion", "conditional", "async-start", "call-start", "fusion-start")
 
 
 class _Count:
@@ -183,22 +209,38 @@ class _Count:
         self.computations, self.unknown = computations, unknown
         self.times: dict[str, float] = {}
         self.uncounted = 0
+        self.fused: set[str] = set()
+        self.waits = 0.0
 
-    def visit(self, name: str, by: float, depth: int) -> None:
+    def visit(self, name: str, by: float, depth: int, fused: bool = False) -> None:
         """`by` more runs of a computation and of all that it calls, inside `depth` loops of unknown length."""
         self.times[name] = self.times.get(name, 0.0) + by
+        if fused:
+            self.fused.add(name)
         for one in self.computations[name].values():
             if one.opcode == "while":
-                (body,), (condition,) = one.called("body"), one.called("condition")
-                trips = _trips(self.computations[condition])
-                if trips is not None:
-                    self.visit(body, by * trips, depth)
-                else:
-                    self.uncounted += depth > 0
-                    self.visit(body, by * (1.0 if depth else self.unknown), depth + 1)
-            elif one.opcode in ("call", "fusion", "conditional", "async-start"):
+                self.loop(one, by, depth)
+            elif one.opcode in CALLING:
                 for callee in (callee for attribute in CALLS for callee in one.called(attribute)):
-                    self.visit(callee, by, depth)
+                    self.visit(callee, by, depth, fused or one.opcode.startswith("fusion"))
+
+    def loop(self, one: Instruction, by: float, depth: int) -> None:
+        """`by` more runs of a loop."""
+        (body,), (condition,) = one.called("body"), one.called("condition")
+        trips = _known_trips(one) or _trips(self.computations[condition])
+        if trips is not None:
+            self.visit(body, by * trips, depth)
+            return
+        self.uncounted += depth > 0
+        turns = 1.0 if depth else self.unknown
+        self.waits += by * (turns + 1)
+        self.visit(body, by * turns, depth + 1)
+
+
+def _known_trips(loop: Instruction) -> int | None:
+    """Runs of a loop that the compiler has written down."""
+    found = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+    return int(found[1]) if found else None
 
 
 def _trips(condition: Computation) -> int | None:
@@ -206,7 +248,9 @@ def _trips(condition: Computation) -> int | None:
     root = next(one for one in condition.values() if one.root)
     if root.opcode != "compare" or "direction=LT" not in root.rest:
         return None
-    bound = condition.get(root.operands[-1])
+    bound = maker(root.operands[-1], condition)
+    while bound is not None and bound.opcode in ("copy", "bitcast"):
+        bound = maker(bound.operands[0], condition)
     if bound is None or bound.opcode != "constant":
         return None
     found = re.match(r"(\d+)\)", bound.rest)
@@ -222,7 +266,7 @@ def product_flops(program: Program) -> float:
 
 
 def _flops(one: Instruction, inside: Computation) -> float:
-    ((_, left),) = inside[one.operands[0]].results
+    _, left = shape_of(one.operands[0], inside)
     found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)
     contracted = math.prod(left[axis] for axis in _dimensions(found[1])) if found else 1
     return 2.0 * math.prod(one.results[0][1]) * contracted
@@ -251,14 +295,14 @@ def _collective(one: Instruction, inside: Computation, times: float, devices: in
 
 def _is_sliced(one: Instruction, inside: Computation, size: int) -> bool:
     """Whether all that is done with the result is that each device takes its own part, one of `size`."""
-    users = [user for user in inside.values() if one.name in user.operands]
+    users = [user for user in inside.values() if any(maker(name, inside) is one for name in user.operands)]
     if not users or one.root:
         return False
     for user in users:
         if user.opcode in THROUGH:
             if not _is_sliced(user, inside, size):
                 return False
-        elif user.opcode != "dynamic-slice" or user.operands[0] != one.name:
+        elif user.opcode != "dynamic-slice" or user.operands[0].partition("#")[0] != one.name:
             return False
         elif math.prod(user.results[0][1]) * size != math.prod(one.results[0][1]):
             return False
@@ -269,7 +313,7 @@ def _is_sliced(one: Instruction, inside: Computation, size: int) -> bool:
 
 def _knows_device(name: str, inside: Computation, depth: int = 24) -> bool:
     """Whether a value is computed from the device's own number."""
-    one = inside.get(name)
+    one = maker(name, inside)
     if one is None or depth == 0:
         return False
     return one.opcode == "partition-id" or any(_knows_device(operand, inside, depth - 1) for operand in one.operands)
