@@ -97,7 +97,7 @@ def _collective(one: Instruction, inside: Computation, times: float, devices: in
 def _results(one: Instruction, inside: Computation) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """What is received: a start's results have what is sent before it, and numbers of its own behind it."""
     given = tuple(shape_of(name, inside) for name in one.operands if maker(name, inside) is not None)
-    starts = one.opcode.endswith("-start") and len(one.results) > len(given)
+    starts = one.opcode.endswith("-start") and 0 < len(given) < len(one.results)
     if starts and one.results[: len(given)] == given:
         return one.results[len(given) : 2 * len(given)]
     return one.results
