@@ -6,8 +6,11 @@ gradient of w is a dense product of all rows for every group.
 Letters: N rows, I inputs, O outputs, G groups. Tiles are (rows, contracted, outputs).
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -28,10 +31,9 @@ def product(
 
     rows, outputs = x.shape[0], w.shape[3 - axis]
     tiles = product_tiles(rows, x.shape[1], outputs, w.shape[0], x.dtype.itemsize)
-    y = gmm(
-        _filled(x, tiles[0]), w, sizes, x.dtype, tiles, transpose_rhs=axis == 2, interpret=interpret
-    )  # rows beyond the last group are not written
-    return y[:rows]
+    with _as_written():
+        y = gmm(_filled(x, tiles[0]), w, sizes, x.dtype, tiles, transpose_rhs=axis == 2, interpret=interpret)
+    return y[:rows]  # those beyond the last group are not written
 
 
 def outer(
@@ -47,8 +49,15 @@ def outer(
 
     dtype = jnp.dtype(dtype)
     tiles = outer_tiles(x.shape[0], x.shape[1], dy.shape[1], sizes.shape[0], x.dtype.itemsize, dtype.itemsize)
-    x, dy = _filled(x, tiles[0]), _filled(dy, tiles[0])
-    return tgmm(x.T, dy, sizes, dtype, tiles, interpret=interpret)
+    with _as_written():
+        return tgmm(_filled(x, tiles[0]).T, _filled(dy, tiles[0]), sizes, dtype, tiles, interpret=interpret)
+
+
+@contextlib.contextmanager
+def _as_written() -> Iterator[None]:
+    """The promotion of dtypes and ranks that JAX's kernels were written for."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def _filled(x: Float[Array, "N I"], tile: int) -> Float[Array, "P I"]:

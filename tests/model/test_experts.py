@@ -4,19 +4,17 @@ import dataclasses
 import functools
 
 import jax
-import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax.model import experts, grouped
+from dpo_jax.model import experts
 from dpo_jax.model import spec as specs
 from dpo_jax.sharding import make_mesh
+from tests.model.test_grouped import multiplications
 
 WIDTH = 12
 
@@ -141,126 +139,7 @@ def test_leaves_have_the_names_that_tables_use():
     assert sorted(paths(built(everything)[1])) == sorted(linears + router + shared)
 
 
-# ---- grouped products
-
-
-def by_row(x, w, sizes):
-    """One product for each row."""
-    owner = jnp.repeat(jnp.arange(len(w)), sizes, total_repeat_length=len(x))
-    return jnp.einsum("nd,ndf->nf", x, w[owner])
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def with_gradients(product, sizes, x, w, out):
-    """A product, and its gradients for x and w where the output's is `out`."""
-    y, pull = jax.vjp(lambda x, w: product(x, w, sizes), x, w)
-    return y, *pull(out)
-
-
-def agree(sizes: list[int], inputs: int = 5, outputs: int = 3) -> None:
-    """The grouped product and both of its gradients are those of one product for each row."""
-    x, w, out = draw(0, sum(sizes), inputs), draw(1, len(sizes), inputs, outputs), draw(2, sum(sizes), outputs)
-    got, expected = (
-        with_gradients(product, jnp.asarray(sizes, jnp.int32), x, w, out) for product in (grouped.grouped_dot, by_row)
-    )
-    close(got, expected)
-
-
-@pytest.mark.parametrize(
-    "sizes", [[7], [0, 0, 40], [0, 33, 0, 16, 1, 0], [600, 3, 0, 700], [1] * 20 + [0] * 20], ids=str
-)
-def test_each_row_meets_the_matrix_of_its_group(sizes):
-    agree(sizes)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 70), min_size=4, max_size=4))
-def test_any_division_into_groups(cuts):
-    cuts = sorted(cuts)
-    agree([cuts[0], *np.diff(cuts).tolist(), 70 - cuts[-1]])
-
-
-@given(st.integers(1, 5000), st.integers(1, 300), st.randoms(use_true_random=False))
-@settings(max_examples=100, deadline=None)
-def test_there_are_blocks_for_every_row(rows, groups, random):
-    """Whatever the division: no fewer blocks than it needs, and at most one for each group more than rows fill."""
-    size = grouped.block_size(rows, groups)
-    cuts = sorted(random.randint(0, rows) for _ in range(groups - 1))
-    sizes = np.diff([0, *cuts, rows])
-    assert int(((sizes + size - 1) // size).sum()) <= grouped.block_count(rows, groups, size) <= rows / size + groups
-
-
-def test_bfloat16_products_are_summed_in_float32():
-    """Rounded once: to half of bfloat16's step, and not to one half for each block or row."""
-    x, w, out = (
-        jnp.abs(draw(i, *shape)).astype(jnp.bfloat16) for i, shape in enumerate([(600, 8), (2, 8, 4), (600, 4)])
-    )
-    sizes = jnp.array([600, 0], jnp.int32)
-    got = with_gradients(grouped.grouped_dot, sizes, x, w, out)
-    expected = with_gradients(by_row, sizes, *(leaf.astype(jnp.float32) for leaf in (x, w, out)))
-    for a, b in zip(got, expected, strict=True):
-        assert a.dtype == jnp.bfloat16
-        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=1.01 * 2**-8)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def three_products(product, outer, sizes, x, w, out):
-    return product(x, w, sizes, axis=1), product(out, w, sizes, axis=2), outer(x, out, sizes)
-
-
-@pytest.mark.parametrize("sizes", [[5, 0, 9], [0, 3, 40]], ids=str)
-def test_the_products_for_tpu_are_the_same(sizes):
-    """Which jax can run on a CPU too, though slowly."""
-    x, w, out = draw(0, sum(sizes), 5), draw(1, len(sizes), 5, 4), draw(2, sum(sizes), 4)
-    blocks, ragged = (
-        three_products(product, outer, jnp.asarray(sizes, jnp.int32), x, w, out)
-        for product, outer in (
-            (grouped._block_product, grouped._block_outer),
-            (grouped.ragged_product, grouped._ragged_outer),
-        )
-    )
-    close(blocks, ragged)
-
-
-@pytest.mark.parametrize(("platform", "ragged"), [("cpu", False), ("cuda", False), ("tpu", True)])
-def test_only_the_compiler_for_tpu_is_given_ragged_products(platform, ragged):
-    """The others would expand them to all groups; see the module."""
-    x, w, sizes = jnp.zeros((40, 8)), jnp.zeros((4, 8, 4)), jnp.full((4,), 10, jnp.int32)
-    step = jax.jit(jax.grad(lambda x, w: jnp.sin(grouped.grouped_dot(x, w, sizes)).sum(), (0, 1)))
-    text = step.trace(x, w).lower(lowering_platforms=(platform,)).as_text()
-    assert ("ragged_dot" in text, "stablehlo.dot_general" in text) == (ragged, not ragged)
-
-
 # ---- cost
-
-
-def multiplications(jaxpr) -> int:
-    """Multiply-adds of all products of a program, loops counted as often as they run.
-
-    Of branches by platform the last counts, which is the one for CPU and GPU. (XLA's own count takes a loop once.)
-    """
-    total = 0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (left, _), _ = eqn.params["dimension_numbers"]
-            contracted = [eqn.invars[0].aval.shape[axis] for axis in left]
-            total += int(np.prod(eqn.outvars[0].aval.shape) * np.prod(contracted))
-        elif eqn.primitive.name == "cond":
-            total += multiplications(eqn.params["branches"][-1].jaxpr)
-        else:
-            times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-            total += times * sum(multiplications(inner) for inner in jex.core.jaxprs_in_params(eqn.params))
-    return total
-
-
-@pytest.mark.parametrize("groups", [4, 16, 64, 256])
-def test_the_work_grows_with_the_rows_and_not_with_the_groups(groups):
-    """Three products, forward and backward, of at most twice the rows: blocks are at most half empty."""
-    rows, x, w = 8192, jnp.zeros((8192, 16)), jnp.zeros((groups, 16, 8))
-    sizes = jnp.full((groups,), rows // groups, jnp.int32)
-    program = jax.make_jaxpr(jax.value_and_grad(lambda x, w: grouped.grouped_dot(x, w, sizes).sum(), (0, 1)))(x, w)
-    ideal = 3 * rows * 16 * 8
-    assert ideal <= multiplications(program.jaxpr) <= 2 * ideal
 
 
 def test_a_mixture_multiplies_each_token_with_its_own_experts_only():
@@ -271,14 +150,6 @@ def test_a_mixture_multiplies_each_token_with_its_own_experts_only():
     tokens = 8 * 128
     chosen = 3 * 2 * tokens * WIDTH * 32
     assert multiplications(program.jaxpr) - tokens * WIDTH * 64 <= 2 * chosen
-
-
-def test_nothing_as_large_as_all_tokens_for_all_experts_is_compiled():
-    groups, rows, width = 64, 1024, 16
-    sizes = jnp.full((groups,), rows // groups, jnp.int32)
-    step = jax.jit(jax.grad(lambda x, w: jnp.sin(grouped.grouped_dot(x, w, sizes)).sum(), (0, 1)))
-    memory = step.lower(jnp.zeros((rows, width)), jnp.zeros((groups, width, width))).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 4 * groups * rows * width / 4
 
 
 # ---- routing
