@@ -2,17 +2,22 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax.model import experts
+from dpo_jax.errors import UserError
+from dpo_jax.model import expert_split, experts
 from dpo_jax.model import spec as specs
+from dpo_jax.model.adapters import AdaptedKernel
+from dpo_jax.model.decoder import _merged
+from dpo_jax.model.quantised import QuantisedKernel, quantise
 from dpo_jax.sharding import make_mesh
 from tests.model.test_grouped import multiplications
 
@@ -319,3 +324,125 @@ def test_layers_in_a_loop_with_recomputation_are_layers_one_by_one():
 
     got, expected = (jax.jit(jax.value_and_grad(f, (0, 1)))(stack, x) for f in (looped, unrolled))
     close(got, expected, 1e-4)
+
+
+# ---- an axis of experts
+
+AXES = ("data", "fsdp", "expert", "tensor", "context")
+BATCH = P(("data", "fsdp", "expert"), None, None)
+
+
+def on_experts(data: int, fsdp: int, expert: int, tensor: int) -> Mesh:
+    grid = np.asarray(jax.devices()[:4]).reshape(data, fsdp, expert, tensor, 1)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def spread_out(params, x, router_input, mesh):
+    """Inputs as training places them: experts split over their axis, each kernel over fsdp and tensor."""
+
+    def place(path, leaf):
+        name = jax.tree_util.keystr(path)
+        split = P("expert", "tensor", "fsdp") if "down" in name else P("expert", "fsdp", "tensor")
+        return jax.device_put(leaf, NamedSharding(mesh, split if leaf.ndim == 3 else P()))
+
+    rows = NamedSharding(mesh, BATCH if x.shape[0] % 4 == 0 else P())
+    return jax.tree_util.tree_map_with_path(place, params), jax.device_put(x, rows), jax.device_put(router_input, rows)
+
+
+def split_run(name: str, mesh: Mesh):
+    run = functools.partial(objective, built(VARIANTS[name])[0], NamedSharding(mesh, BATCH))
+    return jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "rows"),
+    [
+        ("mixtral", (1, 1, 4, 1), 4),
+        ("mixtral", (2, 1, 2, 1), 3),
+        ("deepseek_v3", (1, 2, 2, 1), 4),
+        ("gpt_oss", (1, 1, 2, 2), 4),
+        ("gemma4", (2, 1, 2, 1), 4),
+    ],
+)
+def test_an_axis_of_experts_changes_no_number(name, mesh, rows):
+    """Values and gradients, to 1e-5 of the largest entry; sums over devices are in another order."""
+    inputs, expected = alone(name, rows)
+    mesh = on_experts(*mesh)
+    close(split_run(name, mesh)(*spread_out(*inputs, mesh)), expected)
+
+
+@pytest.mark.parametrize("favoured", ["the experts of one device", "one expert", "none"])
+@pytest.mark.parametrize("mesh", [(1, 1, 4, 1), (1, 1, 2, 2)])
+def test_no_pair_is_dropped_whatever_a_router_picks(mesh, favoured, monkeypatch):
+    """Of 8 experts a device has 2 or 4; all tokens go to them, in as many rounds as that takes."""
+    monkeypatch.setattr(experts, "ROUND", 4)
+    spec = dataclasses.replace(BASE, router_bias=True, bias=True)
+    graph, params = built(spec)
+    bias = {"none": [0.0] * 8, "one expert": [0.0] * 5 + [50.0] + [0.0] * 2}
+    bias = jnp.asarray(bias.get(favoured, [0.0] * 6 + [50.0] * 2))
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: bias if "router" in str(path) and "bias" in str(path) else leaf, params
+    )
+    inputs = params, draw(1, 4, 6, WIDTH), draw(2, 4, 6, WIDTH)
+    mesh = on_experts(*mesh)
+    expected, got = (
+        jax.jit(jax.value_and_grad(functools.partial(objective, graph, where), (0, 1, 2), has_aux=True))(*args)
+        for where, args in ((None, inputs), (NamedSharding(mesh, BATCH), spread_out(*inputs, mesh)))
+    )
+    close(got, expected)
+
+
+def test_tokens_move_along_the_axis_of_experts_and_matrices_do_not():
+    """Gathers over it carry tokens, and what a router says of them; sums over it carry no gradient of a matrix."""
+    graph, params = built(dataclasses.replace(BASE, width=10))
+    mesh = on_experts(1, 1, 4, 1)
+    inputs = spread_out(params, draw(1, 4, 16, WIDTH), draw(2, 4, 16, WIDTH), mesh)
+    step = jax.jit(jax.value_and_grad(functools.partial(objective, graph, NamedSharding(mesh, BATCH)), (0, 1), True))
+    text = step.lower(*inputs).compile().as_text()
+    exchange = re.compile(r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all)\(.*replica_groups=(\S+)")
+    moved = [found.groups() for found in map(exchange.search, text.splitlines()) if found]
+    over = [(result, kind) for result, kind, groups in moved if not groups.startswith(("{{0},", "[4,1]"))]
+    assert {kind for _, kind in over} >= {"all-gather", "all-reduce"}
+    assert not [one for one in over if f",{WIDTH},10]" in one[0] or f",10,{WIDTH}]" in one[0]]
+
+
+@pytest.mark.parametrize("kind", ["adapter", "nf4"])
+@pytest.mark.parametrize("mesh", [(1, 1, 4, 1), (1, 1, 2, 2)])
+def test_adapters_and_quantised_experts_are_split_too(kind, mesh):
+    graph, params = built(BASE)
+    names = enumerate(("gate", "up", "down"))
+    made = {name: kernel_of(kind, paths(params)[f"{name}/kernel"], index) for index, name in names}
+
+    def run(activations, made, x):
+        plain = nnx.to_pure_dict(params) | {name: {"kernel": kernel} for name, kernel in made.items()}
+        module = _merged(graph, params, plain)
+        return jnp.sin(module(x, activations=activations)[0]).sum()
+
+    x, mesh = draw(1, 4, 6, WIDTH), on_experts(*mesh)
+    got, expected = (
+        jax.jit(jax.value_and_grad(functools.partial(run, where), (0, 1), allow_int=True))(made, x)
+        for where in (NamedSharding(mesh, BATCH), None)
+    )
+    floats = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if leaf.dtype == jnp.float32]  # noqa: E731
+    close(floats(got), floats(expected))
+
+
+def kernel_of(kind: str, kernel: jax.Array, seed: int):
+    """A kernel of experts with factors of rank 2 beside it, or in 4 bits."""
+    count, inputs, outputs = kernel.shape
+    if kind == "adapter":
+        a, b = 0.3 * draw(10 + seed, count, inputs, 2), 0.3 * draw(20 + seed, count, 2, outputs)
+        return AdaptedKernel(kernel, a, b, jnp.float32(0.5))
+    leaf = {name: jnp.asarray(x) for name, x in quantise(np.asarray(kernel).swapaxes(1, 2), "nf4").items()}
+    return QuantisedKernel.of(leaf, (inputs, outputs))
+
+
+@pytest.mark.parametrize(
+    ("count", "parts", "says"),
+    [(None, 4, "has no experts"), (8, 3, "does not divide the model's 8 experts; set it to 2")],
+)
+def test_a_mesh_that_cannot_split_the_experts_is_refused(count, parts, says):
+    mesh = Mesh(np.asarray(jax.devices()[:parts]).reshape(1, parts), ("data", "expert"))
+    spec = None if count is None else dataclasses.replace(BASE, count=count)
+    with pytest.raises(UserError, match=says):
+        expert_split.check(mesh, spec)
