@@ -4,6 +4,7 @@ Axes of the mesh: `data` replicates the weights, `fsdp` shares one copy of them,
 `context` is kept for long rows. A batch is split over `data` and `fsdp` together.
 """
 
+import collections
 import math
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -84,8 +86,50 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
             f"mesh: data={data} fsdp={fsdp} tensor={tensor} needs a multiple of {rest} devices and there are "
             f"{len(devices)}; choose sizes whose product is {len(devices)}"
         )
-    grid = np.asarray(devices).reshape(sizes)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_arranged(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
+    """The devices as an array of these sizes, in which neighbours of an axis are near each other.
+
+    Axes that talk least are the first ones, and these go over slices of TPUs, or hosts of GPUs, as far as sizes divide;
+    within a slice each axis runs along the lines of its torus. Devices of a CPU, and TPUs that are no whole box, stay in
+    their order.
+    """
+    parts = collections.defaultdict(list)
+    for device in devices:
+        parts[_island(device)].append(device)
+    islands = [parts[island] for island in sorted(parts)]
+    if len({len(island) for island in islands}) > 1:
+        return np.asarray(devices).reshape(sizes)
+    outer, inner, left = [], [], len(islands)
+    for size in sizes:
+        outer.append(math.gcd(size, left))
+        inner.append(size // outer[-1])
+        left //= outer[-1]
+    grid = np.empty(outer, dtype=object)
+    for place, island in zip(np.ndindex(*outer), islands, strict=True):
+        grid[place] = _in_torus(island, inner)
+    return np.block(grid.tolist())
+
+
+def _island(device: Any) -> int:
+    """Which devices have fast links between all of them: those of a slice of TPUs, or of a host with GPUs."""
+    match device.platform:
+        case "tpu":
+            return getattr(device, "slice_index", 0)
+        case "gpu":
+            return device.process_index
+    return 0
+
+
+def _in_torus(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
+    """The devices of a slice with each axis along lines of its torus; others, and parts of a slice, in their order."""
+    places = {(*device.coords, device.core_on_chip) for device in devices if device.platform == "tpu"}
+    spans = [len(set(line)) for line in zip(*places, strict=True)]
+    if not places or math.prod(spans) != len(devices):
+        return np.asarray(devices).reshape(sizes)
+    return mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)
 
 
 def platform(mesh: Mesh) -> str:
