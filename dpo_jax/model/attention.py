@@ -45,6 +45,8 @@ class Bounds(NamedTuple):
     """Most branches of a tree, at least 1."""
     tile: int = TILE
     """Slots of a tile of scores, by queries and by keys, where a backend goes tile by tile."""
+    platform: str = "cpu"
+    """Of the devices that it is compiled for, which need not be those of this process."""
 
 
 def causal(batch: int, length: int) -> Layout:

@@ -19,7 +19,7 @@ from dpo_jax import trees
 from dpo_jax.logprobs.fused import HeadSplit
 from dpo_jax.model import spec as specs
 from dpo_jax.model.adapters import Noise, composed
-from dpo_jax.model.attention import TILE, Bounds, Layout, causal
+from dpo_jax.model.attention import Bounds, Layout, causal
 from dpo_jax.model.blocks import Block, Carry, Context, Ends, Memory
 from dpo_jax.model.delta import empty_memory
 from dpo_jax.model.experts import Routing, added
@@ -54,8 +54,8 @@ class Execution:
     """Name of a policy of `model.settings.REMATS`."""
     activations: jax.sharding.NamedSharding | None = None
     attention: str = "xla"
-    tile: int = TILE
-    """Slots of a tile of attention's scores, for the backend xla; what is best depends on the platform."""
+    platform: str = "cpu"
+    """Of the devices that it is compiled for, which need not be those of this process."""
     head: HeadSplit | None = None
     """How the head is split over the mesh of the activations; None leaves it to the compiler."""
     frozen_head: bool = False

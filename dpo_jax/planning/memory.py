@@ -81,7 +81,7 @@ def activation_bytes(
     `remat` stands in for the objective's own.
     """
     given = objective.execution
-    bounds = bounds_of(packed, given.tile)
+    bounds = bounds_of(packed, given.platform)
     execution = dataclasses.replace(given, activations=None, remat=remat or given.remat, bounds=bounds)
     params = jax.eval_shape(
         lambda: cast(init_params(objective.spec, jax.random.key(0)), jnp.dtype(objective.compute_dtype)),

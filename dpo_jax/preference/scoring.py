@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Float32, UInt32
 from dpo_jax.data.batch import Batch
 from dpo_jax.logprobs.tokens import linear_scores
 from dpo_jax.model.adapters import Noise, token_noise
-from dpo_jax.model.attention import Bounds, Layout
+from dpo_jax.model.attention import TILE, Bounds, Layout
+from dpo_jax.model.backends.table import TILES
 from dpo_jax.model.decoder import (
     DEFAULT_EXECUTION,
     Execution,
@@ -111,7 +112,7 @@ def _states(
     flat = (shards * rows, length)
     layout = Layout(packed.group.reshape(flat), packed.branch.reshape(flat), packed.position.reshape(flat))
     weights = _texts(layout) if routed else None
-    execution = dataclasses.replace(execution, bounds=bounds_of(packed, execution.tile))
+    execution = dataclasses.replace(execution, bounds=bounds_of(packed, execution.platform))
     states, routing = hidden_and_routing(spec, params, packed.tokens.reshape(flat), layout, weights, execution, noise)
     return states.reshape(shards, rows * length, spec.head_width), routing
 
@@ -135,11 +136,12 @@ def _noise(packed: Batch, dropout: Dropout) -> Noise | None:
     return token_noise(dropout.key, text.reshape(-1, length), packed.position.reshape(-1, length), dropout.share)
 
 
-def bounds_of(packed: Batch, tile: int) -> Bounds:
+def bounds_of(packed: Batch, platform: str) -> Bounds:
     """What the shapes of a micro-batch say of its rows: it has room for as many completions of each of its P pairs as
     the fullest prompt has."""
     completions = packed.ids.shape[-1]
-    return Bounds(min(completions, packed.tokens.shape[-1]), -(-completions // packed.chosen.shape[-1]), tile)
+    texts, branches = min(completions, packed.tokens.shape[-1]), -(-completions // packed.chosen.shape[-1])
+    return Bounds(texts, branches, TILES.get(platform, TILE), platform)
 
 
 def _texts(layout: Layout) -> Float[Array, "B T"]:

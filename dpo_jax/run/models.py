@@ -17,7 +17,6 @@ from dpo_jax.hf.configs import read_spec
 from dpo_jax.hf.ending import Ending
 from dpo_jax.hf.settings import ExportSettings
 from dpo_jax.model import remat
-from dpo_jax.model.attention import TILE
 from dpo_jax.model.backends import table
 from dpo_jax.model.decoder import Execution, Model, abstract_params, held_in
 from dpo_jax.model.quantised import Kind, kept_shapes
@@ -216,8 +215,8 @@ def make_objective(
     """The objective on this model; of its weights (arrays or shapes) it matters which are trained, and `dropout` is of
     their adapter."""
     where, split, attention = sharding.rows(mesh), sharding.head_split(mesh), attention_of(model, spec, mesh)
-    tile = table.TILES.get(sharding.platform(mesh), TILE)
-    execution = Execution(model.scan_layers, model.remat, where, attention, tile, split, head_is_frozen(spec, weights))
+    platform, frozen = sharding.platform(mesh), head_is_frozen(spec, weights)
+    execution = Execution(model.scan_layers, model.remat, where, attention, platform, split, frozen)
     return TrainingObjective(
         spec=spec,
         terms=terms,

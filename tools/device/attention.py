@@ -126,7 +126,8 @@ def plain(case: Case, layout: Layout) -> Callable:
 
 def by_backend(name: str, case: Case, layout: Layout, tile: int | None = None) -> Callable:
     """The same by a backend; tiles are those of the platform unless given."""
-    bounds = bounds_of(layout)._replace(tile=tile or table.TILES.get(jax.default_backend(), TILE))
+    platform = jax.default_backend()
+    bounds = bounds_of(layout)._replace(tile=tile or table.TILES.get(platform, TILE), platform=platform)
 
     def attend(query, key, value, sinks):
         rows = PackedRows.of(layout, [case.window], name, bounds=bounds)

@@ -25,7 +25,7 @@ def prepare(layout: Layout, window: int | None, bounds: Bounds | None = None) ->
 
     filled = -layout.group.shape[1] % LANES
     layout = Layout(*(jnp.pad(x, ((0, 0), (0, filled))) for x in layout))
-    interpret = jax.default_backend() != "tpu"  # tests run the same kernel on a CPU; settings refuse that
+    interpret = bounds is None or bounds.platform != "tpu"  # tests run the same kernel on a CPU; settings refuse that
     make = functools.partial(splash.make_splash_mha, head_shards=1, q_seq_shards=1, interpret=interpret)
     return jax.vmap(lambda seen: _marked(make(seen[None]), None))(visible(layout, window))
 
