@@ -32,7 +32,7 @@ from dpo_jax.trees import Params
 
 def make_mesh(mesh: MeshSettings, model: ModelSettings) -> jax.sharding.Mesh:
     """The mesh of this machine's devices; float32 means float32 also where matrix units round by default."""
-    made = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+    made = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor, context=mesh.context)
     exact = compute_dtype(model, made) == "float32"
     jax.config.update("jax_default_matmul_precision", "highest" if exact else None)
     remat.check(model.remat, made.local_devices)
@@ -214,7 +214,7 @@ def make_objective(
 ) -> TrainingObjective:
     """The objective on this model; of its weights (arrays or shapes) it matters which are trained, and `dropout` is of
     their adapter."""
-    where, split, attention = sharding.rows(mesh), sharding.head_split(mesh), attention_of(model, spec, mesh)
+    where, split, attention = sharding.activations(mesh), sharding.head_split(mesh), attention_of(model, spec, mesh)
     platform, frozen = sharding.platform(mesh), head_is_frozen(spec, weights)
     execution = Execution(model.scan_layers, model.remat, where, attention, platform, split, frozen)
     return TrainingObjective(
