@@ -110,7 +110,7 @@ class Block(nnx.Module):
 
     def _attend(self, x, context: Context, memory, kept):
         if self.delta is not None:
-            mixed, memory = self.delta(x, context.view.text, memory)
+            mixed, memory = self.delta(x, context.view.text, memory, activations=context.activations)
             return mixed, memory, kept
         assert self.attention is not None
         return self.attention(x, context.view, memory, kept)

@@ -178,7 +178,7 @@ def hidden_and_routing(
 
     `noise` is the dropout of a training step's adapters.
     """
-    where, again = between_layers(execution.activations, tokens.shape[1]), REMATS[execution.remat].attention
+    where, again = between_layers(execution.activations, *tokens.shape), REMATS[execution.remat].attention
     view = PackedView.of(spec, layout, execution.attention, bounds=execution.bounds, activations=where, remat=again)
     context = Context(view, where, weights, noise)
     x, _, routing = _run(spec, params, tokens, context, execution, {}, {})

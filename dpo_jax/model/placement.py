@@ -32,11 +32,13 @@ def settled(x: Float[Array, "B T ..."], where: NamedSharding | None) -> Float[Ar
     return x if where is None else lax.with_sharding_constraint(x, where)
 
 
-def between_layers(where: NamedSharding | None, length: int) -> NamedSharding | None:
-    """The sharding of activations for rows of so many slots: less the axes of slots that do not divide them."""
-    if where is None or len(where.spec) < 2:
+def between_layers(where: NamedSharding | None, rows: int, length: int) -> NamedSharding | None:
+    """The sharding of activations for so many rows and slots: less the axes of slots that do not divide them, and
+    without any where rows are not divided."""
+    if where is None or not slot_axes(where):
         return where
-    return NamedSharding(where.mesh, P(where.spec[0], dividing(where.mesh, slot_axes(where), length) or None))
+    slots = dividing(where.mesh, slot_axes(where), length) if rows % _parts(where.mesh, row_axes(where)) == 0 else ()
+    return NamedSharding(where.mesh, P(where.spec[0], slots) if slots else P(where.spec[0]))
 
 
 def inside_layers(where: NamedSharding | None) -> NamedSharding | None:
@@ -59,6 +61,10 @@ def slot_axes(where: NamedSharding) -> tuple[str, ...]:
 def _axes(where: NamedSharding, dimension: int) -> tuple[str, ...]:
     found = where.spec[dimension] if len(where.spec) > dimension else None
     return found if isinstance(found, tuple) else () if found is None else (found,)
+
+
+def _parts(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def _context(where: NamedSharding) -> tuple[str, ...]:
@@ -84,7 +90,7 @@ def head_axes(where: NamedSharding, heads: int, kv_heads: int) -> HeadAxes:
     sizes, rows = where.mesh.shape, row_axes(where)
     able = tuple(axis for axis in (TENSOR, CONTEXT) if sizes.get(axis, 1) > 1 and axis not in rows)
     for axes in (able, *((axis,) for axis in able)):
-        parts = math.prod(sizes[axis] for axis in axes)
+        parts = _parts(where.mesh, axes)
         if parts > 1 and heads % parts == 0:
             return HeadAxes(axes, math.lcm(kv_heads, parts) // kv_heads)
     return HeadAxes((), 1)
@@ -106,22 +112,22 @@ def by_slots(where: NamedSharding | None, x: Float[Array, "B T H C"]) -> Float[A
     )
 
 
-def repeated(x: Float[Array, "B T K C"], times: int) -> Float[Array, "B T H C"]:
-    """Each head so often, one after the other; slopes are added up in float32."""
-    return x if times == 1 else _repeated(x, times)
+def repeated(x: Float[Array, "..."], times: int, axis: int = 2) -> Float[Array, "..."]:
+    """Each head of an axis so often, one after the other; slopes are added up in float32."""
+    return x if times == 1 else _repeated(x, times, axis)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _repeated(x: Float[Array, "B T K C"], times: int) -> Float[Array, "B T H C"]:
-    return jnp.repeat(x, times, axis=2)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _repeated(x: Float[Array, "..."], times: int, axis: int) -> Float[Array, "..."]:
+    return jnp.repeat(x, times, axis=axis)
 
 
-def _repeated_back(times, _, slope):
-    parts = slope.reshape(*slope.shape[:2], -1, times, slope.shape[3]).astype(jnp.float32)
-    return (parts.sum(axis=3).astype(slope.dtype),)
+def _repeated_back(times: int, axis: int, _, slope: Float[Array, "..."]):
+    parts = slope.reshape(*slope.shape[:axis], -1, times, *slope.shape[axis + 1 :]).astype(jnp.float32)
+    return (parts.sum(axis=axis + 1).astype(slope.dtype),)
 
 
-_repeated.defvjp(lambda x, times: (_repeated(x, times), None), _repeated_back)
+_repeated.defvjp(lambda x, times, axis: (_repeated(x, times, axis), None), _repeated_back)
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -185,7 +191,7 @@ def table_split(
     words = head.vocabulary if vocabulary and head.vocabulary and table[0] % sizes[head.vocabulary] == 0 else None
     words = words if words and sizes[words] > 1 else None
     width = tuple(axis for axis in dividing(mesh, head.width, table[1]) if sizes[axis] > 1)
-    if rows % math.prod(sizes[axis] for axis in axes) or not set(width) <= {*axes, *slots}:
+    if rows % _parts(mesh, axes) or not set(width) <= {*axes, *slots}:
         return None
     return TableSplit(mesh, axes, slots, words, width)
 
@@ -215,7 +221,7 @@ def summed_in_parts(
     split: TableSplit, shape: tuple[int, int], index: Int[Array, "B T"], slope: Float[Array, "B T N"]
 ) -> Float[Array, "V N"]:
     """The float32 sum of slopes by row of the table, each device's own part of it; `found_in_parts` the other way."""
-    words, width = (split.mesh.shape[split.words] if split.words else 1), _parts(split, split.width)
+    words, width = (split.mesh.shape[split.words] if split.words else 1), _parts(split.mesh, split.width)
 
     def local(index: Int[Array, "B T"], slope: Float[Array, "B T N"]) -> Float[Array, "W E"]:
         index, mine = _own(split, shape[0] // words, index)
@@ -237,10 +243,6 @@ def _own(split: TableSplit, rows: int, index: Int[Array, "B T"]) -> tuple[Int[Ar
     return index, (index >= 0) & (index < rows)
 
 
-def _parts(split: TableSplit, axes: tuple[str, ...]) -> int:
-    return math.prod(split.mesh.shape[axis] for axis in axes)
-
-
 # ---------------------------------------------------------------------------------------------- picked slots
 
 
@@ -253,8 +255,8 @@ def picked(
     tokens of a head (see `HeadSplit`).
     """
     shards, length = source.shape[0], states.shape[1]
-    where = between_layers(where, length)
-    if where is None or not slot_axes(where) or shards != math.prod(where.mesh.shape[axis] for axis in row_axes(where)):
+    where = between_layers(where, shards, length)
+    if where is None or not slot_axes(where) or shards != _parts(where.mesh, row_axes(where)):
         flat = states.reshape(shards, -1, states.shape[-1])
         return jnp.take_along_axis(flat, source[:, :, None], axis=1).reshape(-1, states.shape[-1])
     return _picked_in_parts(where, states, source)
@@ -279,7 +281,7 @@ def _picked_in_parts(where: NamedSharding, states: Float[Array, "B T N"], source
 
 def _picked_back(where: NamedSharding, kept, slope: Float[Array, "M N"]):
     like, source = kept
-    parts = math.prod(where.mesh.shape[axis] for axis in slot_axes(where))
+    parts = _parts(where.mesh, slot_axes(where))
     shape = (like.shape[0] // source.shape[0], like.shape[1] // parts, slope.shape[-1])
     _, context = _picking(where, source.shape[1])
 
@@ -305,12 +307,12 @@ _picked_in_parts.defvjp(
 def _picking(where: NamedSharding, count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Axes of slots that see all picked slots, and those that these are split over."""
     context = _context(where)
-    context = context if count % math.prod(where.mesh.shape[axis] for axis in context) == 0 else ()
+    context = context if count % _parts(where.mesh, context) == 0 else ()
     return tuple(axis for axis in slot_axes(where) if axis not in context), context
 
 
 def _places(where: NamedSharding, own: int, source: Int[Array, " K"]) -> tuple[Array, Array, Array]:
     """Row, this device's slot, and whether it has that slot, of numbers that count the slots of all rows."""
-    length = own * math.prod(where.mesh.shape[axis] for axis in slot_axes(where))
+    length = own * _parts(where.mesh, slot_axes(where))
     row, slot = source // length, source % length - lax.axis_index(slot_axes(where)) * own
     return row, slot, (slot >= 0) & (slot < own)
