@@ -101,8 +101,9 @@ def _arranged(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
     """The devices as an array of these sizes, in which neighbours of an axis are near each other.
 
     Axes that talk least are the first ones, and these go over slices of TPUs, or hosts of GPUs, as far as sizes divide;
-    within a slice each axis runs along the lines of its torus. Devices of a CPU, and TPUs that are no whole box, stay in
-    their order.
+    within a slice each axis runs along the lines of its torus. Devices of a CPU, and TPUs that are no whole box, keep
+    their order. An axis over several lines of a torus goes through them in their order, and not to and fro: so XLA uses
+    the links of all three directions at once, and with neighbours side by side it uses those of one.
     """
     parts = collections.defaultdict(list)
     for device in devices:

@@ -7,6 +7,7 @@ without one, so their speed is not to be read from it.
 
 import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -42,14 +43,30 @@ def missing(chip: Chip) -> str | None:
     return f"the compiler for {chip.title} is not installed (pip install '{extra}')"
 
 
-def devices(chip: Chip, count: int, hosts: int) -> list[Any]:
-    """So many compile-only devices of JAX, on so many hosts.
+def chosen(asked: str, chip: Chip) -> bool:
+    """Whether the chip's own compiler is taken where `auto`, `real` or `cpu` is asked for.
 
     Raises:
-      UserError: the compiler is not installed, or knows no topology of so many.
+      UserError: it is asked for and not installed.
     """
-    if (gone := missing(chip)) is not None:
+    if asked == "real" and (gone := missing(chip)) is not None:
         raise UserError(f"--compiler: real: {gone}")
+    return asked != "cpu" and missing(chip) is None
+
+
+def version(chip: Chip) -> str:
+    """Which compiler of which version it is, in words."""
+    module, _ = WHEELS[chip.platform]
+    package = {"libtpu": "libtpu", "jax_cuda13_plugin": "jaxlib"}[module]
+    return f"XLA's for {chip.title} ({package} {importlib.metadata.version(package)})"
+
+
+def devices(chip: Chip, count: int, hosts: int) -> list[Any]:
+    """So many compile-only devices of JAX, on so many hosts; the chip's compiler must be installed.
+
+    Raises:
+      UserError: it knows no topology of so many.
+    """
     from jax.experimental import topologies
 
     match chip.compiler:
