@@ -94,10 +94,10 @@ def make_mesh(
             f"mesh: {said} needs a multiple of {rest} devices and there are "
             f"{len(devices)}; choose sizes whose product is {len(devices)}"
         )
-    return Mesh(_arranged(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(arranged(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _arranged(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
+def arranged(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
     """The devices as an array of these sizes, in which neighbours of an axis are near each other.
 
     Axes that talk least are the first ones, and these go over slices of TPUs, or hosts of GPUs, as far as sizes divide;

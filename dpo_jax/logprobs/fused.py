@@ -45,7 +45,7 @@ class HeadSplit(NamedTuple):
     width: tuple[str, ...]
 
 
-def dividing(mesh: jax.sharding.Mesh, axes: tuple[str, ...], size: int) -> tuple[str, ...]:
+def dividing(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, axes: tuple[str, ...], size: int) -> tuple[str, ...]:
     """As many of these axes, from the first on, as divide a dimension of this size together."""
     while axes and size % math.prod(mesh.shape[axis] for axis in axes):
         axes = axes[:-1]
@@ -291,12 +291,12 @@ def _slope(state: _Running, rows, targets, offset, plan: ScanPlan, dtype) -> Flo
 
 def _rows_of(local: Int[Array, " N"], rows: Float[Array, "W E"], plan: ScanPlan) -> Float[Array, "N D"]:
     """Rows of the head at these places; zeros at those that another device has."""
-    axis = plan.split and plan.split.width
-    shares = plan.split is not None and axis in plan.split.tokens
-    local = lax.all_gather(local, axis, tiled=True) if shares else local
+    axes = plan.split.width if plan.split is not None else ()
+    shares = plan.split is not None and bool(axes) and set(axes) <= set(plan.split.tokens)
+    local = lax.all_gather(local, axes, tiled=True) if shares else local
     inside = (local >= 0) & (local < rows.shape[0])
     found = jnp.where(inside[:, None], rows[jnp.clip(local, 0, rows.shape[0] - 1)], 0)
-    return lax.all_to_all(found, axis, 0, 1, tiled=True) if shares else plan.whole_width(found)
+    return lax.all_to_all(found, axes, 0, 1, tiled=True) if shares else plan.whole_width(found)
 
 
 def _scored_backward(plan: ScanPlan, residuals, cotangent):

@@ -6,8 +6,8 @@ and `tensor` splits their columns. What mixes the slots of a row (attention, a d
 their heads: these are split over `tensor` and `context` together, and XLA makes all-to-alls of the change
 (arXiv:2309.14509).
 
-Letters: B rows, T slots, V rows of a table, N columns of it, W and E those of one device's part, H heads, D batch
-shards, R rows of one, K slots that are picked.
+Letters: B rows, T slots, S those of one device, V rows of a table, N columns of it, W and E those of one device's part,
+H heads, K key-value heads; D batch shards, R rows of one, K slots that are picked of one, L those of one device.
 """
 
 import functools
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -63,7 +63,7 @@ def _axes(where: NamedSharding, dimension: int) -> tuple[str, ...]:
     return found if isinstance(found, tuple) else () if found is None else (found,)
 
 
-def _parts(mesh: Mesh, axes: tuple[str, ...]) -> int:
+def _parts(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
@@ -144,7 +144,7 @@ class TableSplit(NamedTuple):
       width: axes of the table's columns, all of them among `rows` and `slots`.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     rows: tuple[str, ...]
     slots: tuple[str, ...]
     words: str | None
@@ -205,7 +205,7 @@ def found_in_parts(split: TableSplit, table: Float[Array, "V N"], index: Int[Arr
     """Rows of a split table. Each device looks up its own columns for all devices that share the width, and these
     exchange them; of a row that another device of `words` holds it finds zeros, and the parts are added up."""
 
-    def local(part: Float[Array, "W E"], index: Int[Array, "B T"]) -> Float[Array, "B T N"]:
+    def local(part: Float[Array, "W E"], index: Int[Array, "B T"]) -> Float[Array, "B S N"]:
         index, mine = _own(split, part.shape[0], index)
         found = jnp.where(mine[..., None], part[jnp.where(mine, index, 0)], 0)
         if split.words and split.scattered:
@@ -223,7 +223,7 @@ def summed_in_parts(
     """The float32 sum of slopes by row of the table, each device's own part of it; `found_in_parts` the other way."""
     words, width = (split.mesh.shape[split.words] if split.words else 1), _parts(split.mesh, split.width)
 
-    def local(index: Int[Array, "B T"], slope: Float[Array, "B T N"]) -> Float[Array, "W E"]:
+    def local(index: Int[Array, "B T"], slope: Float[Array, "B S N"]) -> Float[Array, "W E"]:
         index, mine = _own(split, shape[0] // words, index)
         slope = slope[None]
         slope = lax.all_to_all(slope, split.width, 3, 0, tiled=True) if split.width else slope
@@ -266,7 +266,7 @@ def picked(
 def _picked_in_parts(where: NamedSharding, states: Float[Array, "B T N"], source: Int[Array, "D K"]):
     tensor, context = _picking(where, source.shape[1])
 
-    def local(states: Float[Array, "R T N"], source: Int[Array, "1 K"]) -> Float[Array, "K N"]:
+    def local(states: Float[Array, "R S N"], source: Int[Array, "1 K"]) -> Float[Array, "L N"]:
         row, slot, mine = _places(where, states.shape[1], source[0])
         found = jnp.where(mine[:, None], states[row, jnp.where(mine, slot, 0)], 0)
         found = lax.psum_scatter(found, context, scatter_dimension=0, tiled=True) if context else found
@@ -285,7 +285,7 @@ def _picked_back(where: NamedSharding, kept, slope: Float[Array, "M N"]):
     shape = (like.shape[0] // source.shape[0], like.shape[1] // parts, slope.shape[-1])
     _, context = _picking(where, source.shape[1])
 
-    def local(source: Int[Array, "1 K"], slope: Float[Array, "K N"]) -> Float[Array, "R T N"]:
+    def local(source: Int[Array, "1 K"], slope: Float[Array, "L N"]) -> Float[Array, "R S N"]:
         slope = lax.all_gather(slope, context, tiled=True) if context else slope
         row, slot, mine = _places(where, shape[1], source[0])
         return jnp.zeros(shape, slope.dtype).at[row, jnp.where(mine, slot, shape[1])].add(slope, mode="drop")

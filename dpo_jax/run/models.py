@@ -163,8 +163,8 @@ def check_context(spec: DecoderSpec, mesh: jax.sharding.Mesh) -> None:
         if context > 1 and heads % (tensor * context):
             most = math.gcd(heads, tensor * context)
             raise UserError(
-                f"mesh.context: {context} with tensor={tensor} splits heads into {tensor * context} parts, and layers of "
-                f"the model have {heads} heads; choose sizes whose product divides {most}"
+                f"mesh.context: {context} with tensor={tensor} splits heads into {tensor * context} parts, and layers "
+                f"have {heads}; choose sizes whose product divides {most}"
             )
 
 
