@@ -153,7 +153,8 @@ def target_text(gpu: Gpu) -> str:
 def answering_for(chip: Chip) -> Iterator[None]:
     """While this lasts, libraries that ask for this process's device while they lower hear of the chip.
 
-    Of JAX its cuDNN attention asks, and tokamax, where that is installed. The step itself is what a run compiles.
+    Of JAX its cuDNN attention asks, and (not of 0.10) its kernels of Triton; tokamax, where that is installed. The step
+    itself is what a run compiles.
     """
     if not isinstance(chip.compiler, Gpu):
         yield
@@ -168,6 +169,10 @@ def answering_for(chip: Chip) -> Iterator[None]:
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(private, **answers))
+        if importlib.util.find_spec("jax._src.pallas.triton.gpu_info") is not None:
+            triton = importlib.import_module("jax._src.pallas.triton.gpu_info")
+            told = triton.GpuInfo(gpu_version=None, arch_name=capability, compute_capability=round(10 * gpu.capability))
+            stack.enter_context(mock.patch.object(triton, "get_gpu_info", lambda: told))
         if importlib.util.find_spec("tokamax") is not None:
             stack.enter_context(_tokamax_for(gpu, capability))
         yield
