@@ -151,6 +151,16 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
+def token_shards(mesh: Mesh) -> int:
+    """Parts that the slots of a batch are split into, tensor left aside."""
+    return batch_shards(mesh) * mesh.shape["context"]
+
+
+def weight_shards(mesh: Mesh) -> int:
+    """Parts that one copy of the weights is split into, tensor left aside."""
+    return math.prod(mesh.shape[axis] for axis in SHARED)
+
+
 def param_shardings(params: Params, mesh: Mesh) -> Params:
     """A sharding for each leaf of a tree of parameters (arrays or shapes)."""
     table = trees.paths(params)

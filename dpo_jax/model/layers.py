@@ -26,16 +26,16 @@ def normal(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
 # bfloat16 stands still after 256 equal terms; here they are added in float32, and the sum is rounded once.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def lookup(
     table: Float[Array, "V N"], index: Int[Array, "*B"], split: TableSplit | None = None
 ) -> Float[Array, "*B N"]:
     """Rows of a table; with `split` each device looks up in its own part, for rows of indices [B, T]."""
-    return table[index] if split is None else found_in_parts(split, table, index)
+    return _lookup(table, index, split)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _lookup(table, index, split):
-    return lookup(table, index, split), (table, index)
+    return table[index] if split is None else found_in_parts(split, table, index)
 
 
 def _lookup_back(split, kept, slope):
@@ -47,7 +47,7 @@ def _lookup_back(split, kept, slope):
     return total.astype(table.dtype), None
 
 
-lookup.defvjp(_lookup, _lookup_back)
+_lookup.defvjp(lambda table, index, split: (_lookup(table, index, split), (table, index)), _lookup_back)
 
 
 @jax.custom_vjp

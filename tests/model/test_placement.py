@@ -1,5 +1,6 @@
 """What is split over a mesh within a model says what the whole says, and little of it moves."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,9 +11,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax import sharding
+from dpo_jax.model import decoder
+from dpo_jax.model.attention import causal
+from dpo_jax.model.decoder import Execution, abstract_params
 from dpo_jax.model.layers import lookup
 from dpo_jax.model.placement import HeadAxes, between_layers, head_axes, picked, repeated, slot_axes, table_split
 from tests.support.exchanges import collectives
+from tests.support.specs import plain_spec
 from tests.support.tiers import by_day
 
 MESHES = {
@@ -133,3 +138,22 @@ def test_slots_that_axes_do_not_divide_are_whole():
         assert fitted is not None and slot_axes(fitted) == axes
     rows = between_layers(sharding.activations(mesh_of("data 2, context 2")), 3, 16)
     assert rows == NamedSharding(mesh_of("data 2, context 2"), P(sharding.BATCH))
+
+
+@pytest.mark.parametrize("name", by_day(MESHES, {"fsdp 2, tensor 2"}))
+def test_nothing_larger_than_a_layer_is_gathered(name):
+    """Of a model whose table is larger than its layers, forwards and backwards."""
+    mesh, spec = mesh_of(name), plain_spec(width=32, layers=2, heads=4, mlp_width=64)
+    spec = dataclasses.replace(spec, vocab_size=4096)
+    params = abstract_params(spec)
+    places = sharding.param_shardings(params, mesh)
+    execution = Execution(activations=sharding.activations(mesh), head=sharding.head_split(mesh))
+
+    def total(params, tokens):
+        return decoder.hidden(spec, params, tokens, causal(*tokens.shape), execution).sum()
+
+    run = jax.jit(jax.grad(total), in_shardings=(places, sharding.rows(mesh)), out_shardings=places)
+    text = run.lower(params, jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)).compile().as_text()
+    layer = sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(params["blocks"]["0"]))
+    gathered = [size for kind, size in collectives(text) if kind == "all-gather"]
+    assert gathered and max(gathered) <= layer

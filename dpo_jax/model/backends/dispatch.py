@@ -69,9 +69,9 @@ class PackedRows:
 
         if self.remat and module.keeps_scores(self.prepared[window]):
             mix = jax.checkpoint(mix)
-        mix = _per_device(mix, query.shape, key.shape[2], self.activations)
+        attend = _per_device(mix, query.shape, key.shape[2], self.activations)
         query, key, value = (by_slots(self.activations, x) for x in (query, key, value))
-        mixed = mix(query, key, value, self.prepared[window], rules.sinks, rules.slopes)
+        mixed = attend(query, key, value, self.prepared[window], rules.sinks, rules.slopes)
         return by_slots(self.activations, mixed)
 
 
@@ -94,7 +94,9 @@ def _module(backend: str) -> ModuleType:
     return importlib.import_module(f"dpo_jax.model.backends.{backend}")
 
 
-def _per_device(function: Callable, shape: tuple[int, ...], kv_heads: int, activations: NamedSharding | None):
+def _per_device(
+    function: Callable, shape: tuple[int, ...], kv_heads: int, activations: NamedSharding | None
+) -> Callable:
     """The function on each device's own rows and heads, or on all of them where these cannot be split.
 
     Loops whose length depends on the data, and kernels, are nothing that the compiler could split by itself.
