@@ -140,9 +140,9 @@ def test_slots_that_axes_do_not_divide_are_whole():
     assert rows == NamedSharding(mesh_of("data 2, context 2"), P(sharding.BATCH))
 
 
-@pytest.mark.parametrize("name", by_day(MESHES, {"fsdp 2, tensor 2"}))
+@pytest.mark.parametrize("name", by_day([name for name in MESHES if "fsdp 2" in name], {"data 2, fsdp 2"}))
 def test_nothing_larger_than_a_layer_is_gathered(name):
-    """Of a model whose table is larger than its layers, forwards and backwards."""
+    """Of a model whose table is larger than its layers, forwards and backwards, and so are the rows of all devices."""
     mesh, spec = mesh_of(name), plain_spec(width=32, layers=2, heads=4, mlp_width=64)
     spec = dataclasses.replace(spec, vocab_size=4096)
     params = abstract_params(spec)
@@ -153,7 +153,7 @@ def test_nothing_larger_than_a_layer_is_gathered(name):
         return decoder.hidden(spec, params, tokens, causal(*tokens.shape), execution).sum()
 
     run = jax.jit(jax.grad(total), in_shardings=(places, sharding.rows(mesh)), out_shardings=places)
-    text = run.lower(params, jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)).compile().as_text()
+    text = run.lower(params, jax.ShapeDtypeStruct((ROWS, 96), jnp.int32)).compile().as_text()
     layer = sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(params["blocks"]["0"]))
     gathered = [size for kind, size in collectives(text) if kind == "all-gather"]
     assert gathered and max(gathered) <= layer
