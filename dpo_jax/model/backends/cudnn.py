@@ -50,7 +50,9 @@ def missing() -> str | None:
         return f"needs JAX's private cuDNN attention, and that of jax {jax.__version__} takes no {gone[0]}"
     rule = inspect.signature(getattr(private, RULE)).parameters if hasattr(private, RULE) else {}
     if not set(RULE_TAKES) <= set(rule) <= RULE_KNOWS:
-        return f"needs JAX's private cuDNN attention, and that of jax {jax.__version__} has another rule of its gradient"
+        return (
+            f"needs JAX's private cuDNN attention, and that of jax {jax.__version__} has another rule of its gradient"
+        )
     return None
 
 
@@ -99,7 +101,11 @@ class _How(NamedTuple):
 
 
 def _forward(
-    how: _How, query: Float[Array, "B L H C"], key: Float[Array, "B L K C"], value: Float[Array, "B L K C"], texts: Texts
+    how: _How,
+    query: Float[Array, "B L H C"],
+    key: Float[Array, "B L K C"],
+    value: Float[Array, "B L K C"],
+    texts: Texts,
 ) -> tuple[Float[Array, "B L H C"], tuple[Array, ...]]:
     """The result and log-sum-exps by place; what lies outside of the texts may be anything.
 

@@ -26,12 +26,10 @@ MOST = 768
 STEP = 96
 """What a block costs beside its scores, in slots: `(N + STEP) N` is the time of a block of N by N."""
 FUSED = 4
-"""Blocks of a row up to which one kernel computes both gradients; it writes the queries' once for each block of keys."""
+"""Blocks of a row up to which one kernel computes all gradients; it writes the queries' once for each of them."""
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["kind", "seen", "turned"], meta_fields=["interpret"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["kind", "seen", "turned"], meta_fields=["interpret"])
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """The mask of each row by blocks of queries and keys.

@@ -153,9 +153,7 @@ def _take(x: Array, where: Int[Array, "B _"], nothing: float = 0.0) -> Array:
     return jax.vmap(lambda row, place: row.at[place].get(mode="fill", fill_value=nothing))(x, where)
 
 
-def by_text(
-    stats: Float32[Array, "N H L"], texts: Texts
-) -> Float32[Array, "B L H"]:
+def by_text(stats: Float32[Array, "N H L"], texts: Texts) -> Float32[Array, "B L H"]:
     """Numbers of all rows' texts, one text after the other, for each place of these rows.
 
     The texts of a row follow those of the row before it, without a gap: text m of row b is number `texts of the rows

@@ -134,7 +134,11 @@ Range = tuple[Int[Array, "B L"], Int[Array, "B L"]]
 
 
 def _kernel(
-    how: _How, query: Float[Array, "B L H C"], key: Float[Array, "B L K C"], value: Float[Array, "B L K C"], about: Range
+    how: _How,
+    query: Float[Array, "B L H C"],
+    key: Float[Array, "B L K C"],
+    value: Float[Array, "B L K C"],
+    about: Range,
 ) -> tuple[Float[Array, "B L H C"], tuple[Array, ...]]:
     """Attention of each place to its range; and of each place its highest score and its sum of exponentials."""
     out, residuals = _package()(query, key, value, **_options(how, about), return_residuals=True)
@@ -145,8 +149,12 @@ def _kernel_back(
     how: _How, query, key, value, out, kept: tuple[Array, ...], about: Range, slope: Float[Array, "B L H C"]
 ) -> tuple[Array, Array, Array]:
     """The gradient of `_kernel`."""
-    residuals = tuple(x.transpose(0, 2, 1) for x in kept)
-    found = _package().vjp(residuals, out, slope, query, key, value, **_options(how, about))
+    residuals, package = tuple(x.transpose(0, 2, 1) for x in kept), _package()
+    bound = package.bind(
+        query, key, value, **_options(how, about)
+    )  # its gradient takes every argument, as they are then
+    options = {name: value for name, value in bound.kwargs.items() if name != "return_residuals"}
+    found = package.vjp(residuals, out, slope, *bound.args, **options)
     return found["q"], found["k"], found["v"]
 
 
