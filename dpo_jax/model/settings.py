@@ -84,9 +84,10 @@ class ModelSettings(Section):
     )
     attention: Attention = Field(
         default="auto",
-        description="what computes attention; auto: the fastest that was verified on the platform (on NVIDIA GPUs of "
-        "compute capability 9.0 or more tokamax, if that package is installed, or cudnn; else xla); splash is a kernel "
-        "for TPUs",
+        description="what computes attention; auto: of those that are proven for the platform (on NVIDIA GPUs of "
+        "compute capability 9.0 or more tokamax, if that package is installed, and cudnn; on TPUs splash; everywhere "
+        "xla) the fastest that agrees with the plain formula on this very device, which is tried once and remembered "
+        "with the compiled programs",
     )
     freeze: tuple[str, ...] = Field(
         default=(),

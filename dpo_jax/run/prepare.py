@@ -16,6 +16,7 @@ from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.reporting.journal import Journal
 from dpo_jax.run import models, output, result
+from dpo_jax.run.attention_choice import attention_for
 from dpo_jax.run.continuing import Past
 from dpo_jax.run.data import Data, Packing, check_tokens, length_line, number_of_steps, read_data
 from dpo_jax.run.evaluator import EvaluationPrompts, Evaluator, read_prompts
@@ -44,6 +45,8 @@ class Job:
     prompts: EvaluationPrompts | None
     ending: Ending | None
     policy: Policy
+    attention: str
+    """Backend that computes it."""
 
     @classmethod
     def read(cls, run: Run, folder: Path) -> "Job":
@@ -78,7 +81,8 @@ class Job:
         prompts = read_prompts(run.evaluation, sources.policy, tokenizer, run.data.chat_template_kwargs)
         check_tokens(data, models.spec_of(sources.policy, sources.rows, scalar_head=scores).vocab_size, tokenizer)
         packing = Packing.of(run.batch, length, terms, mesh)
-        return cls(run, folder, sources, mesh, tokenizer, data, steps, packing, prompts, ending, policy)
+        attention = attention_for(run.model, policy.spec, mesh, length)
+        return cls(run, folder, sources, mesh, tokenizer, data, steps, packing, prompts, ending, policy, attention)
 
     @property
     def cache(self) -> Path:
@@ -93,7 +97,8 @@ class Job:
         """What is minimised, on this model."""
         run = self.run
         how = {"statistics": run.log.token_statistics, "dropout": self.policy.dropout}
-        return models.make_objective(run.model, run.objective.terms, spec, weights, self.mesh, **how)
+        model = run.model.model_copy(update={"attention": self.attention})
+        return models.make_objective(model, run.objective.terms, spec, weights, self.mesh, **how)
 
     def journal(self, start: int | None, began: float) -> Journal:
         """The journal of a command that `began` then; what it has of steps after the checkpoint `start` is dropped."""

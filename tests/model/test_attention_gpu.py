@@ -400,13 +400,16 @@ def test_a_package_that_is_not_there_is_named(monkeypatch):
         (small(64), "float32", HOPPER, True, "xla"),
         (small(64), "bfloat16", table.Device("gpu", 8.0), True, "xla"),
         (small(64), "float16", HOPPER, True, "xla"),  # no kernel was run in float16
-        (small(64), "bfloat16", table.Device("tpu"), True, "xla"),  # splash ran on no device yet
+        (small(64), "bfloat16", table.Device("tpu"), True, "splash"),
+        (small(64, softcap=30.0, sinks=True), "float32", table.Device("tpu"), True, "splash"),
+        (small(64, alibi=1.0), "bfloat16", table.Device("tpu"), True, "xla"),
     ],
 )
-def test_auto_takes_the_fastest_that_was_verified(monkeypatch, spec, dtype, device, there, taken):
+def test_auto_takes_the_fastest_that_is_proven(monkeypatch, spec, dtype, device, there, taken):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if there else None)
     monkeypatch.setattr(tokamax, "missing", lambda: None)
     assert table.automatic(spec, dtype, device) == taken
+    assert table.candidates(spec, dtype, device)[-1] == "xla"
 
 
 def test_a_private_function_that_changed_is_refused(monkeypatch):

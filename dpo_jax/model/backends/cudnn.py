@@ -14,7 +14,7 @@ Letters: B rows, T slots, L places, M texts of a row, N texts of all rows, H hea
 import functools
 import inspect
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +138,7 @@ def _kernel(query, key, value, segments, how: _How) -> tuple[Float[Array, "B L H
     from jax._src.cudnn import fused_attention_stablehlo as private
 
     key, value = (_for_each_query(private, x, query.shape[2]) for x in (key, value))
-    out, stats = private.dot_product_attention(
+    attended: Any = private.dot_product_attention(
         query,
         key,
         value,
@@ -151,7 +151,7 @@ def _kernel(query, key, value, segments, how: _How) -> tuple[Float[Array, "B L H
         sliding_window_length=how.window,
         return_residual=True,
     )
-    return out, stats
+    return attended
 
 
 def _kernel_back(query, key, value, segments, how: _How, stats, out, slope) -> tuple[Array, Array, Array]:
@@ -178,8 +178,8 @@ def _kernel_back(query, key, value, segments, how: _How, stats, out, slope) -> t
         "res": (query, *wide, unused, size, size, start, start, unused, unused, *further, stats, out),
         "grad_output": slope,
     }
-    to_query, *rest = rule(*(given[name] for name in takes))[:3]
-    return to_query, *(_by_key(x, key.shape[2]) for x in rest)
+    to_query, to_key, to_value, *_ = rule(*(given[name] for name in takes))
+    return to_query, _by_key(to_key, key.shape[2]), _by_key(to_value, key.shape[2])
 
 
 def _for_each_query(private: ModuleType, x: Float[Array, "B L K C"], heads: int) -> Float[Array, "B L _ C"]:

@@ -10,6 +10,8 @@ heads, C channels of a key, E channels of a value, X either of them.
 
 import dataclasses
 import functools
+import importlib
+import inspect
 from typing import Any
 
 import jax
@@ -45,6 +47,31 @@ class Blocks:
     seen: Bool[Array, "B I I N N"]
     turned: Bool[Array, "B I I N N"]
     interpret: bool
+
+
+PACKAGE = "jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_"
+WANTED = {
+    "kernel": {
+        "BlockSizes": {"block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "use_fused_bwd_kernel"},
+        "SplashAttentionKernel": {"fwd_mask_info", "dq_mask_info", "dkv_mask_info"},
+    },
+    "mask_info": {"MaskInfo": {"data_next", "mask_next", "block_mask", "partial_mask_blocks", "is_dynamic_mask"}},
+}
+"""Classes that are used of JAX's modules, and parameters of theirs."""
+
+
+def missing() -> str | None:
+    """What this JAX lacks; None if it has it all."""
+    for module, classes in WANTED.items():
+        try:
+            found = importlib.import_module(PACKAGE + module)
+        except ImportError as error:
+            return f"needs JAX's splash attention, which jax {jax.__version__} does not have ({error})"
+        for name, takes in classes.items():
+            known = inspect.signature(getattr(found, name)).parameters if hasattr(found, name) else {}
+            if gone := sorted(takes - set(known)):
+                return f"needs JAX's splash attention, and {name} of jax {jax.__version__} takes no {gone[0]}"
+    return None
 
 
 def block_of(length: int) -> int:
@@ -92,18 +119,25 @@ def attend(
 
 def _kernel(blocks: Blocks, heads: int, softcap: float | None) -> Any:
     """The kernel for all heads of all rows. What it gives, and what its backward pass wants of it, is named."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-
+    splash = importlib.import_module(PACKAGE + "kernel")
     count, size = blocks.kind.shape[1], blocks.seen.shape[3]
     fused = count <= FUSED
-    every = {name: size for name in ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv")}
-    every |= {} if fused else {"block_q_dq": size, "block_kv_dq": size}
+    of_queries = None if fused else size
+    blocks_of = splash.BlockSizes(
+        block_q=size,
+        block_kv=size,
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_q_dq=of_queries,
+        block_kv_dq=of_queries,
+        use_fused_bwd_kernel=fused,
+    )
     by_query, by_key = (_mask_info(blocks, heads, turned=turned) for turned in (False, True))
     return splash.SplashAttentionKernel(
         by_query,
         None if fused else by_query,
         by_key,
-        block_sizes=splash.BlockSizes(**every, use_fused_bwd_kernel=fused),
+        block_sizes=blocks_of,
         is_mqa=False,
         save_residuals=False,
         mask_value=splash.DEFAULT_MASK_VALUE,
@@ -120,8 +154,7 @@ def _mask_info(blocks: Blocks, heads: int, *, turned: bool) -> Any:
     While blocks of keys (of queries, if `turned`) are gone through in order, those that are skipped name the last one
     that was not, so that nothing is fetched for them.
     """
-    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
-
+    info = importlib.import_module(PACKAGE + "mask_info").MaskInfo
     kind, axis = blocks.kind, 1 if turned else 2
     order = lax.broadcasted_iota(jnp.int32, kind.shape, axis)
     number = jnp.arange(kind.size, dtype=jnp.int32).reshape(kind.shape)
@@ -136,7 +169,7 @@ def _mask_info(blocks: Blocks, heads: int, *, turned: bool) -> Any:
     )
     data_next, mask_next, block_mask = by_head
     masks = blocks.turned if turned else blocks.seen
-    return MaskInfo(data_next, mask_next, block_mask, masks.reshape(-1, *masks.shape[3:]), None, is_dynamic_mask=True)
+    return info(data_next, mask_next, block_mask, masks.reshape(-1, *masks.shape[3:]), None, is_dynamic_mask=True)
 
 
 def _by_head(x: Float[Array, "B T H X"], filled: int) -> Float[Array, "N S X"]:
