@@ -1,10 +1,13 @@
 """`python -m dpo_jax.plan CONFIG --devices N [--chip h100] [key=value ...]`: what a run will take.
 
-The run's own training step is compiled for that many virtual devices of this CPU, without weights: of the model only
-`config.json` is read. Memory, operations and traffic are those of that program; the time is an estimate.
+The run's own training step is compiled without weights, of which only `config.json` is read: by the chip's own compiler
+where that is installed, else for as many virtual devices of this CPU. Memory, operations and traffic are those of that
+program; the time is an estimate.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -15,6 +18,7 @@ from dpo_jax.config import run as config
 from dpo_jax.config.command import Parser
 from dpo_jax.config.run import Run
 from dpo_jax.errors import UserError
+from dpo_jax.planning import compilers
 from dpo_jax.planning.chips import CHIPS, Chip
 
 ON_CPU = "a CPU's compiler computes products of 16 bits in float32, so its temporaries are more than an accelerator's"
@@ -29,6 +33,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--chip", choices=list(CHIPS), default="h100", help="what a device is (default: h100)")
     parser.add_argument("--prompt-tokens", type=int, help="made-up data: mean length of prompts")
     parser.add_argument("--completion-tokens", type=int, help="made-up data: mean length of completions")
+    parser.add_argument(
+        "--compiler",
+        choices=["auto", "real", "cpu"],
+        default="auto",
+        help="what compiles the step: the chip's own compiler (real; no device is needed: pip install "
+        "'dpo_jax[compile-gpu]' or 'dpo_jax[compile-tpu]'), this CPU's, or the chip's if it is installed (auto)",
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.usage = f"{parser.prog} CONFIG.yaml ... --devices N [options] [section.key=value ...]"
     options, rest = parser.parse_known_args(argv)
@@ -36,7 +47,8 @@ def main(argv: Sequence[str]) -> int:
     hosts = _hosts(parser, options, chip)
     run = _as_on_accelerators(config.load(rest, "plan"))
     commands.quiet_libraries()
-    plan = make_plan(run, options.devices, hosts, chip, lengths=(options.prompt_tokens, options.completion_tokens))
+    lengths, real = (options.prompt_tokens, options.completion_tokens), compilers.chosen(options.compiler, chip)
+    plan = make_plan(run, options.devices, hosts, chip, lengths=lengths, real=real)
     if options.json:
         print(json.dumps(plan, indent=2))
     else:
@@ -70,7 +82,13 @@ def _as_on_accelerators(run: Run) -> Run:
 
 
 def make_plan(
-    run: Run, devices: int, hosts: int, chip: Chip, *, lengths: tuple[int | None, int | None] = (None, None)
+    run: Run,
+    devices: int,
+    hosts: int,
+    chip: Chip,
+    *,
+    lengths: tuple[int | None, int | None] = (None, None),
+    real: bool = False,
 ) -> dict[str, Any]:
     """The plan as plain values. JAX must not have been started with another number of devices.
 
@@ -81,61 +99,58 @@ def make_plan(
       chip: what they are.
       lengths: mean tokens of prompts and completions of made-up data; if both are None the run's own data are read, if
         they are there.
+      real: compile with the chip's own compiler, which must be installed.
 
     Raises:
-      UserError: training would refuse the settings, the model or the mesh; or JAX has other devices already.
+      UserError: training would refuse the settings, the model or the mesh; JAX has other devices already; or the chip's
+        compiler is not installed, or knows no such topology.
     """
     import jax
 
     try:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", devices)
+        jax.config.update("jax_num_cpu_devices", 1 if real else devices)
     except RuntimeError as error:
         raise UserError(f"--devices: {devices}: JAX is running with other devices; plan in a new process") from error
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from it leaves no text of the program
     from dpo_jax.run import models, program
     from dpo_jax.run.data import ACCELERATOR_ATTENTION_LENGTH
 
-    mesh = models.make_mesh(run.mesh, run.model)
-    sources = program.find_config(run, mesh)
-    encoded, data, run = program.data_for(run, sources, lengths)
-    step = program.describe(run, sources, encoded, mesh, attention_length=ACCELERATOR_ATTENTION_LENGTH)
-    return _measured(run, step, data, hosts, chip)
+    mesh = models.make_mesh(run.mesh, run.model, compilers.devices(chip, devices, hosts) if real else None)
+    with compilers.answering_for(chip) if real else contextlib.nullcontext():
+        sources = program.find_config(run, mesh)
+        steps = run.steps
+        encoded, data, run = program.data_for(run, sources, lengths)
+        made_up = data != program.OWN_DATA
+        step = program.describe(run, sources, encoded, mesh, attention_length=ACCELERATOR_ATTENTION_LENGTH)
+        found = _planned(run, step, data, hosts, chip) | {"steps": steps if made_up else step.steps}
+        lowered = step.trainer.lower(step.dummy)
+    made = _as_compiled(lowered, step, hosts, chip) if real else _on_cpu(lowered, step, hosts, chip)
+    found["memory"] |= made.pop("memory")
+    found["compiler"] = compilers.version(chip) if real else "this CPU's"
+    return found | made
 
 
-def _measured(run: Run, step: Any, data: str, hosts: int, chip: Chip) -> dict[str, Any]:
-    import jax.numpy as jnp
-
+def _planned(run: Run, step: Any, data: str, hosts: int, chip: Chip) -> dict[str, Any]:
+    """What is known before anything is compiled."""
     from dpo_jax import trees
     from dpo_jax.model.decoder import abstract_params
-    from dpo_jax.planning import costs, estimate, hlo, report
+    from dpo_jax.planning import costs
     from dpo_jax.run import program
 
-    mesh, spec, devices = step.mesh, step.objective.spec, step.mesh.size
-    predicted = program.predicted(step)
-    compiled, text = program.compile_step(step)
-    found_program = program.program_of(step, text)
-    found = hlo.collectives(found_program, devices)
-    items = program.moved_by(step)
-    inside, across = estimate.traffic(found, devices // hosts)
-    useful = costs.step_flops(spec, step.load, step.trainer.abstract["trained"])
-    flops, note = hlo.product_flops(found_program), ""
-    if found_program.uncounted:
-        note = f"{found_program.uncounted} inner loops whose length is a value are counted once: more is computed"
-    work = estimate.Work(flops, estimate.memory_traffic(items, step.micro_batches), inside, across, useful)
-    time = estimate.estimate(work, chip)
-    bounds = {"overlapped": time.overlapped, "serial": time.serial}
+    mesh, spec = step.mesh, step.objective.spec
     return {
         "model": {
             "path": run.model.path,
             "parameters": trees.num_parameters(abstract_params(spec)),
             "compute_dtype": step.objective.compute_dtype,
             "remat": run.model.remat,
+            "attention": step.objective.execution.attention,
         },
-        "devices": devices,
+        "devices": mesh.size,
         "hosts": hosts,
         "chip": chip.title,
-        "mesh": {axis: size for axis, size in mesh.shape.items() if axis in ("data", "fsdp", "tensor")},
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1 or axis in ("data", "fsdp", "tensor")},
         "batch": {
             "pairs": run.batch.pairs,
             "data": data,
@@ -146,12 +161,33 @@ def _measured(run: Run, step: Any, data: str, hosts: int, chip: Chip) -> dict[st
             "shape": list(step.shapes[0]),
             "shapes": [list(shape) for shape in step.shapes],
         },
-        "memory": {
-            "predicted": predicted,
-            "compiler": program.reported(compiled),
-            "note": "" if step.objective.compute_dtype == "float32" else ON_CPU,
-            "capacity": chip.memory,
-        },
+        "memory": {"predicted": program.predicted(step), "capacity": chip.memory, "note": ""},
+        "flops": {"useful": costs.step_flops(spec, step.load, step.trainer.abstract["trained"])},
+    }
+
+
+def _on_cpu(lowered: Any, step: Any, hosts: int, chip: Chip) -> dict[str, Any]:
+    """What a CPU's compiler says of the partitioned program, and what may follow for the chip."""
+    import jax.numpy as jnp
+
+    from dpo_jax.planning import costs, estimate, exchanges, hlo, report
+    from dpo_jax.run import program
+
+    mesh, devices = step.mesh, step.mesh.size
+    compiled, text = program.compile_with_text(lowered, devices)
+    found_program = program.program_of(step, text)
+    found, items = exchanges.collectives(found_program, devices), program.moved_by(step)
+    inside, across = estimate.traffic(found, devices // hosts)
+    useful = costs.step_flops(step.objective.spec, step.load, step.trainer.abstract["trained"])
+    flops, note = hlo.product_flops(found_program), ""
+    if found_program.uncounted:
+        note = f"{found_program.uncounted} inner loops whose length is a value are counted once: more is computed"
+    work = estimate.Work(flops, estimate.memory_traffic(items, step.micro_batches), inside, across, useful)
+    time = estimate.estimate(work, chip)
+    bounds = {"overlapped": time.overlapped, "serial": time.serial}
+    wide = step.objective.compute_dtype == "float32"
+    return {
+        "memory": {"compiler": program.reported(compiled)} | ({} if wide else {"note": ON_CPU}),
         "flops": {"useful": useful, "device": flops, "note": note},
         "memory_traffic": work.memory_bytes,
         "traffic": {"inside": inside, "across": across},
@@ -164,8 +200,34 @@ def _measured(run: Run, step: Any, data: str, hosts: int, chip: Chip) -> dict[st
             micro_batches=step.micro_batches,
         ),
         "time": {**time.parts, "bottleneck": time.bottleneck, **bounds},
-        "mfu": {name: estimate.utilisation(work, chip, devices, seconds) for name, seconds in bounds.items()},
+        "mfu": {name: estimate.utilisation(useful, chip, devices, seconds) for name, seconds in bounds.items()},
         "assumed": list(estimate.ASSUMED),
+    }
+
+
+def _as_compiled(lowered: Any, step: Any, hosts: int, chip: Chip) -> dict[str, Any]:
+    """What the chip's own compiler made of the step."""
+    from dpo_jax.planning import compiled, costs, estimate, report
+    from dpo_jax.run import program
+
+    spec, devices = step.objective.spec, step.mesh.size
+    made = lowered.compile()
+    found = compiled.read(made.as_text(), devices, step.micro_batches)
+    useful = costs.step_flops(spec, step.load, step.trainer.abstract["trained"])
+    attention = 3.0 * costs.attention_flops(spec, step.load) / devices
+    seconds = compiled.seconds_of(found, chip, devices // hosts, attention_flops=attention)
+    return {
+        "memory": {"compiler": program.reported(made)},
+        "flops": {"useful": useful, "device": sum(found.products.values()), "by_dtype": found.products},
+        "memory_traffic": found.moved if chip.platform == "gpu" else None,
+        "kernels": found.kernels,
+        "launches": found.launches if chip.platform == "gpu" else None,
+        "waits": found.waits if chip.platform == "gpu" else None,
+        "cycles": found.cycles if chip.platform == "tpu" else None,
+        "collectives": report.collective_rows(found.exchanged, devices // hosts),
+        "time": {**dataclasses.asdict(seconds), "step": seconds.step},
+        "mfu": {"step": estimate.utilisation(useful, chip, devices, seconds.step)},
+        "assumed": list(compiled.ASSUMED),
     }
 
 

@@ -7,24 +7,27 @@ products (`grouped.py`) do the work of the K chosen experts; the results go back
 
     choice = [[1 0] [0 2]]     pair      0 1 2 3      expert of it   1 0 0 2
     sorted by expert           order     1 2 0 3      token of it    0 1 0 1      sizes  2 1 1
+
+On several devices `expert_split.py` says which tokens and which experts each has.
 """
 
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from dpo_jax.model import spec as specs
 from dpo_jax.model.adapters import grouped_product, product
+from dpo_jax.model.expert_split import Placement, gathered, placement, split, summed
 from dpo_jax.model.layers import ACTIVATIONS, Dense, MLPLayer, NormLayer, lookup, normal
+from dpo_jax.model.quantised import QuantisedKernel
 from dpo_jax.model.remat import cheap, named
 
 
@@ -145,16 +148,27 @@ class ExpertPairs(NamedTuple):
     """Row in which each pair stands."""
     experts: Int[Array, " N"]
     sizes: Int[Array, " E"]
+    real: Int[Array, ""] | None = None
+    """How many rows are pairs of these experts, if not all: the first ones. The others are zero behind each layer."""
 
 
 def sort_pairs(experts: Int[Array, "n K"], count: int) -> ExpertPairs:
-    """The pairs, by expert and then by token."""
+    """The pairs, by expert and then by token; those of expert `count`, which is none of ours, are last."""
     flat = experts.reshape(-1)
     pair = jnp.arange(flat.shape[0], dtype=flat.dtype)
     by_expert, order = lax.sort_key_val(flat, pair)
     rows = lax.sort_key_val(order, pair)[1].reshape(experts.shape)
     bounds = jnp.searchsorted(by_expert, jnp.arange(count + 1, dtype=flat.dtype)).astype(flat.dtype)
     return ExpertPairs(order, rows, by_expert, jnp.diff(bounds))
+
+
+def some_pairs(pairs: ExpertPairs, start: int | Array, size: int) -> ExpertPairs:
+    """Those of the rows from `start` on, `size` of them; none where that is beyond the last."""
+    order, experts = (jnp.pad(leaf, (0, size)) for leaf in (pairs.order, pairs.experts))
+    order, experts = (lax.dynamic_slice_in_dim(leaf, start, size) for leaf in (order, experts))
+    ends = jnp.clip(jnp.cumsum(pairs.sizes) - start, 0, size)
+    sizes = jnp.diff(ends, prepend=jnp.zeros((1,), ends.dtype))
+    return ExpertPairs(order, pairs.rows - start, jnp.minimum(experts, sizes.shape[0] - 1), sizes, ends[-1])
 
 
 def _rows(x: Array, index: Array) -> Array:
@@ -166,16 +180,23 @@ def _rows(x: Array, index: Array) -> Array:
 
 
 @jax.custom_vjp
-def spread(x: Float[Array, "n D"], pairs: ExpertPairs) -> Float[Array, "N D"]:
-    """The token of each row."""
+def spread(x: Float[Array, "*n"], pairs: ExpertPairs) -> Float[Array, "*N"]:
+    """The token of each row, of what tokens have on the first axis."""
     return _rows(x, pairs.order // pairs.rows.shape[1])
 
 
 @jax.custom_vjp
-def collect(y: Float[Array, "N D"], pairs: ExpertPairs) -> Float[Array, "n D"]:
-    """The sum of each token's rows."""
-    parts = (_rows(y, pairs.rows[:, k]).astype(jnp.float32) for k in range(pairs.rows.shape[1]))
+def collect(y: Float[Array, "*N"], pairs: ExpertPairs) -> Float[Array, "*n"]:
+    """The sum of each token's rows, of what rows have on the first axis."""
+    parts = (_of_token(y, pairs.rows[:, k], pairs.real).astype(jnp.float32) for k in range(pairs.rows.shape[1]))
     return functools.reduce(jnp.add, parts).astype(y.dtype)
+
+
+def _of_token(y: Array, rows: Int[Array, " n"], real: Array | None) -> Array:
+    if real is None:
+        return _rows(y, rows)
+    here = (rows >= 0) & (rows < real)
+    return jnp.where(here.reshape(-1, *(1,) * (y.ndim - 1)), _rows(y, jnp.where(here, rows, 0)), 0)
 
 
 spread.defvjp(lambda x, pairs: (spread(x, pairs), pairs), lambda pairs, dy: (collect(dy, pairs), None))
@@ -190,10 +211,13 @@ class Linears(nnx.Module):
         self.kernel = normal(rngs, count, inputs, outputs)
         self.bias = nnx.Param(jnp.zeros((count, outputs))) if bias else None
 
-    def __call__(self, x: Float[Array, "N I"], pairs: ExpertPairs) -> Float[Array, "N O"]:
-        """Each row through the layer of its expert."""
+    def __call__(self, x: Float[Array, "N I"], pairs: ExpertPairs, biased: Array | None = None) -> Float[Array, "N O"]:
+        """Each row through the layer of its expert; `biased` is whether the bias is added, None is always."""
         y = named(grouped_product(x, self.kernel.get_value(), pairs.sizes), "experts")
-        return y if self.bias is None else y + lookup(self.bias[...], pairs.experts)
+        if self.bias is not None:
+            bias = lookup(self.bias[...], pairs.experts)
+            y = y + (bias if biased is None else jnp.where(biased, bias, 0))
+        return y if pairs.real is None else jnp.where((jnp.arange(y.shape[0]) < pairs.real)[:, None], y, 0)
 
 
 class Mixture(nnx.Module):
@@ -223,30 +247,93 @@ class Mixture(nnx.Module):
           x: what the experts see.
           router_input: what the router sees; None is x.
           weights: of each token in the sums.
-          activations: how x is split. Over the axes of its first entry each device sorts its own tokens; without it,
-            or where they do not divide B, tokens are sorted all together.
+          activations: how x is split, and on which mesh; None is one device.
         """
-        run = _per_device(_routed, x.shape[0], activations)
-        y, choice = run((x, x if router_input is None else router_input), (self.router, self.gate, self.up, self.down))
+        layers = (self.router, self.gate, self.up, self.down)
+        place = placement(activations, x.shape, self.spec, quantised=_any_quantised(layers))
+        run = split(functools.partial(_routed, place), place, layers)
+        y, choice = run((x, x if router_input is None else router_input), layers)
         if self.shared is not None:
             shared = self.shared(x)
             y = y + (shared if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x)) * shared)
         return y, None if weights is None else routing_sums(choice, weights)
 
 
+def _any_quantised(layers: Any) -> bool:
+    kernels = jax.tree.leaves(layers, is_leaf=lambda leaf: isinstance(leaf, QuantisedKernel))
+    return any(isinstance(leaf, QuantisedKernel) for leaf in kernels)
+
+
+Layers = tuple[Router, Linears, Linears, Linears]
+
+
 def _routed(
-    inputs: tuple[Float[Array, "B T D"], Float[Array, "B T D"]], layers: tuple[Router, Linears, Linears, Linears]
+    place: Placement, inputs: tuple[Float[Array, "B T D"], Float[Array, "B T D"]], layers: Layers
 ) -> tuple[Float[Array, "B T D"], Choice]:
     """Tokens through the experts that a router picks from its own input, and what it picked."""
-    x, router_input = inputs
-    router, gate, up, down = layers
+    (x, router_input), (router, *linears) = inputs, layers
     choice = router(router_input)
-    pairs = sort_pairs(choice.experts.reshape(-1, choice.experts.shape[-1]), router.spec.count)
-    rows = spread(x.reshape(-1, x.shape[-1]), pairs)
-    unit = cheap(functools.partial(_unit, spec=router.spec))
-    rows = down(unit(gate(rows, pairs), up(rows, pairs)), pairs)
-    share = choice.shares.reshape(-1).at[pairs.order].get(mode="promise_in_bounds", unique_indices=True)
-    return collect(rows * share.astype(x.dtype)[:, None], pairs).reshape(x.shape), choice
+    tokens = Tokens(*(leaf.reshape(-1, leaf.shape[-1]) for leaf in (x, choice.experts, choice.shares.astype(x.dtype))))
+    run = functools.partial(_through, linears=linears, spec=router.spec, place=place)
+    if place.experts is None:
+        y = run(tokens, sort_pairs(tokens.experts, router.spec.count))
+    else:
+        y = _through_own(run, gathered(place, tokens), place, router.spec.count)
+    return summed(place, y).reshape(x.shape), choice
+
+
+class Tokens(NamedTuple):
+    """Tokens, and what a router says of each."""
+
+    x: Float[Array, "n D"]
+    experts: Int[Array, "n K"]
+    shares: Float[Array, "n K"]
+
+
+def _through(
+    tokens: Tokens, pairs: ExpertPairs, *, linears: Sequence[Linears], spec: specs.Experts, place: Placement
+) -> Float[Array, "n D"]:
+    """What the experts of some pairs give their tokens."""
+    gate, up, down = linears
+    rows = spread(tokens.x, pairs)
+    unit = cheap(functools.partial(_unit, spec=spec))
+    biased = None if place.width is None else lax.axis_index(place.width) == 0
+    rows = down(unit(gate(rows, pairs), up(rows, pairs)), pairs, biased)
+    share = spread(tokens.shares.reshape(-1), pairs._replace(rows=pairs.rows.reshape(-1, 1)))
+    return collect(rows * share[:, None], pairs)
+
+
+ROOM = 1.25
+"""Rows for the pairs of a device's own experts, as a multiple of what they are where all experts are used alike."""
+
+
+def _through_own(run: Callable[..., Array], tokens: Tokens, place: Placement, count: int) -> Float[Array, "n D"]:
+    """What this device's experts give the tokens of all: in one round of rows, and more where they are used more.
+
+    Rounds beyond the first are rare, so their gradient keeps nothing and computes all again.
+    """
+    own, total = count // place.parts, tokens.experts.size
+    number = tokens.experts - lax.axis_index(place.experts) * own
+    pairs = sort_pairs(jnp.where((number >= 0) & (number < own), number, own), own)
+    size = min(total, -(-math.ceil(ROOM * total / place.parts) // ROUND) * ROUND)
+
+    def further(tokens: Tokens) -> Array:
+        def one(y: Array, start: Array) -> tuple[Array, None]:
+            there = start < pairs.sizes.sum()
+            return y + lax.cond(there, lambda: run(tokens, some_pairs(pairs, start, size)), lambda: zero), None
+
+        starts = jnp.arange(size, total, size, dtype=pairs.order.dtype)
+        return lax.scan(jax.checkpoint(one), zero, starts)[0]
+
+    zero = jnp.zeros_like(tokens.x)
+    y = run(tokens, some_pairs(pairs, 0, size))
+    if size == total:
+        return y
+    return y + lax.cond(pairs.sizes.sum() > size, jax.checkpoint(further), lambda tokens: zero, tokens)
+
+
+ROUND = 128
+"""Rows of a round are a multiple of this."""
 
 
 def _unit(gate: Float[Array, "N F"], up: Float[Array, "N F"], spec: specs.Experts) -> Float[Array, "N F"]:
@@ -256,26 +343,3 @@ def _unit(gate: Float[Array, "N F"], up: Float[Array, "N F"], spec: specs.Expert
     gate = jnp.minimum(gate, spec.limit)
     up = jnp.clip(up, -spec.limit, spec.limit)
     return (up + 1) * gate * jax.nn.sigmoid(spec.slope * gate)
-
-
-def _per_device(function: Callable, rows: int, activations: NamedSharding | None) -> Callable:
-    """`function(arrays, layers)` on each device's own rows, or on all rows where they cannot be split.
-
-    Without it the sort, and the router's top-k, would bring the tokens of all devices together. Layers come in whole
-    over the axes that the rows are split over, and their gradients are summed; other axes stay with the compiler.
-    """
-    if activations is None or not len(activations.spec):
-        return function
-    axes = activations.spec[0] or ()
-    axes = axes if isinstance(axes, tuple) else (axes,)
-    parts = math.prod(activations.mesh.shape[axis] for axis in axes)
-    if parts == 1 or rows % parts:
-        return function
-    return jax.shard_map(
-        function,
-        mesh=activations.mesh,
-        in_specs=(P(axes), P()),
-        out_specs=P(axes),
-        axis_names=set(axes),
-        check_vma=False,
-    )

@@ -20,7 +20,7 @@ Letters: I inputs, O outputs, E experts, N rows, B any axes.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -31,7 +31,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dpo_jax.errors import UserError
-from dpo_jax.model.grouped import block_product, ragged_product
+from dpo_jax.model.grouped import KERNELS
+from dpo_jax.model.grouped_blocks import product_with
 
 Kind = Literal["nf4", "fp4", "int8"]
 KINDS: tuple[Kind, ...] = ("nf4", "fp4", "int8")
@@ -291,29 +292,25 @@ def quantised_grouped_dot(
 ) -> Float[Array, "N O"]:
     """`grouped_dot` with a stack of E kernels: `x[n] @ kernel[expert of n]`; the kernels have no gradient.
 
-    Off TPUs one expert's kernel is dequantised at a time. The backward pass keeps the codes and dequantises again.
+    Without a kernel for the platform one expert's kernel is dequantised at a time. The backward pass keeps the codes
+    and dequantises again.
     """
     return _grouped(x, kernel, sizes, axis=2)
 
 
 def _grouped(x: Array, kernel: QuantisedKernel, sizes: Array, *, axis: int) -> Array:
     """Each row times its expert's weight, summed over axis 1 or 2 of the weights [E, O, I]."""
-    return lax.platform_dependent(
-        x,
-        kernel,
-        sizes,
-        tpu=functools.partial(_grouped_whole, axis=axis),
-        default=functools.partial(_grouped_blocks, axis=axis),
-    )
 
+    def whole(product: Callable[..., Array], x: Array, kernel: QuantisedKernel, sizes: Array) -> Array:
+        return product(x, kernel.weight(x.dtype), sizes, axis=axis)
 
-def _grouped_whole(x: Array, kernel: QuantisedKernel, sizes: Array, *, axis: int) -> Array:
-    return ragged_product(x, kernel.weight(x.dtype), sizes, axis=axis)
+    forms = {name: functools.partial(whole, module.product) for name, module in KERNELS.items()}
+    return lax.platform_dependent(x, kernel, sizes, **forms, default=functools.partial(_grouped_blocks, axis=axis))
 
 
 def _grouped_blocks(x: Array, kernel: QuantisedKernel, sizes: Array, *, axis: int) -> Array:
     outputs = kernel.shape[1] if axis == 2 else kernel.shape[0]
-    return block_product(x, lambda group: kernel.expert(group).weight(x.dtype), sizes, outputs=outputs, axis=axis)
+    return product_with(x, lambda group: kernel.expert(group).weight(x.dtype), sizes, outputs=outputs, axis=axis)
 
 
 def _grouped_back(residuals: tuple[QuantisedKernel, Array], dy: Array):

@@ -27,6 +27,11 @@ class Gpu(NamedTuple):
     bandwidth: float
     cache: int
 
+    @property
+    def float32(self) -> float:
+        """Peak of float32 products without matrix units, operations per second."""
+        return 2.0 * self.cores * self.fpus * self.clock
+
 
 class Tpu(NamedTuple):
     """What a TPU is to its compiler.
@@ -124,3 +129,4 @@ CHIPS = {
 # A share of each peak that well-written programs reach, not what this one was measured to reach.
 REACHED_FLOPS = 0.7  # an H100 was measured at 798 of its 989 TFLOP/s in one large product; smaller ones reach less
 REACHED_BANDWIDTH = 0.8
+REACHED_ATTENTION = 0.35  # kernels of attention on packed rows of about a thousand tokens, forwards and backwards

@@ -7,6 +7,7 @@ without one, so their speed is not to be read from it.
 
 import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -42,14 +43,30 @@ def missing(chip: Chip) -> str | None:
     return f"the compiler for {chip.title} is not installed (pip install '{extra}')"
 
 
-def devices(chip: Chip, count: int, hosts: int) -> list[Any]:
-    """So many compile-only devices of JAX, on so many hosts.
+def chosen(asked: str, chip: Chip) -> bool:
+    """Whether the chip's own compiler is taken where `auto`, `real` or `cpu` is asked for.
 
     Raises:
-      UserError: the compiler is not installed, or knows no topology of so many.
+      UserError: it is asked for and not installed.
     """
-    if (gone := missing(chip)) is not None:
+    if asked == "real" and (gone := missing(chip)) is not None:
         raise UserError(f"--compiler: real: {gone}")
+    return asked != "cpu" and missing(chip) is None
+
+
+def version(chip: Chip) -> str:
+    """Which compiler of which version it is, in words."""
+    module, _ = WHEELS[chip.platform]
+    package = {"libtpu": "libtpu", "jax_cuda13_plugin": "jaxlib"}[module]
+    return f"XLA's for {chip.title} ({package} {importlib.metadata.version(package)})"
+
+
+def devices(chip: Chip, count: int, hosts: int) -> list[Any]:
+    """So many compile-only devices of JAX, on so many hosts; the chip's compiler must be installed.
+
+    Raises:
+      UserError: it knows no topology of so many.
+    """
     from jax.experimental import topologies
 
     match chip.compiler:
@@ -136,7 +153,8 @@ def target_text(gpu: Gpu) -> str:
 def answering_for(chip: Chip) -> Iterator[None]:
     """While this lasts, libraries that ask for this process's device while they lower hear of the chip.
 
-    Of JAX its cuDNN attention asks, and tokamax, where that is installed. The step itself is what a run compiles.
+    Of JAX its cuDNN attention asks, and (not of 0.10) its kernels of Triton; tokamax, where that is installed. The step
+    itself is what a run compiles.
     """
     if not isinstance(chip.compiler, Gpu):
         yield
@@ -151,6 +169,10 @@ def answering_for(chip: Chip) -> Iterator[None]:
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(private, **answers))
+        if importlib.util.find_spec("jax._src.pallas.triton.gpu_info") is not None:
+            triton = importlib.import_module("jax._src.pallas.triton.gpu_info")
+            told = triton.GpuInfo(gpu_version=None, arch_name=capability, compute_capability=round(10 * gpu.capability))
+            stack.enter_context(mock.patch.object(triton, "get_gpu_info", lambda: told))
         if importlib.util.find_spec("tokamax") is not None:
             stack.enter_context(_tokamax_for(gpu, capability))
         yield

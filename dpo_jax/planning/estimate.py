@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dpo_jax.planning.chips import REACHED_BANDWIDTH, REACHED_FLOPS, Chip
-from dpo_jax.planning.hlo import Collective
+from dpo_jax.planning.exchanges import Collective
 
 ASSUMED = (
     f"{100 * REACHED_FLOPS:.0f} % of the peak of matrix products and {100 * REACHED_BANDWIDTH:.0f} % of bandwidths are "
@@ -70,9 +70,9 @@ def estimate(work: Work, chip: Chip) -> Estimate:
     )
 
 
-def utilisation(work: Work, chip: Chip, devices: int, seconds: float) -> float:
+def utilisation(useful: float, chip: Chip, devices: int, seconds: float) -> float:
     """MFU: the useful share of what the chips could have computed in that time."""
-    return work.useful / (devices * chip.flops * seconds)
+    return useful / (devices * chip.flops * seconds)
 
 
 def traffic(found: Sequence[Collective], per_host: int) -> tuple[float, float]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dpo_jax.files import size_text
-from dpo_jax.planning.hlo import Collective
+from dpo_jax.planning.exchanges import Collective
 
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 TIGHT = 0.92
@@ -62,7 +62,7 @@ def collective_rows(found: Iterable[Collective], per_host: int) -> list[dict[str
         across = one.across(per_host)
         where = "forward" if "jvp" in one.source and "transpose" not in one.source else "backward"
         where = where if "jvp" in one.source else "step"
-        key = one.kind, one.dtype, one.shape, one.size, bool(across), where
+        key = one.kind, one.dtype, one.shape, one.size, bool(across), where, one.hides
         row = rows.setdefault(
             key,
             {
@@ -72,6 +72,7 @@ def collective_rows(found: Iterable[Collective], per_host: int) -> list[dict[str
                 "devices": one.size,
                 "links": "across hosts" if across else "inside a host",
                 "pass": where,
+                "hides": one.hides,
                 "times": 0.0,
                 "bytes": 0.0,
                 "bytes_across": 0.0,
@@ -83,8 +84,8 @@ def collective_rows(found: Iterable[Collective], per_host: int) -> list[dict[str
     return sorted(rows.values(), key=lambda row: -row["bytes"])
 
 
-def collective_lines(rows: Sequence[Mapping[str, Any]], theory: float) -> list[str]:
-    """The table of exchanges, and what theory asks for."""
+def collective_lines(rows: Sequence[Mapping[str, Any]], theory: float, *, scheduled: bool = False) -> list[str]:
+    """The table of exchanges, and what theory asks for; with what each hides behind where that is scheduled."""
     total = sum(row["bytes"] for row in rows)
     lines = ["exchanges in a step, by device (a ring's bytes that leave it)"]
     if not rows:
@@ -99,13 +100,15 @@ def collective_lines(rows: Sequence[Mapping[str, Any]], theory: float) -> list[s
             str(row["devices"]),
             f"{row['times']:g}",
             scaled(row["bytes"], "B"),
+            *([("hidden" if row["hides"] else "waited for")] if scheduled else []),
         )
         for row in shown
     ]
+    last = [""] if scheduled else []
     if rest:
         times, size = sum(row["times"] for row in rest), sum(row["bytes"] for row in rest)
-        cells.append((f"{len(rest)} small ones", "", "", "", f"{times:g}", scaled(size, "B")))
-    lines += table([("", "pass", "links", "devices", "times", "sent"), *cells], left=3)
+        cells.append((f"{len(rest)} small ones", "", "", "", f"{times:g}", scaled(size, "B"), *last))
+    lines += table([("", "pass", "links", "devices", "times", "sent", *last), *cells], left=3)
     by_kind: dict[str, float] = {}
     for row in rows:
         by_kind[f"{row['kind']} {row['dtype']}"] = by_kind.get(f"{row['kind']} {row['dtype']}", 0.0) + row["bytes"]
@@ -132,7 +135,39 @@ def time_lines(plan: Mapping[str, Any]) -> list[str]:
         f"  bottleneck: {names[time['bottleneck']]}",
         f"  all overlapped {1e3 * time['overlapped']:,.1f} ms: {_speed(plan, 'overlapped')}",
         f"  nothing overlapped {1e3 * time['serial']:,.1f} ms: {_speed(plan, 'serial')}",
+        *_run_lines(plan, (time["overlapped"], time["serial"])),
     ]
+
+
+def compiled_time_lines(plan: Mapping[str, Any]) -> list[str]:
+    """Seconds of a step as its own compiler's program adds up to, and the useful share of the chips' peak."""
+    time, gpu = plan["time"], plan["cycles"] is None
+    if gpu:
+        rows = [
+            ("kernels bound by products", scaled(plan["flops"]["device"], "FLOP"), time["products"]),
+            ("kernels bound by memory", scaled(plan["memory_traffic"], "B"), time["memory"]),
+            ("kernels bound by launching", f"{plan['launches']:,.0f} launches", time["launches"]),
+            ("waits for the host", f"{plan['waits']:,.0f}", time["waits"]),
+        ]
+    else:
+        rows = [("all but kernels and exchanges", scaled(plan["cycles"], "cycles"), time["products"])]
+    rows += [("kernels of attention", "", time["attention"])]
+    rows += [("exchanges that are waited for", "", time["exposed"]), ("exchanges that hide", "", time["hidden"])]
+    cells = [(name, work, f"{1e3 * seconds:,.1f} ms") for name, work, seconds in rows]
+    return [
+        f"time of a step on {plan['devices']} x {plan['chip']}, put together and not measured",
+        *table([("", "work", "busy"), *cells]),
+        f"  a step {1e3 * time['step']:,.1f} ms: {_speed(plan, 'step')}",
+        *_run_lines(plan, (time["step"],)),
+    ]
+
+
+def _run_lines(plan: Mapping[str, Any], seconds: Sequence[float]) -> list[str]:
+    """Hours of the run's steps alone, or of a thousand where its length is not known."""
+    steps = plan["steps"]
+    hours = " to ".join(f"{(steps or 1000) * one / 3600:,.2f}" for one in sorted({round(x, 6) for x in seconds}))
+    what = f"the run's {steps:,} steps" if steps else "1,000 steps (the run's length is that of its data)"
+    return [f"  {what}: {hours} hours"]
 
 
 def _speed(plan: Mapping[str, Any], bound: str) -> str:
@@ -142,30 +177,44 @@ def _speed(plan: Mapping[str, Any], bound: str) -> str:
 
 def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     """The whole plan."""
-    batch, flops = plan["batch"], plan["flops"]
+    real = "kernels" in plan
+    memory = memory_lines(plan["memory"]["predicted"], plan["memory"]["compiler"], plan["memory"]["note"])
+    peak = max(sum(plan["memory"]["predicted"].values()), plan["memory"]["compiler"]["peak"] if real else 0)
+    memory.append(fit_line(peak, plan["memory"]["capacity"], plan["chip"]))
+    parts = [_head_lines(plan), memory, _product_lines(plan)]
+    parts.append(collective_lines(plan["collectives"], plan.get("theory", 0.0), scheduled=real))
+    parts.append(compiled_time_lines(plan) if real else time_lines(plan))
+    parts.append(["assumed", *(f"  {line}" for line in plan["assumed"])])
+    return "\n\n".join("\n".join(part) for part in parts).splitlines()
+
+
+def _head_lines(plan: Mapping[str, Any]) -> list[str]:
+    batch, model = plan["batch"], plan["model"]
     rows, length = batch["shape"]
-    head = [
-        f"{plan['model']['path']}: {plan['model']['parameters'] / 1e9:,.3f} billion parameters, computed in "
-        f"{plan['model']['compute_dtype']}, {plan['model']['remat']} computed again",
+    return [
+        f"{model['path']}: {model['parameters'] / 1e9:,.3f} billion parameters, computed in {model['compute_dtype']}, "
+        f"{model['remat']} computed again, attention by {model['attention']}",
         f"{plan['devices']} devices on {plan['hosts']} hosts: mesh "
         + " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items()),
         f"a step is {batch['pairs']} pairs, {batch['tokens']:,.0f} tokens of which {batch['scored']:,.0f} scored "
         f"({batch['data']}); {batch['micro_batches']:g} micro-batches of {rows} x {length} slots a device, "
         f"{100 * batch['filled']:.0f} % filled",
+        f"compiled by {plan['compiler']}",
     ]
-    products = [
-        "matrix products of a step",
-        *table(
-            [
-                ("useful, all devices", scaled(flops["useful"], "FLOP")),
-                ("as compiled, all devices", scaled(flops["device"] * plan["devices"], "FLOP")),
-                ("as compiled, a device", scaled(flops["device"], "FLOP")),
-            ]
-        ),
-        *([f"  {flops['note']}"] if flops["note"] else []),
+
+
+def _product_lines(plan: Mapping[str, Any]) -> list[str]:
+    flops = plan["flops"]
+    rows = [("useful, all devices", scaled(flops["useful"], "FLOP"))]
+    if "kernels" not in plan:
+        rows += [
+            ("as compiled, all devices", scaled(flops["device"] * plan["devices"], "FLOP")),
+            ("as compiled, a device", scaled(flops["device"], "FLOP")),
+        ]
+        return ["matrix products of a step", *table(rows), *([f"  {flops['note']}"] if flops["note"] else [])]
+    rows += [
+        (f"as compiled of {dtype}, a device, kernels left out", scaled(count, "FLOP"))
+        for dtype, count in flops["by_dtype"].items()
     ]
-    memory = memory_lines(plan["memory"]["predicted"], plan["memory"]["compiler"], plan["memory"]["note"])
-    memory.append(fit_line(sum(plan["memory"]["predicted"].values()), plan["memory"]["capacity"], plan["chip"]))
-    parts = [head, memory, products, collective_lines(plan["collectives"], plan["theory"]), time_lines(plan)]
-    parts.append(["assumed", *(f"  {line}" for line in plan["assumed"])])
-    return "\n\n".join("\n".join(part) for part in parts).splitlines()
+    kernels = ", ".join(f"{times:g} x {name}" for name, times in plan["kernels"].items()) or "none"
+    return ["matrix products of a step", *table(rows), f"  kernels: {kernels}"]

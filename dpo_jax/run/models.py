@@ -1,7 +1,7 @@
 """The models of a run: checked before any weights, read onto their devices, and put together with the objective."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,16 @@ from dpo_jax.training.settings import ReferenceSettings
 from dpo_jax.trees import Params
 
 
-def make_mesh(mesh: MeshSettings, model: ModelSettings) -> jax.sharding.Mesh:
-    """The mesh of this machine's devices; float32 means float32 also where matrix units round by default."""
-    made = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+def make_mesh(mesh: MeshSettings, model: ModelSettings, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The mesh of this machine's devices, or of those that are given and that only a compiler knows.
+
+    float32 means float32 also where matrix units round by default.
+    """
+    made = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor, devices)
     exact = compute_dtype(model, made) == "float32"
     jax.config.update("jax_default_matmul_precision", "highest" if exact else None)
-    remat.check(model.remat, made.local_devices)
+    if devices is None:
+        remat.check(model.remat, made.local_devices)
     return made
 
 

@@ -37,6 +37,8 @@ from dpo_jax.run.trainer import Trainer
 from dpo_jax.training.settings import ReferenceSettings
 
 CONFIG_ONLY = ("config.json",)
+OWN_DATA = "those of data.train"
+"""What the data of a plan are where they are the run's own."""
 LOOKED_AT = 4
 """Steps whose batches are made to see what a step has to do."""
 
@@ -50,6 +52,8 @@ class PlannedStep:
     dummy: Batch
     load: Load
     micro_batches: float
+    steps: int
+    """Of the whole run."""
     shapes: tuple[tuple[int, int], ...]
     """Rows and slots of each shape that steps come in; `dummy` has the one with the most slots."""
 
@@ -107,7 +111,7 @@ def data_for(
     """
     names = (run.data.train,) if isinstance(run.data.train, str) else run.data.train
     if lengths == (None, None) and all(map(is_here, names)):
-        return read_data(run, sources), "those of data.train", run
+        return read_data(run, sources), OWN_DATA, run
     if data_of(run.objective.terms) not in ("pairs", "chosen"):
         raise UserError(
             f"objective.name: {run.objective.name} takes no pairs, and made-up data are pairs; give data.train files "
@@ -150,7 +154,7 @@ def describe(
     load = costs.mean_load([costs.load_of(batch, costs.windows_of(spec)) for batch in made])
     micro = float(np.mean([int(batch.micro_batches) for batch in made]))
     shapes = tuple(dummy.tokens.shape[2:] for dummy in dummies)
-    return PlannedStep(objective, trainer, dummies[0], load, micro, shapes)
+    return PlannedStep(objective, trainer, dummies[0], load, micro, steps, shapes)
 
 
 def _some(batches: Batches) -> list[Batch]:

@@ -2,21 +2,24 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
-import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax.model import experts, grouped
+from dpo_jax.errors import UserError
+from dpo_jax.model import expert_split, experts
 from dpo_jax.model import spec as specs
+from dpo_jax.model.adapters import AdaptedKernel
+from dpo_jax.model.decoder import _merged
+from dpo_jax.model.quantised import QuantisedKernel, quantise
 from dpo_jax.sharding import make_mesh
+from tests.model.test_grouped import multiplications
 
 WIDTH = 12
 
@@ -141,126 +144,7 @@ def test_leaves_have_the_names_that_tables_use():
     assert sorted(paths(built(everything)[1])) == sorted(linears + router + shared)
 
 
-# ---- grouped products
-
-
-def by_row(x, w, sizes):
-    """One product for each row."""
-    owner = jnp.repeat(jnp.arange(len(w)), sizes, total_repeat_length=len(x))
-    return jnp.einsum("nd,ndf->nf", x, w[owner])
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def with_gradients(product, sizes, x, w, out):
-    """A product, and its gradients for x and w where the output's is `out`."""
-    y, pull = jax.vjp(lambda x, w: product(x, w, sizes), x, w)
-    return y, *pull(out)
-
-
-def agree(sizes: list[int], inputs: int = 5, outputs: int = 3) -> None:
-    """The grouped product and both of its gradients are those of one product for each row."""
-    x, w, out = draw(0, sum(sizes), inputs), draw(1, len(sizes), inputs, outputs), draw(2, sum(sizes), outputs)
-    got, expected = (
-        with_gradients(product, jnp.asarray(sizes, jnp.int32), x, w, out) for product in (grouped.grouped_dot, by_row)
-    )
-    close(got, expected)
-
-
-@pytest.mark.parametrize(
-    "sizes", [[7], [0, 0, 40], [0, 33, 0, 16, 1, 0], [600, 3, 0, 700], [1] * 20 + [0] * 20], ids=str
-)
-def test_each_row_meets_the_matrix_of_its_group(sizes):
-    agree(sizes)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 70), min_size=4, max_size=4))
-def test_any_division_into_groups(cuts):
-    cuts = sorted(cuts)
-    agree([cuts[0], *np.diff(cuts).tolist(), 70 - cuts[-1]])
-
-
-@given(st.integers(1, 5000), st.integers(1, 300), st.randoms(use_true_random=False))
-@settings(max_examples=100, deadline=None)
-def test_there_are_blocks_for_every_row(rows, groups, random):
-    """Whatever the division: no fewer blocks than it needs, and at most one for each group more than rows fill."""
-    size = grouped.block_size(rows, groups)
-    cuts = sorted(random.randint(0, rows) for _ in range(groups - 1))
-    sizes = np.diff([0, *cuts, rows])
-    assert int(((sizes + size - 1) // size).sum()) <= grouped.block_count(rows, groups, size) <= rows / size + groups
-
-
-def test_bfloat16_products_are_summed_in_float32():
-    """Rounded once: to half of bfloat16's step, and not to one half for each block or row."""
-    x, w, out = (
-        jnp.abs(draw(i, *shape)).astype(jnp.bfloat16) for i, shape in enumerate([(600, 8), (2, 8, 4), (600, 4)])
-    )
-    sizes = jnp.array([600, 0], jnp.int32)
-    got = with_gradients(grouped.grouped_dot, sizes, x, w, out)
-    expected = with_gradients(by_row, sizes, *(leaf.astype(jnp.float32) for leaf in (x, w, out)))
-    for a, b in zip(got, expected, strict=True):
-        assert a.dtype == jnp.bfloat16
-        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=1.01 * 2**-8)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def three_products(product, outer, sizes, x, w, out):
-    return product(x, w, sizes, axis=1), product(out, w, sizes, axis=2), outer(x, out, sizes)
-
-
-@pytest.mark.parametrize("sizes", [[5, 0, 9], [0, 3, 40]], ids=str)
-def test_the_products_for_tpu_are_the_same(sizes):
-    """Which jax can run on a CPU too, though slowly."""
-    x, w, out = draw(0, sum(sizes), 5), draw(1, len(sizes), 5, 4), draw(2, sum(sizes), 4)
-    blocks, ragged = (
-        three_products(product, outer, jnp.asarray(sizes, jnp.int32), x, w, out)
-        for product, outer in (
-            (grouped._block_product, grouped._block_outer),
-            (grouped.ragged_product, grouped._ragged_outer),
-        )
-    )
-    close(blocks, ragged)
-
-
-@pytest.mark.parametrize(("platform", "ragged"), [("cpu", False), ("cuda", False), ("tpu", True)])
-def test_only_the_compiler_for_tpu_is_given_ragged_products(platform, ragged):
-    """The others would expand them to all groups; see the module."""
-    x, w, sizes = jnp.zeros((40, 8)), jnp.zeros((4, 8, 4)), jnp.full((4,), 10, jnp.int32)
-    step = jax.jit(jax.grad(lambda x, w: jnp.sin(grouped.grouped_dot(x, w, sizes)).sum(), (0, 1)))
-    text = step.trace(x, w).lower(lowering_platforms=(platform,)).as_text()
-    assert ("ragged_dot" in text, "stablehlo.dot_general" in text) == (ragged, not ragged)
-
-
 # ---- cost
-
-
-def multiplications(jaxpr) -> int:
-    """Multiply-adds of all products of a program, loops counted as often as they run.
-
-    Of branches by platform the last counts, which is the one for CPU and GPU. (XLA's own count takes a loop once.)
-    """
-    total = 0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (left, _), _ = eqn.params["dimension_numbers"]
-            contracted = [eqn.invars[0].aval.shape[axis] for axis in left]
-            total += int(np.prod(eqn.outvars[0].aval.shape) * np.prod(contracted))
-        elif eqn.primitive.name == "cond":
-            total += multiplications(eqn.params["branches"][-1].jaxpr)
-        else:
-            times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-            total += times * sum(multiplications(inner) for inner in jex.core.jaxprs_in_params(eqn.params))
-    return total
-
-
-@pytest.mark.parametrize("groups", [4, 16, 64, 256])
-def test_the_work_grows_with_the_rows_and_not_with_the_groups(groups):
-    """Three products, forward and backward, of at most twice the rows: blocks are at most half empty."""
-    rows, x, w = 8192, jnp.zeros((8192, 16)), jnp.zeros((groups, 16, 8))
-    sizes = jnp.full((groups,), rows // groups, jnp.int32)
-    program = jax.make_jaxpr(jax.value_and_grad(lambda x, w: grouped.grouped_dot(x, w, sizes).sum(), (0, 1)))(x, w)
-    ideal = 3 * rows * 16 * 8
-    assert ideal <= multiplications(program.jaxpr) <= 2 * ideal
 
 
 def test_a_mixture_multiplies_each_token_with_its_own_experts_only():
@@ -271,14 +155,6 @@ def test_a_mixture_multiplies_each_token_with_its_own_experts_only():
     tokens = 8 * 128
     chosen = 3 * 2 * tokens * WIDTH * 32
     assert multiplications(program.jaxpr) - tokens * WIDTH * 64 <= 2 * chosen
-
-
-def test_nothing_as_large_as_all_tokens_for_all_experts_is_compiled():
-    groups, rows, width = 64, 1024, 16
-    sizes = jnp.full((groups,), rows // groups, jnp.int32)
-    step = jax.jit(jax.grad(lambda x, w: jnp.sin(grouped.grouped_dot(x, w, sizes)).sum(), (0, 1)))
-    memory = step.lower(jnp.zeros((rows, width)), jnp.zeros((groups, width, width))).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 4 * groups * rows * width / 4
 
 
 # ---- routing
@@ -448,3 +324,125 @@ def test_layers_in_a_loop_with_recomputation_are_layers_one_by_one():
 
     got, expected = (jax.jit(jax.value_and_grad(f, (0, 1)))(stack, x) for f in (looped, unrolled))
     close(got, expected, 1e-4)
+
+
+# ---- an axis of experts
+
+AXES = ("data", "fsdp", "expert", "tensor", "context")
+BATCH = P(("data", "fsdp", "expert"), None, None)
+
+
+def on_experts(data: int, fsdp: int, expert: int, tensor: int) -> Mesh:
+    grid = np.asarray(jax.devices()[:4]).reshape(data, fsdp, expert, tensor, 1)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def spread_out(params, x, router_input, mesh):
+    """Inputs as training places them: experts split over their axis, each kernel over fsdp and tensor."""
+
+    def place(path, leaf):
+        name = jax.tree_util.keystr(path)
+        split = P("expert", "tensor", "fsdp") if "down" in name else P("expert", "fsdp", "tensor")
+        return jax.device_put(leaf, NamedSharding(mesh, split if leaf.ndim == 3 else P()))
+
+    rows = NamedSharding(mesh, BATCH if x.shape[0] % 4 == 0 else P())
+    return jax.tree_util.tree_map_with_path(place, params), jax.device_put(x, rows), jax.device_put(router_input, rows)
+
+
+def split_run(name: str, mesh: Mesh):
+    run = functools.partial(objective, built(VARIANTS[name])[0], NamedSharding(mesh, BATCH))
+    return jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "rows"),
+    [
+        ("mixtral", (1, 1, 4, 1), 4),
+        ("mixtral", (2, 1, 2, 1), 3),
+        ("deepseek_v3", (1, 2, 2, 1), 4),
+        ("gpt_oss", (1, 1, 2, 2), 4),
+        ("gemma4", (2, 1, 2, 1), 4),
+    ],
+)
+def test_an_axis_of_experts_changes_no_number(name, mesh, rows):
+    """Values and gradients, to 1e-5 of the largest entry; sums over devices are in another order."""
+    inputs, expected = alone(name, rows)
+    mesh = on_experts(*mesh)
+    close(split_run(name, mesh)(*spread_out(*inputs, mesh)), expected)
+
+
+@pytest.mark.parametrize("favoured", ["the experts of one device", "one expert", "none"])
+@pytest.mark.parametrize("mesh", [(1, 1, 4, 1), (1, 1, 2, 2)])
+def test_no_pair_is_dropped_whatever_a_router_picks(mesh, favoured, monkeypatch):
+    """Of 8 experts a device has 2 or 4; all tokens go to them, in as many rounds as that takes."""
+    monkeypatch.setattr(experts, "ROUND", 4)
+    spec = dataclasses.replace(BASE, router_bias=True, bias=True)
+    graph, params = built(spec)
+    bias = {"none": [0.0] * 8, "one expert": [0.0] * 5 + [50.0] + [0.0] * 2}
+    bias = jnp.asarray(bias.get(favoured, [0.0] * 6 + [50.0] * 2))
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: bias if "router" in str(path) and "bias" in str(path) else leaf, params
+    )
+    inputs = params, draw(1, 4, 6, WIDTH), draw(2, 4, 6, WIDTH)
+    mesh = on_experts(*mesh)
+    expected, got = (
+        jax.jit(jax.value_and_grad(functools.partial(objective, graph, where), (0, 1, 2), has_aux=True))(*args)
+        for where, args in ((None, inputs), (NamedSharding(mesh, BATCH), spread_out(*inputs, mesh)))
+    )
+    close(got, expected)
+
+
+def test_tokens_move_along_the_axis_of_experts_and_matrices_do_not():
+    """Gathers over it carry tokens, and what a router says of them; sums over it carry no gradient of a matrix."""
+    graph, params = built(dataclasses.replace(BASE, width=10))
+    mesh = on_experts(1, 1, 4, 1)
+    inputs = spread_out(params, draw(1, 4, 16, WIDTH), draw(2, 4, 16, WIDTH), mesh)
+    step = jax.jit(jax.value_and_grad(functools.partial(objective, graph, NamedSharding(mesh, BATCH)), (0, 1), True))
+    text = step.lower(*inputs).compile().as_text()
+    exchange = re.compile(r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all)\(.*replica_groups=(\S+)")
+    moved = [found.groups() for found in map(exchange.search, text.splitlines()) if found]
+    over = [(result, kind) for result, kind, groups in moved if not groups.startswith(("{{0},", "[4,1]"))]
+    assert {kind for _, kind in over} >= {"all-gather", "all-reduce"}
+    assert not [one for one in over if f",{WIDTH},10]" in one[0] or f",10,{WIDTH}]" in one[0]]
+
+
+@pytest.mark.parametrize("kind", ["adapter", "nf4"])
+@pytest.mark.parametrize("mesh", [(1, 1, 4, 1), (1, 1, 2, 2)])
+def test_adapters_and_quantised_experts_are_split_too(kind, mesh):
+    graph, params = built(BASE)
+    names = enumerate(("gate", "up", "down"))
+    made = {name: kernel_of(kind, paths(params)[f"{name}/kernel"], index) for index, name in names}
+
+    def run(activations, made, x):
+        plain = nnx.to_pure_dict(params) | {name: {"kernel": kernel} for name, kernel in made.items()}
+        module = _merged(graph, params, plain)
+        return jnp.sin(module(x, activations=activations)[0]).sum()
+
+    x, mesh = draw(1, 4, 6, WIDTH), on_experts(*mesh)
+    got, expected = (
+        jax.jit(jax.value_and_grad(functools.partial(run, where), (0, 1), allow_int=True))(made, x)
+        for where in (NamedSharding(mesh, BATCH), None)
+    )
+    floats = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if leaf.dtype == jnp.float32]  # noqa: E731
+    close(floats(got), floats(expected))
+
+
+def kernel_of(kind: str, kernel: jax.Array, seed: int):
+    """A kernel of experts with factors of rank 2 beside it, or in 4 bits."""
+    count, inputs, outputs = kernel.shape
+    if kind == "adapter":
+        a, b = 0.3 * draw(10 + seed, count, inputs, 2), 0.3 * draw(20 + seed, count, 2, outputs)
+        return AdaptedKernel(kernel, a, b, jnp.float32(0.5))
+    leaf = {name: jnp.asarray(x) for name, x in quantise(np.asarray(kernel).swapaxes(1, 2), "nf4").items()}
+    return QuantisedKernel.of(leaf, (inputs, outputs))
+
+
+@pytest.mark.parametrize(
+    ("count", "parts", "says"),
+    [(None, 4, "has no experts"), (8, 3, "does not divide the model's 8 experts; set it to 2")],
+)
+def test_a_mesh_that_cannot_split_the_experts_is_refused(count, parts, says):
+    mesh = Mesh(np.asarray(jax.devices()[:parts]).reshape(1, parts), ("data", "expert"))
+    spec = None if count is None else dataclasses.replace(BASE, count=count)
+    with pytest.raises(UserError, match=says):
+        expert_split.check(mesh, spec)
