@@ -31,7 +31,7 @@ ASSUMED = (
     f"attention, {100 * REACHED_BANDWIDTH:.0f} % of bandwidths are reached",
     f"GPU: a kernel takes as long as its products, its bytes or {1e6 * LAUNCH_SECONDS:g} us, whichever is longest, and "
     f"the host is waited for in {1e6 * WAIT_SECONDS:g} us",
-    "TPU: the compiler's own estimate of cycles, which has no kernels and no exchanges in it",
+    "TPU: the compiler's own estimate of cycles, which has no exchanges in it, and products of hand-written kernels",
     "exchanges that the schedule puts work beside are hidden, the others are waited for",
 )
 
@@ -45,7 +45,8 @@ class Compiled:
       launches: of kernels; of a GPU.
       waits: times that the host is waited for, because a loop's length is a value; of a GPU.
       cycles: as the compiler estimates them, kernels and exchanges left out; of a TPU.
-      work: what each kernel multiplies and moves, but what is multiplied in hand-written ones; of a GPU.
+      work: what each kernel multiplies and moves. Of hand-written ones only grouped products are counted, and these
+        alone of a TPU's program.
       exchanged: what devices send each other.
     """
 
@@ -130,7 +131,8 @@ def seconds_of(step: Compiled, chip: Chip, per_host: int, *, attention_flops: fl
         _sending([one for one in step.exchanged if one.hides is hides], chip, per_host) for hides in (False, True)
     )
     if isinstance(chip.compiler, Tpu):
-        return Seconds(step.cycles / chip.compiler.clock, 0.0, 0.0, attention, 0.0, exposed, hidden)
+        grouped = sum(step.products.values()) / (REACHED_FLOPS * chip.flops)
+        return Seconds(step.cycles / chip.compiler.clock + grouped, 0.0, 0.0, attention, 0.0, exposed, hidden)
     bound = {"products": 0.0, "memory": 0.0, "launches": 0.0}
     for one in step.work:
         flops = sum(count / rate(dtype, chip.compiler, chip.flops) for dtype, count in one.flops.items())

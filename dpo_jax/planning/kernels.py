@@ -11,6 +11,7 @@ from typing import NamedTuple
 from dpo_jax.planning.hlo import PRODUCTS, Computation, Instruction, Program, bytes_of, flops_of, maker, shape_of
 
 SLICES = frozenset({"dynamic-slice", "slice", "gather"})
+FLOATS = frozenset({"bf16", "f16", "f32"})
 SAME = frozenset({"bitcast", "reshape", "get-tuple-element"})
 
 
@@ -26,7 +27,8 @@ def kernel_of(one: Instruction, inside: Computation, times: float, program: Prog
     """What one launched instruction does."""
     callee = next((name for name in one.called("calls") if name in program.computations), None)
     if callee is None:
-        return Kernel(times, _flops({one.name: one}, inside), _given(one, inside) + one.num_bytes)
+        flops = _grouped(one, inside) if one.opcode == "custom-call" else _flops({one.name: one}, inside)
+        return Kernel(times, flops, _given(one, inside) + one.num_bytes)
     fused = program.computations[callee]
     return Kernel(times, _flops(fused, fused), _read(fused) + _written(fused))
 
@@ -38,6 +40,18 @@ def _flops(counted: Computation, inside: Computation) -> dict[str, float]:
             dtype = shape_of(one.operands[0], inside)[0]
             found[dtype] = found.get(dtype, 0.0) + flops_of(one, inside)
     return found
+
+
+def _grouped(one: Instruction, inside: Computation) -> dict[str, float]:
+    """Operations of a kernel of grouped products, which is told by what it takes and gives: rows and a matrix for each
+    group to rows, or rows and rows to a matrix for each group. None of another kernel."""
+    given = [shape_of(name, inside) for name in one.operands if maker(name, inside) is not None]
+    wide = [(dtype, shape) for dtype, shape in given if dtype in FLOATS]
+    ranks = sorted(len(shape) for _, shape in wide)
+    if len(one.results) != 1 or (ranks, len(one.results[0][1])) not in (([2, 3], 2), ([2, 2], 3)):
+        return {}
+    dtype, (rows, inputs) = next((dtype, shape) for dtype, shape in wide if len(shape) == 2)
+    return {dtype: 2.0 * rows * inputs * one.results[0][1][-1]}
 
 
 def _given(one: Instruction, inside: Computation) -> int:

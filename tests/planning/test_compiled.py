@@ -141,6 +141,26 @@ def test_of_a_sliced_array_the_slice_is_moved_and_of_a_changed_one_the_change():
     assert moved == {"one": 16 + 4 + 16, "other": 16 + 4 + 16 + 16, "plain": 3 * 16}
 
 
+GROUPED = """
+ENTRY %main (x: bf16[100,8], w: bf16[4,8,16], n: s32[4]) -> bf16[100,16] {
+  %x = bf16[100,8]{1,0} parameter(0)
+  %w = bf16[4,8,16]{2,1,0} parameter(1)
+  %n = s32[4]{0} parameter(2)
+  %y = bf16[100,16]{1,0} custom-call(%n, %x, %w), custom_call_target="grouped"
+  %dw = f32[4,8,16]{2,1,0} custom-call(%n, %x, %y), custom_call_target="grouped"
+  %q = bf16[1,2,100,8]{3,2,1,0} bitcast(%x)
+  ROOT %z = bf16[1,2,100,8]{3,2,1,0} custom-call(%q, %q, %q), custom_call_target="attention"
+}
+"""
+
+
+def test_grouped_products_are_counted_by_what_they_take_and_give():
+    found = compiled.read(GROUPED, 1, 1.0)
+    assert found.products == {"bf16": 2 * 2.0 * 100 * 8 * 16}
+    tpu = compiled.seconds_of(found, CHIPS["v5p"], 1, attention_flops=0.0)
+    assert tpu.products == pytest.approx(2 * 2.0 * 100 * 8 * 16 / (0.7 * 459e12))
+
+
 @pytest.mark.parametrize(
     ("chip", "devices", "sides"),
     [("v5e", 4, "2x2"), ("v5e", 8, "2x4"), ("v6e", 64, "8x8"), ("v5p", 4, "2x2x1"), ("v5p", 16, "2x2x4"),
