@@ -21,6 +21,7 @@ from dpo_jax.run.continuing import Past
 from dpo_jax.run.data import Data, Packing, check_tokens, length_line, number_of_steps, read_data
 from dpo_jax.run.evaluator import EvaluationPrompts, Evaluator, read_prompts
 from dpo_jax.run.first_step import FirstStep
+from dpo_jax.run.fitting import fitted, room_of
 from dpo_jax.run.policy import Policy, adapter_notes, policy_of
 from dpo_jax.run.recorder import Recorder, make_alarms
 from dpo_jax.run.reference import Reference, ReferenceScorer, make_reference
@@ -126,7 +127,12 @@ class Job:
         order = {"shuffle": run.data.shuffle, "seed": run.seed}
         batches = self.packing.steps(self.data.train, objective.spec, self.steps, **order, reference=reference.train)
         how = {"optimizer": run.optimizer, "lr_ratio": run.adapter.lr_ratio, "seed": run.seed}
-        return Trainer(objective, weights, batches, reference, self.mesh, **how)
+        return fitted(
+            lambda objective: Trainer(objective, weights, batches, reference, self.mesh, **how),
+            objective,
+            run.model.remat,
+            room_of(self.mesh),
+        )
 
     def evaluator(self, objective: TrainingObjective, weights: Weights, reference: Reference) -> Evaluator:
         """What is measured on held-out data."""

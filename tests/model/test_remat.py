@@ -14,7 +14,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.model import decoder, remat
 from dpo_jax.model.attention import causal
 from dpo_jax.model.decoder import Execution, init_params
-from dpo_jax.model.settings import REMATS, ModelSettings
+from dpo_jax.model.settings import FITTING, REMATS, ModelSettings
 from dpo_jax.model.spec import MLA, MLP, Experts, GatedDelta, Norm, Rope
 from tests.support.specs import plain_spec
 from tests.support.tiers import by_day
@@ -91,6 +91,20 @@ def test_scores_of_whole_rows_are_computed_again_and_their_values_are_not(policy
     program, _ = compiled("plain", policy, 64)
     assert products(program, (4, 128, 64)) == 3  # scores, the same again, their slopes
     assert products(program, (4, 128, 8)) == 2  # what is attended to, and the slopes of queries
+
+
+def test_the_policy_that_fits_computes_least_again():
+    sizes = {"attention": 40, "dots": 30, "names": 20, "block": 10}
+    assert [remat.fitting(sizes.__getitem__, room) for room in (40, 39, 20, 19, 5, None)] == [
+        "attention",
+        "dots",
+        "names",
+        "block",
+        "block",
+        "attention",
+    ]
+    assert remat.fitting(lambda policy: pytest.fail(policy), None) == "attention"
+    assert set(FITTING) <= set(REMATS)
 
 
 def test_every_setting_is_a_row_of_the_table_and_every_row_a_setting():

@@ -18,7 +18,7 @@ from dpo_jax.model.settings import ModelSettings
 from dpo_jax.run import attention_check, attention_choice
 from dpo_jax.run.attention_check import Case, Verdict, best, by_backend, cases_of, judged, plain
 from tests.support.specs import plain_spec
-from tests.support.tiers import by_day
+from tests.support.tiers import by_pairs
 
 LENGTH = 96
 CASE = Case(4, 2, 8, 8, 8**-0.5, window=6, softcap=4.0, sinks=True)
@@ -121,7 +121,7 @@ def wrong_ones(dtype, seed, cases=(CASE,)):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "times"), by_day([("bfloat16", 10), ("float32", 100), ("bfloat16", 100)], [("bfloat16", 10)])
+    ("dtype", "times"), by_pairs([("bfloat16", 10), ("float32", 100), ("bfloat16", 100)], [("bfloat16", 10)])
 )
 def test_every_wrong_backend_is_found_and_no_right_one(dtype, times):
     """Every time, in the run's dtype, whose rounding is allowed."""
