@@ -59,11 +59,11 @@ def run_of(folder, *settings):
     return config.load([*names, "data.max_length=64", "batch.pairs=8", *settings])
 
 
-def described(run):
+def described(run, room=None):
     mesh = models.make_mesh(run.mesh, run.model)
     sources = program.find_config(run, mesh)
     encoded, _, run = program.data_for(run, sources, (12, 6))
-    return program.describe(run, sources, encoded, mesh, attention_length=8192)
+    return program.describe(run, sources, encoded, mesh, attention_length=8192, room=room)
 
 
 # ---------------------------------------------------------------------------------------------- the text
@@ -257,6 +257,23 @@ def test_recomputing_keeps_less(small):
 
 
 REMATS = ("none", "attention", "block")
+
+
+def test_as_much_is_kept_as_there_is_room_for(small):
+    """By `auto`; a policy that is asked for is taken whatever it needs."""
+    wide = run_of(small, "model.remat=auto")
+    takes = {
+        policy: sum(program.predicted(described(run_of(small, f"model.remat={policy}"))).values())
+        for policy in ("attention", "dots", "names", "block")
+    }
+    assert list(takes.values()) == sorted(takes.values(), reverse=True)
+    for policy, bytes_taken in takes.items():
+        step = described(wide, bytes_taken)
+        assert step.objective.execution.remat == step.trainer.objective.execution.remat == policy
+        assert sum(program.predicted(step).values()) == bytes_taken
+    assert described(wide, 0).objective.execution.remat == "block"
+    assert described(wide).objective.execution.remat == "attention"
+    assert described(run_of(small, "model.remat=none"), 0).objective.execution.remat == "none"
 
 
 def test_a_live_reference_has_its_bytes(small):
