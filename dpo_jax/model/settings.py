@@ -66,6 +66,11 @@ class ModelSettings(Section):
         description="dtype of activations and matrix products; auto: bfloat16 on accelerators, float32 on a CPU; "
         "float16, for GPUs without bfloat16, scales the loss so that slopes neither vanish nor overflow",
     )
+    gradient_dtype: Literal["float32", "compute"] = Field(
+        default="float32",
+        description="dtype in which devices add up their parts of the gradient of a micro-batch; compute: that of "
+        "compute_dtype, half of the bytes in bfloat16, and each part is rounded",
+    )
     quantise: Literal["nf4", "fp4", "int8"] | None = Field(
         default=None,
         description="keep the matrices of attention, MLPs and experts of an adapter's base in 4 bits (nf4 or fp4, in "

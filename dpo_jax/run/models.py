@@ -246,6 +246,7 @@ def make_objective(
         spec=spec,
         terms=terms,
         compute_dtype=compute_dtype(model, mesh),
+        rounded_gradients=model.gradient_dtype == "compute",
         execution=execution,
         statistics=statistics,
         router_aux=spec.router_aux if model.router_aux is None else model.router_aux,

@@ -256,6 +256,16 @@ def test_recomputing_keeps_less(small):
     assert kept == sorted(kept, reverse=True) and kept[0] > 2 * kept[-1]
 
 
+@pytest.mark.parametrize(("asked", "dtype"), [("float32", "f32"), ("compute", "bf16")])
+def test_parts_of_a_gradient_are_added_in_the_dtype_that_is_asked_for(small, asked, dtype):
+    step = described(run_of(small, "model.compute_dtype=bfloat16", f"model.gradient_dtype={asked}", "mesh.fsdp=4"))
+    _, text = program.compile_step(step)
+    found = exchanges.collectives(program.program_of(step, text), 4)
+    layers = [one for one in found if one.kind in ("reduce-scatter", "all-reduce") and {128, 256} & {*one.shape}]
+    matrices = {one.dtype for one in layers if len(one.shape) > 1 and 512 not in one.shape}  # the head's stay wide
+    assert matrices == {dtype}, [(one.kind, one.dtype, one.shape, one.source) for one in layers]
+
+
 REMATS = ("none", "attention", "block")
 
 
