@@ -35,6 +35,8 @@ class Context(NamedTuple):
     """What each token counts in the routing of experts; None if nobody asks."""
     noise: Noise | None = None
     """Dropout of the adapters; None where nothing is dropped."""
+    platform: str = "cpu"
+    """Of the devices that it is compiled for."""
 
 
 class Carry(NamedTuple):
@@ -91,7 +93,7 @@ class Block(nnx.Module):
 
     def _attend(self, x, context: Context, memory, kept):
         if self.delta is not None:
-            mixed, memory = self.delta(x, context.view.text, memory)
+            mixed, memory = self.delta(x, context.view.text, memory, platform=context.platform)
             return mixed, memory, kept
         assert self.attention is not None
         return self.attention(x, context.view, memory, kept)

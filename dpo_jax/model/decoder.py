@@ -179,7 +179,7 @@ def hidden_and_routing(
     """
     where, again = execution.activations, REMATS[execution.remat].attention
     view = PackedView.of(spec, layout, execution.attention, bounds=execution.bounds, activations=where, remat=again)
-    context = Context(view, execution.activations, weights, noise)
+    context = Context(view, execution.activations, weights, noise, execution.platform)
     x, _, routing = _run(spec, params, tokens, context, execution, {}, {})
     return x, routing
 
