@@ -219,6 +219,7 @@ def _as_compiled(lowered: Any, step: Any, hosts: int, chip: Chip) -> dict[str, A
     return {
         "memory": {"compiler": program.reported(made)},
         "flops": {"useful": useful, "device": sum(found.products.values()), "by_dtype": found.products},
+        "memory_traffic": found.moved if chip.platform == "gpu" else None,
         "kernels": found.kernels,
         "launches": found.launches if chip.platform == "gpu" else None,
         "waits": found.waits if chip.platform == "gpu" else None,

@@ -87,11 +87,12 @@ class Program:
     fused: frozenset[str] = frozenset()
     waits: float = 0.0
 
-    def launched(self) -> Iterator[tuple[Instruction, float]]:
-        """Instructions that are in no fusion, and how often they run."""
+    def launched(self) -> Iterator[tuple[Instruction, Computation, float]]:
+        """Instructions that are in no fusion, with the computation they stand in and how often they run."""
         for name, times in self.times.items():
             if name not in self.fused:
-                yield from ((one, times) for one in self.computations[name].values())
+                inside = self.computations[name]
+                yield from ((one, inside, times) for one in inside.values())
 
     def instructions(self, *opcodes: str) -> Iterator[tuple[Instruction, Computation, float]]:
         """Instructions of these kinds, with the computation they stand in and how often they run."""

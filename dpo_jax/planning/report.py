@@ -142,12 +142,16 @@ def time_lines(plan: Mapping[str, Any]) -> list[str]:
 def compiled_time_lines(plan: Mapping[str, Any]) -> list[str]:
     """Seconds of a step as its own compiler's program adds up to, and the useful share of the chips' peak."""
     time, gpu = plan["time"], plan["cycles"] is None
-    work = scaled(plan["flops"]["device"], "FLOP") if gpu else scaled(plan["cycles"], "cycles")
-    rows = [("matrix products" if gpu else "all but kernels and exchanges", work, time["products"])]
-    rows += [("kernels of attention", "", time["attention"])]
     if gpu:
-        waits = f"{plan['launches']:,.0f} launches, {plan['waits']:,.0f} waits for the host"
-        rows += [("launching", waits, time["launches"])]
+        rows = [
+            ("kernels bound by products", scaled(plan["flops"]["device"], "FLOP"), time["products"]),
+            ("kernels bound by memory", scaled(plan["memory_traffic"], "B"), time["memory"]),
+            ("kernels bound by launching", f"{plan['launches']:,.0f} launches", time["launches"]),
+            ("waits for the host", f"{plan['waits']:,.0f}", time["waits"]),
+        ]
+    else:
+        rows = [("all but kernels and exchanges", scaled(plan["cycles"], "cycles"), time["products"])]
+    rows += [("kernels of attention", "", time["attention"])]
     rows += [("exchanges that are waited for", "", time["exposed"]), ("exchanges that hide", "", time["hidden"])]
     cells = [(name, work, f"{1e3 * seconds:,.1f} ms") for name, work, seconds in rows]
     return [

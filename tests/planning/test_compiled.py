@@ -5,12 +5,14 @@ import pytest
 from dpo_jax.errors import UserError
 from dpo_jax.planning import compiled, compilers, exchanges, hlo
 from dpo_jax.planning.chips import CHIPS
+from dpo_jax.planning.kernels import Kernel, kernel_of
 
 TEXT = """HloModule step, is_scheduled=true
 
 %fused (p0: bf16[8,16], p1: bf16[16,4]) -> bf16[8,4] {
   %p0 = bf16[8,16]{1,0} parameter(0)
   %p1 = bf16[16,4]{1,0} parameter(1)
+  %inner = bf16[8,4]{1,0} custom-call(%p0), custom_call_target="fused_kernel"
   ROOT %dot.1 = bf16[8,4]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 }
 
@@ -53,7 +55,7 @@ def read(known: str) -> compiled.Compiled:
 
 def test_a_known_loop_is_counted_and_nobody_waits():
     found = read('{"known_trip_count":{"n":"5"}}')
-    assert found.kernels == {"__cudnn$fmhaSoftmax": 5.0}
+    assert found.kernels == {"__cudnn$fmhaSoftmax": 5.0, "fused_kernel": 6.0}
     # copy, fusion and mark outside; inside a kernel, a fusion and two starts, five times
     assert (found.launches, found.waits) == (3 + 5 * 4, 0.0)
     assert found.products == {"bf16": 6 * 2.0 * 8 * 16 * 4}
@@ -63,7 +65,7 @@ def test_a_known_loop_is_counted_and_nobody_waits():
 def test_a_loop_of_unknown_length_has_the_host_wait():
     """As often as its condition is asked for: once more than it turns."""
     found = read("{}")
-    assert found.kernels == {"__cudnn$fmhaSoftmax": 3.0} and found.waits == 4.0
+    assert found.kernels["__cudnn$fmhaSoftmax"] == 3.0 and found.waits == 4.0
 
 
 def test_an_exchange_hides_behind_what_stands_between_its_start_and_its_end():
@@ -85,14 +87,78 @@ def test_elements_of_tuples_have_their_own_shapes():
 
 
 def test_seconds_are_those_of_the_parts():
+    """Each kernel is bound by one thing: float32 products go without matrix units."""
     chip = CHIPS["h100"]
-    step = compiled.Compiled({"k": 1.0}, 1000.0, 10.0, 0.0, {"bf16": 7e14, "f32": chip.compiler.float32 * 0.7}, [])
+    work = [
+        Kernel(2.0, {"bf16": 7e14}, 1),
+        Kernel(1.0, {"f32": chip.compiler.float32 * 0.7}, 1),
+        Kernel(3.0, {}, round(0.8 * chip.memory_bandwidth)),
+        Kernel(1000.0, {"bf16": 1.0}, 1),
+    ]
+    step = compiled.Compiled({"k": 1.0}, 1006.0, 10.0, 0.0, work, [])
     found = compiled.seconds_of(step, chip, 8, attention_flops=compiled.REACHED_ATTENTION * chip.flops)
-    assert found.products == pytest.approx(7e14 / (0.7 * 989e12) + 1)
-    assert (found.attention, found.launches) == (pytest.approx(1), pytest.approx(2.5e-3 + 1e-4))
-    assert found.step == pytest.approx(found.products + found.attention + found.launches)
-    tpu = compiled.Compiled({}, 5.0, 5.0, 1.75e9, {}, [])
+    assert found.products == pytest.approx(2 * 7e14 / (0.7 * 989e12) + 1)
+    assert (found.memory, found.launches) == (pytest.approx(3), pytest.approx(2.5e-3))
+    assert (found.attention, found.waits) == (pytest.approx(1), pytest.approx(1e-4))
+    assert found.step == pytest.approx(found.products + 3 + 2.5e-3 + 1 + 1e-4)
+    tpu = compiled.Compiled({}, 5.0, 5.0, 1.75e9, [], [])
     assert compiled.seconds_of(tpu, CHIPS["v5p"], 8, attention_flops=1e20).step == 1.0
+
+
+FUSIONS = """
+%sliced (a: f32[8,4], i: s32[]) -> f32[4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %view = f32[32]{0} bitcast(%a)
+  %i = s32[] parameter(1)
+  ROOT %row = f32[4]{0} dynamic-slice(%view, %i), dynamic_slice_sizes={4}
+}
+
+%changed (b: f32[8,4], new: f32[1,4], j: s32[]) -> (f32[8,4], f32[4]) {
+  %b = f32[8,4]{1,0} parameter(0)
+  %new = f32[1,4]{1,0} parameter(1)
+  %j = s32[] parameter(2)
+  %put = f32[8,4]{1,0} dynamic-update-slice(%b, %new, %j, %j)
+  %also = f32[4]{0} bitcast(%new)
+  ROOT %two = (f32[8,4]{1,0}, f32[4]{0}) tuple(%put, %also)
+}
+
+ENTRY %main (x: f32[8,4], n: f32[1,4], k: s32[]) -> f32[4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %n = f32[1,4]{1,0} parameter(1)
+  %k = s32[] parameter(2)
+  %one = f32[4]{0} fusion(%x, %k), kind=kLoop, calls=%sliced
+  %other = (f32[8,4]{1,0}, f32[4]{0}) fusion(%x, %n, %k), kind=kLoop, calls=%changed
+  ROOT %plain = f32[4]{0} add(%one, %one)
+}
+"""
+
+
+def test_of_a_sliced_array_the_slice_is_moved_and_of_a_changed_one_the_change():
+    program = hlo.parse(FUSIONS)
+    main = program.computations["main"]
+    moved = {name: kernel_of(main[name], main, 1.0, program).moved for name in ("one", "other", "plain")}
+    # a slice is read and written with its index; a change is read, written and given on, with its index; twice in, out
+    assert moved == {"one": 16 + 4 + 16, "other": 16 + 4 + 16 + 16, "plain": 3 * 16}
+
+
+GROUPED = """
+ENTRY %main (x: bf16[100,8], w: bf16[4,8,16], n: s32[4]) -> bf16[100,16] {
+  %x = bf16[100,8]{1,0} parameter(0)
+  %w = bf16[4,8,16]{2,1,0} parameter(1)
+  %n = s32[4]{0} parameter(2)
+  %y = bf16[100,16]{1,0} custom-call(%n, %x, %w), custom_call_target="grouped"
+  %dw = f32[4,8,16]{2,1,0} custom-call(%n, %x, %y), custom_call_target="grouped"
+  %q = bf16[1,2,100,8]{3,2,1,0} bitcast(%x)
+  ROOT %z = bf16[1,2,100,8]{3,2,1,0} custom-call(%q, %q, %q), custom_call_target="attention"
+}
+"""
+
+
+def test_grouped_products_are_counted_by_what_they_take_and_give():
+    found = compiled.read(GROUPED, 1, 1.0)
+    assert found.products == {"bf16": 2 * 2.0 * 100 * 8 * 16}
+    tpu = compiled.seconds_of(found, CHIPS["v5p"], 1, attention_flops=0.0)
+    assert tpu.products == pytest.approx(2 * 2.0 * 100 * 8 * 16 / (0.7 * 459e12))
 
 
 @pytest.mark.parametrize(

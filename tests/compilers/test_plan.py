@@ -1,0 +1,84 @@
+"""A plan by the chip's own compiler: the run's step as it would run there, held to what it may cost."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dpo_jax.planning import compilers
+from dpo_jax.planning.chips import CHIPS
+from tests.conftest import ROOT
+from tests.support.tiny_folders import write_config
+
+SMALL = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "vocab_size": 8192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+}
+LAYERS = SMALL["num_hidden_layers"]
+
+
+def planned(tmp_path, chip: str, devices: int, *settings: str) -> dict:
+    """The plan of a small model as plain values; JAX's own defaults, as the command has them."""
+    if (gone := compilers.missing(CHIPS[chip])) is not None:
+        pytest.skip(gone)
+    folder = write_config(tmp_path / "small", "llama", **SMALL)
+    file = tmp_path / "run.yaml"
+    file.write_text(f"output: {tmp_path / 'out'}\nmodel: {{path: {folder}}}\ndata: {{train: no.jsonl}}\n")
+    words = ["-m", "dpo_jax.plan", str(file), "--devices", str(devices), "--chip", chip, "--compiler", "real", "--json"]
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    done = subprocess.run(
+        [sys.executable, *words, "batch.pairs=128", *settings],
+        cwd=ROOT,
+        env=plain | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def check_memory(plan: dict) -> None:
+    """The prediction is what the chip's compiler asks for, or more by a quarter: small models round up more."""
+    predicted, real = sum(plan["memory"]["predicted"].values()), plan["memory"]["compiler"]["peak"]
+    assert real <= predicted <= 1.25 * real
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("chip", ["h100", "h200", "b200"])
+def test_a_gpu_waits_for_nothing(tmp_path, chip):
+    """No loop whose length is a value, no product without matrix units, attention's kernel once each way."""
+    plan = planned(tmp_path, chip, 8, "model.attention=cudnn")
+    assert plan["model"]["attention"] == "cudnn" and plan["waits"] == 0
+    assert (
+        sum(count for dtype, count in plan["flops"]["by_dtype"].items() if dtype == "f32")
+        < 0.01 * plan["flops"]["device"]
+    )
+    assert plan["launches"] < 400 * LAYERS
+    assert plan["flops"]["device"] * 8 < 1.5 * plan["flops"]["useful"]  # the vocabulary is a third of this model's work
+    check_memory(plan)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("chip", ["a100", "a6000", "l4"])
+def test_an_older_gpu_goes_by_whole_rows(tmp_path, chip):
+    plan = planned(tmp_path, chip, 4)
+    assert plan["model"]["attention"] == "xla" and plan["waits"] == 0 and not plan["kernels"]
+    assert plan["launches"] < 600 * LAYERS
+    check_memory(plan)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("chip", "devices"), [("v5e", 4), ("v5p", 8), ("v6e", 4), ("tpu7x", 8)])
+def test_a_tpu_has_its_kernels_and_cycles(tmp_path, chip, devices):
+    plan = planned(tmp_path, chip, devices, "model.attention=splash")
+    assert plan["model"]["attention"] == "splash" and plan["kernels"]
+    assert plan["cycles"] > 0 and 0 < plan["mfu"]["step"] < 1
+    check_memory(plan)
