@@ -1,6 +1,7 @@
 """The models of a run: checked before any weights, read onto their devices, and put together with the objective."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ from dpo_jax.hf import checkpoint, ending, resize, tensors
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.hf.ending import Ending
 from dpo_jax.hf.settings import ExportSettings
-from dpo_jax.model import remat
+from dpo_jax.model import expert_split, remat
 from dpo_jax.model.backends import table
 from dpo_jax.model.decoder import Execution, Model, abstract_params, held_in
 from dpo_jax.model.quantised import Kind, kept_shapes
 from dpo_jax.model.settings import MeshSettings, ModelSettings
-from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.model.spec import DecoderSpec, GatedDelta
 from dpo_jax.model.weights import Weights, head_is_frozen
 from dpo_jax.objectives.terms import Term
 from dpo_jax.preference.loss import TrainingObjective
@@ -35,7 +36,7 @@ def make_mesh(mesh: MeshSettings, model: ModelSettings, devices: Sequence[Any] |
 
     float32 means float32 also where matrix units round by default.
     """
-    made = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor, devices)
+    made = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor, devices, expert=mesh.expert, context=mesh.context)
     exact = compute_dtype(model, made) == "float32"
     jax.config.update("jax_default_matmul_precision", "highest" if exact else None)
     if devices is None:
@@ -129,6 +130,7 @@ def check_models(
     policy = spec_of(sources.policy, sources.rows, scalar_head=scalar_head)
     _check_length("model.path", policy, max_length)
     attention_of(model, policy, mesh)
+    check_mesh(policy, mesh)
     if model.router_aux and policy.experts is None:
         raise UserError(f"model.router_aux: {model.router_aux} balances experts, and there are none; leave it out")
     if reference.mode == "none" or sources.reference_is_policy:
@@ -141,11 +143,30 @@ def check_models(
         )
     _check_length("reference.path", other, max_length)
     attention_of(model, other, mesh)
+    check_mesh(other, mesh)
     if reference.mode == "live" and other != policy:
         raise UserError(
             "reference.mode: live computes the reference as it computes the policy, and "
             f"reference.path {reference.path} is another kind of model; give mode: cached"
         )
+
+
+def check_mesh(spec: DecoderSpec, mesh: jax.sharding.Mesh) -> None:
+    """Whether the mesh can share rows of this model, whose heads context splits together with tensor, and experts.
+
+    Raises:
+      UserError: an axis does not divide the heads of a layer, or the experts.
+    """
+    expert_split.check(mesh, spec.experts)
+    tensor, context = mesh.shape["tensor"], mesh.shape["context"]
+    mixers = {layer.mixer for layer in spec.layers}
+    for heads in sorted({m.value_heads if isinstance(m, GatedDelta) else m.heads for m in mixers}):
+        if context > 1 and heads % (tensor * context):
+            most = math.gcd(heads, tensor * context)
+            raise UserError(
+                f"mesh.context: {context} with tensor={tensor} splits heads into {tensor * context} parts, and layers "
+                f"have {heads}; choose sizes whose product divides {most}"
+            )
 
 
 def check_ending(sources: Sources, tokenizer: Tokenizer, export: ExportSettings, *, scalar_head: bool) -> Ending | None:
@@ -218,7 +239,7 @@ def make_objective(
 ) -> TrainingObjective:
     """The objective on this model; of its weights (arrays or shapes) it matters which are trained, and `dropout` is of
     their adapter."""
-    where, split, attention = sharding.rows(mesh), sharding.head_split(mesh), attention_of(model, spec, mesh)
+    where, split, attention = sharding.activations(mesh), sharding.head_split(mesh), attention_of(model, spec, mesh)
     platform, frozen = sharding.platform(mesh), head_is_frozen(spec, weights)
     execution = Execution(model.scan_layers, model.remat, where, attention, platform, split, frozen)
     return TrainingObjective(
