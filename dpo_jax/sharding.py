@@ -1,8 +1,8 @@
 """The mesh, one table of partition rules, and placing arrays by them.
 
-Axes of the mesh: `data` replicates the weights, `fsdp` shares one copy of them, `tensor` shares each matrix product,
-`context` shares each row. A batch is split over `data` and `fsdp` together, and one copy of the weights is shared by
-`fsdp` and `context` together.
+Axes of the mesh: `data` replicates the weights, `fsdp` shares one copy of them, `expert` shares the experts of a
+mixture, `tensor` each matrix product, `context` each row. A batch is split over `data`, `fsdp` and `expert` together, and
+one copy of the weights is shared by `fsdp`, `expert` and `context` together.
 """
 
 import collections
@@ -27,12 +27,13 @@ B = TypeVar("B")
 Signature = tuple[Hashable, tuple[tuple[tuple[int, ...], np.dtype], ...]]
 """Of a function's arguments: their structure, and shape and dtype of each leaf."""
 
-AXES = ("data", "fsdp", "tensor", "context")
-BATCH = ("data", "fsdp")
+AXES = ("data", "fsdp", "expert", "tensor", "context")
+BATCH = ("data", "fsdp", "expert")
 SLOTS = ("context", "tensor")
 """Between layers, of the slots of a row (see `model.placement`)."""
-SHARED = ("fsdp", "context")
-"""Of the weights."""
+SHARED = ("fsdp", "expert", "context")
+"""Of the weights, but for those of experts, which `expert` splits by expert."""
+OF_EXPERT = ("fsdp", "context")
 
 _IN, _OUT = P(None, SHARED, "tensor"), P(None, "tensor", SHARED)
 """Of a stack's matrices: those whose outputs are shared out, and those whose inputs are."""
@@ -58,10 +59,10 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"blocks/\d+/mlp/(gate|up)/bias", P(None, "tensor")),
     (r"blocks/\d+/(attention/output|mlp/down)/bias", P()),
     (r"blocks/\d+/mlp/act/(positive|negative|beta|eps)", P()),
-    (r"blocks/\d+/experts/(gate|up)/kernel", P(None, None, SHARED, "tensor")),
-    (r"blocks/\d+/experts/down/kernel", P(None, None, "tensor", SHARED)),
-    (r"blocks/\d+/experts/(gate|up)/bias", P(None, None, "tensor")),
-    (r"blocks/\d+/experts/down/bias", P()),
+    (r"blocks/\d+/experts/(gate|up)/kernel", P(None, "expert", OF_EXPERT, "tensor")),
+    (r"blocks/\d+/experts/down/kernel", P(None, "expert", "tensor", OF_EXPERT)),
+    (r"blocks/\d+/experts/(gate|up)/bias", P(None, "expert", "tensor")),
+    (r"blocks/\d+/experts/down/bias", P(None, "expert")),
     (r"blocks/\d+/experts/(router|shared_gate)/kernel", P(None, SHARED, None)),
     (r"blocks/\d+/experts/router/(bias|correction|channel_scale|expert_scale)", P()),
     (r"blocks/\d+/inputs_gate/kernel", P(None, SHARED, None)),
@@ -75,7 +76,13 @@ BESIDE = re.compile(r"(?P<module>.*)/(lora/(?P<lora>\w+)|kernel/(?P<codes>\w+))"
 
 
 def make_mesh(
-    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None, *, context: int = 1
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
+    *,
+    expert: int = 1,
+    context: int = 1,
 ) -> Mesh:
     """A mesh over all devices; one of the sizes may be -1 and takes what the others leave.
 
@@ -83,8 +90,12 @@ def make_mesh(
       UserError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp, tensor, context]
-    said = " ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True) if axis != "context" or size != 1)
+    sizes = [data, fsdp, expert, tensor, context]
+    said = " ".join(
+        f"{axis}={size}"
+        for axis, size in zip(AXES, sizes, strict=True)
+        if axis not in ("expert", "context") or size != 1
+    )
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"mesh: {said}: give positive sizes, and -1 for one at most")
     rest = math.prod(size for size in sizes if size != -1)
@@ -144,6 +155,11 @@ def _in_torus(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
 def platform(mesh: Mesh) -> str:
     """Of the mesh's devices: cpu, gpu or tpu."""
     return mesh.devices.flat[0].platform
+
+
+def gathered_over(path: str) -> tuple[str, ...]:
+    """The axes over which a layer brings a leaf together before it multiplies with it."""
+    return OF_EXPERT if re.search(r"/experts/(gate|up|down)/", path) else SHARED
 
 
 def batch_shards(mesh: Mesh) -> int:

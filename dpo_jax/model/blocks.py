@@ -37,6 +37,8 @@ class Context(NamedTuple):
     """What each token counts in the routing of experts; None if nobody asks."""
     noise: Noise | None = None
     """Dropout of the adapters; None where nothing is dropped."""
+    platform: str = "cpu"
+    """Of the devices that it is compiled for."""
 
     def inside(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """What a layer's products see, held where they want it; slopes along it are held where states live."""
@@ -110,7 +112,8 @@ class Block(nnx.Module):
 
     def _attend(self, x, context: Context, memory, kept):
         if self.delta is not None:
-            mixed, memory = self.delta(x, context.view.text, memory, activations=context.activations)
+            places = {"activations": context.activations, "platform": context.platform}
+            mixed, memory = self.delta(x, context.view.text, memory, **places)
             return mixed, memory, kept
         assert self.attention is not None
         return self.attention(x, context.view, memory, kept)

@@ -180,7 +180,7 @@ def hidden_and_routing(
     """
     where, again = between_layers(execution.activations, *tokens.shape), REMATS[execution.remat].attention
     view = PackedView.of(spec, layout, execution.attention, bounds=execution.bounds, activations=where, remat=again)
-    context = Context(view, where, weights, noise)
+    context = Context(view, where, weights, noise, execution.platform)
     x, _, routing = _run(spec, params, tokens, context, execution, {}, {})
     return x, routing
 

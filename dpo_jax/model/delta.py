@@ -8,9 +8,19 @@ with decay g_t <= 0 and strength 0 < b_t < 1: what the state says of k_t is corr
 
 Letters: B rows, T tokens, D width, E channels of the convolution, K key heads, G value heads for each of them, C key
 channels, V value channels, N chunks, L tokens of a chunk. Arithmetic inside is float32, as in transformers.
+
+An accelerator multiplies float32 slowly: a GPU without its tensor cores, a TPU in six passes (and libtpu compiles each
+such product for seconds). Where the rest of the model is bfloat16, whose rounding is a share of 2e-3, a product is the
+sum of three of bfloat16 parts. Largest error of outputs and gradients as a share of the largest entry, against float64
+over 640 tokens of 128 channels, emulated on a CPU (and where all keys are nearly the same):
+
+    float32                       6e-7 (1.6e-5)
+    three products of tf32        6e-7 (1.7e-5)        one     6e-4
+    three products of bfloat16    1.2e-5 (3e-4)        one     5e-3 (1e-1)
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -27,8 +37,13 @@ from dpo_jax.model.layers import Dense, NormLayer, normal
 from dpo_jax.model.placement import by_heads, by_slots, head_axes, repeated, row_axes, slot_axes
 from dpo_jax.model.remat import named
 
+Precision = lax.Precision | lax.DotAlgorithmPreset
+
 CHUNK = 64
 """Tokens that are computed in parallel, a power of two. Work for each token grows with it, steps of the scan shrink."""
+
+THREE_PASSES = lax.DotAlgorithmPreset.BF16_BF16_F32_X3
+"""Products of float32 on accelerators, as sums of products of their higher and lower halves in bfloat16."""
 
 UNIT_EPSILON = 1e-6
 """Added to the squared length by which queries and keys are divided, as in transformers."""
@@ -109,12 +124,13 @@ class GatedDeltaNet(nnx.Module):
         memory: Memory | None = None,
         *,
         activations: NamedSharding | None = None,
+        platform: str = "cpu",
     ) -> tuple[Float[Array, "B T D"], Memory | None]:
         """Each token mixed with the tokens before it of its own text, and what the last one leaves behind.
 
         `text` is 0 at padding. Without a memory a row packs texts, each of another number and without a gap. With one
         it continues text 1, which the memory is of; padding may stand before that text's first token only, and leaves
-        the memory empty. Outputs at padding are finite and mean nothing.
+        the memory empty. Outputs at padding are finite and mean nothing. `platform` is that of the devices.
 
             token   0  1    2      3  4    5
             text    1  1    1      2  2    0
@@ -126,12 +142,12 @@ class GatedDeltaNet(nnx.Module):
         past = empty_memory(self.spec, x.shape[0], x.dtype) if memory is None else memory
         inputs = named(self.mixed(x), "qkv")
         strength = jax.nn.sigmoid(self.strength(x).astype(jnp.float32))
+        rule = functools.partial(gated_delta, precision=_precision(platform, x.dtype))
         if memory is None and activations is not None and slot_axes(activations):
-            return self._gated(
-                named(self._by_heads(inputs, strength, self._decay(x), text, activations), "context"), x
-            ), None
+            mixed = self._by_heads(inputs, strength, self._decay(x), text, activations, rule)
+            return self._gated(named(mixed, "context"), x), None
         query, key, value = self._heads(jax.nn.silu(self.conv(inputs, text, past.conv)))
-        mixed, state = gated_delta(query, key, value, strength, self._decay(x), text, past.state)
+        mixed, state = rule(query, key, value, strength, self._decay(x), text, past.state)
         y = self._gated(named(mixed, "context"), x)
         if memory is None:
             return y, None
@@ -161,6 +177,7 @@ class GatedDeltaNet(nnx.Module):
         decay: Float32[Array, "B T H"],
         text: Int[Array, "B T"],
         activations: NamedSharding,
+        rule: Callable[..., tuple[Array, Array]],
     ) -> Float32[Array, "B T H V"]:
         """The convolution and the delta rule over whole rows, each device for its own heads."""
         spec = self.spec
@@ -176,7 +193,7 @@ class GatedDeltaNet(nnx.Module):
                 found.append(bent.reshape(x.shape))
             query, key, value = found
             state = jnp.zeros((x.shape[0], value.shape[2], spec.key_dim, spec.value_dim), jnp.float32)
-            return gated_delta(_unit(query), _unit(key), value, strength, decay, text, state)[0]
+            return rule(_unit(query), _unit(key), value, strength, decay, text, state)[0]
 
         def own(query, key, value, axis):
             return repeated(query, split.repeats, axis), repeated(key, split.repeats, axis), value
@@ -204,6 +221,11 @@ class GatedDeltaNet(nnx.Module):
         gate = jax.nn.silu(self.gate(x).astype(jnp.float32)).reshape(mixed.shape)
         y = self.norm(mixed) * gate
         return self.output(y.reshape(*x.shape[:2], -1).astype(x.dtype))
+
+
+def _precision(platform: str, dtype: DTypeLike) -> Precision:
+    """Of the rule's products, on this platform and in a model that computes in this dtype."""
+    return lax.Precision.HIGHEST if platform == "cpu" or dtype == jnp.float32 else THREE_PASSES
 
 
 def _unit(x: Float32[Array, "*B C"]) -> Float32[Array, "*B C"]:
@@ -236,11 +258,13 @@ def gated_delta(
     decay: Float32[Array, "B T H"],
     text: Int[Array, "B T"],
     state: Float32[Array, "B H C V"],
+    *,
+    precision: Precision = lax.Precision.HIGHEST,
 ) -> tuple[Float32[Array, "B T H V"], Float32[Array, "B H C V"]]:
     """The gated delta rule over rows of texts, and the state that each row's last text leaves.
 
     `state` is where the first text begins; every other begins with an empty one. Value head h reads with the query
-    and key of head h // G. A token of strength 0 and decay 0 changes nothing.
+    and key of head h // G. A token of strength 0 and decay 0 changes nothing. `precision` is that of all products.
 
     Chunks are computed in parallel (section 3.3), and a scan carries the state from one to the next. A chunk of one
     token is the recurrence itself, which is what generation runs.
@@ -249,9 +273,11 @@ def gated_delta(
     size = min(CHUNK, 1 << (length - 1).bit_length())
     query, key, value = (_chunked(each, keys, size) for each in (query * channels**-0.5, key, value))
     strength, decay = (_chunked(each[..., None], keys, size) for each in (strength, decay))
-    scores, chunks = _prepared(query, key, value, strength, decay, _split(text, size, "edge"))
-    last, (states, writes) = lax.scan(_advance, state.reshape(batch, keys, -1, *state.shape[2:]), chunks)
-    mixed = chunks.reach * _matmul(query, states) + _matmul(scores, writes)
+    scores, chunks = _prepared(query, key, value, strength, decay, _split(text, size, "edge"), precision)
+    # gradients keep the states alone, and compute the rest again
+    advance = jax.checkpoint(functools.partial(_advance, precision=precision), prevent_cse=False)
+    last, (states, writes) = lax.scan(advance, state.reshape(batch, keys, -1, *state.shape[2:]), chunks)
+    mixed = chunks.reach * _matmul(query, states, precision) + _matmul(scores, writes, precision)
     return _joined(mixed)[:, :length], last.reshape(state.shape)
 
 
@@ -262,34 +288,34 @@ def _prepared(
     strength: Float32[Array, "N B K G L 1"],
     decay: Float32[Array, "N B K G L 1"],
     text: Int[Array, "N B L"],
+    precision: Precision,
 ) -> tuple[Float32[Array, "N B K G L L"], _Chunks]:
     """All that a chunk can know before the state: what each token reads of each write in its chunk, and the rest."""
     order = jnp.arange(text.shape[-1])
     own = (text[..., :, None] == text[..., None, :]) & (order[:, None] >= order[None, :])[None, None]
-    kept = jnp.where(own[:, :, None, None], _kept(decay), 0)
+    kept = jnp.where(own[:, :, None, None], _kept(decay, precision), 0)
     before = (order[:, None] > order[None, :])[(None,) * 4]
-    lower = jnp.where(before, strength * kept * _matmul(key, key.mT), 0)
+    lower = jnp.where(before, strength * kept * _matmul(key, key.mT, precision), 0)
     first = jnp.concatenate([text[:1, :, :1], text[:-1, :, -1:]])  # the text that the chunk's first state is of
     reach = jnp.where((text == first)[:, :, None, None, :, None], jnp.exp(jnp.cumsum(decay, axis=-2)), 0)
-    scores = kept * _matmul(query, key.mT)
-    return scores, _Chunks(key, value, strength, reach, kept[..., -1:, :].mT, _inverse_of_unit(lower))
+    scores = kept * _matmul(query, key.mT, precision)
+    return scores, _Chunks(key, value, strength, reach, kept[..., -1:, :].mT, _inverse_of_unit(lower, precision))
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)  # gradients keep the states alone, and compute the rest again
 def _advance(
-    state: Float32[Array, "B K G C V"], chunk: _Chunks
+    state: Float32[Array, "B K G C V"], chunk: _Chunks, *, precision: Precision
 ) -> tuple[Float32[Array, "B K G C V"], tuple[Float32[Array, "B K G C V"], Float32[Array, "B K G L V"]]]:
     """The state after a chunk; and the state before it, with what each of its tokens writes (u_t).
 
     `(I + A) u = b (v - reach S^T k)`: each token corrects what the first state and the tokens before it say.
     """
-    writes = chunk.strength * (chunk.value - chunk.reach * _matmul(chunk.key, state))
-    writes = _matmul(chunk.inverse, writes)
-    after = chunk.reach[..., -1:, :] * state + _matmul(chunk.key.mT, chunk.rest * writes)
+    writes = chunk.strength * (chunk.value - chunk.reach * _matmul(chunk.key, state, precision))
+    writes = _matmul(chunk.inverse, writes, precision)
+    after = chunk.reach[..., -1:, :] * state + _matmul(chunk.key.mT, chunk.rest * writes, precision)
     return after, (state, writes)
 
 
-def _kept(decay: Float32[Array, "*B L 1"]) -> Float32[Array, "*B L L"]:
+def _kept(decay: Float32[Array, "*B L 1"], precision: Precision) -> Float32[Array, "*B L L"]:
     """`exp(g_{j+1} + .. + g_i)` at row i and column j <= i; 1 above the diagonal.
 
     Each sum is taken by itself: as a difference of running sums it would lose what a strong decay before it rounds off.
@@ -297,38 +323,39 @@ def _kept(decay: Float32[Array, "*B L 1"]) -> Float32[Array, "*B L L"]:
     order = jnp.arange(decay.shape[-2])
     upto = (order[:, None] <= order[None, :]).astype(jnp.float32)
     after = jnp.where((order[:, None] < order[None, :])[(None,) * (decay.ndim - 2)], decay.mT, 0)
-    return jnp.exp(_matmul(after, upto)).mT
+    return jnp.exp(_matmul(after, upto, precision)).mT
 
 
-@jax.custom_jvp
-def _inverse_of_unit(lower: Float32[Array, "*B L L"]) -> Float32[Array, "*B L L"]:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _inverse_of_unit(lower: Float32[Array, "*B L L"], precision: Precision) -> Float32[Array, "*B L L"]:
     """`(I + A)^-1` of strictly lower triangular matrices A whose size is a power of two.
 
     Unlike the product of all I + (-A)^(2^k) this forms no powers of A, whose entries outgrow float32 where keys repeat.
     """
     size = lower.shape[-1]
     if size <= 16:
-        return _inverse_of_small(lower)
+        return _inverse_of_small(lower, precision)
     half = size // 2
-    first, second = _inverse_of_unit(jnp.stack([lower[..., :half, :half], lower[..., half:, half:]]))
-    corner = _matmul(_matmul(second, lower[..., half:, :half]), first)
+    first, second = _inverse_of_unit(jnp.stack([lower[..., :half, :half], lower[..., half:, half:]]), precision)
+    corner = _matmul(_matmul(second, lower[..., half:, :half], precision), first, precision)
     above = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
     return jnp.concatenate([above, jnp.concatenate([-corner, second], axis=-1)], axis=-2)
 
 
 @_inverse_of_unit.defjvp
-def _change_of_inverse(lower, change):
+def _change_of_inverse(precision, lower, change):
     """`d (I + A)^-1 = -(I + A)^-1 dA (I + A)^-1`, so that a gradient needs the inverse alone."""
-    inverse = _inverse_of_unit(*lower)
-    return inverse, -_matmul(_matmul(inverse, *change), inverse)
+    inverse = _inverse_of_unit(*lower, precision)
+    return inverse, -_matmul(_matmul(inverse, *change, precision), inverse, precision)
 
 
-def _inverse_of_small(lower: Float32[Array, "*B L L"]) -> Float32[Array, "*B L L"]:
+def _inverse_of_small(lower: Float32[Array, "*B L L"], precision: Precision) -> Float32[Array, "*B L L"]:
     """The same by whole matrices: inverted blocks on the diagonal are joined two by two, until there is one.
 
     [P  0]^-1   [ P^-1             0   ]
     [R  Q]    = [-Q^-1 R P^-1      Q^-1]
     """
+    multiply = functools.partial(_matmul, precision=precision) if precision == lax.Precision.HIGHEST else _summed
     size = lower.shape[-1]
     order, block = jnp.arange(size), 1
     inverse = jnp.broadcast_to(jnp.eye(size), lower.shape)
@@ -336,14 +363,19 @@ def _inverse_of_small(lower: Float32[Array, "*B L L"]) -> Float32[Array, "*B L L
         half = order // block
         joined = (half[:, None] == half[None, :] + 1) & (half[:, None] % 2 == 1)
         corner = jnp.where(joined[(None,) * (lower.ndim - 2)], lower, 0)
-        inverse = inverse - _matmul(_matmul(inverse, corner), inverse)
+        inverse = inverse - multiply(multiply(inverse, corner), inverse)
         block *= 2
     return inverse
 
 
-def _matmul(a: Float32[Array, "..."], b: Float32[Array, "..."]) -> Float32[Array, "..."]:
-    """`a @ b` in full float32, on accelerators too."""
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+def _matmul(a: Float32[Array, "..."], b: Float32[Array, "..."], precision: Precision) -> Float32[Array, "..."]:
+    """`a @ b`."""
+    return jnp.matmul(a, b, precision=precision)
+
+
+def _summed(a: Float32[Array, "*B L L"], b: Float32[Array, "*B L L"]) -> Float32[Array, "*B L L"]:
+    """`a @ b` of matrices that are too small for a matrix unit, and a chain of which libtpu compiles for minutes."""
+    return (a[..., :, :, None] * b[..., None, :, :]).sum(axis=-2)
 
 
 def _chunked(x: Float32[Array, "B T H X"], keys: int, size: int) -> Float32[Array, "N B K G L X"]:

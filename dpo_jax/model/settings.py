@@ -202,6 +202,11 @@ class MeshSettings(Section):
     fsdp: int = Field(
         default=-1, description="devices that share one copy of the weights; each sees its own part of the batch"
     )
+    expert: int = Field(
+        default=1,
+        description="devices that share the experts of a mixture, to which tokens are sent, and the other weights with "
+        "fsdp; each sees its own part of the batch. It divides the number of experts",
+    )
     tensor: int = Field(default=1, description="devices that share each matrix product")
     context: int = Field(
         default=1,

@@ -122,7 +122,7 @@ def _gathered(
     for path, leaf in leaves.items():
         if path.startswith("blocks/"):
             stack = path.split("/")[1]
-            axes = set(jax.tree.leaves(tuple(places[path].spec))) - set(sharding.SHARED)
+            axes = set(jax.tree.leaves(tuple(places[path].spec))) - set(sharding.gathered_over(path))
             parts = math.prod(mesh.shape[axis] for axis in axes)
             layers[stack] = layers.get(stack, 0) + leaf.size * leaf.dtype.itemsize // leaf.shape[0] // parts
     return 2 * max(layers.values(), default=0)

@@ -17,7 +17,7 @@ from dpo_jax.hf import checkpoint, ending, resize, tensors
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.hf.ending import Ending
 from dpo_jax.hf.settings import ExportSettings
-from dpo_jax.model import remat
+from dpo_jax.model import expert_split, remat
 from dpo_jax.model.backends import table
 from dpo_jax.model.decoder import Execution, Model, abstract_params, held_in
 from dpo_jax.model.quantised import Kind, kept_shapes
@@ -36,7 +36,7 @@ def make_mesh(mesh: MeshSettings, model: ModelSettings, devices: Sequence[Any] |
 
     float32 means float32 also where matrix units round by default.
     """
-    made = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor, devices, context=mesh.context)
+    made = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor, devices, expert=mesh.expert, context=mesh.context)
     exact = compute_dtype(model, made) == "float32"
     jax.config.update("jax_default_matmul_precision", "highest" if exact else None)
     if devices is None:
@@ -130,7 +130,7 @@ def check_models(
     policy = spec_of(sources.policy, sources.rows, scalar_head=scalar_head)
     _check_length("model.path", policy, max_length)
     attention_of(model, policy, mesh)
-    check_context(policy, mesh)
+    check_mesh(policy, mesh)
     if model.router_aux and policy.experts is None:
         raise UserError(f"model.router_aux: {model.router_aux} balances experts, and there are none; leave it out")
     if reference.mode == "none" or sources.reference_is_policy:
@@ -143,7 +143,7 @@ def check_models(
         )
     _check_length("reference.path", other, max_length)
     attention_of(model, other, mesh)
-    check_context(other, mesh)
+    check_mesh(other, mesh)
     if reference.mode == "live" and other != policy:
         raise UserError(
             "reference.mode: live computes the reference as it computes the policy, and "
@@ -151,12 +151,13 @@ def check_models(
         )
 
 
-def check_context(spec: DecoderSpec, mesh: jax.sharding.Mesh) -> None:
-    """Whether the mesh's context axis can share rows of this model, whose heads it splits together with tensor.
+def check_mesh(spec: DecoderSpec, mesh: jax.sharding.Mesh) -> None:
+    """Whether the mesh can share rows of this model, whose heads context splits together with tensor, and experts.
 
     Raises:
-      UserError: it does not divide the heads of a layer.
+      UserError: an axis does not divide the heads of a layer, or the experts.
     """
+    expert_split.check(mesh, spec.experts)
     tensor, context = mesh.shape["tensor"], mesh.shape["context"]
     mixers = {layer.mixer for layer in spec.layers}
     for heads in sorted({m.value_heads if isinstance(m, GatedDelta) else m.heads for m in mixers}):

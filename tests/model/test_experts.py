@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax.errors import UserError
@@ -328,13 +328,11 @@ def test_layers_in_a_loop_with_recomputation_are_layers_one_by_one():
 
 # ---- an axis of experts
 
-AXES = ("data", "fsdp", "expert", "tensor", "context")
 BATCH = P(("data", "fsdp", "expert"), None, None)
 
 
 def on_experts(data: int, fsdp: int, expert: int, tensor: int) -> Mesh:
-    grid = np.asarray(jax.devices()[:4]).reshape(data, fsdp, expert, tensor, 1)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return make_mesh(data, fsdp, tensor, jax.devices()[:4], expert=expert)
 
 
 def spread_out(params, x, router_input, mesh):
