@@ -172,6 +172,7 @@ def _on_cpu(lowered: Any, step: Any, hosts: int, chip: Chip) -> dict[str, Any]:
     """What a CPU's compiler says of the partitioned program, and what may follow for the chip."""
     import jax.numpy as jnp
 
+    from dpo_jax import sharding
     from dpo_jax.planning import costs, estimate, exchanges, hlo, report
     from dpo_jax.run import program
 
@@ -198,7 +199,7 @@ def _on_cpu(lowered: Any, step: Any, hosts: int, chip: Chip) -> dict[str, Any]:
             items.shard,
             4 * items.shard // jnp.dtype(step.objective.compute_dtype).itemsize,
             data=mesh.shape["data"],
-            fsdp=mesh.shape["fsdp"],
+            fsdp=sharding.weight_shards(mesh),
             micro_batches=step.micro_batches,
         ),
         "time": {**time.parts, "bottleneck": time.bottleneck, **bounds},

@@ -1,9 +1,11 @@
 """The mesh, one table of partition rules, and placing arrays by them.
 
 Axes of the mesh: `data` replicates the weights, `fsdp` shares one copy of them, `tensor` shares each matrix product,
-`context` is kept for long rows. A batch is split over `data` and `fsdp` together.
+`context` shares each row. A batch is split over `data` and `fsdp` together, and one copy of the weights is shared by
+`fsdp` and `context` together.
 """
 
+import collections
 import math
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -12,12 +14,13 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax import trees
 from dpo_jax.errors import UserError
-from dpo_jax.logprobs.fused import HeadSplit
+from dpo_jax.logprobs.fused import HeadSplit, dividing
 from dpo_jax.trees import Params, Tree
 
 B = TypeVar("B")
@@ -26,20 +29,24 @@ Signature = tuple[Hashable, tuple[tuple[tuple[int, ...], np.dtype], ...]]
 
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH = ("data", "fsdp")
+SLOTS = ("context", "tensor")
+"""Between layers, of the slots of a row (see `model.placement`)."""
+SHARED = ("fsdp", "context")
+"""Of the weights."""
 
-_IN, _OUT = P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")
+_IN, _OUT = P(None, SHARED, "tensor"), P(None, "tensor", SHARED)
 """Of a stack's matrices: those whose outputs are shared out, and those whose inputs are."""
 
 RULES: tuple[tuple[str, P], ...] = (
-    (r"(embed|head)/embedding", P("tensor", "fsdp")),
-    (r"(positions|inputs)/embedding", P(None, "fsdp")),
+    (r"(embed|head)/embedding", P("tensor", SHARED)),
+    (r"(positions|inputs)/embedding", P(None, SHARED)),
     (r"head/bias", P("tensor")),
-    (r"score/kernel", P("fsdp", None)),
-    (r"(project_in|inputs_projection)/kernel", P("fsdp", "tensor")),
-    (r"project_out/kernel", P("tensor", "fsdp")),
+    (r"score/kernel", P(SHARED, None)),
+    (r"(project_in|inputs_projection)/kernel", P(SHARED, "tensor")),
+    (r"project_out/kernel", P("tensor", SHARED)),
     (r"blocks/\d+/attention/(query|key|value|gate|key_value)/kernel", _IN),
     (r"blocks/\d+/attention/(query|key|value|gate)/bias", P(None, "tensor")),
-    (r"blocks/\d+/attention/(query_down|latent)/kernel", P(None, "fsdp", None)),
+    (r"blocks/\d+/attention/(query_down|latent)/kernel", P(None, SHARED, None)),
     (r"blocks/\d+/attention/(query_down|latent)/bias", P()),
     (r"blocks/\d+/attention/sinks", P()),
     (r"blocks/\d+/delta/(mixed|gate|strength|decay)/kernel", _IN),
@@ -51,14 +58,14 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"blocks/\d+/mlp/(gate|up)/bias", P(None, "tensor")),
     (r"blocks/\d+/(attention/output|mlp/down)/bias", P()),
     (r"blocks/\d+/mlp/act/(positive|negative|beta|eps)", P()),
-    (r"blocks/\d+/experts/(gate|up)/kernel", P(None, None, "fsdp", "tensor")),
-    (r"blocks/\d+/experts/down/kernel", P(None, None, "tensor", "fsdp")),
+    (r"blocks/\d+/experts/(gate|up)/kernel", P(None, None, SHARED, "tensor")),
+    (r"blocks/\d+/experts/down/kernel", P(None, None, "tensor", SHARED)),
     (r"blocks/\d+/experts/(gate|up)/bias", P(None, None, "tensor")),
     (r"blocks/\d+/experts/down/bias", P()),
-    (r"blocks/\d+/experts/(router|shared_gate)/kernel", P(None, "fsdp", None)),
+    (r"blocks/\d+/experts/(router|shared_gate)/kernel", P(None, SHARED, None)),
     (r"blocks/\d+/experts/router/(bias|correction|channel_scale|expert_scale)", P()),
-    (r"blocks/\d+/inputs_gate/kernel", P(None, "fsdp", None)),
-    (r"blocks/\d+/inputs_projection/kernel", P(None, None, "fsdp")),
+    (r"blocks/\d+/inputs_gate/kernel", P(None, SHARED, None)),
+    (r"blocks/\d+/inputs_projection/kernel", P(None, None, SHARED)),
     (r"blocks/\d+/scalar", P()),
     (r"(blocks/\d+/.*|final_|embed_|inputs_)norm/(scale|bias)", P()),
 )
@@ -67,25 +74,71 @@ BESIDE = re.compile(r"(?P<module>.*)/(lora/(?P<lora>\w+)|kernel/(?P<codes>\w+))"
 """Leaves that are split as a kernel is: the factors of its adapter, or what it is quantised to."""
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None, *, context: int = 1
+) -> Mesh:
     """A mesh over all devices; one of the sizes may be -1 and takes what the others leave.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp, tensor, 1]
+    sizes = [data, fsdp, tensor, context]
+    said = " ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True) if axis != "context" or size != 1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"mesh: data={data} fsdp={fsdp} tensor={tensor}: give positive sizes, and -1 for one at most")
+        raise UserError(f"mesh: {said}: give positive sizes, and -1 for one at most")
     rest = math.prod(size for size in sizes if size != -1)
     sizes = [len(devices) // rest if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
         raise UserError(
-            f"mesh: data={data} fsdp={fsdp} tensor={tensor} needs a multiple of {rest} devices and there are "
+            f"mesh: {said} needs a multiple of {rest} devices and there are "
             f"{len(devices)}; choose sizes whose product is {len(devices)}"
         )
-    grid = np.asarray(devices).reshape(sizes)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(arranged(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arranged(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
+    """The devices as an array of these sizes, in which neighbours of an axis are near each other.
+
+    Axes that talk least are the first ones, and these go over slices of TPUs, or hosts of GPUs, as far as sizes divide;
+    within a slice each axis runs along the lines of its torus. Devices of a CPU, and TPUs that are no whole box, keep
+    their order. An axis over several lines of a torus goes through them in their order, and not to and fro: so XLA uses
+    the links of all three directions at once, and with neighbours side by side it uses those of one.
+    """
+    parts = collections.defaultdict(list)
+    for device in devices:
+        parts[_island(device)].append(device)
+    islands = [parts[island] for island in sorted(parts)]
+    if len({len(island) for island in islands}) > 1:
+        return np.asarray(devices).reshape(sizes)
+    outer, inner, left = [], [], len(islands)
+    for size in sizes:
+        outer.append(math.gcd(size, left))
+        inner.append(size // outer[-1])
+        left //= outer[-1]
+    grid = np.empty(outer, dtype=object)
+    for place, island in zip(np.ndindex(*outer), islands, strict=True):
+        grid[place] = _in_torus(island, inner)
+    return np.block(grid.tolist())
+
+
+def _island(device: Any) -> int:
+    """Which devices have fast links between all of them: those of a slice of TPUs, or of a host with GPUs."""
+    match device.platform:
+        case "tpu":
+            return getattr(device, "slice_index", 0)
+        case "gpu":
+            return device.process_index
+    return 0
+
+
+def _in_torus(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
+    """The devices of a slice with each axis along lines of its torus; others, and parts of a slice, in their order."""
+    places = {(*device.coords, device.core_on_chip) for device in devices if device.platform == "tpu"}
+    spans = [len(set(line)) for line in zip(*places, strict=True)]
+    if not places or math.prod(spans) != len(devices):
+        return np.asarray(devices).reshape(sizes)
+    return mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)
 
 
 def platform(mesh: Mesh) -> str:
@@ -96,6 +149,16 @@ def platform(mesh: Mesh) -> str:
 def batch_shards(mesh: Mesh) -> int:
     """Parts that a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def token_shards(mesh: Mesh) -> int:
+    """Parts that the slots of a batch are split into, tensor left aside."""
+    return batch_shards(mesh) * mesh.shape["context"]
+
+
+def weight_shards(mesh: Mesh) -> int:
+    """Parts that one copy of the weights is split into, tensor left aside."""
+    return math.prod(mesh.shape[axis] for axis in SHARED)
 
 
 def param_shardings(params: Params, mesh: Mesh) -> Params:
@@ -135,9 +198,16 @@ def rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH))
 
 
+def activations(mesh: Mesh) -> NamedSharding:
+    """Activations [B, T, D] between layers: rows split like the batch, slots over `SLOTS`."""
+    slots = tuple(axis for axis in SLOTS if mesh.shape[axis] > 1)
+    return NamedSharding(mesh, P(BATCH, slots) if slots else P(BATCH))
+
+
 def head_split(mesh: Mesh) -> HeadSplit | None:
     """How scored tokens and the rows of a head are split, as `RULES` say it; None on one device."""
-    return None if mesh.size == 1 else HeadSplit(mesh, BATCH, "tensor", "fsdp")
+    tokens = (*BATCH, *(axis for axis in SHARED if axis not in BATCH and mesh.shape[axis] > 1))
+    return None if mesh.size == 1 else HeadSplit(mesh, tokens, "tensor", SHARED)
 
 
 def batch_shardings(batch: B, mesh: Mesh) -> B:
@@ -211,9 +281,13 @@ def shape_of(tree: Tree, shardings: Tree) -> Tree:
 
 
 def _fitted(shape: tuple[int, ...], spec: P, mesh: Mesh) -> NamedSharding:
-    """The rule on this mesh; an axis that does not divide its dimension is left out, so that dimension is whole."""
+    """The rule on this mesh; of each dimension's axes those from the first on that divide it are kept."""
     axes = tuple(spec) + (None,) * (len(shape) - len(tuple(spec)))
-    kept = (
-        axis if axis is None or size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True)
-    )
-    return NamedSharding(mesh, P(*kept))
+    return NamedSharding(mesh, P(*(_kept(axis, size, mesh) for axis, size in zip(axes, shape, strict=True))))
+
+
+def _kept(axes: str | tuple[str, ...] | None, size: int, mesh: Mesh) -> str | tuple[str, ...] | None:
+    """Those axes of a dimension that are kept; one by itself is no tuple."""
+    kept = dividing(mesh, (axes,) if isinstance(axes, str) else axes or (), size)
+    kept = tuple(axis for axis in kept if axis == kept[0] or mesh.shape[axis] > 1)
+    return kept if len(kept) > 1 else kept[0] if kept else None

@@ -37,12 +37,19 @@ class TokenScores(NamedTuple):
 
 
 class HeadSplit(NamedTuple):
-    """Over which axes of a mesh scored tokens and a head are split; the tokens' axes may include that of the width."""
+    """Over which axes of a mesh scored tokens and a head are split; the tokens' axes may include those of the width."""
 
     mesh: jax.sharding.Mesh
     tokens: tuple[str, ...]
     vocabulary: str | None
-    width: str | None
+    width: tuple[str, ...]
+
+
+def dividing(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, axes: tuple[str, ...], size: int) -> tuple[str, ...]:
+    """As many of these axes, from the first on, as divide a dimension of this size together."""
+    while axes and size % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1]
+    return axes
 
 
 class HeadShape(NamedTuple):
@@ -89,7 +96,7 @@ class ScanPlan(NamedTuple):
     def _spec(self, name: str) -> P:
         assert self.split is not None
         specs = {"tokens": P(self.split.tokens or None), "vocabulary": P(self.split.vocabulary)}
-        return specs.get(name) or P(self.split.vocabulary, self.split.width)
+        return specs.get(name) or P(self.split.vocabulary, self.split.width or None)
 
     def offset(self, rows: Float[Array, "W E"]) -> Any:
         """Vocabulary entry of this device's first row."""
@@ -103,24 +110,26 @@ class ScanPlan(NamedTuple):
 
     def whole_width(self, rows: Float[Array, "C E"]) -> Float[Array, "C D"]:
         """Rows of a head whose width is split."""
-        axis = self.split and self.split.width
-        return lax.all_gather(rows, axis, axis=1, tiled=True) if axis else rows
+        axes = self.split and self.split.width
+        return lax.all_gather(rows, axes, axis=1, tiled=True) if axes else rows
 
     def over_tokens(self, drows: Float[Array, "C D"]) -> Float[Array, "C E"]:
         """The sum over all tokens of each device's gradient of some rows, in the columns that the device holds."""
         if self.split is None:
             return drows
         tokens, width = self.split.tokens, self.split.width
-        if width in tokens:
+        if width and set(width) <= set(tokens):
             drows = lax.psum_scatter(drows, width, scatter_dimension=1, tiled=True)
-        elif width:
-            columns = drows.shape[1] // self.split.mesh.shape[width]
-            drows = lax.dynamic_slice_in_dim(drows, lax.axis_index(width) * columns, columns, 1)
-        return self.summed(drows, without=width)
+            return self.summed(drows, without=width)
+        drows = self.summed(drows)
+        if not width:
+            return drows
+        columns = drows.shape[1] // math.prod(self.split.mesh.shape[axis] for axis in width)
+        return lax.dynamic_slice_in_dim(drows, lax.axis_index(width) * columns, columns, 1)
 
-    def summed(self, x, *, without: str | None = None):
+    def summed(self, x, *, without: tuple[str, ...] = ()):
         """The sum over the devices that share the tokens."""
-        axes = tuple(axis for axis in self.split.tokens if axis != without) if self.split else ()
+        axes = tuple(axis for axis in self.split.tokens if axis not in without) if self.split else ()
         return lax.psum(x, axes) if axes else x
 
 
@@ -150,7 +159,7 @@ def _fitted(split: HeadSplit | None, hidden: Float[Array, "N D"], vocab: int) ->
     return split._replace(
         tokens=split.tokens if tokens % math.prod(sizes[axis] for axis in split.tokens) == 0 else (),
         vocabulary=split.vocabulary if split.vocabulary and 1 < sizes[split.vocabulary] <= vocab else None,
-        width=split.width if split.width and sizes[split.width] > 1 and width % sizes[split.width] == 0 else None,
+        width=tuple(axis for axis in dividing(split.mesh, split.width, width) if sizes[axis] > 1),
     )
 
 
@@ -282,12 +291,12 @@ def _slope(state: _Running, rows, targets, offset, plan: ScanPlan, dtype) -> Flo
 
 def _rows_of(local: Int[Array, " N"], rows: Float[Array, "W E"], plan: ScanPlan) -> Float[Array, "N D"]:
     """Rows of the head at these places; zeros at those that another device has."""
-    axis = plan.split and plan.split.width
-    shares = plan.split is not None and axis in plan.split.tokens
-    local = lax.all_gather(local, axis, tiled=True) if shares else local
+    axes = plan.split.width if plan.split is not None else ()
+    shares = plan.split is not None and bool(axes) and set(axes) <= set(plan.split.tokens)
+    local = lax.all_gather(local, axes, tiled=True) if shares else local
     inside = (local >= 0) & (local < rows.shape[0])
     found = jnp.where(inside[:, None], rows[jnp.clip(local, 0, rows.shape[0] - 1)], 0)
-    return lax.all_to_all(found, axis, 0, 1, tiled=True) if shares else plan.whole_width(found)
+    return lax.all_to_all(found, axes, 0, 1, tiled=True) if shares else plan.whole_width(found)
 
 
 def _scored_backward(plan: ScanPlan, residuals, cotangent):

@@ -3,6 +3,7 @@
 Letters: B rows, T positions, D width, N channels of embedding and head, L layers, P channels of an input by layer.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from dpo_jax.model.delta import GatedDeltaNet
 from dpo_jax.model.experts import Mixture, Routing
 from dpo_jax.model.layers import ACTIVATIONS, Dense, MLPLayer, NormLayer, lookup, normal
 from dpo_jax.model.mixers import AttentionLayer, Cached, KeyValue, MLALayer, View
+from dpo_jax.model.placement import TableSplit, inside_layers, settled, slot_axes
 from dpo_jax.model.remat import named
 from dpo_jax.model.spec import DecoderSpec
 
@@ -30,11 +32,24 @@ class Context(NamedTuple):
 
     view: View
     activations: jax.sharding.NamedSharding | None
-    """Where states live."""
+    """Where states live between layers."""
     weights: Float[Array, "B T"] | None
     """What each token counts in the routing of experts; None if nobody asks."""
     noise: Noise | None = None
     """Dropout of the adapters; None where nothing is dropped."""
+
+    def inside(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What a layer's products see, held where they want it; slopes along it are held where states live."""
+        return x if self._stays else settled(settled(x, self.activations), inside_layers(self.activations))
+
+    def between(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What they give, held where states live; slopes along it are held where products want them."""
+        return x if self._stays else settled(settled(x, inside_layers(self.activations)), self.activations)
+
+    @property
+    def _stays(self) -> bool:
+        """Whether no slots are split, so that there is nothing to say that the carry does not say."""
+        return self.activations is None or not slot_axes(self.activations)
 
 
 class Carry(NamedTuple):
@@ -74,15 +89,19 @@ class Block(nnx.Module):
     ) -> tuple[Carry, Memory, Routing | None]:
         """The layer's output, the memory of its mixer, and how its experts were chosen."""
         x, place = carry.x, self.layer.place
-        attended, memory, kept = self._attend(_before(self.attention_norm, x, place), context, memory, carry.kept)
+        normed = context.inside(_before(self.attention_norm, x, place))
+        attended, memory, kept = self._attend(normed, context, memory, carry.kept)
+        attended = context.between(attended)
         attended = _behind(self.attention_post_norm, named(attended, "attention_out")) * self.layer.residual_scale
         if place in ("parallel", "parallel2"):
             norm = self.attention_norm if place == "parallel" else self.mlp_norm
-            fed, routing = self._feed(_before(norm, x, place), x, context)
+            fed, routing = self._feed(context.inside(_before(norm, x, place)), x, context)
+            fed = context.between(fed)
             return Carry(x + attended + named(fed, "mlp_out"), kept), memory, routing
         x = x + attended
         x = x if place != "residual" else _behind(self.attention_norm, x)
-        fed, routing = self._feed(_before(self.mlp_norm, x, place), x, context)
+        fed, routing = self._feed(context.inside(_before(self.mlp_norm, x, place)), x, context)
+        fed = context.between(fed)
         x = x + _behind(self.mlp_post_norm, named(fed, "mlp_out")) * self.layer.residual_scale
         x = x if place != "residual" else _behind(self.mlp_norm, x)
         x = x if inputs is None else x + self._input(x, inputs)
@@ -91,7 +110,7 @@ class Block(nnx.Module):
 
     def _attend(self, x, context: Context, memory, kept):
         if self.delta is not None:
-            mixed, memory = self.delta(x, context.view.text, memory)
+            mixed, memory = self.delta(x, context.view.text, memory, activations=context.activations)
             return mixed, memory, kept
         assert self.attention is not None
         return self.attention(x, context.view, memory, kept)
@@ -174,22 +193,30 @@ class Ends(nnx.Module):
         self.inputs_norm = NormLayer(spec.norm, spec.layers[0].inputs) if channels else None
         self.spec = spec
 
-    def first(self, tokens: Int[Array, "B T"], position: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """What the first block sees."""
-        x = lookup(self.embed.embedding[...], tokens)
+    def first(
+        self, tokens: Int[Array, "B T"], position: Int[Array, "B T"], split: Callable[..., TableSplit | None]
+    ) -> Float[Array, "B T D"]:
+        """What the first block sees; `split` says of a table's shape how it is looked up in."""
+        table = self.embed.embedding[...]
+        x = lookup(table, tokens, split(table.shape))
         x = x * jnp.asarray(self.spec.embed_scale, x.dtype) if self.spec.embed_scale != 1.0 else x
         x = x if self.project_in is None else self.project_in(x)
         if self.positions is not None:
-            x = x + lookup(self.positions.embedding[...], position + self.spec.position_offset)
+            table = self.positions.embedding[...]
+            columns = split(table.shape, vocabulary=False)
+            x = x + lookup(table, position + self.spec.position_offset, columns)
         return _behind(self.embed_norm, x)
 
-    def each(self, tokens: Int[Array, "B T"], x: Float[Array, "B T D"]) -> Float[Array, "L B T P"] | None:
+    def each(
+        self, tokens: Int[Array, "B T"], x: Float[Array, "B T D"], split: Callable[..., TableSplit | None]
+    ) -> Float[Array, "L B T P"] | None:
         """What each block is told of each token beside the states: `(norm(project(x)) + table[token]) / sqrt 2`."""
         if self.inputs is None or self.inputs_projection is None or self.inputs_norm is None:
             return None
         shape = (*tokens.shape, len(self.spec.layers), -1)
         own = (self.inputs_projection(x) * jnp.asarray(self.spec.width**-0.5, x.dtype)).reshape(shape)
-        known = lookup(self.inputs.embedding[...], tokens).reshape(shape)
+        table = self.inputs.embedding[...]
+        known = lookup(table, tokens, split(table.shape, vocabulary=False)).reshape(shape)
         known = known * jnp.asarray(known.shape[-1] ** 0.5, x.dtype)
         both = (self.inputs_norm(own) + known) * jnp.asarray(2**-0.5, x.dtype)
         return jnp.moveaxis(both, 2, 0)

@@ -24,6 +24,7 @@ from dpo_jax.model.blocks import Block, Carry, Context, Ends, Memory
 from dpo_jax.model.delta import empty_memory
 from dpo_jax.model.experts import Routing, added
 from dpo_jax.model.mixers import CachedView, KeyValue, PackedView
+from dpo_jax.model.placement import between_layers, settled, table_split
 from dpo_jax.model.remat import recomputed
 from dpo_jax.model.settings import REMATS
 from dpo_jax.model.spec import DecoderSpec
@@ -177,9 +178,9 @@ def hidden_and_routing(
 
     `noise` is the dropout of a training step's adapters.
     """
-    where, again = execution.activations, REMATS[execution.remat].attention
+    where, again = between_layers(execution.activations, *tokens.shape), REMATS[execution.remat].attention
     view = PackedView.of(spec, layout, execution.attention, bounds=execution.bounds, activations=where, remat=again)
-    context = Context(view, execution.activations, weights, noise)
+    context = Context(view, where, weights, noise)
     x, _, routing = _run(spec, params, tokens, context, execution, {}, {})
     return x, routing
 
@@ -275,8 +276,9 @@ def _shared_kv(spec: DecoderSpec, shape: tuple[int, ...], dtype: DTypeLike) -> d
 def _run(spec: DecoderSpec, params: Params, tokens, context: Context, execution: Execution, memory, kept):
     """Embed, run every block with its memory, normalise; also the new memory, and the routing of all layers."""
     ends = _merged(*_ends_graph(spec), {name: leaf for name, leaf in params.items() if name != "blocks"})
-    x = _settled(ends.first(tokens, context.view.position), context.activations)
-    inputs, carry = ends.each(tokens, x), Carry(x, kept or _shared_kv(spec, tokens.shape, x.dtype))
+    split = functools.partial(table_split, execution.head, context.activations, rows=tokens.shape[0])
+    x = settled(ends.first(tokens, context.view.position, split), context.activations)
+    inputs, carry = ends.each(tokens, x, split), Carry(x, kept or _shared_kv(spec, tokens.shape, x.dtype))
     found, routings = {}, []
     for segment in specs.segments(spec.layers):
         names = [str(segment.first + k) for k in range(len(segment.kinds))]
@@ -288,7 +290,7 @@ def _run(spec: DecoderSpec, params: Params, tokens, context: Context, execution:
         routings += [jax.tree.map(lambda leaf: leaf.sum(axis=0), one) for one in routing if one is not None]
     # Said again after the last block: without it XLA has computed wrong numbers where a projection follows a scan and
     # rows are split over two axes of the mesh (OPT-350m's layout on 2 x 2 x 2 devices, jax 0.10.2 and 0.12).
-    x = _settled(carry.x, context.activations)
+    x = settled(carry.x, context.activations)
     return ends.last(x), found, functools.reduce(added, routings) if routings else None
 
 
@@ -308,7 +310,7 @@ def _pattern(spec: DecoderSpec, kinds: tuple[specs.Layer, ...], context: Context
         whole = composed(weights, _block_shapes(kind, spec), context.noise)
         module = _merged(*_block_graph(kind, spec), whole)
         carry, memory, routing = module(carry, context, memory, inputs)
-        return carry._replace(x=_settled(carry.x, context.activations)), memory, routing
+        return carry._replace(x=settled(carry.x, context.activations)), memory, routing
 
     def run(carry, stacked):
         weights, memories, inputs = stacked
@@ -337,11 +339,6 @@ def _repeat(run, carry: Carry, stacked: Tree, times: int, scan: bool):
         carry, result = run(carry, layer)
         results.append(result)
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
-
-
-def _settled(x: Float[Array, "B T D"], where: jax.sharding.NamedSharding | None) -> Float[Array, "B T D"]:
-    """Activations held where the execution wants them, so that weights move to them and not the reverse."""
-    return x if where is None else lax.with_sharding_constraint(x, where)
 
 
 # ---------------------------------------------------------------------------------------------- NNX boundary

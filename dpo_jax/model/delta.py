@@ -17,11 +17,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from dpo_jax.model import spec as specs
 from dpo_jax.model.layers import Dense, NormLayer, normal
+from dpo_jax.model.placement import by_heads, by_slots, head_axes, repeated, row_axes, slot_axes
 from dpo_jax.model.remat import named
 
 CHUNK = 64
@@ -59,19 +62,26 @@ class Convolution(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T E"], text: Int[Array, "B T"], before: Float[Array, "B P E"]
     ) -> Float32[Array, "B T E"]:
-        """`y_t = sum over lags j of kernel[:, -1 - j] * x_{t-j}`, over the tokens of t's own text.
+        """As the function `convolution`."""
+        return convolution(x, self.kernel[...], text, before)
 
-        `before` are the inputs before x: of text 1, or zeros.
-        """
-        kernel, length = self.kernel[...].astype(jnp.float32), x.shape[1]
-        inputs = jnp.concatenate([before.astype(x.dtype), x], axis=1)
-        owner = jnp.pad(text, ((0, 0), (before.shape[1], 0)), constant_values=1)
-        total = jnp.zeros(x.shape, jnp.float32)
-        for tap in range(kernel.shape[1]):
-            own = (owner[:, tap : tap + length] == text)[:, :, None]
-            seen = jnp.where(own, inputs[:, tap : tap + length], 0).astype(jnp.float32)
-            total = total + seen * kernel[None, None, :, tap]
-        return total
+
+def convolution(
+    x: Float[Array, "B T E"], kernel: Float[Array, "E J"], text: Int[Array, "B T"], before: Float[Array, "B P E"]
+) -> Float32[Array, "B T E"]:
+    """`y_t = sum over lags j of kernel[:, -1 - j] * x_{t-j}`, over the tokens of t's own text.
+
+    `before` are the inputs before x: of text 1, or zeros.
+    """
+    kernel, length = kernel.astype(jnp.float32), x.shape[1]
+    inputs = jnp.concatenate([before.astype(x.dtype), x], axis=1)
+    owner = jnp.pad(text, ((0, 0), (before.shape[1], 0)), constant_values=1)
+    total = jnp.zeros(x.shape, jnp.float32)
+    for tap in range(kernel.shape[1]):
+        own = (owner[:, tap : tap + length] == text)[:, :, None]
+        seen = jnp.where(own, inputs[:, tap : tap + length], 0).astype(jnp.float32)
+        total = total + seen * kernel[None, None, :, tap]
+    return total
 
 
 class GatedDeltaNet(nnx.Module):
@@ -93,7 +103,12 @@ class GatedDeltaNet(nnx.Module):
         self.spec = spec
 
     def __call__(
-        self, x: Float[Array, "B T D"], text: Int[Array, "B T"], memory: Memory | None = None
+        self,
+        x: Float[Array, "B T D"],
+        text: Int[Array, "B T"],
+        memory: Memory | None = None,
+        *,
+        activations: NamedSharding | None = None,
     ) -> tuple[Float[Array, "B T D"], Memory | None]:
         """Each token mixed with the tokens before it of its own text, and what the last one leaves behind.
 
@@ -104,12 +119,18 @@ class GatedDeltaNet(nnx.Module):
             token   0  1    2      3  4    5
             text    1  1    1      2  2    0
             sees    0  0,1  0,1,2  3  3,4  -
+
+        `activations` says how rows and slots are split; where slots are, each device mixes whole rows of its own heads.
         """
         x = jnp.where((text != 0)[:, :, None], x, 0)  # padding then has a key and a value of zero: it writes nothing
         past = empty_memory(self.spec, x.shape[0], x.dtype) if memory is None else memory
         inputs = named(self.mixed(x), "qkv")
-        query, key, value = self._heads(jax.nn.silu(self.conv(inputs, text, past.conv)))
         strength = jax.nn.sigmoid(self.strength(x).astype(jnp.float32))
+        if memory is None and activations is not None and slot_axes(activations):
+            return self._gated(
+                named(self._by_heads(inputs, strength, self._decay(x), text, activations), "context"), x
+            ), None
+        query, key, value = self._heads(jax.nn.silu(self.conv(inputs, text, past.conv)))
         mixed, state = gated_delta(query, key, value, strength, self._decay(x), text, past.state)
         y = self._gated(named(mixed, "context"), x)
         if memory is None:
@@ -121,11 +142,57 @@ class GatedDeltaNet(nnx.Module):
         self, mixed: Float32[Array, "B T E"]
     ) -> tuple[Float32[Array, "B T K C"], Float32[Array, "B T K C"], Float32[Array, "B T H V"]]:
         """Queries and keys of length one, and values."""
+        query, key, value = self._parted(mixed, axis=2)
+        return _unit(query), _unit(key), value
+
+    def _parted(self, channels: Array, axis: int) -> tuple[Array, Array, Array]:
+        """What belongs to queries, keys and values of the convolution's channels, by head."""
         spec, keys = self.spec, self.spec.key_heads * self.spec.key_dim
-        query, key, value = jnp.split(mixed, [keys, 2 * keys], axis=-1)
-        lead = mixed.shape[:2]
-        query, key = (_unit(each.reshape(*lead, spec.key_heads, spec.key_dim)) for each in (query, key))
-        return query, key, value.reshape(*lead, spec.value_heads, spec.value_dim)
+        sizes = ((spec.key_heads, spec.key_dim), (spec.key_heads, spec.key_dim), (spec.value_heads, spec.value_dim))
+        parts = jnp.split(channels, [keys, 2 * keys], axis=axis)
+        lead, last = channels.shape[:axis], channels.shape[axis + 1 :]
+        query, key, value = (part.reshape(*lead, *size, *last) for part, size in zip(parts, sizes, strict=True))
+        return query, key, value
+
+    def _by_heads(
+        self,
+        inputs: Float[Array, "B T E"],
+        strength: Float32[Array, "B T H"],
+        decay: Float32[Array, "B T H"],
+        text: Int[Array, "B T"],
+        activations: NamedSharding,
+    ) -> Float32[Array, "B T H V"]:
+        """The convolution and the delta rule over whole rows, each device for its own heads."""
+        spec = self.spec
+        split = head_axes(activations, spec.value_heads, spec.key_heads)
+        whole = by_heads(activations, split.axes)
+
+        def local(text, strength, decay, inputs, kernels):
+            found = []
+            for x, kernel in zip(inputs, kernels, strict=True):
+                flat = x.reshape(*x.shape[:2], -1)
+                before = jnp.zeros((x.shape[0], spec.kernel - 1, flat.shape[2]), x.dtype)
+                bent = jax.nn.silu(convolution(flat, kernel.reshape(flat.shape[2], -1), text, before))
+                found.append(bent.reshape(x.shape))
+            query, key, value = found
+            state = jnp.zeros((x.shape[0], value.shape[2], spec.key_dim, spec.value_dim), jnp.float32)
+            return gated_delta(_unit(query), _unit(key), value, strength, decay, text, state)[0]
+
+        def own(query, key, value, axis):
+            return repeated(query, split.repeats, axis), repeated(key, split.repeats, axis), value
+
+        mixed = jax.shard_map(
+            local,
+            mesh=activations.mesh,
+            in_specs=(P(row_axes(activations)), whole, whole, whole, P(split.axes or None)),
+            out_specs=whole,
+            check_vma=False,
+        )
+        arrays = own(*self._parted(inputs, axis=2), axis=2)
+        kernels = own(*self._parted(self.conv.kernel[...], axis=0), axis=0)
+        return by_slots(
+            activations, mixed(text, strength, decay, tuple(by_slots(activations, x) for x in arrays), kernels)
+        )
 
     def _decay(self, x: Float[Array, "B T D"]) -> Float32[Array, "B T H"]:
         """`g = -exp(decay_rate) softplus(decay(x) + decay_bias)`: the logarithm of what is kept of the state."""

@@ -1,5 +1,6 @@
 """The small layers that decoders are made of. Letters: B rows, T positions, D width, I inputs, O outputs, H heads."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from dpo_jax.model import spec as specs
 from dpo_jax.model.adapters import product
+from dpo_jax.model.placement import TableSplit, found_in_parts, summed_in_parts
 from dpo_jax.model.remat import cheap
 
 INITIAL_SCALE = 0.02
@@ -24,23 +26,28 @@ def normal(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
 # bfloat16 stands still after 256 equal terms; here they are added in float32, and the sum is rounded once.
 
 
-@jax.custom_vjp
-def lookup(table: Float[Array, "V N"], index: Int[Array, "*B"]) -> Float[Array, "*B N"]:
-    """Rows of a table."""
-    return table[index]
+def lookup(
+    table: Float[Array, "V N"], index: Int[Array, "*B"], split: TableSplit | None = None
+) -> Float[Array, "*B N"]:
+    """Rows of a table; with `split` each device looks up in its own part, for rows of indices [B, T]."""
+    return _lookup(table, index, split)
 
 
-def _lookup(table, index):
-    return table[index], (table, index)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _lookup(table, index, split):
+    return table[index] if split is None else found_in_parts(split, table, index)
 
 
-def _lookup_back(kept, slope):
+def _lookup_back(split, kept, slope):
     table, index = kept
-    total = jnp.zeros(table.shape, jnp.float32).at[index].add(slope.astype(jnp.float32))
+    if split is None:
+        total = jnp.zeros(table.shape, jnp.float32).at[index].add(slope.astype(jnp.float32))
+    else:
+        total = summed_in_parts(split, table.shape, index, slope)
     return total.astype(table.dtype), None
 
 
-lookup.defvjp(_lookup, _lookup_back)
+_lookup.defvjp(lambda table, index, split: (_lookup(table, index, split), (table, index)), _lookup_back)
 
 
 @jax.custom_vjp

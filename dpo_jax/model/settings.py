@@ -198,6 +198,11 @@ class MeshSettings(Section):
         default=-1, description="devices that share one copy of the weights; each sees its own part of the batch"
     )
     tensor: int = Field(default=1, description="devices that share each matrix product")
+    context: int = Field(
+        default=1,
+        description="devices that share each row, for rows longer than one device holds, and the weights with fsdp; a "
+        "power of two that divides the model's heads",
+    )
 
     @model_validator(mode="after")
     def _sizes(self) -> "MeshSettings":
@@ -205,6 +210,8 @@ class MeshSettings(Section):
         rest = [axis for axis, size in sizes.items() if size == -1]
         found = [f"mesh.{axis}: must be > 0, or -1" for axis, size in sizes.items() if size == 0 or size < -1]
         found += [f"mesh.{axis}: only one axis of the mesh may be -1" for axis in rest if len(rest) > 1]
+        if self.context > 0 and self.context & (self.context - 1):
+            found.append(f"mesh.context: {self.context}: must be a power of two, which the lengths of rows divide by")
         if found:
             raise ValueError("\n".join(found))
         return self

@@ -96,7 +96,7 @@ def activation_bytes(
     ids = jax.ShapeDtypeStruct(rows, jnp.int32)
     residuals = jax.tree.leaves(jax.eval_shape(forward, params, ids, ids, ids, ids))
     weights = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)}
-    tensor, shards = mesh.shape["tensor"], mesh.shape["data"] * mesh.shape["fsdp"]
+    tensor, shards = mesh.shape["tensor"], sharding.token_shards(mesh)
     return sum(
         leaf.size * leaf.dtype.itemsize // (tensor if _is_split(leaf, objective.spec.width, tensor) else 1) // shards
         for leaf in residuals
@@ -115,14 +115,15 @@ def _gathered(
     places: dict[str, jax.sharding.NamedSharding],
     mesh: jax.sharding.Mesh,
 ) -> int:
-    """The largest layer's weights, whole over the fsdp axis, and its gradient before it is scattered."""
-    if mesh.shape["fsdp"] == 1:
+    """The largest layer's weights, whole over the axes that share them, and its gradient before it is scattered."""
+    if sharding.weight_shards(mesh) == 1:
         return 0
     layers: dict[str, int] = {}
     for path, leaf in leaves.items():
         if path.startswith("blocks/"):
             stack = path.split("/")[1]
-            parts = math.prod(mesh.shape[axis] for axis in jax.tree.leaves(tuple(places[path].spec)) if axis != "fsdp")
+            axes = set(jax.tree.leaves(tuple(places[path].spec))) - set(sharding.SHARED)
+            parts = math.prod(mesh.shape[axis] for axis in axes)
             layers[stack] = layers.get(stack, 0) + leaf.size * leaf.dtype.itemsize // leaf.shape[0] // parts
     return 2 * max(layers.values(), default=0)
 
@@ -130,7 +131,7 @@ def _gathered(
 def _head(objective: TrainingObjective, packed: Batch, mesh: jax.sharding.Mesh) -> int:
     """Chunks of logits, states of the scored tokens and the slope along them in float32, and a chunk of weights."""
     width, dtype = objective.spec.head_width, jnp.dtype(objective.compute_dtype)
-    scored = packed.source.size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    scored = packed.source.size // sharding.token_shards(mesh)
     chunk = min(CHUNK, objective.spec.vocab_size)
     states = scored * width * (2 * 4 + dtype.itemsize)
     return LOGITS * scored * chunk * 4 + states + chunk * width * (4 + dtype.itemsize)

@@ -26,6 +26,7 @@ from dpo_jax.model.decoder import (
     scalar_scores,
 )
 from dpo_jax.model.experts import Routing
+from dpo_jax.model.placement import picked
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.objectives.metrics import Mean, Means
 from dpo_jax.objectives.pairs import Pairs, Ranking, Sums
@@ -81,8 +82,10 @@ def score(
     noise = None if dropout is None else _noise(packed, dropout)
     states, routing = _states(spec, params, packed, execution, noise, routed=wanted.routing)
     if spec.scalar_head:
-        return _scalar(spec, params, states, packed)._replace(routing=routing)
-    sources = jnp.take_along_axis(states, packed.source[:, :, None], axis=1).reshape(-1, spec.head_width)
+        return _scalar(spec, params, picked(states, packed.last, execution.activations), packed)._replace(
+            routing=routing
+        )
+    sources = picked(states, packed.source, execution.activations)
     targets = packed.target.reshape(-1)
     head = head_of(spec, params)
     found = linear_scores(
@@ -106,15 +109,14 @@ def score(
 
 def _states(
     spec: DecoderSpec, params: Params, packed: Batch, execution: Execution, noise: Noise | None, *, routed: bool
-) -> tuple[Float[Array, "D N W"], Routing | None]:
+) -> tuple[Float[Array, "B T W"], Routing | None]:
     """Final hidden states of every slot, and how experts were chosen if that is wanted."""
     shards, rows, length = packed.tokens.shape
     flat = (shards * rows, length)
     layout = Layout(packed.group.reshape(flat), packed.branch.reshape(flat), packed.position.reshape(flat))
     weights = _texts(layout) if routed else None
     execution = dataclasses.replace(execution, bounds=bounds_of(packed, execution.platform))
-    states, routing = hidden_and_routing(spec, params, packed.tokens.reshape(flat), layout, weights, execution, noise)
-    return states.reshape(shards, rows * length, spec.head_width), routing
+    return hidden_and_routing(spec, params, packed.tokens.reshape(flat), layout, weights, execution, noise)
 
 
 def _noise(packed: Batch, dropout: Dropout) -> Noise | None:
@@ -154,10 +156,9 @@ def _texts(layout: Layout) -> Float[Array, "B T"]:
     return jnp.where(layout.group == 0, 0, jnp.where(layout.branch > 0, 1, branches)).astype(jnp.float32)
 
 
-def _scalar(spec: DecoderSpec, params: Params, states: Float[Array, "D N W"], packed: Batch) -> Scores:
-    """A reward model's score of each completion, at its last token."""
-    last = jnp.take_along_axis(states, packed.last[:, :, None], axis=1)
-    values = scalar_scores(spec, params, last.reshape(-1, spec.head_width)).reshape(packed.last.shape)
+def _scalar(spec: DecoderSpec, params: Params, last: Float[Array, "M W"], packed: Batch) -> Scores:
+    """A reward model's score of each completion, from the state of its last token."""
+    values = scalar_scores(spec, params, last).reshape(packed.last.shape)
     nothing = jnp.zeros(packed.ids.shape, jnp.float32)
     return Scores(jnp.zeros(packed.source.shape, jnp.float32), values, nothing, nothing, nothing, nothing)
 

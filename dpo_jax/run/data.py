@@ -160,7 +160,8 @@ class Packing:
         """That of the settings on a mesh; `attention_length` in place of that of the mesh's devices."""
         length = attention_length or length_on(sharding.platform(mesh))
         shards, rankings = sharding.batch_shards(mesh), data_of(terms) == "rankings"
-        return cls(batch.pairs, shards, batch.micro_tokens, batch.share_prompts, max_length, length, rankings)
+        micro_tokens = batch.micro_tokens and batch.micro_tokens * mesh.shape["context"]  # a shard is so many devices
+        return cls(batch.pairs, shards, micro_tokens, batch.share_prompts, max_length, length, rankings)
 
     def can_share_prompt(self, spec: DecoderSpec) -> bool:
         """Whether prompts are laid out once for all their completions."""

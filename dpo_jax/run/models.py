@@ -1,6 +1,7 @@
 """The models of a run: checked before any weights, read onto their devices, and put together with the objective."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from dpo_jax.model.backends import table
 from dpo_jax.model.decoder import Execution, Model, abstract_params, held_in
 from dpo_jax.model.quantised import Kind, kept_shapes
 from dpo_jax.model.settings import AUTO, FITTING, MeshSettings, ModelSettings
-from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.model.spec import DecoderSpec, GatedDelta
 from dpo_jax.model.weights import Weights, head_is_frozen
 from dpo_jax.objectives.terms import Term
 from dpo_jax.preference.loss import TrainingObjective
@@ -35,7 +36,7 @@ def make_mesh(mesh: MeshSettings, model: ModelSettings, devices: Sequence[Any] |
 
     float32 means float32 also where matrix units round by default.
     """
-    made = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor, devices)
+    made = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor, devices, context=mesh.context)
     exact = compute_dtype(model, made) == "float32"
     jax.config.update("jax_default_matmul_precision", "highest" if exact else None)
     if devices is None:
@@ -129,6 +130,7 @@ def check_models(
     policy = spec_of(sources.policy, sources.rows, scalar_head=scalar_head)
     _check_length("model.path", policy, max_length)
     attention_of(model, policy, mesh)
+    check_context(policy, mesh)
     if model.router_aux and policy.experts is None:
         raise UserError(f"model.router_aux: {model.router_aux} balances experts, and there are none; leave it out")
     if reference.mode == "none" or sources.reference_is_policy:
@@ -141,11 +143,29 @@ def check_models(
         )
     _check_length("reference.path", other, max_length)
     attention_of(model, other, mesh)
+    check_context(other, mesh)
     if reference.mode == "live" and other != policy:
         raise UserError(
             "reference.mode: live computes the reference as it computes the policy, and "
             f"reference.path {reference.path} is another kind of model; give mode: cached"
         )
+
+
+def check_context(spec: DecoderSpec, mesh: jax.sharding.Mesh) -> None:
+    """Whether the mesh's context axis can share rows of this model, whose heads it splits together with tensor.
+
+    Raises:
+      UserError: it does not divide the heads of a layer.
+    """
+    tensor, context = mesh.shape["tensor"], mesh.shape["context"]
+    mixers = {layer.mixer for layer in spec.layers}
+    for heads in sorted({m.value_heads if isinstance(m, GatedDelta) else m.heads for m in mixers}):
+        if context > 1 and heads % (tensor * context):
+            most = math.gcd(heads, tensor * context)
+            raise UserError(
+                f"mesh.context: {context} with tensor={tensor} splits heads into {tensor * context} parts, and layers "
+                f"have {heads}; choose sizes whose product divides {most}"
+            )
 
 
 def check_ending(sources: Sources, tokenizer: Tokenizer, export: ExportSettings, *, scalar_head: bool) -> Ending | None:
@@ -218,7 +238,7 @@ def make_objective(
 ) -> TrainingObjective:
     """The objective on this model; of its weights (arrays or shapes) it matters which are trained, and `dropout` is of
     their adapter."""
-    where, split, attention = sharding.rows(mesh), sharding.head_split(mesh), attention_of(model, spec, mesh)
+    where, split, attention = sharding.activations(mesh), sharding.head_split(mesh), attention_of(model, spec, mesh)
     platform, frozen = sharding.platform(mesh), head_is_frozen(spec, weights)
     policy = FITTING[0] if model.remat == AUTO else model.remat  # until the step's bytes are known
     execution = Execution(model.scan_layers, policy, where, attention, platform, split, frozen)

@@ -243,4 +243,4 @@ def moved_by(step: PlannedStep) -> Moved:
     narrow = jax.eval_shape(functools.partial(cast, dtype=jnp.dtype(step.objective.compute_dtype)), params)
     shard = memory.per_device(narrow, places)
     kept = memory.activation_bytes(step.objective, step.packed, step.mesh, remat="none")
-    return Moved(shard * step.mesh.shape["fsdp"], shard, memory.per_device(params, places), kept)
+    return Moved(shard * sharding.weight_shards(step.mesh), shard, memory.per_device(params, places), kept)

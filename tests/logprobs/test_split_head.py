@@ -1,7 +1,6 @@
 """A head that is split over devices, or frozen, says what the whole one says, and no device ever has all of it."""
 
 import functools
-import math
 import re
 
 import jax
@@ -14,10 +13,17 @@ from jax.sharding import PartitionSpec as P
 from dpo_jax import linear_logprobs, sharding
 from dpo_jax.logprobs.fused import HeadSplit, TokenScores
 from dpo_jax.logprobs.tokens import linear_scores
+from tests.support.exchanges import collectives
 from tests.support.tiers import by_day
 
-MESHES = {"tensor 2, fsdp 2": (1, 2, 2), "tensor 4": (1, 1, 4), "fsdp 4": (1, 4, 1), "data 2, fsdp 2": (2, 2, 1)}
-DAY = {"tensor 2, fsdp 2", "tensor 4"}
+MESHES = {
+    "tensor 2, fsdp 2": (1, 2, 2, 1),
+    "tensor 4": (1, 1, 4, 1),
+    "fsdp 4": (1, 4, 1, 1),
+    "data 2, fsdp 2": (2, 2, 1, 1),
+    "fsdp 2, context 2": (1, 2, 1, 2),
+}
+DAY = {"tensor 2, fsdp 2", "tensor 4", "fsdp 2, context 2"}
 COTANGENT = jnp.linspace(-1.0, 2.0, 8)
 
 
@@ -51,8 +57,8 @@ def on_one_device(vocab, frozen):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_split_head_is_the_whole_head(mesh, vocab, frozen):
     """Also where the vocabulary is odd, even where a device is left without any of it."""
-    data, fsdp, tensor = MESHES[mesh]
-    devices = sharding.make_mesh(data, fsdp, tensor, jax.devices()[:4])
+    data, fsdp, tensor, context = MESHES[mesh]
+    devices = sharding.make_mesh(data, fsdp, tensor, jax.devices()[:4], context=context)
     hidden, rows, bias, targets = problem(vocab)
     slopes, scores = on_one_device(vocab, frozen)
     split = sharding.head_split(devices)
@@ -70,27 +76,18 @@ def test_sizes_that_the_axes_do_not_divide_are_whole_on_each_device():
     hidden, rows, bias, targets = problem(101, width=6)
     whole = measured(targets, chunk=32)(hidden, rows, bias)
     for names in (("data", "fsdp"), ()):  # tokens that are split over the width's axis, and tokens that are not
-        split = HeadSplit(mesh, names, "tensor", "fsdp")
+        split = HeadSplit(mesh, names, "tensor", ("fsdp",))
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6),
             measured(targets, chunk=32, split=split)(hidden, rows, bias),
             whole,
         )
     hidden, rows, bias, targets = problem(101)
-    split, whole = HeadSplit(mesh, (), None, "fsdp"), measured(targets, chunk=32)(hidden, rows, bias)
+    split, whole = HeadSplit(mesh, (), None, ("fsdp",)), measured(targets, chunk=32)(hidden, rows, bias)
     found = measured(targets, chunk=32, split=split)(hidden, rows, bias)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6), found, whole)
     frozen = measured(targets, chunk=32, split=split, frozen=True)(hidden, rows, bias)
     np.testing.assert_allclose(frozen[0][0], whole[0][0], rtol=1e-6, atol=2e-6)
-
-
-def collectives(text):
-    """Kind and size, in elements, of each collective of a compiled program."""
-    pattern = (
-        r"= \(?\w+\[([\d,]*)\]\S* (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-    )
-    found = re.findall(pattern, text)
-    return [(kind, math.prod(int(size) for size in dims.split(",") if size)) for dims, kind in found]
 
 
 @pytest.mark.parametrize("mesh", by_day(MESHES, DAY))
@@ -99,13 +96,14 @@ def collectives(text):
 def test_no_device_gathers_the_head_or_the_logits(mesh, vocab, frozen):
     """The largest thing that moves is a chunk of the head; an odd vocabulary's gradient alone is put together whole,
     because such a head lies whole on each device."""
-    data, fsdp, tensor = MESHES[mesh]
-    devices = sharding.make_mesh(data, fsdp, tensor, jax.devices()[:4])
+    data, fsdp, tensor, context = MESHES[mesh]
+    devices = sharding.make_mesh(data, fsdp, tensor, jax.devices()[:4], context=context)
     width, chunk, n = 48, 32, 8
     hidden, rows, bias, targets = problem(vocab, width, n)
     split = sharding.head_split(devices)
     places = sharding.param_shardings({"head": {"embedding": rows, "bias": bias}}, devices)["head"]
-    tokens = NamedSharding(devices, P(sharding.BATCH))
+    assert split is not None
+    tokens = NamedSharding(devices, P(split.tokens))
     run = jax.jit(
         lambda h, w, b, t: measured(t, chunk=chunk, split=split, frozen=frozen)(h, w, b)[0],
         in_shardings=(tokens, places["embedding"], places["bias"], tokens),
@@ -115,7 +113,7 @@ def test_no_device_gathers_the_head_or_the_logits(mesh, vocab, frozen):
     moved, own = collectives(text), -(-vocab // tensor)
     largest = max(size for _, size in moved)
     assert largest <= (chunk if vocab % tensor == 0 or frozen else own * tensor) * width, moved
-    local = n // (data * fsdp)
+    local = n // (data * fsdp * context)
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w\d+\[(\d+(?:,\d+)+)\]", text)}
     assert not [shape for shape in shapes if {local, n} & set(shape) and {vocab, own} & set(shape)]
 

@@ -20,6 +20,8 @@ MESHES = {
     "tensor 2": {"fsdp": 1, "tensor": 2},
     "fsdp 4": {"fsdp": 4},
     "data 2, tensor 2": {"data": 2, "fsdp": 1, "tensor": 2},
+    "tensor 2, context 2": {"fsdp": 1, "tensor": 2, "context": 2},
+    "fsdp 2, context 2": {"fsdp": 2, "context": 2},
 }
 ON_EIGHT = ("gpt_oss", "deepseek_v3", "qwen3_5_text", "bloom", "opt_narrow", "gemma4_everything")
 EIGHT = """
@@ -30,9 +32,10 @@ import numpy as np
 from pathlib import Path
 from dpo_jax import sharding
 from tests.support.sharded import sharded_logits
-mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-for folder in map(Path, sys.argv[1:]):
-    np.save(folder / "eight.npy", sharded_logits(folder, np.load(folder / "ids.npy"), mesh))
+for name, sizes in (("tensor", {"data": 2, "tensor": 2}), ("context", {"tensor": 2, "context": 2})):
+    mesh = sharding.make_mesh(**sizes)
+    for folder in map(Path, sys.argv[1:]):
+        np.save(folder / f"{name}.npy", sharded_logits(folder, np.load(folder / "ids.npy"), mesh))
 """
 
 
@@ -40,7 +43,7 @@ def mesh_of(sizes: dict[str, int]):
     return sharding.make_mesh(**sizes, devices=jax.devices()[: int(np.prod(list(sizes.values())))])
 
 
-@pytest.mark.parametrize("mesh", by_day(MESHES, {"data 2, tensor 2"}))
+@pytest.mark.parametrize("mesh", by_day(MESHES, {"data 2, tensor 2", "tensor 2, context 2"}))
 @pytest.mark.parametrize("name", by_day(KINDS, LIGHT_MIXERS))
 def test_a_mesh_changes_nothing(name, mesh):
     found = sharded_logits(own(name).path, four_rows(name), mesh_of(MESHES[mesh]))
@@ -60,8 +63,8 @@ def wanted_of(name: str) -> np.ndarray:
 
 
 @functools.cache
-def on_eight() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Logits found on eight devices and wanted, by name.
+def on_eight() -> dict[tuple[str, str], np.ndarray]:
+    """Logits found on eight devices, by the model's name and that of the mesh.
 
     In a process of its own, as the number of devices is settled when JAX starts; one row for each part of the batch,
     and no two alike, so that it shows if they are mixed up.
@@ -78,13 +81,18 @@ def on_eight() -> dict[str, tuple[np.ndarray, np.ndarray]]:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return {name: (np.load(folder / "eight.npy"), wanted_of(name)) for name, folder in folders.items()}
+    return {
+        (name, mesh): np.load(folder / f"{mesh}.npy")
+        for name, folder in folders.items()
+        for mesh in ("tensor", "context")
+    }
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", ON_EIGHT)
-def test_eight_devices_change_nothing(name):
-    found, wanted = on_eight()[name]
+@pytest.mark.parametrize("mesh", ["tensor", "context"])
+def test_eight_devices_change_nothing(name, mesh):
+    found, wanted = on_eight()[name, mesh], wanted_of(name)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=allowed(wanted))
 
 

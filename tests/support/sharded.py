@@ -22,12 +22,13 @@ def placed(folder: Path, mesh) -> Model:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def shared_out(spec, params, ids, where):
-    states = decoder.hidden(spec, params, ids, causal(*ids.shape), Execution(activations=where))
+def shared_out(spec, params, ids, mesh):
+    execution = Execution(activations=sharding.activations(mesh), head=sharding.head_split(mesh))
+    states = decoder.hidden(spec, params, ids, causal(*ids.shape), execution)
     return decoder.head_logits(spec, params, states.reshape(-1, spec.head_width)).reshape(*ids.shape, -1)
 
 
 def sharded_logits(folder: Path, ids: np.ndarray, mesh) -> np.ndarray:
     """Logits of rows that are split over the mesh, with weights that are split too."""
-    model, where = placed(folder, mesh), sharding.rows(mesh)
-    return np.asarray(shared_out(model.spec, model.params, jax.device_put(jnp.asarray(ids), where), where))
+    model, ids = placed(folder, mesh), jax.device_put(jnp.asarray(ids), sharding.rows(mesh))
+    return np.asarray(shared_out(model.spec, model.params, ids, mesh))

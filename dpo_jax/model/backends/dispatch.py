@@ -21,10 +21,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from dpo_jax.model.attention import Bounds, Layout, VisibilityRules
+from dpo_jax.model.placement import by_heads, by_slots, head_axes, repeated, row_axes, settled, slot_axes
 from dpo_jax.trees import Tree
-
-HEADS = "tensor"
-"""Axis of the mesh that heads are shared out over."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +49,8 @@ class PackedRows:
 
         `bounds` are wanted by backends that lay texts out again; xla takes its tiles from them.
 
-        `activations` says how rows are split: each device then attends within its own, and with its own heads where
-        the mesh's `tensor` axis divides them.
+        `activations` says how rows are split: each device then attends within its own, whole, and with its own heads
+        (see `placement.head_axes`).
         """
         made = {window: _module(backend).prepare(layout, window, bounds) for window in windows}
         return cls(backend, made, activations, remat)
@@ -73,8 +71,10 @@ class PackedRows:
 
         if self.remat and module.keeps_scores(self.prepared[window]):
             mix = jax.checkpoint(mix)
-        mix = _per_device(mix, query.shape, key.shape[2], self.activations)
-        return mix(query, key, value, self.prepared[window], rules.sinks, rules.slopes)
+        attend = _per_device(mix, query.shape, key.shape[2], self.activations)
+        query, key, value = (by_slots(self.activations, x) for x in (query, key, value))
+        mixed = attend(query, key, value, self.prepared[window], rules.sinks, rules.slopes)
+        return by_slots(self.activations, mixed)
 
 
 def attend(
@@ -96,23 +96,32 @@ def _module(backend: str) -> ModuleType:
     return importlib.import_module(f"dpo_jax.model.backends.{backend}")
 
 
-def _per_device(function: Callable, shape: tuple[int, ...], kv_heads: int, activations: NamedSharding | None):
+def _per_device(
+    function: Callable, shape: tuple[int, ...], kv_heads: int, activations: NamedSharding | None
+) -> Callable:
     """The function on each device's own rows and heads, or on all of them where these cannot be split.
 
     Loops whose length depends on the data, and kernels, are nothing that the compiler could split by itself.
     """
     if activations is None or activations.mesh.size == 1:
         return function
-    first = activations.spec[0] if len(activations.spec) else None
-    axes = first if isinstance(first, tuple) else () if first is None else (first,)
-    mesh = activations.mesh
-    rows = axes if shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
-    heads = HEADS if kv_heads % mesh.shape[HEADS] == 0 and HEADS not in axes else None
-    by_slot = P(rows, None, heads, None)
-    return jax.shard_map(
+    mesh, rows = activations.mesh, row_axes(activations)
+    if shape[0] % math.prod(mesh.shape[axis] for axis in rows):
+        activations, rows = NamedSharding(mesh, P()), ()
+    heads = head_axes(activations, shape[2], kv_heads)
+    whole_rows, by_head = by_heads(activations, heads.axes), P(heads.axes or None)
+    on_device = jax.shard_map(
         function,
         mesh=mesh,
-        in_specs=(by_slot, by_slot, by_slot, P(rows), P(heads), P(heads)),
-        out_specs=by_slot,
+        in_specs=(whole_rows, whole_rows, whole_rows, P(rows or None), by_head, by_head),
+        out_specs=whole_rows,
         check_vma=False,
     )
+    held = NamedSharding(mesh, whole_rows) if slot_axes(activations) else None
+
+    def with_own_heads(query, key, value, *rest):
+        # What the backward pass keeps is then split like this too, and is not exchanged again.
+        key, value = (repeated(x, heads.repeats) for x in (key, value))
+        return on_device(*(settled(x, held) for x in (query, key, value)), *rest)
+
+    return with_own_heads
