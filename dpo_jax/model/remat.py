@@ -1,7 +1,8 @@
 """What the backward pass keeps of a layer: values have names, and a policy (`settings.REMATS`) says which are kept.
 
 qkv             queries, keys and values as attention sees them; the convolution's inputs of a delta rule
-context         what attention, or the delta rule, gives: a kernel's output is no matrix product to XLA
+context         what attention, or the delta rule, gives: a kernel's output is no matrix product to XLA; and what
+                attention's backward pass wants of its forward pass beside that, the log-sum-exps
 attention_out   its projection back
 experts         the grouped products of experts, which are loops to XLA and no matrix products
 mlp_out         what the MLP or the experts of a layer give
