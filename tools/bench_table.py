@@ -3,8 +3,8 @@
 In tools/BENCHMARKS.md between `<!-- benchmarks -->` and `<!-- /benchmarks -->` stand the newest comparisons, one row
 for each program. The newest of those that are alike in workload, dtype, reference, pairs in a step and machine is
 shown, whatever it says. Between the marks `growth` stand the newest measurements of how cost grows, between the marks
-`device` what tools/device_kit.py measured, and in README.md between the marks `speed` how much slower each other
-program was.
+`device` what tools/device_kit.py measured, between the marks `compiled` what tools/compilers.py found, and in README.md
+between the marks `speed` how much slower each other program was.
 """
 
 import argparse
@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from dpo_jax.errors import UserError  # noqa: E402
 from tools.benching import micro, records  # noqa: E402
 from tools.benching.compare import OURS, QUIET  # noqa: E402
+from tools.compiling import report as compiled  # noqa: E402
 from tools.device import report  # noqa: E402
 
 HEAD = (
@@ -149,8 +150,13 @@ def device(_: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(written(found) for written in (report.beside, report.steps, report.attention))
 
 
+def programs(_: Iterable[Mapping[str, Any]]) -> str:
+    """What accelerators' compilers made of real models' steps: these records have a file of their own."""
+    return compiled.table(records.read(compiled.RECORDS))
+
+
 PAGES = {
-    "tools/BENCHMARKS.md": {"benchmarks": table, "growth": growth, "device": device},
+    "tools/BENCHMARKS.md": {"benchmarks": table, "growth": growth, "device": device, "compiled": programs},
     "README.md": {"speed": summary},
 }
 """Blocks of each page, and what writes them."""

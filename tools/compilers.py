@@ -44,7 +44,7 @@ def compile_all(names: list[str]) -> int:
         plan = planned(program)
         with RECORDS.open("a", encoding="utf-8") as file:
             about = {key: value for key, value in records.about().items() if key != "hardware"}
-            print(json.dumps({"name": name, **about, "plan": plan}), file=file)
+            print(json.dumps({"kind": "compiled", "name": name, **about, "plan": plan}), file=file)
         print(
             f"{name}: MFU {100 * plan['mfu']['step']:.1f} %, peak {plan['memory']['compiler']['peak'] / 2**30:.2f} GiB"
         )

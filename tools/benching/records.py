@@ -22,7 +22,7 @@ def about() -> dict[str, Any]:
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--short=10", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", ".", f":!{RECORDS.relative_to(ROOT)}")),
+        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!tools/*.jsonl")),
         "hardware": hardware(),
     }
 
