@@ -23,8 +23,10 @@ NO_ESTIMATE = 2**63 - 1
 """What the TPU compiler writes where it has no estimate."""
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
-HELPERS = re.compile(r"AllocateBuffer|Assume|Prepare|GatherScatter|Sharding|Layout|ConsumeInstr|MoveTo|annotate")
-"""Custom calls of a TPU program that are marks for its compiler and no kernels."""
+HELPERS = re.compile(
+    r"__cublas|AllocateBuffer|Assume|Prepare|GatherScatter|Sharding|Layout|ConsumeInstr|MoveTo|annotate"
+)
+"""Custom calls that are marks for a TPU's compiler, or products by a GPU's library, and no kernels of ours."""
 
 ASSUMED = (
     f"{100 * REACHED_FLOPS:.0f} % of the peak of matrix products, {100 * REACHED_ATTENTION:.0f} % in kernels of "

@@ -5,12 +5,16 @@ known, and neither is what a kernel reads twice. Of an array that a fusion takes
 that it changes in place, the change.
 """
 
+import math
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from dpo_jax.planning.hlo import PRODUCTS, Computation, Instruction, Program, bytes_of, flops_of, maker, shape_of
 
 SLICES = frozenset({"dynamic-slice", "slice", "gather"})
+LIBRARY = re.compile(r'custom_call_target="__cublas.*"lhs_contracting_dimensions":\[([^\]]*)\]')
+"""A product by a library, and the dimensions that it adds up."""
 FLOATS = frozenset({"bf16", "f16", "f32"})
 SAME = frozenset({"bitcast", "reshape", "get-tuple-element"})
 
@@ -27,7 +31,7 @@ def kernel_of(one: Instruction, inside: Computation, times: float, program: Prog
     """What one launched instruction does."""
     callee = next((name for name in one.called("calls") if name in program.computations), None)
     if callee is None:
-        flops = _grouped(one, inside) if one.opcode == "custom-call" else _flops({one.name: one}, inside)
+        flops = _custom(one, inside) if one.opcode == "custom-call" else _flops({one.name: one}, inside)
         return Kernel(times, flops, _given(one, inside) + one.num_bytes)
     fused = program.computations[callee]
     return Kernel(times, _flops(fused, fused), _read(fused) + _written(fused))
@@ -40,6 +44,16 @@ def _flops(counted: Computation, inside: Computation) -> dict[str, float]:
             dtype = shape_of(one.operands[0], inside)[0]
             found[dtype] = found.get(dtype, 0.0) + flops_of(one, inside)
     return found
+
+
+def _custom(one: Instruction, inside: Computation) -> dict[str, float]:
+    """Operations of a product that XLA leaves to a library, or of a kernel of grouped products."""
+    found = LIBRARY.search(one.rest)
+    if found is None:
+        return _grouped(one, inside)
+    dtype, left = shape_of(one.operands[0], inside)
+    contracted = math.prod(left[int(axis)] for axis in re.findall(r"\d+", found[1]))
+    return {dtype: 2.0 * math.prod(one.results[0][1]) * contracted}
 
 
 def _grouped(one: Instruction, inside: Computation) -> dict[str, float]:

@@ -148,17 +148,21 @@ ENTRY %main (x: bf16[100,8], w: bf16[4,8,16], n: s32[4]) -> bf16[100,16] {
   %n = s32[4]{0} parameter(2)
   %y = bf16[100,16]{1,0} custom-call(%n, %x, %w), custom_call_target="grouped"
   %dw = f32[4,8,16]{2,1,0} custom-call(%n, %x, %y), custom_call_target="grouped"
+  %u = f32[16,8]{1,0} parameter(3)
+  %b = (f32[100,8]{1,0}, s8[9]{0}) custom-call(%y, %u), custom_call_target="__cublas$gemm", CONFIG
   %q = bf16[1,2,100,8]{3,2,1,0} bitcast(%x)
   ROOT %z = bf16[1,2,100,8]{3,2,1,0} custom-call(%q, %q, %q), custom_call_target="attention"
 }
-"""
+""".replace("CONFIG", 'backend_config={"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"x":["0"]}}')
 
 
-def test_grouped_products_are_counted_by_what_they_take_and_give():
+def test_products_of_kernels_are_counted_by_what_they_take_and_give():
+    """Two grouped ones, and one of a library."""
     found = compiled.read(GROUPED, 1, 1.0)
-    assert found.products == {"bf16": 2 * 2.0 * 100 * 8 * 16}
+    assert found.products == {"bf16": 3 * 2.0 * 100 * 8 * 16}
+    assert found.kernels == {"grouped": 2.0, "attention": 1.0}
     tpu = compiled.seconds_of(found, CHIPS["v5p"], 1, attention_flops=0.0)
-    assert tpu.products == pytest.approx(2 * 2.0 * 100 * 8 * 16 / (0.7 * 459e12))
+    assert tpu.products == pytest.approx(3 * 2.0 * 100 * 8 * 16 / (0.7 * 459e12))
 
 
 @pytest.mark.parametrize(
