@@ -1,8 +1,8 @@
 """The mesh, one table of partition rules, and placing arrays by them.
 
 Axes of the mesh: `data` replicates the weights, `fsdp` shares one copy of them, `expert` shares the experts of a
-mixture, `tensor` each matrix product, `context` each row. A batch is split over `data`, `fsdp` and `expert` together, and
-one copy of the weights is shared by `fsdp`, `expert` and `context` together.
+mixture, `tensor` each matrix product, `context` each row. A batch is split over `data`, `fsdp` and `expert` together,
+and one copy of the weights is shared by `fsdp`, `expert` and `context` together.
 """
 
 import collections

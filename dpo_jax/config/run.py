@@ -145,7 +145,8 @@ CHANGES_MATHEMATICS = frozenset(
 KEEPS_MATHEMATICS = frozenset(
     """
     model.scan_layers model.remat model.attention model.compile_cache data.eval data.max_bad_fraction data.cache
-    data.workers batch.micro_tokens batch.share_prompts mesh.data mesh.fsdp mesh.expert mesh.tensor mesh.context evaluation.every
+    data.workers batch.micro_tokens batch.share_prompts mesh.data mesh.fsdp mesh.expert mesh.tensor
+    mesh.context evaluation.every
     evaluation.answers evaluation.max_new_tokens checkpoint.every checkpoint.keep checkpoint.keep_every
     checkpoint.allow_change log.every log.tensorboard log.loggers log.token_statistics log.max_nonfinite output
     alarms.enabled alarms.chosen_drift alarms.kl export.dtype export.rounding export.align_eos export.kind export.push
