@@ -343,10 +343,11 @@ def _inverse_of_unit(lower: Float32[Array, "*B L L"], precision: Precision) -> F
 
 
 @_inverse_of_unit.defjvp
-def _change_of_inverse(precision, lower, change):
+def _change_of_inverse(precision, primals, tangents):
     """`d (I + A)^-1 = -(I + A)^-1 dA (I + A)^-1`, so that a gradient needs the inverse alone."""
-    inverse = _inverse_of_unit(*lower, precision)
-    return inverse, -_matmul(_matmul(inverse, *change, precision), inverse, precision)
+    (lower,), (change,) = primals, tangents
+    inverse = _inverse_of_unit(lower, precision)
+    return inverse, -_matmul(_matmul(inverse, change, precision), inverse, precision)
 
 
 def _inverse_of_small(lower: Float32[Array, "*B L L"], precision: Precision) -> Float32[Array, "*B L L"]:
