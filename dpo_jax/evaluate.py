@@ -72,6 +72,7 @@ def evaluate(
     from dpo_jax.model.weights import Weights
     from dpo_jax.reporting.journal import Journal
     from dpo_jax.run import compile_cache, models
+    from dpo_jax.run.attention_choice import attention_for
     from dpo_jax.run.data import Packing, check_tokens, read_data
     from dpo_jax.run.evaluator import Evaluator
     from dpo_jax.run.reference import ReferenceScorer, make_reference
@@ -91,6 +92,8 @@ def evaluate(
     check_tokens(data, read_spec(sources.policy, scalar_head=scalar_head).vocab_size, tokenizer)
     policy = models.load_model(sources.policy, mesh, scalar_head=scalar_head, adapter=adapter)
     weights = Weights(policy.params)
+    attention = attention_for(model, policy.spec, mesh, length, _silent if quiet else print)
+    model = model.model_copy(update={"attention": attention})
     objective = models.make_objective(model, wanted.terms, policy.spec, weights, mesh)
     packing = Packing.of(batch, length, wanted.terms, mesh)
     with Journal(folder, 1, LogSettings(tensorboard=False), process=int(quiet)) as journal:

@@ -115,6 +115,7 @@ def make_plan(
     jax.config.update("jax_enable_compilation_cache", False)  # what comes from it leaves no text of the program
     from dpo_jax.run import models, program
     from dpo_jax.run.data import ACCELERATOR_ATTENTION_LENGTH
+    from dpo_jax.run.fitting import SHARE
 
     mesh = models.make_mesh(run.mesh, run.model, compilers.devices(chip, devices, hosts) if real else None)
     with compilers.answering_for(chip) if real else contextlib.nullcontext():
@@ -122,7 +123,8 @@ def make_plan(
         steps = run.steps
         encoded, data, run = program.data_for(run, sources, lengths)
         made_up = data != program.OWN_DATA
-        step = program.describe(run, sources, encoded, mesh, attention_length=ACCELERATOR_ATTENTION_LENGTH)
+        how = {"attention_length": ACCELERATOR_ATTENTION_LENGTH, "room": int(SHARE * chip.memory)}
+        step = program.describe(run, sources, encoded, mesh, **how)
         found = _planned(run, step, data, hosts, chip) | {"steps": steps if made_up else step.steps}
         lowered = step.trainer.lower(step.dummy)
     made = _as_compiled(lowered, step, hosts, chip) if real else _on_cpu(lowered, step, hosts, chip)
@@ -144,7 +146,7 @@ def _planned(run: Run, step: Any, data: str, hosts: int, chip: Chip) -> dict[str
             "path": run.model.path,
             "parameters": trees.num_parameters(abstract_params(spec)),
             "compute_dtype": step.objective.compute_dtype,
-            "remat": run.model.remat,
+            "remat": step.objective.execution.remat,
             "attention": step.objective.execution.attention,
         },
         "devices": mesh.size,

@@ -131,7 +131,8 @@ def _without_left_overs(data: Mapping[str, Any]) -> dict[str, Any]:
 # Every setting is in one of the next two: does another value lead to another model (beyond float reassociation)?
 CHANGES_MATHEMATICS = frozenset(
     """
-    model.path model.revision model.compute_dtype data.train data.layout data.max_length data.truncation data.ending
+    model.path model.revision model.compute_dtype model.gradient_dtype data.train data.layout data.max_length
+    data.truncation data.ending
     data.template data.control_tokens data.max_characters data.shuffle data.first batch.pairs reference.mode
     data.columns data.as_chat data.chat_template_kwargs data.score_tool_results
     reference.path reference.revision reference.update_every reference.update_rate optimizer.learning_rate

@@ -1,5 +1,10 @@
 """Matrix products that are fast on every backend. Letters: I inputs, O outputs."""
 
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -9,7 +14,19 @@ NARROW = 8
 """Inputs for each output of a kernel, from which on it has few outputs."""
 
 
-@jax.custom_vjp
+_ROUNDED = contextvars.ContextVar("rounded", default=False)
+
+
+@contextlib.contextmanager
+def rounded_gradients(rounded: bool) -> Iterator[None]:
+    """Whether kernels' gradients, of what is traced while this lasts, are products in the kernel's dtype."""
+    token = _ROUNDED.set(rounded)
+    try:
+        yield
+    finally:
+        _ROUNDED.reset(token)
+
+
 def dense(x: Float[Array, "*B I"], kernel: Float[Array, "I O"]) -> Float[Array, "*B O"]:
     """`x @ kernel`, whose backward products are written in the order that XLA's CPU matrix kernels are fast in.
 
@@ -20,8 +37,14 @@ def dense(x: Float[Array, "*B I"], kernel: Float[Array, "I O"]) -> Float[Array, 
     three times as fast.
 
     The kernel's gradient is a float32 product that is rounded once, so that devices which split the batch add their
-    parts in float32: the partitioner adds them in the dtype of the product.
+    parts in float32: the partitioner adds them in the dtype of the product. Within `rounded_gradients` it is one in the
+    kernel's dtype, and devices send each other half as much.
     """
+    return _dense(_ROUNDED.get(), x, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dense(rounded: bool, x: Float[Array, "*B I"], kernel: Float[Array, "I O"]) -> Float[Array, "*B O"]:
     return _product(x, kernel)
 
 
@@ -29,19 +52,20 @@ def _product(x, kernel):
     return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
-def _forward(x, kernel):
-    return _product(x, kernel), (x, kernel)  # not `dense` itself, in which a policy of remat would see no product
+def _forward(rounded, x, kernel):
+    return _product(x, kernel), (x, kernel)  # not `_dense` itself, in which a policy of remat would see no product
 
 
-def _backward(residuals, dy):
+def _backward(rounded, residuals, dy):
     x, kernel = residuals
     batch = tuple(range(x.ndim - 1))
     dx = lax.dot_general(dy, kernel, (((x.ndim - 1,), (1,)), ((), ())))
     turned = kernel.shape[0] >= NARROW * kernel.shape[1]
+    wide = None if rounded else jnp.float32
     dkernel = lax.dot_general(
-        *((dy, x) if turned else (x, dy)), ((batch, batch), ((), ())), preferred_element_type=jnp.float32
+        *((dy, x) if turned else (x, dy)), ((batch, batch), ((), ())), preferred_element_type=wide
     )
     return dx.astype(x.dtype), (dkernel.T if turned else dkernel).astype(kernel.dtype)
 
 
-dense.defvjp(_forward, _backward)
+_dense.defvjp(_forward, _backward)

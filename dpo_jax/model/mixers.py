@@ -170,9 +170,7 @@ class AttentionLayer(nnx.Module):
         else:
             pair = kept[spec.borrows]
         kept = kept if spec.keeps is None else {**kept, spec.keeps: pair}
-        mixed = named(view.attend(named(query, "qkv"), pair, spec.window, self._rules()), "context").reshape(
-            *x.shape[:2], -1
-        )
+        mixed = view.attend(named(query, "qkv"), pair, spec.window, self._rules()).reshape(*x.shape[:2], -1)
         if self.gate is not None:
             mixed = mixed * jax.nn.sigmoid(self.gate(x))
         return self.output(mixed), memory, kept
@@ -251,7 +249,7 @@ class MLALayer(nnx.Module):
         shared = jnp.broadcast_to(self._rotated(shared[:, :, None, :], view), turning.shape)
         query, key, value = named((query, jnp.concatenate([key, shared], axis=-1), value), "qkv")
         pair, memory = view.remember(key, value, memory)
-        mixed = named(view.attend(query, pair, None, VisibilityRules(spec.scale)), "context")
+        mixed = view.attend(query, pair, None, VisibilityRules(spec.scale))
         return self.output(mixed.reshape(*x.shape[:2], -1)), memory, kept
 
     def _rotated(self, x: Float[Array, "B T H R"], view: View) -> Float[Array, "B T H R"]:

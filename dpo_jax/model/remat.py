@@ -1,7 +1,8 @@
 """What the backward pass keeps of a layer: values have names, and a policy (`settings.REMATS`) says which are kept.
 
 qkv             queries, keys and values as attention sees them; the convolution's inputs of a delta rule
-context         what attention, or the delta rule, gives: a kernel's output is no matrix product to XLA
+context         what attention, or the delta rule, gives: a kernel's output is no matrix product to XLA; and what
+                attention's backward pass wants of its forward pass beside that, the log-sum-exps
 attention_out   its projection back
 experts         the grouped products of experts, which are loops to XLA and no matrix products
 mlp_out         what the MLP or the experts of a layer give
@@ -14,7 +15,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.errors import UserError
-from dpo_jax.model.settings import REMATS
+from dpo_jax.model.settings import AUTO, FITTING, REMATS
 
 T = TypeVar("T")
 NAMES = ("qkv", "context", "attention_out", "experts", "mlp_out")
@@ -55,13 +56,25 @@ def recomputed(layer: Callable, policy: str) -> Callable:
     return jax.checkpoint(layer, policy=keeps)
 
 
+def fitting(bytes_of: Callable[[str], int], free: int | None) -> str:
+    """The policy that computes least again of those whose bytes fit; the last of them if none does.
+
+    Args:
+      bytes_of: what a step takes by a policy.
+      free: what there is; None where that is not known, and then it is the first.
+    """
+    if free is None:
+        return FITTING[0]
+    return next((policy for policy in FITTING if bytes_of(policy) <= free), FITTING[-1])
+
+
 def check(policy: str, devices: Sequence[Any]) -> None:
     """Whether these devices can do what a policy asks for.
 
     Raises:
       UserError: it keeps values in the host's memory, which they cannot reach.
     """
-    if not REMATS[policy].host:
+    if policy == AUTO or not REMATS[policy].host:
         return
     for device in devices:
         kinds = [memory.kind for memory in device.addressable_memories()]

@@ -38,6 +38,10 @@ REMATS: dict[str, Remat] = {
 and layer of an 8B model in bfloat16: dots 2.75 MB and 2 % more arithmetic, names 0.92 MB and 18 %, block 33 %."""
 
 
+AUTO, FITTING = "auto", ("attention", "dots", "names", "block")
+"""Policies of which `auto` takes the first that there is room for: each computes more again than the one before it."""
+
+
 if TYPE_CHECKING:
     Attention = str
 else:
@@ -62,6 +66,11 @@ class ModelSettings(Section):
         description="dtype of activations and matrix products; auto: bfloat16 on accelerators, float32 on a CPU; "
         "float16, for GPUs without bfloat16, scales the loss so that slopes neither vanish nor overflow",
     )
+    gradient_dtype: Literal["float32", "compute"] = Field(
+        default="float32",
+        description="dtype in which devices add up their parts of the gradient of a micro-batch; compute: that of "
+        "compute_dtype, half of the bytes in bfloat16, and each part is rounded",
+    )
     quantise: Literal["nf4", "fp4", "int8"] | None = Field(
         default=None,
         description="keep the matrices of attention, MLPs and experts of an adapter's base in 4 bits (nf4 or fp4, in "
@@ -77,16 +86,18 @@ class ModelSettings(Section):
         description="weight of the load-balancing loss of a mixture of experts; null: as the model's config says "
         "(router_aux_loss_coef, 0 if it does not say); 0 leaves it out",
     )
-    remat: Literal["none", "attention", "dots", "names", "block", "offload"] = Field(
-        default="attention",
-        description="what the backward pass keeps of each layer, and does not compute again; from none to block less "
-        f"and less: {'; '.join(f'{name} {row.says}' for name, row in REMATS.items())}",
+    remat: Literal["auto", "none", "attention", "dots", "names", "block", "offload"] = Field(
+        default=AUTO,
+        description="what the backward pass keeps of each layer, and does not compute again; auto: attention, or where "
+        "by prediction the device's memory has no room for that, the first of dots, names and block that fits; from "
+        f"none to block less and less: {'; '.join(f'{name} {row.says}' for name, row in REMATS.items())}",
     )
     attention: Attention = Field(
         default="auto",
-        description="what computes attention; auto: the fastest that was verified on the platform (on NVIDIA GPUs of "
-        "compute capability 9.0 or more tokamax, if that package is installed, or cudnn; else xla); splash is a kernel "
-        "for TPUs",
+        description="what computes attention; auto: of those that are proven for the platform (on NVIDIA GPUs of "
+        "compute capability 9.0 or more tokamax, if that package is installed, and cudnn; on TPUs splash; everywhere "
+        "xla) the fastest that agrees with the plain formula on this very device, which is tried once and remembered "
+        "with the compiled programs",
     )
     freeze: tuple[str, ...] = Field(
         default=(),

@@ -86,7 +86,7 @@ def activation_bytes(
     params = jax.eval_shape(
         lambda: cast(init_params(objective.spec, jax.random.key(0)), jnp.dtype(objective.compute_dtype)),
     )
-    rows = (math.prod(packed.tokens.shape[:-1]), packed.tokens.shape[-1])
+    rows = (math.prod(packed.tokens.shape[:-1]) // sharding.batch_shards(mesh), packed.tokens.shape[-1])
 
     def forward(weights, tokens, group, branch, position):
         view = Layout(group, branch, position)
@@ -96,9 +96,9 @@ def activation_bytes(
     ids = jax.ShapeDtypeStruct(rows, jnp.int32)
     residuals = jax.tree.leaves(jax.eval_shape(forward, params, ids, ids, ids, ids))
     weights = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)}
-    tensor, shards = mesh.shape["tensor"], sharding.token_shards(mesh)
+    tensor, context = mesh.shape["tensor"], mesh.shape["context"]
     return sum(
-        leaf.size * leaf.dtype.itemsize // (tensor if _is_split(leaf, objective.spec.width, tensor) else 1) // shards
+        leaf.size * leaf.dtype.itemsize // (tensor if _is_split(leaf, objective.spec.width, tensor) else 1) // context
         for leaf in residuals
         if (leaf.shape, leaf.dtype) not in weights
     )

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from dpo_jax.data.batch import Batch
 from dpo_jax.model.decoder import DEFAULT_EXECUTION, Execution, Params, cast
 from dpo_jax.model.experts import Routing, added, load_balance
+from dpo_jax.model.kernels import rounded_gradients
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.metrics import Means, Values, means, merge, preference_metrics
@@ -39,6 +40,8 @@ class TrainingObjective:
     """Weight of the load-balancing loss of the policy's experts; 0 leaves it out."""
     dropout: float = 0.0
     """Share of the inputs of the policy's adapter that a training step drops."""
+    rounded_gradients: bool = False
+    """Products that give a kernel's gradient are rounded to the dtype of computation before devices add them up."""
 
     @property
     def data(self) -> Kind:
@@ -152,7 +155,8 @@ def loss_and_gradient(
     """
     compute, reference = _computing(objective, weights, reference)
     solve = _two_passes if objective.step_wide or (objective.balances and batch.real.shape[0] > 1) else _one_pass
-    seen, gradient = solve(objective, compute, batch, reference, progress, scale)
+    with rounded_gradients(objective.rounded_gradients):
+        seen, gradient = solve(objective, compute, batch, reference, progress, scale)
     if scale is not None:
         gradient = jax.tree.map(lambda leaf: leaf / scale, gradient)
     loss, metrics, memory = measure(objective.terms, seen.pairs, progress)

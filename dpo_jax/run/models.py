@@ -21,7 +21,7 @@ from dpo_jax.model import expert_split, remat
 from dpo_jax.model.backends import table
 from dpo_jax.model.decoder import Execution, Model, abstract_params, held_in
 from dpo_jax.model.quantised import Kind, kept_shapes
-from dpo_jax.model.settings import MeshSettings, ModelSettings
+from dpo_jax.model.settings import AUTO, FITTING, MeshSettings, ModelSettings
 from dpo_jax.model.spec import DecoderSpec, GatedDelta
 from dpo_jax.model.weights import Weights, head_is_frozen
 from dpo_jax.objectives.terms import Term
@@ -241,11 +241,13 @@ def make_objective(
     their adapter."""
     where, split, attention = sharding.activations(mesh), sharding.head_split(mesh), attention_of(model, spec, mesh)
     platform, frozen = sharding.platform(mesh), head_is_frozen(spec, weights)
-    execution = Execution(model.scan_layers, model.remat, where, attention, platform, split, frozen)
+    policy = FITTING[0] if model.remat == AUTO else model.remat  # until the step's bytes are known
+    execution = Execution(model.scan_layers, policy, where, attention, platform, split, frozen)
     return TrainingObjective(
         spec=spec,
         terms=terms,
         compute_dtype=compute_dtype(model, mesh),
+        rounded_gradients=model.gradient_dtype == "compute",
         execution=execution,
         statistics=statistics,
         router_aux=spec.router_aux if model.router_aux is None else model.router_aux,

@@ -16,10 +16,12 @@ from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.reporting.journal import Journal
 from dpo_jax.run import models, output, result
+from dpo_jax.run.attention_choice import attention_for
 from dpo_jax.run.continuing import Past
 from dpo_jax.run.data import Data, Packing, check_tokens, length_line, number_of_steps, read_data
 from dpo_jax.run.evaluator import EvaluationPrompts, Evaluator, read_prompts
 from dpo_jax.run.first_step import FirstStep
+from dpo_jax.run.fitting import fitted, room_of
 from dpo_jax.run.policy import Policy, adapter_notes, policy_of
 from dpo_jax.run.recorder import Recorder, make_alarms
 from dpo_jax.run.reference import Reference, ReferenceScorer, make_reference
@@ -44,6 +46,8 @@ class Job:
     prompts: EvaluationPrompts | None
     ending: Ending | None
     policy: Policy
+    attention: str
+    """Backend that computes it."""
 
     @classmethod
     def read(cls, run: Run, folder: Path) -> "Job":
@@ -78,7 +82,8 @@ class Job:
         prompts = read_prompts(run.evaluation, sources.policy, tokenizer, run.data.chat_template_kwargs)
         check_tokens(data, models.spec_of(sources.policy, sources.rows, scalar_head=scores).vocab_size, tokenizer)
         packing = Packing.of(run.batch, length, terms, mesh)
-        return cls(run, folder, sources, mesh, tokenizer, data, steps, packing, prompts, ending, policy)
+        attention = attention_for(run.model, policy.spec, mesh, length)
+        return cls(run, folder, sources, mesh, tokenizer, data, steps, packing, prompts, ending, policy, attention)
 
     @property
     def cache(self) -> Path:
@@ -93,7 +98,8 @@ class Job:
         """What is minimised, on this model."""
         run = self.run
         how = {"statistics": run.log.token_statistics, "dropout": self.policy.dropout}
-        return models.make_objective(run.model, run.objective.terms, spec, weights, self.mesh, **how)
+        model = run.model.model_copy(update={"attention": self.attention})
+        return models.make_objective(model, run.objective.terms, spec, weights, self.mesh, **how)
 
     def journal(self, start: int | None, began: float) -> Journal:
         """The journal of a command that `began` then; what it has of steps after the checkpoint `start` is dropped."""
@@ -121,7 +127,12 @@ class Job:
         order = {"shuffle": run.data.shuffle, "seed": run.seed}
         batches = self.packing.steps(self.data.train, objective.spec, self.steps, **order, reference=reference.train)
         how = {"optimizer": run.optimizer, "lr_ratio": run.adapter.lr_ratio, "seed": run.seed}
-        return Trainer(objective, weights, batches, reference, self.mesh, **how)
+        return fitted(
+            lambda objective: Trainer(objective, weights, batches, reference, self.mesh, **how),
+            objective,
+            run.model.remat,
+            room_of(self.mesh),
+        )
 
     def evaluator(self, objective: TrainingObjective, weights: Weights, reference: Reference) -> Evaluator:
         """What is measured on held-out data."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import sharding, trees
+from dpo_jax import sharding
 from dpo_jax.config.run import Run
 from dpo_jax.data.batch import Batch
 from dpo_jax.data.batches import Batches
@@ -30,6 +30,7 @@ from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.preference.micro_batches import micro_batch
 from dpo_jax.run import models
 from dpo_jax.run.data import Packing, examples, number_of_steps
+from dpo_jax.run.fitting import fitted, needed
 from dpo_jax.run.policy import Policy, policy_of
 from dpo_jax.run.reference import Reference, held_as, moving_reference
 from dpo_jax.run.sources import Sources, find_models
@@ -127,7 +128,13 @@ def data_for(
 
 
 def describe(
-    run: Run, sources: Sources, encoded: Encoded, mesh: jax.sharding.Mesh, *, attention_length: int | None = None
+    run: Run,
+    sources: Sources,
+    encoded: Encoded,
+    mesh: jax.sharding.Mesh,
+    *,
+    attention_length: int | None = None,
+    room: int | None = None,
 ) -> PlannedStep:
     """The step that `train` would compile for this data on this mesh: the same functions, with shapes for arrays.
 
@@ -137,6 +144,7 @@ def describe(
       encoded: from `read_data`, or made up.
       mesh: of any devices, virtual ones too.
       attention_length: lay rows out as where attention costs this much (see `run.data`); None is that of the mesh.
+      room: bytes that the step may take of a device, for `model.remat: auto`; None keeps as much as it can.
     """
     spec = models.spec_of(sources.policy, sources.rows, scalar_head=run.objective.trains_reward_model)
     terms = run.objective.terms
@@ -148,13 +156,19 @@ def describe(
     packing = Packing.of(run.batch, run.data.max_length, terms, mesh, attention_length=attention_length)
     batches = packing.steps(encoded, spec, steps, shuffle=run.data.shuffle, seed=run.seed)
     how = {"optimizer": run.optimizer, "lr_ratio": run.adapter.lr_ratio, "seed": run.seed}
-    trainer = Trainer(objective, weights, batches, reference, mesh, **how)
+    trainer = fitted(
+        lambda objective: Trainer(objective, weights, batches, reference, mesh, **how),
+        objective,
+        run.model.remat,
+        room,
+        lambda line: None,
+    )
     dummies = sorted(batches.dummies(), key=lambda dummy: -dummy.tokens.size)
     made = _some(batches)
     load = costs.mean_load([costs.load_of(batch, costs.windows_of(spec)) for batch in made])
     micro = float(np.mean([int(batch.micro_batches) for batch in made]))
     shapes = tuple(dummy.tokens.shape[2:] for dummy in dummies)
-    return PlannedStep(objective, trainer, dummies[0], load, micro, steps, shapes)
+    return PlannedStep(trainer.objective, trainer, dummies[0], load, micro, steps, shapes)
 
 
 def _some(batches: Batches) -> list[Batch]:
@@ -182,17 +196,7 @@ def _reference(
 
 def predicted(step: PlannedStep) -> dict[str, int]:
     """Bytes of one device by item, at the step's fullest moment."""
-    trainer = step.trainer
-    found = memory.state_items(trainer.abstract, trainer.shardings)
-    if trainer.reference is not None:
-        shared, places = trees.paths(trainer.frozen.frozen), sharding.param_shardings(trainer.reference, step.mesh)
-        own = {path: leaf for path, leaf in trees.paths(trainer.reference).items() if path not in shared}
-        found["reference"] = memory.per_device(own, {path: trees.paths(places)[path] for path in own})
-    found["batch"] = memory.per_device(step.dummy, sharding.batch_shardings(step.dummy, step.mesh))
-    if frozen := trainer.frozen.frozen:
-        found["frozen parameters"] = memory.per_device(frozen, sharding.param_shardings(frozen, step.mesh))
-    weights, several = trainer.weights(trainer.abstract), step.dummy.real.shape[0] > 1
-    return found | memory.step_items(step.objective, weights, step.packed, step.mesh, several=several)
+    return needed(step.trainer, step.dummy)
 
 
 def reported(compiled: jax.stages.Compiled) -> dict[str, int]:

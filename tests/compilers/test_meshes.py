@@ -11,6 +11,15 @@ from tests.compilers.test_plan import SMALL, planned
 from tests.support.exchanges import hops
 
 LARGE_VOCABULARY = 65536
+LLAMA_70B = {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "vocab_size": 128256,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+}
 
 
 @pytest.mark.parametrize(
@@ -50,3 +59,16 @@ def test_nothing_larger_than_a_layer_is_gathered(tmp_path, chip, axes, monkeypat
     assert gathered and max(2 * math.prod(row["shape"]) for row in gathered) <= layer
     if "context" in axes:
         assert [row for row in plan["collectives"] if row["kind"] == "all-to-all"]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("chip, attention", [("v5p", "splash"), ("h100", "cudnn")])
+def test_pairs_of_32k_tokens_of_a_70b_model_fit_on_64_devices(tmp_path, chip, attention, monkeypatch):
+    """Whole training, prompts and completions of 16k tokens on average: rows of 64k slots, which 8 devices share."""
+    for name, value in LLAMA_70B.items():
+        monkeypatch.setitem(SMALL, name, value)
+    settings = f"mesh.fsdp=8 mesh.context=8 model.remat=block model.attention={attention} data.max_length=32768"
+    lengths = "--prompt-tokens 16384 --completion-tokens 16384"
+    plan = planned(tmp_path, chip, 64, *settings.split(), "batch.pairs=16", *lengths.split())
+    assert plan["batch"]["shape"] == [1, 65536]
+    assert plan["memory"]["compiler"]["peak"] < CHIPS[chip].memory

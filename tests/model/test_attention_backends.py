@@ -3,12 +3,13 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from dpo_jax import sharding
 from dpo_jax.errors import UserError
 from dpo_jax.model import spec as specs
-from dpo_jax.model.backends import table
+from dpo_jax.model.backends import splash, table
 from dpo_jax.model.backends.dispatch import attend
 from dpo_jax.model.settings import ModelSettings
 from dpo_jax.run import models
@@ -32,8 +33,12 @@ SPECS["value width"] = dataclasses.replace(
     ("rules", "window", "shape"),
     [("plain", None, "grouped"), ("softcap", 7, "grouped"), ("sinks", None, "single"), ("plain", 7, "wide values")],
 )
-def test_splash_is_the_plain_formula(rules, window, shape):
-    """The kernel itself, interpreted on a CPU. Its gradients too, of sinks where there are any."""
+@pytest.mark.parametrize("fused", [True, False])
+def test_splash_is_the_plain_formula(monkeypatch, rules, window, shape, fused):
+    """The kernel itself, interpreted on a CPU, with two blocks in a row. Its gradients too, of sinks where there are
+    any."""
+    monkeypatch.setattr(splash, "MOST", splash.LANES)
+    monkeypatch.setattr(splash, "FUSED", splash.FUSED if fused else 1)
     layout, arrays, slope = inputs(shape)
 
     def by_kernel(arrays):
@@ -42,6 +47,32 @@ def test_splash_is_the_plain_formula(rules, window, shape):
 
     # float32 sums of 8 to 200 terms in another order
     assert_close(measured(by_kernel, arrays, slope), wanted(shape, rules, window), 2e-5)
+
+
+def test_a_row_is_filled_up_to_few_large_blocks():
+    """Blocks of 128 cost a step of the grid each; what a row is filled up with is computed for nothing."""
+    assert [splash.block_of(n) for n in (128, 200, 640, 1280, 1536, 1792, 2304, 4096)] == [
+        128, 256, 640, 640, 768, 640, 768, 512,
+    ]  # fmt: skip
+    assert all(n <= -(-n // splash.block_of(n)) * splash.block_of(n) < 1.15 * n + 128 for n in range(128, 4097, 128))
+
+
+def test_blocks_that_are_skipped_fetch_nothing():
+    """They name the block that is there already."""
+    kind, nothing = jnp.array([[[1, 0, 2], [0, 0, 1], [2, 1, 0]]]), jnp.zeros((1, 3, 3, 8, 8), bool)
+    blocks = splash.Blocks(kind, nothing, nothing, True)
+    by_query, by_key = (splash._mask_info(blocks, 2, turned=turned) for turned in (False, True))
+    assert by_query.data_next[1].tolist() == [[0, 0, 2], [0, 0, 2], [0, 1, 1]]
+    assert by_key.data_next[1].tolist() == [[0, 0, 0], [0, 0, 1], [2, 2, 1]]
+    assert by_query.mask_next[1].tolist() == [[0, 0, 0], [0, 0, 5], [0, 7, 7]]
+    assert by_key.mask_next[1].tolist() == [[0, 0, 0], [0, 0, 5], [0, 7, 5]]
+    assert by_query.block_mask[0].tolist() == blocks.kind[0].tolist()
+
+
+def test_a_kernel_that_changed_is_refused(monkeypatch):
+    monkeypatch.setitem(splash.WANTED["kernel"], "BlockSizes", {"block_of_nothing"})
+    reason = table.why_not("splash", SPECS["window"], "float32", table.Device("tpu"))
+    assert reason is not None and reason.endswith("takes no block_of_nothing")
 
 
 @pytest.mark.parametrize("feature", table.FEATURES)
@@ -62,9 +93,9 @@ def test_what_a_backend_lacks_is_the_reason_that_is_given(monkeypatch, name, fea
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-def test_auto_takes_nothing_that_was_not_verified(platform):
+def test_auto_takes_nothing_that_is_not_proven(platform):
     found = table.automatic(SPECS["window"], "float32", table.Device(platform, 9.0))
-    assert found == "xla" or platform in table.BACKENDS[found].verified
+    assert found == "xla" or platform in table.BACKENDS[found].proven
 
 
 MESH = sharding.make_mesh(devices=jax.devices()[:1])

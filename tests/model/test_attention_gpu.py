@@ -17,14 +17,25 @@ import pytest
 from dpo_jax import sharding
 from dpo_jax.data.batches import Batches
 from dpo_jax.errors import UserError
-from dpo_jax.model.attention import Bounds, VisibilityRules, attend_seen
+from dpo_jax.model.attention import Bounds, VisibilityRules
 from dpo_jax.model.backends import cudnn, table, texts, tokamax
 from dpo_jax.model.backends.dispatch import PackedRows, attend
 from dpo_jax.model.decoder import Execution, init_params
 from dpo_jax.preference.micro_batches import micro_batch
 from dpo_jax.preference.scoring import score
 from dpo_jax.run import models
-from tests.support.attention import FOREST, as_rules, assert_close, forest, inputs, measured, plainly, wanted
+from tests.support.attention import (
+    FOREST,
+    as_rules,
+    assert_close,
+    forest,
+    inputs,
+    measured,
+    plain_backward,
+    plain_forward,
+    plainly,
+    wanted,
+)
 from tests.support.forests import SPEC, random_encoded
 from tests.support.specs import plain_spec
 from tests.support.tiers import by_day
@@ -38,58 +49,97 @@ PAIRS = forest([[(70, 30, 45), (20, 5), (3, 9, 2)], [(1, 64, 100)], [(150, 40)]]
 HOPPER = table.Device("gpu", 9.0)
 
 
-def segments(start, size, places):
+def segments_of(start, size, places):
     """Number of the segment of each place, -1 outside of all."""
     place = jnp.arange(places)[None, :, None]
     inside = (place >= start[:, None, :]) & (place < (start + size)[:, None, :]) & (start >= 0)[:, None, :]
     return jnp.where(inside.any(-1), inside.argmax(-1), -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def by_segments(query, key, value, start, size, scale, window):
-    """The contract of cuDNN's packed rows: causal within segments; what lies outside is undefined, so it is NaN."""
-    return _by_segments(query, key, value, start, size, scale, window)[0]
+def by_segments(query, key, value, segments, how):
+    """The contract of cuDNN's packed rows: causal within segments, and the log-sum-exps of one segment after the other;
+    what lies outside is undefined, so it is NaN."""
+    seen, number = _of_segments(segments, query.shape[1], how.window)
+    query, key, value = (_or(x, number, 0) for x in (query, key, value))
+    out, lse = plain_forward(query, key, value, seen, VisibilityRules(how.scale))
+    return _or(out, number, jnp.nan), _one_by_one(lse, segments)
 
 
-def _seen_plainly(query, key, value, number, scale, window):
-    order = jnp.arange(number.shape[1])
+def by_segments_back(query, key, value, segments, how, stats, out, slope):
+    """Their gradient, from what the forward pass left."""
+    seen, number = _of_segments(segments, query.shape[1], how.window)
+    lse = jnp.where((number >= 0)[:, None], _taken(stats, segments), 0)
+    arrays = (_or(x, number, 0) for x in (query, key, value, out, slope))
+    return tuple(_or(x, number, jnp.nan) for x in plain_backward(*arrays, lse, seen, VisibilityRules(how.scale)))
+
+
+def _of_segments(segments, places, window):
+    """Who sees whom, and the number of each place's segment, -1 for none."""
+    size, start = segments
+    number, order = segments_of(start[:, :-1], size, places), jnp.arange(places)
     seen = (number[:, :, None] == number[:, None, :]) & (order[:, None] >= order[None, :])[None]
-    if window is not None:
-        seen = seen & (order[:, None] - order[None, :] < window)[None]
-    return attend_seen(query, key, value, seen, VisibilityRules(scale))
+    return seen if window is None else seen & (order[:, None] - order[None, :] < window)[None], number
 
 
-def _by_segments(query, key, value, start, size, scale, window):
-    number = segments(start, size, query.shape[1])
-    clean = (jnp.where((number < 0)[:, :, None, None], 0, x) for x in (query, key, value))
-    out, back = jax.vjp(functools.partial(_seen_plainly, number=number, scale=scale, window=window), *clean)
-    return _undefined(out, number), (back, number)
+def _in_order(segments):
+    """Row, begin and size of every segment of all rows, those that are real first; size -1 for none."""
+    size, start = segments[0], segments[1][:, :-1]
+    order = jnp.argsort((start < 0).reshape(-1), stable=True)
+    return [x.reshape(-1)[order] for x in (jnp.broadcast_to(jnp.arange(len(size))[:, None], size.shape), start, size)]
 
 
-def _by_segments_back(scale, window, kept, slope):
-    back, number = kept
-    slope = jnp.where((number < 0)[:, :, None, None], 0, slope)
-    return *(_undefined(x, number) for x in back(slope)), None, None
+def _one_by_one(lse, segments):
+    """[N, H, L]: those of the first segment, from its begin; NaN where nothing is."""
+    inside = jnp.arange(lse.shape[2])
+
+    def one(row, start, size):
+        return jnp.where(inside < size, lse[row][:, jnp.minimum(start + inside, lse.shape[2] - 1)], jnp.nan)
+
+    return jax.vmap(one)(*_in_order(segments))
 
 
-def _undefined(x, number):
-    return jnp.where((number < 0)[:, :, None, None], jnp.nan, x)
+def _taken(stats, segments):
+    """What `_one_by_one` made, [B, H, L]."""
+    place = jnp.arange(stats.shape[2])
+
+    def one(stat, row, start, size):
+        there = (place >= start) & (place < start + size) & (size >= 0)
+        found = jnp.where(there, stat[:, jnp.clip(place - start, 0, place.size - 1)], 0)
+        return jax.nn.one_hot(row, len(segments[0]))[:, None, None] * found[None]
+
+    return jax.vmap(one)(stats, *_in_order(segments)).sum(axis=0)
 
 
-by_segments.defvjp(_by_segments, _by_segments_back)
+def _or(x, number, nothing):
+    return jnp.where((number < 0)[:, :, None, None], nothing, x)
 
 
-def by_ranges(query, key, value, begin, end, scale, softcap):
+def _seen_of(about):
+    begin, end = about
+    order = jnp.arange(begin.shape[1])[None, None, :]
+    return (order >= begin[:, :, None]) & (order < end[:, :, None])
+
+
+def by_ranges(how, query, key, value, about):
     """The contract of a range of keys for each query. No place is outside of all: each sees itself at least."""
-    order = jnp.arange(query.shape[1])[None, None, :]
-    seen = (order >= begin[:, :, None]) & (order < end[:, :, None])
-    return attend_seen(query, key, value, seen, VisibilityRules(scale, softcap=softcap))
+    out, lse = plain_forward(query, key, value, _seen_of(about), VisibilityRules(how.scale, softcap=how.softcap))
+    highest = 0.5 * lse  # any two numbers that come to the log-sum-exp
+    return out, (highest.transpose(0, 2, 1), jnp.exp(lse - highest).transpose(0, 2, 1))
+
+
+def by_ranges_back(how, query, key, value, out, kept, about, slope):
+    """Their gradient, from what the forward pass left."""
+    highest, total = (x.transpose(0, 2, 1) for x in kept)
+    rules = VisibilityRules(how.scale, softcap=how.softcap)
+    return plain_backward(query, key, value, out, slope, highest + jnp.log(total), _seen_of(about), rules)
 
 
 @pytest.fixture
 def plain_kernel(monkeypatch):
     monkeypatch.setattr(cudnn, "_kernel", by_segments)
+    monkeypatch.setattr(cudnn, "_kernel_back", by_segments_back)
     monkeypatch.setattr(tokamax, "_kernel", by_ranges)
+    monkeypatch.setattr(tokamax, "_kernel_back", by_ranges_back)
 
 
 @pytest.mark.parametrize("bounds", by_day([BOUNDS, LOOSE], [BOUNDS]))
@@ -283,8 +333,10 @@ def test_tokamax_is_the_plain_formula(monkeypatch, window):
     with warnings.catch_warnings(), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         warnings.simplefilter("ignore")  # of the packages below it
         pytest.importorskip("tokamax", reason="the package tokamax is not installed")
-        monkeypatch.setattr(tokamax, "KERNEL", "xla")
         assert tokamax.missing() is None
+        base = importlib.import_module(tokamax.BASE)
+        package = base.DotProductAttention(vjp=base.DotProductAttentionVjp())
+        monkeypatch.setattr(tokamax, "_package", lambda: package)
         layout, arrays, slope = inputs("grouped", layout=PAIRS)
 
         def by_package(arrays):
@@ -348,13 +400,16 @@ def test_a_package_that_is_not_there_is_named(monkeypatch):
         (small(64), "float32", HOPPER, True, "xla"),
         (small(64), "bfloat16", table.Device("gpu", 8.0), True, "xla"),
         (small(64), "float16", HOPPER, True, "xla"),  # no kernel was run in float16
-        (small(64), "bfloat16", table.Device("tpu"), True, "xla"),  # splash ran on no device yet
+        (small(64), "bfloat16", table.Device("tpu"), True, "splash"),
+        (small(64, softcap=30.0, sinks=True), "float32", table.Device("tpu"), True, "splash"),
+        (small(64, alibi=1.0), "bfloat16", table.Device("tpu"), True, "xla"),
     ],
 )
-def test_auto_takes_the_fastest_that_was_verified(monkeypatch, spec, dtype, device, there, taken):
+def test_auto_takes_the_fastest_that_is_proven(monkeypatch, spec, dtype, device, there, taken):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if there else None)
     monkeypatch.setattr(tokamax, "missing", lambda: None)
     assert table.automatic(spec, dtype, device) == taken
+    assert table.candidates(spec, dtype, device)[-1] == "xla"
 
 
 def test_a_private_function_that_changed_is_refused(monkeypatch):

@@ -1,6 +1,7 @@
 """A policy of remat changes what a step keeps, as its table says, and no number."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import jax
@@ -8,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import sharding
 from dpo_jax.errors import UserError
 from dpo_jax.model import decoder, remat
 from dpo_jax.model.attention import causal
 from dpo_jax.model.decoder import Execution, init_params
-from dpo_jax.model.settings import REMATS, ModelSettings
+from dpo_jax.model.settings import FITTING, REMATS, ModelSettings
 from dpo_jax.model.spec import MLA, MLP, Experts, GatedDelta, Norm, Rope
 from tests.support.specs import plain_spec
 from tests.support.tiers import by_day
@@ -29,12 +31,13 @@ LAYERS = {
 }
 
 
-def compiled(kind, policy, slots=128):
+def compiled(kind, policy, slots=128, where=None):
     spec = dataclasses.replace(PLAIN, layers=(LAYERS[kind],) * 4)
     ids = jax.random.randint(jax.random.key(1), (2, slots), 0, 50)
+    execution = Execution(remat=policy, activations=where)
 
     def total(params):
-        return (decoder.hidden(spec, params, ids, causal(2, slots), Execution(remat=policy)) ** 2).mean()
+        return (decoder.hidden(spec, params, ids, causal(2, slots), execution) ** 2).mean()
 
     params = init_params(spec, jax.random.key(0))
     return jax.jit(jax.value_and_grad(total)).lower(params).compile(), params
@@ -63,6 +66,45 @@ def test_scores_of_short_rows_are_computed_again():
     """Rows of up to 64 slots are attended to at once, and their scores kept unless a policy says otherwise."""
     kept, again = (compiled("plain", policy, 64)[0].memory_analysis() for policy in ("none", "attention"))
     assert again.temp_size_in_bytes < kept.temp_size_in_bytes
+
+
+def products(program, shape):
+    """Products of this shape in a compiled program."""
+    dims = ",".join(map(str, shape))
+    return len(re.findall(rf"= \w+\[{dims}\]\S* dot\(", program.as_text()))
+
+
+@pytest.mark.parametrize("where", [None, "two devices"])
+@pytest.mark.parametrize("policy", by_day(REMATS, {"names", "block"}))
+def test_the_forward_pass_of_attention_runs_once(policy, where):
+    """What its backward pass wants of it has names. A pass over pairs of blocks has a product of scores, and the
+    backward pass one of their slopes beside."""
+    rows = sharding.rows(sharding.make_mesh(data=2, fsdp=1, devices=jax.devices()[:2])) if where else None
+    program, _ = compiled("plain", policy, where=rows)
+    passes = 3 if policy == "block" else 2  # every layer runs again
+    assert products(program, (2, 128, 64)) == passes + 1  # two key heads, two queries' heads each
+
+
+@pytest.mark.parametrize("policy", ["attention", *by_day(["dots", "names", "offload"], [])])
+def test_scores_of_whole_rows_are_computed_again_and_their_values_are_not(policy):
+    """Seven products of scores' size: two forward; the scores again, and one for each of four slopes."""
+    program, _ = compiled("plain", policy, 64)
+    assert products(program, (4, 128, 64)) == 3  # scores, the same again, their slopes
+    assert products(program, (4, 128, 8)) == 2  # what is attended to, and the slopes of queries
+
+
+def test_the_policy_that_fits_computes_least_again():
+    sizes = {"attention": 40, "dots": 30, "names": 20, "block": 10}
+    assert [remat.fitting(sizes.__getitem__, room) for room in (40, 39, 20, 19, 5, None)] == [
+        "attention",
+        "dots",
+        "names",
+        "block",
+        "block",
+        "attention",
+    ]
+    assert remat.fitting(lambda policy: pytest.fail(policy), None) == "attention"
+    assert set(FITTING) <= set(REMATS)
 
 
 def test_every_setting_is_a_row_of_the_table_and_every_row_a_setting():

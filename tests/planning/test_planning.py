@@ -59,11 +59,11 @@ def run_of(folder, *settings):
     return config.load([*names, "data.max_length=64", "batch.pairs=8", *settings])
 
 
-def described(run):
+def described(run, room=None):
     mesh = models.make_mesh(run.mesh, run.model)
     sources = program.find_config(run, mesh)
     encoded, _, run = program.data_for(run, sources, (12, 6))
-    return program.describe(run, sources, encoded, mesh, attention_length=8192)
+    return program.describe(run, sources, encoded, mesh, attention_length=8192, room=room)
 
 
 # ---------------------------------------------------------------------------------------------- the text
@@ -256,7 +256,34 @@ def test_recomputing_keeps_less(small):
     assert kept == sorted(kept, reverse=True) and kept[0] > 2 * kept[-1]
 
 
+@pytest.mark.parametrize(("asked", "dtype"), [("float32", "f32"), ("compute", "bf16")])
+def test_parts_of_a_gradient_are_added_in_the_dtype_that_is_asked_for(small, asked, dtype):
+    step = described(run_of(small, "model.compute_dtype=bfloat16", f"model.gradient_dtype={asked}", "mesh.fsdp=4"))
+    _, text = program.compile_step(step)
+    found = exchanges.collectives(program.program_of(step, text), 4)
+    layers = [one for one in found if one.kind in ("reduce-scatter", "all-reduce") and {128, 256} & {*one.shape}]
+    matrices = {one.dtype for one in layers if len(one.shape) > 1 and 512 not in one.shape}  # the head's stay wide
+    assert matrices == {dtype}, [(one.kind, one.dtype, one.shape, one.source) for one in layers]
+
+
 REMATS = ("none", "attention", "block")
+
+
+def test_as_much_is_kept_as_there_is_room_for(small):
+    """By `auto`; a policy that is asked for is taken whatever it needs."""
+    wide = run_of(small, "model.remat=auto")
+    takes = {
+        policy: sum(program.predicted(described(run_of(small, f"model.remat={policy}"))).values())
+        for policy in ("attention", "dots", "names", "block")
+    }
+    assert list(takes.values()) == sorted(takes.values(), reverse=True)
+    for policy, bytes_taken in takes.items():
+        step = described(wide, bytes_taken)
+        assert step.objective.execution.remat == step.trainer.objective.execution.remat == policy
+        assert sum(program.predicted(step).values()) == bytes_taken
+    assert described(wide, 0).objective.execution.remat == "block"
+    assert described(wide).objective.execution.remat == "attention"
+    assert described(run_of(small, "model.remat=none"), 0).objective.execution.remat == "none"
 
 
 def test_a_live_reference_has_its_bytes(small):

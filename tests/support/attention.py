@@ -79,6 +79,43 @@ def plainly(arrays, layout: Layout, name: str, window: int | None) -> jax.Array:
     return attend_seen(query, key, value, visible(layout, window), as_rules(name, sinks), distance)
 
 
+def plain_forward(query, key, value, seen, rules: VisibilityRules) -> tuple[jax.Array, jax.Array]:
+    """What kernels give: the result, in the dtype of the queries, and log-sum-exps [B, H, T]. No sinks, no slopes."""
+    scores, _ = _plain_scores(query, key, seen, rules)
+    lse = jax.nn.logsumexp(scores, axis=-1)
+    weights = jnp.where(seen[:, None], jnp.exp(scores - lse[..., None]), 0)
+    return jnp.einsum("bhts,bshe->bthe", weights, _by_query(value, query)).astype(query.dtype), lse
+
+
+def plain_backward(query, key, value, out, slope, lse, seen, rules: VisibilityRules) -> tuple[jax.Array, ...]:
+    """Slopes along queries, keys and values, from the result and its log-sum-exps (arXiv:2205.14135, algorithm 4)."""
+    scores, tame = _plain_scores(query, key, seen, rules)
+    weights = jnp.where(seen[:, None], jnp.exp(scores - lse[..., None]), 0)
+    slope, out = slope.astype(jnp.float32), out.astype(jnp.float32)
+    drop = (slope * out).sum(axis=-1).transpose(0, 2, 1)
+    change = weights * (jnp.einsum("bthe,bshe->bhts", slope, _by_query(value, query)) - drop[..., None])
+    change = change * tame * rules.scale
+    to_query = jnp.einsum("bhts,bshc->bthc", change, _by_query(key, query))
+    to_key = jnp.einsum("bhts,bthc->bshc", change, query.astype(jnp.float32))
+    to_value = jnp.einsum("bhts,bthe->bshe", weights, slope)
+    wide = (x.reshape(*key.shape[:3], -1, x.shape[-1]).sum(axis=3) for x in (to_key, to_value))
+    return tuple(x.astype(query.dtype) for x in (to_query, *wide))
+
+
+def _plain_scores(query, key, seen, rules: VisibilityRules):
+    scores = jnp.einsum("bthc,bshc->bhts", query.astype(jnp.float32), _by_query(key, query)) * rules.scale
+    tame = jnp.ones_like(scores)
+    if rules.softcap is not None:
+        bent = jnp.tanh(scores / rules.softcap)
+        scores, tame = rules.softcap * bent, 1 - bent**2
+    return jnp.where(seen[:, None], scores, -1e30), tame
+
+
+def _by_query(x, query):
+    """Keys or values of each head of the queries, in float32."""
+    return jnp.repeat(x, query.shape[2] // x.shape[2], axis=2).astype(jnp.float32)
+
+
 def measured(function: Callable, arrays, slope) -> list[np.ndarray]:
     """The function's value where there is a slope, and its gradient along it."""
 

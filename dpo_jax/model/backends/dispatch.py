@@ -3,6 +3,8 @@
 A backend is a module of this folder with three functions. `prepare(layout, window, bounds)` makes what is the same for
 every layer: arrays with the rows on their first axis. `attend(query, key, value, prepared, window, rules)` computes.
 `keeps_scores(prepared)` says whether its gradient would keep much more of these rows than what goes in and comes out.
+What comes out, and whatever else its gradient wants of the forward pass, a backend gives the name `context` (see
+`model.remat`), once: policies keep that, and then nothing of the forward pass is computed again.
 
 Letters: B rows, T slots, H heads, K key-value heads, C channels of a key, E channels of a value.
 """

@@ -33,9 +33,10 @@ class Backend:
     """What it needs beside JAX; imported by the same names with `_` for `-`."""
     private: bool = False
     """Whether it uses what JAX, or its package, does not promise to keep; its module's `missing` says what is gone."""
-    verified: tuple[str, ...] = ()
-    """Platforms on which it was run and held against the plain formula; `auto` chooses it on no other,"""
-    verified_heads: frozenset[int] | None = None
+    proven: tuple[str, ...] = ()
+    """Platforms for which tests hold what it computes against the plain formula (run there, interpreted, or by its
+    kernel's contract), and whose compiler takes it; `auto` chooses it on no other,"""
+    proven_heads: frozenset[int] | None = None
     """and, where this is not None, for heads of no other number of channels."""
 
 
@@ -51,7 +52,9 @@ class Device:
 FLOATS = ("float32", "bfloat16")
 """Of kernels that were tried in these; none was in float16, which is left to xla."""
 BACKENDS = {
-    "splash": Backend(("tpu",), FLOATS, frozenset({"window", "softcap", "sinks", "value width"})),
+    "splash": Backend(
+        ("tpu",), FLOATS, frozenset({"window", "softcap", "sinks", "value width"}), private=True, proven=("tpu",)
+    ),
     "tokamax": Backend(
         ("gpu",),
         ("bfloat16",),
@@ -62,8 +65,8 @@ BACKENDS = {
         capability_below=10.0,
         packages=("tokamax",),
         private=True,
-        verified=("gpu",),
-        verified_heads=frozenset({32, 64, 128, 256}),
+        proven=("gpu",),
+        proven_heads=frozenset({32, 64, 128, 256}),
     ),
     "cudnn": Backend(
         ("gpu",),
@@ -73,13 +76,13 @@ BACKENDS = {
         head_most=256,
         capability=9.0,
         private=True,
-        verified=("gpu",),
+        proven=("gpu",),
     ),
     "xla": Backend(
         ("cpu", "gpu", "tpu"),
         (*FLOATS, "float16"),
         frozenset({"window", "softcap", "sinks", "alibi", "value width"}),
-        verified=("cpu",),
+        proven=("cpu",),
     ),
 }
 """In the order that `auto` prefers them; xla, the last one, does everything everywhere."""
@@ -177,16 +180,20 @@ def lacking(backend: Backend, spec: specs.DecoderSpec) -> frozenset[str]:
     return features(spec) - backend.features
 
 
-def automatic(spec: specs.DecoderSpec, dtype: str, device: Device) -> str:
-    """The backend to take where none is asked for: the first that can, and was verified on the platform; or xla."""
-    able = (
+def candidates(spec: specs.DecoderSpec, dtype: str, device: Device) -> list[str]:
+    """The backends that can compute a decoder's attention and are proven for the platform, in their order; xla last."""
+    return [
         name
         for name, backend in BACKENDS.items()
-        if _is_verified(backend, spec, device) and why_not(name, spec, dtype, device) is None
-    )
-    return next(able, "xla")
+        if name == "xla" or (_is_proven(backend, spec, device) and why_not(name, spec, dtype, device) is None)
+    ]
 
 
-def _is_verified(backend: Backend, spec: specs.DecoderSpec, device: Device) -> bool:
-    heads = backend.verified_heads
-    return device.platform in backend.verified and (heads is None or head_sizes(spec) <= heads)
+def automatic(spec: specs.DecoderSpec, dtype: str, device: Device) -> str:
+    """The backend to take where none is asked for, and none can be tried: the first of the candidates."""
+    return candidates(spec, dtype, device)[0]
+
+
+def _is_proven(backend: Backend, spec: specs.DecoderSpec, device: Device) -> bool:
+    heads = backend.proven_heads
+    return device.platform in backend.proven and (heads is None or head_sizes(spec) <= heads)

@@ -6,13 +6,17 @@ directions, and both gradients, are gathers of whole channels, so the order of a
 Letters: B rows, T slots, L places of a row of texts, M texts of a row, W branches of a tree, H heads, X channels.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from dpo_jax.model.attention import Bounds, Layout
+from dpo_jax.model.remat import named
+from dpo_jax.trees import Tree
 
 
 class Places(NamedTuple):
@@ -80,41 +84,104 @@ def places_of(copies: Int[Array, "T W"], places: int) -> Places:
     return Places(source, nothing.at[copies[:, 0]].set(slots, mode="drop"), copies)
 
 
-@jax.custom_vjp
-def spread(x: Float[Array, "B T H X"], places: Places) -> Float[Array, "B L H X"]:
-    """Each slot's values at all its places, and zeros where nothing is; gradients of copies are added in float32."""
-    return _take(x, places.source)
+class Kernel(NamedTuple):
+    """A kernel for the other layout, whose gradient is a kernel too.
+
+    Attributes:
+      forward: of queries, keys, values [B, L, H, X] and what else it wants: the result, and numbers that the backward
+        pass wants of each place and head, each [B, L, H].
+      backward: of queries, keys, values, the result, those numbers, what else it wants, and the slope along the result:
+        the slopes along queries, keys and values. Places that are no copies have the number 1 and no slope.
+    """
+
+    forward: Callable[..., tuple[Array, tuple[Array, ...]]]
+    backward: Callable[..., tuple[Array, Array, Array]]
 
 
-def _spread(x, places):
-    return _take(x, places.source), places
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def by_copies(
+    kernel: Kernel,
+    query: Float[Array, "B T H C"],
+    key: Float[Array, "B T K C"],
+    value: Float[Array, "B T K C"],
+    places: Places,
+    about: Tree,
+) -> Float[Array, "B T H C"]:
+    """What the kernel makes of all copies, taken from the first of each slot, and zeros for padding.
+
+    Copies of a prompt have seen the same, and are equal. So what the backward pass keeps has the size of the slots, and
+    the kernel's forward pass is not computed again where a policy keeps the name `context`.
+    """
+    return _by_copies(kernel, query, key, value, places, about)[0]
 
 
-def _spread_back(places, slope):
-    parts = (_take(slope, places.copies[:, :, w]).astype(jnp.float32) for w in range(places.copies.shape[2]))
-    return sum(parts, jnp.float32(0)).astype(slope.dtype), None
+def _by_copies(kernel: Kernel, query, key, value, places: Places, about: Tree):
+    out, kept = kernel.forward(*(spread(x, places) for x in (query, key, value)), about)
+    out, kept = named((gather(out, places), tuple(gather(x, places) for x in kept)), "context")
+    return out, (query, key, value, places, about, out, kept)
 
 
-spread.defvjp(_spread, _spread_back)
+def _by_copies_back(kernel: Kernel, residuals: Any, slope):
+    query, key, value, places, about, out, kept = residuals
+    wide = (spread(x, places) for x in (query, key, value, out))
+    kept = tuple(spread(x, places, 1.0) for x in kept)
+    found = kernel.backward(*wide, kept, about, _take(slope, places.first))
+    return *(gathered(x, places) for x in found), None, None
 
 
-@jax.custom_vjp
-def gather(x: Float[Array, "B L H X"], places: Places) -> Float[Array, "B T H X"]:
-    """What each slot's first place has, and zeros for padding. Copies of a prompt have seen the same, and are equal."""
+by_copies.defvjp(_by_copies, _by_copies_back)
+
+
+def spread(x: Float[Array, "B T *X"], places: Places, nothing: float = 0.0) -> Float[Array, "B L *X"]:
+    """Each slot's values at all its places, and `nothing` where nothing is."""
+    return _take(x, places.source, nothing)
+
+
+def gather(x: Float[Array, "B L *X"], places: Places) -> Float[Array, "B T *X"]:
+    """What each slot's first place has, and zeros for padding."""
     return _take(x, places.copies[:, :, 0])
 
 
-def _gather(x, places):
-    return _take(x, places.copies[:, :, 0]), places
+def gathered(slope: Float[Array, "B L *X"], places: Places) -> Float[Array, "B T *X"]:
+    """The sum of what all places of each slot have, added in float32 and in order."""
+    parts = (_take(slope, places.copies[:, :, w]).astype(jnp.float32) for w in range(places.copies.shape[2]))
+    return sum(parts, jnp.float32(0)).astype(slope.dtype)
 
 
-def _gather_back(places, slope):
-    return _take(slope, places.first), None
+def _take(x: Array, where: Int[Array, "B _"], nothing: float = 0.0) -> Array:
+    """`nothing` where the index lies past the end, whatever a kernel left in places that it does not know."""
+    return jax.vmap(lambda row, place: row.at[place].get(mode="fill", fill_value=nothing))(x, where)
 
 
-gather.defvjp(_gather, _gather_back)
+def by_text(stats: Float32[Array, "N H L"], texts: Texts) -> Float32[Array, "B L H"]:
+    """Numbers of all rows' texts, one text after the other, for each place of these rows.
+
+    The texts of a row follow those of the row before it, without a gap: text m of row b is number `texts of the rows
+    before b` + m. Places that are in no text have zeros.
+    """
+    number, inside = _inside(texts)
+    taken = stats[jnp.minimum(number, stats.shape[0] - 1), :, inside]
+    return jnp.where((texts.places.source < texts.places.copies.shape[1])[:, :, None], taken, 0.0)
 
 
-def _take(x: Array, where: Int[Array, "B _"]) -> Array:
-    """Zeros where the index lies past the end, whatever a kernel left in places that it does not know."""
-    return jax.vmap(lambda row, place: row.at[place].get(mode="fill", fill_value=0))(x, where)
+def of_places(x: Float32[Array, "B L H"], texts: Texts) -> Float32[Array, "N H L"]:
+    """What `by_text` took apart; whatever no text has is zero."""
+    number, inside = _inside(texts)
+    batch, length, heads = x.shape
+    blank = jnp.zeros((texts.start.size, heads, length), x.dtype)
+    number = jnp.where(texts.places.source < texts.places.copies.shape[1], number, texts.start.size)
+    return blank.at[number, :, inside].set(x, mode="drop")
+
+
+def _inside(texts: Texts) -> tuple[Int[Array, "B L"], Int[Array, "B L"]]:
+    """The number, over all rows, of the text that each place is in, and how far inside of it the place is."""
+    order = jnp.arange(texts.places.source.shape[1], dtype=jnp.int32)
+    real = texts.start >= 0
+    before = jnp.cumsum(real.sum(axis=1)) - real.sum(axis=1)
+
+    def row(start, real, before):
+        which = jnp.searchsorted(jnp.where(real, start, order.size), order, side="right", method="scan_unrolled") - 1
+        return before + which, order - start[which]
+
+    number, inside = jax.vmap(row)(texts.start, real, before)
+    return number.astype(jnp.int32), inside.astype(jnp.int32)

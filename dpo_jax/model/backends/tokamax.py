@@ -4,22 +4,23 @@ Trees of up to two branches are turned until each slot sees one range of the row
 prompt, the second branch. Where there may be more branches, and under a window, texts are laid out one by one (see
 `texts`). The forward pass computes no block outside of the ranges; the backward pass computes all of them and masks.
 
-Ranges are no part of the package's public functions: all that is used of it stands in `_kernel`, and `missing` says
-whether it still is what it was.
+Ranges are no part of the package's public functions: all that is used of it stands in `_kernel` and `_kernel_back`, and
+`missing` says whether it still is what it was.
 
 Letters: B rows, T slots, L places, H heads, K key-value heads, C channels.
 """
 
 import dataclasses
+import functools
 import importlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dpo_jax.model.attention import Bounds, Layout, VisibilityRules
-from dpo_jax.model.backends.texts import Places, gather, lay_out, places_of, spread
+from dpo_jax.model.backends.texts import Kernel, Places, by_copies, lay_out, places_of
 
 BASE, API = "tokamax._src.ops.attention.base", "tokamax._src.ops.attention.api"
 KERNEL = "mosaic_gpu"
@@ -101,8 +102,8 @@ def _by_text(layout: Layout, window: int | None, bounds: Bounds) -> Ranges:
 
 
 def keeps_scores(prepared: object) -> bool:
-    """Whether the backward pass finds more than a result where the forward pass left it: copies, here always."""
-    return True
+    """Whether the backward pass finds scores where the forward pass left them: it computes them again."""
+    return False
 
 
 def attend(
@@ -117,22 +118,51 @@ def attend(
 
     A window counts tokens of a text, whose positions rise by one from each to the next.
     """
-    query, key, value = (spread(x, ranges.places) for x in (query, key, value))
-    mixed = _kernel(query, key, value, ranges.begin, ranges.end, float(rules.scale), rules.softcap)
-    return gather(mixed, ranges.places)
+    how = _How(float(rules.scale), rules.softcap)
+    kernel = Kernel(functools.partial(_kernel, how), functools.partial(_kernel_back, how))
+    return by_copies(kernel, query, key, value, ranges.places, (ranges.begin, ranges.end))
+
+
+class _How(NamedTuple):
+    """What is known when the computation is compiled."""
+
+    scale: float
+    softcap: float | None
+
+
+Range = tuple[Int[Array, "B L"], Int[Array, "B L"]]
 
 
 def _kernel(
+    how: _How,
     query: Float[Array, "B L H C"],
     key: Float[Array, "B L K C"],
     value: Float[Array, "B L K C"],
-    begin: Int[Array, "B L"],
-    end: Int[Array, "B L"],
-    scale: float,
-    softcap: float | None,
-) -> Float[Array, "B L H C"]:
-    """Attention of each place to its range."""
-    base = importlib.import_module(BASE)
-    kernel = importlib.import_module(API).IMPLEMENTATIONS[KERNEL]
-    mask = base.Mask(k_start=begin[:, None], k_end=end[:, None])
-    return kernel(query, key, value, mask=mask, logits_scale=scale, logits_soft_cap=softcap)
+    about: Range,
+) -> tuple[Float[Array, "B L H C"], tuple[Array, ...]]:
+    """Attention of each place to its range; and of each place its highest score and its sum of exponentials."""
+    out, residuals = _package()(query, key, value, **_options(how, about), return_residuals=True)
+    return out, tuple(x.transpose(0, 2, 1) for x in residuals)
+
+
+def _kernel_back(
+    how: _How, query, key, value, out, kept: tuple[Array, ...], about: Range, slope: Float[Array, "B L H C"]
+) -> tuple[Array, Array, Array]:
+    """The gradient of `_kernel`."""
+    residuals, package = tuple(x.transpose(0, 2, 1) for x in kept), _package()
+    bound = package.bind(
+        query, key, value, **_options(how, about)
+    )  # its gradient takes every argument, as they are then
+    options = {name: value for name, value in bound.kwargs.items() if name != "return_residuals"}
+    found = package.vjp(residuals, out, slope, *bound.args, **options)
+    return found["q"], found["k"], found["v"]
+
+
+def _package() -> Any:
+    return importlib.import_module(API).IMPLEMENTATIONS[KERNEL]
+
+
+def _options(how: _How, about: Range) -> dict[str, Any]:
+    begin, end = about
+    mask = importlib.import_module(BASE).Mask(k_start=begin[:, None], k_end=end[:, None])
+    return {"mask": mask, "logits_scale": how.scale, "logits_soft_cap": how.softcap}

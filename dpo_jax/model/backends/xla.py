@@ -20,6 +20,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from dpo_jax.model.attention import TILE, Bounds, Layout, VisibilityRules, attend_seen, visible
+from dpo_jax.model.remat import named
 
 UNSEEN = float(np.finfo(np.float32).min)
 
@@ -95,7 +96,7 @@ def attend(
     if plan.keys.shape[2] == 1:  # one block: nothing to skip, and quicker to compile
         layout = Layout(*(x[:, :length] for x in plan.layout))
         distance = None if rules.slopes is None else layout.position[:, :, None] - layout.position[:, None, :]
-        return attend_seen(query, key, value, visible(layout, window), rules, distance)
+        return named(attend_seen(query, key, value, visible(layout, window), rules, distance), "context")
     how = _How(rules.scale, rules.softcap, window, plan.block)
     sinks = None if rules.sinks is None else rules.sinks.astype(jnp.float32)
     return _attend(how, query, key, value, sinks, rules.slopes, plan)
@@ -124,7 +125,7 @@ def _attend(how: _How, query, key, value, sinks, slopes, plan: TilePlan):
 
 
 def _forward(how: _How, query, key, value, sinks, slopes, plan: TilePlan):
-    """The result, and what the backward pass needs: besides the inputs, the result by block and log-sum-exps."""
+    """The result, and what the backward pass needs: besides the inputs, the result and log-sum-exps, both named."""
     batch, length, heads, _ = query.shape
     blocks = _blocks(query, key, value, how.block)
     count = plan.count.shape[1]
@@ -151,14 +152,15 @@ def _forward(how: _How, query, key, value, sinks, slopes, plan: TilePlan):
 
     blank = jnp.zeros((*rows, value.shape[-1]), value.dtype), jnp.zeros(rows, jnp.float32)
     out, lse = lax.fori_loop(0, rows[0], one_block, blank)
-    return _whole(out, batch, heads, how.block)[:, :length], (query, key, value, sinks, slopes, plan, out, lse)
+    out, lse = named((_whole(out, batch, heads, how.block)[:, :length], lse), "context")
+    return out, (query, key, value, sinks, slopes, plan, out, lse)
 
 
 def _backward(how: _How, kept, slope):
     query, key, value, sinks, slopes, plan, out, lse = kept
     batch, length, heads, _ = query.shape
     blocks = _blocks(query, key, value, how.block)
-    slope = _by_block(_filled(slope, how.block), key.shape[2], how.block)
+    slope, out = (_by_block(_filled(x, how.block), key.shape[2], how.block) for x in (slope, out))
     count = plan.count.shape[1]
     drop = (slope.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
 
