@@ -6,9 +6,16 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from dpo_jax.model import experts
+from dpo_jax.model import spec as specs
+from dpo_jax.model.decoder import _merged
 from dpo_jax.model.grouped import grouped_dot
 from dpo_jax.planning import chips, compilers
+from dpo_jax.sharding import BATCH, make_mesh, param_shardings
 
 SHAPES = {
     "qwen3_30b": (61440, 2048, 768, 128),
@@ -84,3 +91,48 @@ def test_a_gpu_has_one_kernel_for_each_product(name, shape, dtype):
     assert re.findall(r'custom_call_target="([^"]+)"', text) == ["__gpu$xla.gpu.triton"] * 3
     assert " while(" not in text and " dot(" not in text
     assert program.memory_analysis().temp_size_in_bytes <= MIB
+
+
+# ---- a mixture on a mesh
+
+
+SPEC = specs.Experts(count=16, chosen=2, width=256, bias=True)
+WIDTH = 384
+
+
+@functools.cache
+def mixture_on(name: str, expert: int, tensor: int) -> str:
+    """A step's text: a mixture of experts and its gradient on eight devices, each axis of which is of use."""
+    chip = chips.CHIPS[name]
+    device(name)
+    mesh = make_mesh(1, -1, tensor, compilers.devices(chip, 8, 1), expert=expert)
+    graph, state = nnx.split(nnx.eval_shape(lambda: experts.Mixture(SPEC, WIDTH, rngs=nnx.Rngs(0))))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), jnp.bfloat16), nnx.to_pure_dict(state))
+    places = param_shardings({"blocks": {"0": {"experts": shapes}}}, mesh)["blocks"]["0"]["experts"]
+    params = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places)
+    rows = NamedSharding(mesh, P(BATCH))
+
+    def loss(params, x):
+        module = _merged(graph, state, jax.tree.map(lambda leaf: leaf[0], params))
+        return module(x, activations=rows)[0].astype(jnp.float32).sum()
+
+    step = jax.jit(jax.grad(loss, (0, 1)), out_shardings=(places, rows))
+    x = jax.ShapeDtypeStruct((8, 256, WIDTH), jnp.bfloat16, sharding=rows)
+    with compilers.answering_for(chip):
+        return step.lower(params, x).compile().as_text()
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(("expert", "tensor"), [(1, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize("name", ["v5e", "h100"])
+def test_a_mixture_multiplies_by_kernels_on_a_mesh_and_gathers_no_matrix_over_its_axis(name, expert, tensor):
+    """A round has nine products, forward and backward; rounds beyond the first are compiled once, and compute again."""
+    text = mixture_on(name, expert, tensor)
+    kernel = "tpu_custom_call" if name == "v5e" else "__gpu$xla.gpu.triton"
+    kernels = text.count(f'custom_call_target="{kernel}"')
+    assert kernels == 9 if expert == 1 else kernels >= 18
+    inner = SPEC.width // tensor
+    whole = [f"[{SPEC.count},{a},{b}]" for a, b in ((WIDTH, inner), (inner, WIDTH))]
+    gathered = [line for line in text.splitlines() if "all-gather" in line and any(one in line for one in whole)]
+    assert bool(gathered) == (expert == 1)

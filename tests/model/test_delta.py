@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -302,3 +303,60 @@ def test_half_precision_stays_outside():
     y, memory = apply(half, x, text, empty_memory(SPEC, 2, jnp.bfloat16))
     assert (y.dtype, memory.conv.dtype, memory.state.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     close(y[0].astype(jnp.float32), recurrence(random_params(), x[0]), 0.03)  # weights and projections round to 8 bits
+
+
+# ---- products on accelerators
+
+
+def halves(x):
+    """What bfloat16 keeps of x, and of the rest."""
+    upper = x.astype(jnp.bfloat16).astype(jnp.float32)
+    return upper, (x - upper).astype(jnp.bfloat16).astype(jnp.float32)
+
+
+def three_passes(a, b, precision):
+    """`a @ b` as accelerators compute it, which a CPU's compiler refuses to."""
+    if precision != delta.THREE_PASSES:
+        return jnp.matmul(a, b, precision=precision)
+    (a, a_rest), (b, b_rest) = halves(a), halves(b)
+    return a @ b_rest + a_rest @ b + a @ b
+
+
+def test_three_products_of_bfloat16_are_far_below_its_rounding(monkeypatch):
+    """1e-4 of the largest output, where bfloat16 itself rounds to 2e-3; and the last state."""
+    keys = [draw(i, 1, 100, 2, 16) for i in range(2)]
+    keys = [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in keys]
+    strength, decay = jax.nn.sigmoid(draw(3, 1, 100, 2)), -0.1 * jnp.abs(draw(4, 1, 100, 2))
+    args = *keys, draw(2, 1, 100, 2, 16), strength, decay, jnp.ones((1, 100), jnp.int32), draw(5, 1, 2, 16, 16)
+    exact = rule(*args)
+    monkeypatch.setattr(delta, "_matmul", three_passes)
+    got = jax.jit(functools.partial(delta.gated_delta, precision=delta.THREE_PASSES))(*args)
+    for a, b in zip(got, exact, strict=True):
+        assert 0 < jnp.abs(a - b).max() <= 1e-4 * jnp.abs(b).max()
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "passes"),
+    [("cpu", "bfloat16", 0), ("tpu", "bfloat16", 3), ("gpu", "bfloat16", 3), ("gpu", "float32", 0)],
+)
+def test_products_are_in_three_passes_where_they_would_be_slow(platform, dtype, passes):
+    """All of the rule, forward and backward; in float32 they are float32, and on a CPU always."""
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), random_params())
+    x, text = draw(0, 1, 70, WIDTH).astype(dtype), jnp.ones((1, 70), jnp.int32)
+
+    def total(params, x):
+        y, _ = nnx.merge(net()[0], params)(x, text, platform=platform)
+        return y.astype(jnp.float32).sum()
+
+    program = jax.jit(jax.grad(total)).trace(params, x)
+    of_rule = [eqn for eqn in products(program.jaxpr.jaxpr) if eqn.params["precision"] is not None]
+    assert len(of_rule) > 20
+    assert {eqn.params["precision"] == delta.THREE_PASSES for eqn in of_rule} == {passes == 3}
+
+
+def products(jaxpr):
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield eqn
+        for inner in jex.core.jaxprs_in_params(eqn.params):
+            yield from products(inner)
