@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dpo_jax import sharding
@@ -151,8 +151,9 @@ def generate(
             shards = 1 if mesh is None else sharding.batch_shards(mesh)
             rows = _rows([legs[index] for index in indices], indices, batch_size, shards)
             capacity = rounded(max(legs[index].room for index in indices))
-            state = _read(spec, params, _placed(rows, mesh), np.uint32(seed), capacity=capacity)
-            state = _write(spec, params, state, np.int32(decoding.max_new_tokens), rule_of(decoding))
+            split = None if mesh is None else sharding.rows(mesh)
+            state = _read(spec, params, _placed(rows, split), np.uint32(seed), capacity=capacity, split=split)
+            state = _write(spec, params, state, np.int32(decoding.max_new_tokens), rule_of(decoding), split=split)
             found = zip(indices, _answers(state, decoding), strict=False)
             answers |= {index: legs[index].joined(answer) for index, answer in found}
         legs = {i: leg.after(answers[i], decoding) for i, leg in legs.items() if leg.goes_on(answers[i], decoding)}
@@ -285,10 +286,9 @@ def _rows(legs: Sequence[_Leg], indices: Sequence[int], batch_size: int, shards:
     return _Rows(tokens, positions, index, before, room)
 
 
-def _placed(rows: _Rows, mesh: Mesh | None) -> _Rows:
-    if mesh is None:
+def _placed(rows: _Rows, split: NamedSharding | None) -> _Rows:
+    if split is None:
         return rows
-    split = sharding.rows(mesh)
     return _Rows(*(jax.make_array_from_callback(part.shape, split, part.__getitem__) for part in rows))
 
 
@@ -310,8 +310,16 @@ def _on_host(array: jax.Array) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- on the devices
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "capacity"))
-def _read(spec: DecoderSpec, params: Params, rows: _Rows, seed: UInt32[Array, ""], *, capacity: int) -> _State:
+@functools.partial(jax.jit, static_argnames=("spec", "capacity", "split"))
+def _read(
+    spec: DecoderSpec,
+    params: Params,
+    rows: _Rows,
+    seed: UInt32[Array, ""],
+    *,
+    capacity: int,
+    split: NamedSharding | None = None,
+) -> _State:
     """Read the prompts, and make room for answers of `capacity` tokens."""
     tokens, positions, index, before, room = (jnp.asarray(part) for part in rows)
     batch, slots = tokens.shape
@@ -321,7 +329,7 @@ def _read(spec: DecoderSpec, params: Params, rows: _Rows, seed: UInt32[Array, ""
 
     def read(number, carry):
         some, where = (lax.dynamic_slice_in_dim(x, number * piece, piece, axis=1) for x in (tokens, positions))
-        states, cache = extend(spec, params, some, where, carry[1], lengths)
+        states, cache = extend(spec, params, some, where, carry[1], lengths, rows=split)
         return states[:, -1], cache
 
     last, cache = lax.fori_loop(0, slots // piece, read, (jnp.zeros((batch, spec.head_width), dtype), cache))
@@ -339,8 +347,16 @@ def _read(spec: DecoderSpec, params: Params, rows: _Rows, seed: UInt32[Array, ""
     )
 
 
-@functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
-def _write(spec: DecoderSpec, params: Params, state: _State, until: Int[Array, ""], rule: Rule) -> _State:
+@functools.partial(jax.jit, static_argnames=("spec", "split"), donate_argnames="state")
+def _write(
+    spec: DecoderSpec,
+    params: Params,
+    state: _State,
+    until: Int[Array, ""],
+    rule: Rule,
+    *,
+    split: NamedSharding | None = None,
+) -> _State:
     """Go on until `until` tokens are written, or every row has stopped."""
 
     def wanted(state: _State):
@@ -351,7 +367,7 @@ def _write(spec: DecoderSpec, params: Params, state: _State, until: Int[Array, "
         chosen = choose(head_logits(spec, params, state.last), rule, state.seed, state.index, place)
         token = jnp.where(state.stopped, NOTHING, chosen)[:, None]
         position = state.prompt_length[:, None] + state.count
-        states, cache = extend(spec, params, jnp.maximum(token, 0), position, state.cache)
+        states, cache = extend(spec, params, jnp.maximum(token, 0), position, state.cache, rows=split)
         return state._replace(
             cache=cache,
             last=states[:, 0],

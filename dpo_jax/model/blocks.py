@@ -39,6 +39,8 @@ class Context(NamedTuple):
     """Dropout of the adapters; None where nothing is dropped."""
     platform: str = "cpu"
     """Of the devices that it is compiled for."""
+    rows: jax.sharding.NamedSharding | None = None
+    """How rows are split where nothing is held in its place: experts are computed device by device."""
 
     def inside(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """What a layer's products see, held where they want it; slopes along it are held where states live."""
@@ -124,12 +126,12 @@ class Block(nnx.Module):
             assert self.mlp is not None
             return self.mlp(x), None
         if self.mlp is None:
-            return self.experts(x, weights=context.weights, activations=context.activations)
+            return self.experts(x, weights=context.weights, activations=context.activations or context.rows)
         mixed, routing = self.experts(
             _behind(self.experts_norm, unnormed),
             router_input=unnormed,
             weights=context.weights,
-            activations=context.activations,
+            activations=context.activations or context.rows,
         )
         return _behind(self.mlp_inner_norm, self.mlp(x)) + _behind(self.experts_inner_norm, mixed), routing
 

@@ -250,6 +250,8 @@ def extend(
     positions: Int[Array, "B T"],
     cache: Cache,
     lengths: Int[Array, " B"] | None = None,
+    *,
+    rows: jax.sharding.NamedSharding | None = None,
 ) -> tuple[Float[Array, "B T N"], Cache]:
     """Read T more tokens of every row: their hidden states, and the cache with them in it.
 
@@ -257,13 +259,17 @@ def extend(
     Longrope alone looks at it, and there every token of a cache must have been read for the same side of the original
     length.
 
+    `rows` says how rows are split over the devices that the weights lie on, if there are several.
+
     A token with position -1 is padding (rows of a batch start with it so that all end together): nobody sees it, and
     its own hidden state means nothing.
     """
     slots = lax.dynamic_update_slice(cache.positions, positions, (0, cache.filled))
     view = CachedView.of(spec, positions, slots, cache.filled, lengths)
     kept = _shared_kv(spec, cache.positions.shape, params["embed"]["embedding"].dtype)
-    x, memory, _ = _run(spec, params, tokens, Context(view, None, None), DEFAULT_EXECUTION, cache.memory, kept)
+    x, memory, _ = _run(
+        spec, params, tokens, Context(view, None, None, rows=rows), DEFAULT_EXECUTION, cache.memory, kept
+    )
     return x, Cache(memory, slots, cache.filled + tokens.shape[1])
 
 

@@ -10,6 +10,7 @@ XLA's own `ragged_dot` is a kernel for one of the three products on a TPU, and e
 """
 
 import functools
+import importlib.util
 from types import ModuleType
 
 import jax
@@ -20,6 +21,22 @@ from dpo_jax.model import grouped_blocks, grouped_gpu, grouped_tpu
 
 KERNELS: dict[str, ModuleType] = {"tpu": grouped_tpu, "cuda": grouped_gpu}
 """Platforms with kernels: each module's `product` and `outer` give what those of `grouped_blocks` do."""
+
+
+@functools.cache
+def missing() -> str | None:
+    """What this JAX lacks for experts on GPUs; None if it has it. JAX 0.12 says that Pallas will lose Triton."""
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is not None:
+        return None
+    return (
+        f"experts are multiplied by kernels of Pallas and Triton on a GPU, which jax {jax.__version__} does not have; "
+        "install an older one (0.10.2 and 0.12.0 have them)"
+    )
+
+
+def _kernels() -> dict[str, ModuleType]:
+    """Those that can be traced: all platforms' forms are, wherever the program will run."""
+    return {name: module for name, module in KERNELS.items() if name != "cuda" or missing() is None}
 
 
 @jax.custom_vjp
@@ -33,12 +50,12 @@ def grouped_dot(x: Float[Array, "N D"], w: Float[Array, "G D F"], sizes: Int[Arr
 
 def product(x: Float[Array, "N I"], w: Float[Array, "G D F"], sizes: Int[Array, " G"], *, axis: int) -> Array:
     """Each row times its group's matrix, summed over the matrix's axis 1 (D) or 2 (F), in float32."""
-    kernels = {name: functools.partial(module.product, axis=axis) for name, module in KERNELS.items()}
+    kernels = {name: functools.partial(module.product, axis=axis) for name, module in _kernels().items()}
     return lax.platform_dependent(x, w, sizes, **kernels, default=functools.partial(grouped_blocks.product, axis=axis))
 
 
 def _outer(x, dy, sizes, dtype):
-    forms = {name: functools.partial(module.outer, dtype=dtype) for name, module in KERNELS.items()}
+    forms = {name: functools.partial(module.outer, dtype=dtype) for name, module in _kernels().items()}
     return lax.platform_dependent(x, dy, sizes, **forms, default=functools.partial(grouped_blocks.outer, dtype=dtype))
 
 

@@ -17,7 +17,7 @@ from dpo_jax.hf import checkpoint, ending, resize, tensors
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.hf.ending import Ending
 from dpo_jax.hf.settings import ExportSettings
-from dpo_jax.model import expert_split, remat
+from dpo_jax.model import expert_split, grouped, remat
 from dpo_jax.model.backends import table
 from dpo_jax.model.decoder import Execution, Model, abstract_params, held_in
 from dpo_jax.model.quantised import Kind, kept_shapes
@@ -155,9 +155,11 @@ def check_mesh(spec: DecoderSpec, mesh: jax.sharding.Mesh) -> None:
     """Whether the mesh can share rows of this model, whose heads context splits together with tensor, and experts.
 
     Raises:
-      UserError: an axis does not divide the heads of a layer, or the experts.
+      UserError: an axis does not divide the heads of a layer, or the experts; or these GPUs have no kernels for them.
     """
     expert_split.check(mesh, spec.experts)
+    if spec.experts is not None and sharding.platform(mesh) == "gpu" and (gone := grouped.missing()) is not None:
+        raise UserError(f"model.path: {gone}")
     tensor, context = mesh.shape["tensor"], mesh.shape["context"]
     mixers = {layer.mixer for layer in spec.layers}
     for heads in sorted({m.value_heads if isinstance(m, GatedDelta) else m.heads for m in mixers}):

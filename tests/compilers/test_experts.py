@@ -1,5 +1,6 @@
 """Grouped products as the compilers of accelerators make them: counted in what they compiled."""
 
+import dataclasses
 import functools
 import re
 
@@ -10,12 +11,13 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax.model import experts
+from dpo_jax.model import decoder, experts
 from dpo_jax.model import spec as specs
 from dpo_jax.model.decoder import _merged
 from dpo_jax.model.grouped import grouped_dot
 from dpo_jax.planning import chips, compilers
-from dpo_jax.sharding import BATCH, make_mesh, param_shardings
+from dpo_jax.sharding import BATCH, make_mesh, param_shardings, rows, shape_of
+from tests.support.specs import plain_spec
 
 SHAPES = {
     "qwen3_30b": (61440, 2048, 768, 128),
@@ -136,3 +138,28 @@ def test_a_mixture_multiplies_by_kernels_on_a_mesh_and_gathers_no_matrix_over_it
     whole = [f"[{SPEC.count},{a},{b}]" for a, b in ((WIDTH, inner), (inner, WIDTH))]
     gathered = [line for line in text.splitlines() if "all-gather" in line and any(one in line for one in whole)]
     assert bool(gathered) == (expert == 1)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["v5e", "h100"])
+def test_answers_are_written_on_several_devices(name):
+    """Weights lie as in training; each device asks its own experts, which no partitioner could split."""
+    chip = chips.CHIPS[name]
+    if (gone := compilers.missing(chip)) is not None:
+        pytest.skip(gone)
+    mesh = make_mesh(1, 2, 2, compilers.devices(chip, 4, 1))
+    spec = plain_spec(width=256, layers=2, heads=4, mlp_width=256)
+    mixed = dataclasses.replace(spec.layers[0], mlp=None, experts=specs.Experts(8, 2, 256))
+    spec = dataclasses.replace(spec, layers=(mixed,) * 2)
+    params = jax.eval_shape(lambda: decoder.cast(decoder.init_params(spec, jax.random.key(0)), jnp.bfloat16))
+    params = shape_of(params, param_shardings(params, mesh))
+    split = rows(mesh)
+
+    def written(params, tokens):
+        cache = decoder.empty_cache(spec, 4, 32, jnp.bfloat16)
+        return decoder.extend(spec, params, tokens, tokens, cache, rows=split)[0]
+
+    tokens = jax.ShapeDtypeStruct((4, 16), jnp.int32, sharding=split)
+    with compilers.answering_for(chip):
+        text = jax.jit(written).lower(params, tokens).compile().as_text()
+    assert "custom-call" in text

@@ -1,5 +1,6 @@
 """Laws of grouped products: a loop over blocks of rows, and the kernels that take its place on accelerators."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo_jax import sharding
+from dpo_jax.errors import UserError
 from dpo_jax.model import grouped, grouped_blocks, grouped_gpu, grouped_tpu
+from dpo_jax.model.spec import Experts
+from dpo_jax.run import models
+from tests.support.specs import plain_spec
 
 
 def draw(seed: int, *shape: int) -> jax.Array:
@@ -191,3 +197,20 @@ def test_nothing_as_large_as_all_tokens_for_all_experts_is_compiled():
     step = jax.jit(jax.grad(lambda x, w: jnp.sin(grouped.grouped_dot(x, w, sizes)).sum(), (0, 1)))
     memory = step.lower(jnp.zeros((rows, width)), jnp.zeros((groups, width, width))).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * groups * rows * width / 4
+
+
+def test_a_jax_without_triton_still_multiplies_elsewhere_and_is_refused_on_gpus(monkeypatch):
+    monkeypatch.setattr(grouped.importlib.util, "find_spec", lambda name: None)
+    grouped.missing.cache_clear()
+    try:
+        x, w, sizes = jnp.ones((6, 4)), jnp.ones((2, 4, 3)), jnp.array([4, 2], jnp.int32)
+        np.testing.assert_array_equal(grouped.grouped_dot(x, w, sizes), np.full((6, 3), 4.0))
+        spec = plain_spec(width=16, layers=1, heads=2, mlp_width=16)
+        mixed = dataclasses.replace(spec.layers[0], mlp=None, experts=Experts(4, 2, 16))
+        spec, mesh = dataclasses.replace(spec, layers=(mixed,)), sharding.make_mesh(devices=jax.devices()[:1])
+        models.check_mesh(spec, mesh)
+        monkeypatch.setattr(models.sharding, "platform", lambda mesh: "gpu")
+        with pytest.raises(UserError, match=r"^model.path: experts are multiplied by kernels of Pallas and Triton"):
+            models.check_mesh(spec, mesh)
+    finally:
+        grouped.missing.cache_clear()
