@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 
 class Layout(NamedTuple):
@@ -113,7 +113,7 @@ def attend_seen(
     def by_head(x: Array) -> Array:
         return x.transpose(0, 2, 1, 3).reshape(batch * kv_heads, -1, x.shape[-1])
 
-    scores = _batched(by_head(query), by_head(key), 2, jnp.float32).reshape(batch, heads, queries, keys) * rules.scale
+    scores = _scores(by_head(query), by_head(key)).reshape(batch, heads, queries, keys) * rules.scale
     if rules.softcap is not None:
         scores = rules.softcap * jnp.tanh(scores / rules.softcap)
     if rules.slopes is not None and distance is not None:
@@ -130,6 +130,29 @@ def _softmax(scores: Float[Array, "B H T S"], sinks: Float[Array, " H"] | None) 
         return jax.nn.softmax(scores, axis=-1)
     sink = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, None, None], (*scores.shape[:3], 1))
     return jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
+
+
+def _scores(query: Float[Array, "N T C"], key: Float[Array, "N S C"]) -> Float32[Array, "N T S"]:
+    """`query . key`. In 16 bits its slopes are rounded before they are multiplied, as in kernels: products of float32 go
+    without a GPU's matrix units."""
+    if query.dtype == jnp.float32:
+        return _batched(query, key, 2, jnp.float32)
+    return _narrow_scores(query, key)
+
+
+@jax.custom_vjp
+def _narrow_scores(query: Float[Array, "N T C"], key: Float[Array, "N S C"]) -> Float32[Array, "N T S"]:
+    return _batched(query, key, 2, jnp.float32)
+
+
+def _slopes_of_scores(residuals, slope):
+    query, key = residuals
+    slope = slope.astype(query.dtype)
+    to_key = lax.dot_general(slope, query, (((1,), (1,)), ((0,), (0,))), preferred_element_type=key.dtype)
+    return _batched(slope, key, 1, query.dtype), to_key
+
+
+_narrow_scores.defvjp(lambda query, key: (_batched(query, key, 2, jnp.float32), (query, key)), _slopes_of_scores)
 
 
 def _batched(

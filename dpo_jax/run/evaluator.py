@@ -63,7 +63,9 @@ class Evaluator:
         `rounding` is that of the folder that the run will leave."""
         self._objective, self._mesh, self._held_out, self._reference = objective, mesh, held_out, reference
         self._prompts, self._every, self._rounding = prompts, every, rounding
-        self._collect = sharding.Compiled(lambda weights, live, batch: evaluate_batch(objective, weights, batch, live))
+        self._collect = sharding.Compiled(
+            lambda weights, live, batch: evaluate_batch(objective, weights, batch, live), mesh
+        )
         self._measure = heldout.measurement(as_measured(objective.terms))
 
     def due(self, step: int, last: int) -> bool:

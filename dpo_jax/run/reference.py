@@ -144,7 +144,7 @@ def score_all(
     """Log-probability of each scored token under a model, in nats."""
     params = cast(model.params, jnp.dtype(objective.compute_dtype))
     scorer = sharding.Compiled(
-        lambda params, batch: score_batch(model.spec, params, batch, execution=objective.execution)
+        lambda params, batch: score_batch(model.spec, params, batch, execution=objective.execution), mesh
     )
 
     def progress(done: int, total: int) -> None:

@@ -62,7 +62,7 @@ class Trainer:
         self.shardings = self._state_shardings()
         rate = schedule(optimizer, batches.steps)
         step = make_step(objective, self.optimizer, rate, steps=batches.steps, moving=self.moving, seed=seed)
-        self._step = sharding.Compiled(step, out_shardings=(self.shardings, None), donate=(0,))
+        self._step = sharding.Compiled(step, mesh, out_shardings=(self.shardings, None), donate=(0,))
 
     def step(self, state: State, batch: Any) -> tuple[State, dict[str, jax.Array]]:
         """One optimizer step; the old state is consumed."""

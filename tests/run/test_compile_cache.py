@@ -26,6 +26,8 @@ value = jax.jit(lambda x: jnp.tanh(x @ x).sum())(jnp.arange(64.0).reshape(8, 8) 
 print(json.dumps([str(folder), float(value).hex(), sum("cache_hits" in name for name in events)]))
 """
 
+MESH = sharding.make_mesh(devices=jax.devices()[:1])
+
 
 def run(wanted, **changes):
     environment = {
@@ -78,7 +80,7 @@ def test_a_folder_that_jax_was_told_to_use_is_left_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_what_is_compiled_ahead_is_not_compiled_again(workers):
-    double = sharding.Compiled(lambda x: 2 * x)
+    double = sharding.Compiled(lambda x: 2 * x, MESH)
     kinds = [(jax.ShapeDtypeStruct((size,), jnp.float32),) for size in (3, 4, 5)]
     assert list(double.prepare(kinds, workers=workers)) == [1, 2, 3]
     for size in (5, 3, 4):
@@ -97,7 +99,7 @@ def test_what_cannot_be_compiled_is_said(workers):
 
     kinds = [(jax.ShapeDtypeStruct((size,), jnp.float32),) for size in (3, 4, 5)]
     with pytest.raises(ValueError, match="not four"):
-        list(sharding.Compiled(refuse).prepare(kinds, workers=workers))
+        list(sharding.Compiled(refuse, MESH).prepare(kinds, workers=workers))
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
