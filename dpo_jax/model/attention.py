@@ -133,8 +133,8 @@ def _softmax(scores: Float[Array, "B H T S"], sinks: Float[Array, " H"] | None) 
 
 
 def _scores(query: Float[Array, "N T C"], key: Float[Array, "N S C"]) -> Float32[Array, "N T S"]:
-    """`query . key`. In 16 bits its slopes are rounded before they are multiplied, as in kernels: products of float32 go
-    without a GPU's matrix units."""
+    """`query . key`. In 16 bits its slopes are rounded before they are multiplied, as in kernels: a GPU's matrix units
+    do not multiply float32."""
     if query.dtype == jnp.float32:
         return _batched(query, key, 2, jnp.float32)
     return _narrow_scores(query, key)

@@ -52,7 +52,7 @@ def hidden(plan: dict) -> float:
 
 
 def check_memory(plan: dict) -> None:
-    """The prediction is about what the chip's compiler asks for; BENCHMARKS.md has real models, of which it is more so."""
+    """The prediction is about what the chip's compiler asks for, and nearer to it in BENCHMARKS.md, of real models."""
     predicted, real = sum(plan["memory"]["predicted"].values()), plan["memory"]["compiler"]["peak"]
     assert real / 1.15 <= predicted <= 1.3 * real
 
