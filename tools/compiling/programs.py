@@ -97,7 +97,7 @@ PROGRAMS = {
     "8B, 8 H100": Program("Llama-3.1-8B", "h100", 8, ("batch.pairs=256",)),
     "8B, 8 A100": Program("Llama-3.1-8B", "a100", 8, ("batch.pairs=256",)),
     "8B, 8 L4": Program("Llama-3.1-8B", "l4", 8, ("batch.pairs=64", "model.remat=block")),
-    "8B, 64 v5p": Program("Llama-3.1-8B", "v5p", 64, ("batch.pairs=2048",)),
+    "8B, 64 v5p": Program("Llama-3.1-8B", "v5p", 64, ("batch.pairs=2048", "mesh.data=4", "mesh.fsdp=16")),
     "8B, 64 v6e": Program("Llama-3.1-8B", "v6e", 64, ("batch.pairs=2048",)),
     "30B-A3B, 16 H100": Program("Qwen3-30B-A3B", "h100", 16, ("batch.pairs=256", "model.remat=names")),
     "30B-A3B, 16 v5p": Program("Qwen3-30B-A3B", "v5p", 16, ("batch.pairs=512", "model.remat=names")),
