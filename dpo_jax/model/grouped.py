@@ -34,7 +34,7 @@ def missing() -> str | None:
     )
 
 
-def _kernels() -> dict[str, ModuleType]:
+def kernels() -> dict[str, ModuleType]:
     """Those that can be traced: all platforms' forms are, wherever the program will run."""
     return {name: module for name, module in KERNELS.items() if name != "cuda" or missing() is None}
 
@@ -50,12 +50,12 @@ def grouped_dot(x: Float[Array, "N D"], w: Float[Array, "G D F"], sizes: Int[Arr
 
 def product(x: Float[Array, "N I"], w: Float[Array, "G D F"], sizes: Int[Array, " G"], *, axis: int) -> Array:
     """Each row times its group's matrix, summed over the matrix's axis 1 (D) or 2 (F), in float32."""
-    kernels = {name: functools.partial(module.product, axis=axis) for name, module in _kernels().items()}
-    return lax.platform_dependent(x, w, sizes, **kernels, default=functools.partial(grouped_blocks.product, axis=axis))
+    forms = {name: functools.partial(module.product, axis=axis) for name, module in kernels().items()}
+    return lax.platform_dependent(x, w, sizes, **forms, default=functools.partial(grouped_blocks.product, axis=axis))
 
 
 def _outer(x, dy, sizes, dtype):
-    forms = {name: functools.partial(module.outer, dtype=dtype) for name, module in _kernels().items()}
+    forms = {name: functools.partial(module.outer, dtype=dtype) for name, module in kernels().items()}
     return lax.platform_dependent(x, dy, sizes, **forms, default=functools.partial(grouped_blocks.outer, dtype=dtype))
 
 

@@ -31,7 +31,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dpo_jax.errors import UserError
-from dpo_jax.model.grouped import KERNELS
+from dpo_jax.model.grouped import kernels
 from dpo_jax.model.grouped_blocks import product_with
 
 Kind = Literal["nf4", "fp4", "int8"]
@@ -300,12 +300,14 @@ def quantised_grouped_dot(
 
 def _grouped(x: Array, kernel: QuantisedKernel, sizes: Array, *, axis: int) -> Array:
     """Each row times its expert's weight, summed over axis 1 or 2 of the weights [E, O, I]."""
-
-    def whole(product: Callable[..., Array], x: Array, kernel: QuantisedKernel, sizes: Array) -> Array:
-        return product(x, kernel.weight(x.dtype), sizes, axis=axis)
-
-    forms = {name: functools.partial(whole, module.product) for name, module in KERNELS.items()}
+    forms = {name: functools.partial(_grouped_whole, module.product, axis=axis) for name, module in kernels().items()}
     return lax.platform_dependent(x, kernel, sizes, **forms, default=functools.partial(_grouped_blocks, axis=axis))
+
+
+def _grouped_whole(
+    product: Callable[..., Array], x: Array, kernel: QuantisedKernel, sizes: Array, *, axis: int
+) -> Array:
+    return product(x, kernel.weight(x.dtype), sizes, axis=axis)
 
 
 def _grouped_blocks(x: Array, kernel: QuantisedKernel, sizes: Array, *, axis: int) -> Array:

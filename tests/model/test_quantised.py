@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 from dpo_jax.errors import UserError
+from dpo_jax.model import grouped_gpu, grouped_tpu
 from dpo_jax.model.grouped import grouped_dot
 from dpo_jax.model.kernels import dense
 from dpo_jax.model.quantised import (
@@ -264,14 +265,15 @@ def test_grouped_products_and_their_gradients_are_those_of_the_dequantised_kerne
     assert relative(back(dy)[0], expected_back(dy)[0]) < 1e-6
 
 
-def test_the_grouped_product_for_tpu_is_the_same():
+@pytest.mark.parametrize("module", [grouped_tpu, grouped_gpu])
+def test_the_grouped_product_of_an_accelerators_kernels_is_the_same(module):
+    product = functools.partial(module.product, interpret=True)
     kernel = kernel_of(quantise(draw(6, 3, 24, 64), "nf4"), (24, 64))
     sizes = jnp.asarray((5, 0, 9), jnp.int32)
     for axis, width in ((2, 64), (1, 24)):
         x = jnp.asarray(draw(7, 14, width))
-        assert (
-            relative(_grouped_whole(x, kernel, sizes, axis=axis), _grouped_blocks(x, kernel, sizes, axis=axis)) < 1e-6
-        )
+        found = _grouped_whole(product, x, kernel, sizes, axis=axis)
+        assert relative(found, _grouped_blocks(x, kernel, sizes, axis=axis)) < 1e-6
 
 
 LAYERS, WIDTH, RANK, TOKENS = 8, 512, 8, 32
