@@ -125,10 +125,11 @@ def make_plan(
         made_up = data != program.OWN_DATA
         how = {"attention_length": ACCELERATOR_ATTENTION_LENGTH, "room": int(SHARE * chip.memory)}
         step = program.describe(run, sources, encoded, mesh, **how)
-        found = _planned(run, step, data, hosts, chip) | {"steps": steps if made_up else step.steps}
+        found: dict[str, Any] = _planned(run, step, data, hosts, chip) | {"steps": steps if made_up else step.steps}
         lowered = step.trainer.lower(step.dummy)
-    made = _as_compiled(lowered, step, hosts, chip) if real else _on_cpu(lowered, step, hosts, chip)
-    found["memory"] |= made.pop("memory")
+    made = (_as_compiled if real else _on_cpu)(lowered, step, hosts, chip, found["flops"]["useful"])
+    for part in ("memory", "flops"):
+        found[part] |= made.pop(part)
     found["compiler"] = compilers.version(chip) if real else "this CPU's"
     return found | made
 
@@ -168,12 +169,12 @@ def _planned(run: Run, step: Any, data: str, hosts: int, chip: Chip) -> dict[str
     }
 
 
-def _on_cpu(lowered: Any, step: Any, hosts: int, chip: Chip) -> dict[str, Any]:
+def _on_cpu(lowered: Any, step: Any, hosts: int, chip: Chip, useful: float) -> dict[str, Any]:
     """What a CPU's compiler says of the partitioned program, and what may follow for the chip."""
     import jax.numpy as jnp
 
     from dpo_jax import sharding
-    from dpo_jax.planning import costs, estimate, exchanges, hlo, report
+    from dpo_jax.planning import estimate, exchanges, hlo, report
     from dpo_jax.run import program
 
     mesh, devices = step.mesh, step.mesh.size
@@ -181,7 +182,6 @@ def _on_cpu(lowered: Any, step: Any, hosts: int, chip: Chip) -> dict[str, Any]:
     found_program = program.program_of(step, text)
     found, items = exchanges.collectives(found_program, devices), program.moved_by(step)
     inside, across = estimate.traffic(found, devices // hosts)
-    useful = costs.step_flops(step.objective.spec, step.load, step.trainer.abstract["trained"])
     flops, note = hlo.product_flops(found_program), ""
     if found_program.uncounted:
         note = f"{found_program.uncounted} inner loops whose length is a value are counted once: more is computed"
@@ -191,7 +191,7 @@ def _on_cpu(lowered: Any, step: Any, hosts: int, chip: Chip) -> dict[str, Any]:
     wide = step.objective.compute_dtype == "float32"
     return {
         "memory": {"compiler": program.reported(compiled)} | ({} if wide else {"note": ON_CPU}),
-        "flops": {"useful": useful, "device": flops, "note": note},
+        "flops": {"device": flops, "note": note},
         "memory_traffic": work.memory_bytes,
         "traffic": {"inside": inside, "across": across},
         "collectives": report.collective_rows(found, devices // hosts),
@@ -208,7 +208,7 @@ def _on_cpu(lowered: Any, step: Any, hosts: int, chip: Chip) -> dict[str, Any]:
     }
 
 
-def _as_compiled(lowered: Any, step: Any, hosts: int, chip: Chip) -> dict[str, Any]:
+def _as_compiled(lowered: Any, step: Any, hosts: int, chip: Chip, useful: float) -> dict[str, Any]:
     """What the chip's own compiler made of the step."""
     from dpo_jax.planning import compiled, costs, estimate, report
     from dpo_jax.run import program
@@ -216,12 +216,11 @@ def _as_compiled(lowered: Any, step: Any, hosts: int, chip: Chip) -> dict[str, A
     spec, devices = step.objective.spec, step.mesh.size
     made = lowered.compile()
     found = compiled.read(made.as_text(), devices, step.micro_batches)
-    useful = costs.step_flops(spec, step.load, step.trainer.abstract["trained"])
     attention = 3.0 * costs.attention_flops(spec, step.load) / devices
     seconds = compiled.seconds_of(found, chip, devices // hosts, attention_flops=attention)
     return {
         "memory": {"compiler": program.reported(made)},
-        "flops": {"useful": useful, "device": sum(found.products.values()), "by_dtype": found.products},
+        "flops": {"device": sum(found.products.values()), "by_dtype": found.products},
         "memory_traffic": found.moved if chip.platform == "gpu" else None,
         "kernels": found.kernels,
         "launches": found.launches if chip.platform == "gpu" else None,

@@ -35,14 +35,6 @@ def cases(first: str, *others: str) -> list:
     return full + [(name, shape, "bfloat16") for name in others for shape in ("qwen3_30b", "gpt_oss_20b")]
 
 
-@pytest.fixture(autouse=True)
-def optimised():
-    """The compilers do here what they do for a run, which the rest of the tests has no time for."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 @functools.cache
 def device(name: str):
     chip = chips.CHIPS[name]

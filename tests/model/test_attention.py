@@ -152,3 +152,17 @@ def test_slopes_of_more_heads_than_a_power_of_two():
     """Six heads: four of the sequence for four, and two of that for eight (arXiv:2108.12409, appendix A)."""
     np.testing.assert_allclose(alibi_slopes(6, 1.0), [0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125])
     assert slopes_of(6).shape == (6,)
+
+
+def test_slopes_of_scores_are_multiplied_in_the_dtype_of_computation():
+    """A GPU's matrix units multiply no float32; in float32 nothing is rounded."""
+    x = jnp.ones((1, 8, 2, 4), jnp.bfloat16)
+    seen = jnp.tril(jnp.ones((1, 8, 8), bool))
+
+    def total(query, key, value):
+        return attend_seen(query, key, value, seen, VisibilityRules(0.5)).astype(jnp.float32).sum()
+
+    for dtype in (jnp.bfloat16, jnp.float32):
+        jaxpr = jax.make_jaxpr(jax.grad(total, (0, 1, 2)))(*(x.astype(dtype),) * 3)
+        products = [one for one in jaxpr.eqns if one.primitive.name == "dot_general"]
+        assert len(products) == 6 and {v.aval.dtype for one in products for v in one.invars} == {jnp.dtype(dtype)}

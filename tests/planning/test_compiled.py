@@ -26,6 +26,7 @@ TEXT = """HloModule step, is_scheduled=true
   %all-gather-done.1 = bf16[16,4]{1,0} all-gather-done(%ag.1)
   %z = bf16[8,4]{1,0} fusion(%y, %all-gather-done.1), kind=kOutput, calls=%fused
   %all-reduce-start.2 = f32[64]{0} all-reduce-start(%sum), replica_groups=[1,8]<=[8]
+  %view = bf16[8,16]{1,0} bitcast(%x)
   %all-reduce-done.2 = f32[64]{0} all-reduce-done(%all-reduce-start.2)
   %one = s32[] constant(1)
   ROOT %out = (s32[], bf16[8,16]{1,0}) tuple(%i, %y)
