@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -20,25 +21,31 @@ class Ledger:
     Without a path, rows are kept in memory.
     """
 
+    _file: io.FileIO | None = None
+
     def __init__(self, path: Path | None):
         """Open the file, which is made if need be.
 
         Raises:
           UserError: another process has it open, or a line in it is no row of JSON.
         """
-        self.path, self._file = path, None
+        self.path = path
         self.rows: list[dict[str, Any]] = []
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not path.exists()
-        self._file = path.open("a+b", buffering=0)
+        self._file = io.FileIO(path, "a+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
             raise UserError(f"{path}: another process is writing to it; wait for its end, or stop it") from error
-        self.rows = self._read(path)
+        try:
+            self.rows = self._read(path)
+        except BaseException:
+            self._file.close()
+            raise
         if is_new:
             sync_folder(path.parent)
 
@@ -81,6 +88,10 @@ class Ledger:
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
+
+    def __del__(self) -> None:
+        """One that nobody closed is closed with the judge that has it."""
+        self.close()
 
     def __enter__(self) -> "Ledger":
         """Itself."""

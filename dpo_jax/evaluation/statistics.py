@@ -201,6 +201,11 @@ class Agreement(NamedTuple):
     share: float
     kappa: float
 
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """As plain JSON; a number that there is none of is null."""
+        return {name: value if math.isfinite(value) else None for name, value in self._asdict().items()}
+
 
 def agreement(one: Sequence[Verdict], other: Sequence[Verdict]) -> Agreement:
     """How far two judges agree on the same contests: win, tie or loss.

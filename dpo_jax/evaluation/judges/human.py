@@ -34,7 +34,7 @@ class HumanJudge:
         read: Callable[[str], str] | None = None,
         show: Callable[[str], Any] = print,
     ):
-        """Pages that the ledger has are not shown again; `read` asks for a key with a prompt, "" at the end of input."""
+        """Pages that the ledger has are not shown again; `read(prompt)` gives a key, and "" at the end of the input."""
         self._ledger, self._seed, self._read, self._show = ledger, seed, read or _key, show
         self._said = {row["contest"]: row["end"] for row in ledger.rows}
 

@@ -81,12 +81,10 @@ class JudgeSettings(Section):
 
     @model_validator(mode="after")
     def _fits_the_judge(self) -> "JudgeSettings":
-        kind = named(self.name).kind
-        given = self.model_fields_set - {"name", "seed"}
-        for names, kinds in ((("template",), (MODEL, ENDPOINT)), (OF_ENDPOINT, (ENDPOINT,))):
-            if kind not in kinds and (idle := sorted(given.intersection(names))):
-                raise ValueError(f"{idle[0]}: the judge {self.name} does not use it; leave it out")
-        if kind == ENDPOINT and not self.model:
+        idle = sorted(self.model_fields_set - {"name", "seed", *used_by(self.name)})
+        if idle:
+            raise ValueError(f"{idle[0]}: the judge {self.name} does not use it; leave it out")
+        if named(self.name).kind == ENDPOINT and not self.model:
             raise ValueError("model: a server is to be told which of its models judges; name it")
         return self
 
@@ -102,3 +100,8 @@ OF_ENDPOINT = (
     "body",
 )
 """Settings that only a server's judge uses."""
+
+
+def used_by(judge: str) -> tuple[str, ...]:
+    """The settings that a judge of this name uses, beside `name` and `seed`; raises as `named`."""
+    return {MODEL: ("template",), ENDPOINT: ("template", *OF_ENDPOINT)}.get(named(judge).kind, ())

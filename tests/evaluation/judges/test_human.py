@@ -4,7 +4,7 @@ import pytest
 
 from dpo_jax.errors import UserError
 from dpo_jax.evaluation.judges.human import HumanJudge
-from dpo_jax.evaluation.judging import FIRST, SECOND, TIE, Contest
+from dpo_jax.evaluation.judging import FIRST, TIE, Contest
 from dpo_jax.evaluation.ledger import Ledger
 from dpo_jax.evaluation.winrate import Asked
 from tests.support.tiny_rows import user
