@@ -7,7 +7,6 @@ under both.
 
 import argparse
 import contextlib
-import functools
 import io
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from dpo_jax.evaluation.generate import Decoding
     from dpo_jax.evaluation.winrate import Asked
     from dpo_jax.hf.adapted import Adapted
-    from dpo_jax.model.decoder import Model
 
 
 @command
@@ -163,9 +161,12 @@ def _session(options: argparse.Namespace) -> "Session":
     from dpo_jax.data.templates import template_source
     from dpo_jax.evaluation import winrate
     from dpo_jax.evaluation.chat import Session, Speaker
+    from dpo_jax.evaluation.models import open_model
     from dpo_jax.hf.adapted import adapted
     from dpo_jax.hf.tokenizer import load_tokenizer
+    from dpo_jax.run import compile_cache
 
+    compile_cache.use(compile_cache.AUTO)
     models = [adapted(options.folder, options.adapter)]
     if options.against is not None:
         models.append(adapted(options.against))
@@ -184,34 +185,14 @@ def _session(options: argparse.Namespace) -> "Session":
         raise UserError(
             f"{options.against} has other tokens than {options.folder}; --against takes a model with the same"
         )
-    speakers = tuple(map(Speaker, _names(models), [_load(one.base, options.dtype, one.adapter) for one in models]))
+    opened = [open_model(one.base, dtype=options.dtype, adapter=one.adapter) for one in models]
+    speakers = tuple(map(Speaker, _names(models), opened))
     return Session(speakers, winrate.prompt_codec(tokenizer), decoding, options.seed, chat, options.system)
 
 
 def _names(models: "Sequence[Adapted]") -> list[str]:
     short = [model.name for model in models]
     return short if len(set(short)) == len(short) else [str(model.adapter or model.base) for model in models]
-
-
-def _load(folder: str, dtype: str, adapter: Path | None = None) -> "Model":
-    """The model of a folder, with an adapter if there is one, split over all devices of this machine."""
-    import jax
-    import jax.numpy as jnp
-
-    from dpo_jax import sharding
-    from dpo_jax.hf.checkpoint import load_hf
-    from dpo_jax.hf.configs import find_model, read_spec
-    from dpo_jax.model.decoder import abstract_params, held_in
-    from dpo_jax.run import compile_cache
-
-    compile_cache.use(compile_cache.AUTO)
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    spec = read_spec(find_model(folder), scalar_head=False)
-    one = jax.device_count() == 1
-    places = None if one else sharding.param_shardings(abstract_params(spec), sharding.make_mesh(fsdp=1, tensor=-1))
-    held = functools.partial(held_in, dtype=jnp.dtype(dtype))  # as in training, norm scales stay in float32
-    return load_hf(folder, dtype=held, shardings=places, spec=spec, adapter=adapter)
 
 
 def _decoding(options: argparse.Namespace, tokenizer: Any) -> "Decoding":

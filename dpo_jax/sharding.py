@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -240,6 +240,11 @@ def place(batch: B, mesh: Mesh) -> B:
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
     return jax.tree.map(put, batch, batch_shardings(batch, mesh))
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+    """All of an array, also of one whose parts lie with several processes; every one of them calls."""
+    return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
 
 
 OPTIONS: dict[str, dict[str, bool]] = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": True}}

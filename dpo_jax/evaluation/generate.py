@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
@@ -301,17 +300,13 @@ def _placed(rows: _Rows, split: NamedSharding | None) -> _Rows:
 
 def _answers(state: _State, decoding: Decoding) -> list[Answer]:
     """The answers so far, one for each row that is not there to fill up the batch."""
-    written, index = (_on_host(part) for part in (state.written, state.index))
+    written, index = (sharding.on_host(part) for part in (state.written, state.index))
     answers = []
     for row in written[index >= 0]:
         tokens = [int(token) for token in row if token != NOTHING]
         ended = bool(tokens) and tokens[-1] in decoding.stop
         answers.append(Answer(tokens[:-1], tokens[-1]) if ended else Answer(tokens, None))
     return answers
-
-
-def _on_host(array: jax.Array) -> np.ndarray:
-    return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
 
 
 # ---------------------------------------------------------------------------------------------- on the devices

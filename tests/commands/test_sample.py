@@ -17,6 +17,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.evaluation import chat, generate, winrate
 from dpo_jax.evaluation.generate import Answer
 from dpo_jax.evaluation.likelihood import answer_logprobs
+from dpo_jax.evaluation.models import open_model
 from dpo_jax.hf.checkpoint import load_hf
 from tests.support.tiny_folders import write_folder
 from tests.support.tiny_rows import assistant, byte_tokenizer, user, write
@@ -191,7 +192,7 @@ def test_a_model_against_itself_has_no_log_ratio(folders, ask):
 
 
 def test_a_model_is_split_over_the_devices_that_there_are(folders):
-    whole, split = load_hf(folders[0]), sample._load(str(folders[0]), "auto")
+    whole, split = load_hf(folders[0]), open_model(str(folders[0]))
     query = split.params["blocks"]["0"]["mlp"]["up"]["kernel"]
     assert len(query.devices()) == 4 and query.addressable_shards[0].data.size == query.size // 4
     assert query.dtype == jnp.float32  # a CPU's

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import sample, sharding, trees
+from dpo_jax import sharding, trees
+from dpo_jax.evaluation.models import open_model
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.model.settings import AdapterSettings, MeshSettings, ModelSettings
 from dpo_jax.model.weights import Weights
@@ -191,6 +192,6 @@ def test_alarms_see_of_a_record_what_they_saw_of_the_step():
 
 def test_an_answer_is_computed_with_the_weights_that_training_computes_with(folder):
     """In bfloat16 norm scales stay in float32."""
-    model = sample._load(str(folder), "bfloat16")
+    model = open_model(str(folder), dtype="bfloat16")
     kinds = {path: str(leaf.dtype) for path, leaf in trees.paths(model.params).items()}
     assert kinds["final_norm/scale"] == "float32" and kinds["embed/embedding"] == "bfloat16"
