@@ -121,6 +121,7 @@ def generate(
     decoding: Decoding,
     *,
     seed: int = 0,
+    first: int = 0,
     batch_size: int = 16,
     mesh: Mesh | None = None,
 ) -> list[Answer]:
@@ -134,6 +135,7 @@ def generate(
       prompts: token ids.
       decoding: how tokens are chosen.
       seed: decides what is drawn; greedy decoding does not use it.
+      first: place of the first prompt, where these are part of a longer list.
       batch_size: most prompts that are answered at a time.
       mesh: devices that the weights lie on, if there are several; rows are split over them. Every process calls.
 
@@ -149,7 +151,7 @@ def generate(
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             shards = 1 if mesh is None else sharding.batch_shards(mesh)
-            rows = _rows([legs[index] for index in indices], indices, batch_size, shards)
+            rows = _rows([legs[index] for index in indices], [first + i for i in indices], batch_size, shards)
             capacity = rounded(max(legs[index].room for index in indices))
             split = None if mesh is None else sharding.rows(mesh)
             state = _read(spec, params, _placed(rows, split), np.uint32(seed), capacity=capacity, split=split)

@@ -1,6 +1,5 @@
 """A reward model as a judge: its scores are those of the tokens that it is trained on, in any company."""
 
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
