@@ -2,15 +2,23 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.errors import UserError
+
 GIB = 2**30
+LOCK = ".lock"
+"""The file of a folder by which a process holds it."""
+LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+"""Names of files before they are moved into place."""
 
 REMEDIES = {
     errno.ENOSPC: "make room",
@@ -70,6 +78,29 @@ def write_whole(path: Path, data: bytes | str) -> None:
     finally:
         with contextlib.suppress(OSError):  # the folder itself may be gone
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Holds a folder, which is made if need be, for this process alone.
+
+    Raises:
+      UserError: another process holds it; the line begins with `what`, the setting that names it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{what}: {folder} is in use by another run; wait for it or name another folder") from None
+        yield
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `write_whole` had begun when its process was killed; the folder is held by this one."""
+    for entry in list(folder.iterdir()) if folder.is_dir() else []:
+        if LEFT_OVER.fullmatch(entry.name):
+            entry.unlink()
 
 
 def move_aside(path: Path, why: str) -> Path:

@@ -18,7 +18,8 @@ FLOORS = (
     ("training", "evaluation", "reporting", "planning"),
     ("config",),
     ("run",),
-    ("train", "evaluate", "sample", "convert", "preview", "doctor", "plan", "winrate"),
+    ("train", "evaluate", "sample", "convert", "preview", "doctor", "plan", "winrate", "collect"),
+    ("rounds",),
 )
 BASE = FLOORS[0]
 ARRAYS = {f"objectives.{name}" for name in ("pairwise", "stepwise", "metrics", "mixture")} | {
@@ -32,6 +33,7 @@ HELP = {
     "objectives.terms",
     "config.run",
     "config.command",
+    "config.rounds",
     "config.elsewhere",
 }
 NUMERIC = {"jax", "jaxtyping", "numpy"}

@@ -11,6 +11,9 @@ objective sft), so that it knows the facts and answers well about half of the ti
     train.jsonl    pairs of a better and a worse answer, to do DPO on
     heldout.jsonl  the same for questions in words that no training has seen
     answers.jsonl  those questions, each with the pattern that a good answer matches
+    prompts.jsonl  the questions of train.jsonl, without their answers, each with its pattern
+
+`--data-only` writes all but the model.
 
 The same seed gives the same data, byte for byte, and on one machine the same weights. Takes about 10 minutes on two
 cores, nearly all of it fine-tuning. Needs dpo_jax to be importable.
@@ -286,6 +289,8 @@ def write_data(folder: Path, work: Path, seed: int) -> None:
     write_jsonl(folder / "heldout.jsonl", [pair(question, rng) for question in asked.heldout])
     answers = [{"prompt": question.prompt(), "good": rule(question.fact)} for question in asked.heldout]
     write_jsonl(folder / "answers.jsonl", answers)
+    prompts = [{"prompt": question.prompt(), "good": rule(question.fact)} for question in asked.train]
+    write_jsonl(folder / "prompts.jsonl", prompts)
 
 
 # ---------------------------------------------------------------------------------------------- the model
@@ -419,12 +424,14 @@ def fine_tune(blank: Path, data: Path, output: Path, seed: int) -> Path:
     return output / "model"
 
 
-def make(folder: Path, seed: int) -> None:
+def make(folder: Path, seed: int, *, data_only: bool = False) -> None:
     """Everything, in order."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         write_data(folder, work, seed)
+        if data_only:
+            return
         rows = [json.loads(line) for line in (work / "sft.jsonl").read_text("utf-8").splitlines()]
         write_blank_model(work / "blank", rows, seed)
         tuned = fine_tune(work / "blank", work / "sft.jsonl", work / "run", seed)
@@ -440,8 +447,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=Path("configs/quickstart"), metavar="FOLDER")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data-only", action="store_true", help="make no model")
     arguments = parser.parse_args()
-    make(arguments.folder, arguments.seed)
+    make(arguments.folder, arguments.seed, data_only=arguments.data_only)
 
 
 if __name__ == "__main__":

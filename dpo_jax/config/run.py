@@ -10,7 +10,7 @@ import os
 import sys
 import textwrap
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -271,13 +271,18 @@ def _validated(source: GivenSettings) -> Run:
 
 
 def load(
-    argv: Sequence[str], command: str = "train", *, options: Sequence[str] = (), sections: Sequence[str] = ()
+    argv: Sequence[str],
+    command: str = "train",
+    *,
+    options: Sequence[str] = (),
+    sections: Sequence[str] = (),
+    taken: Callable[[GivenSettings], None] = lambda source: None,
 ) -> Run:
     """The run that YAML files (left to right) and overrides (`key=value`, `--key value`, `--key=value`) describe.
 
     Later ones win. `--help`, `--print-config` and `--print-schema` print and exit. The help also has the lines
     `options`, of what the command takes beside settings, and of the settings those of `sections`; all, where none are
-    named.
+    named. `taken` takes out of what is given the settings that are not a run's.
 
     Raises:
       UserError: one line for each thing that is wrong.
@@ -299,6 +304,7 @@ def load(
                 source.problems.append(f"{COMMAND_LINE}: {short(word)}: its value is missing; write {short(key)}=VALUE")
             else:
                 source.override(key, value if equals else rest.pop(0))
+    taken(source)
     run = _validated(source)
     if shows:
         sys.exit(print(redacted(yaml.safe_dump(dump(run), sort_keys=False)), end=""))

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dpo_jax import sharding
 from dpo_jax.errors import UserError
-from dpo_jax.model.decoder import Cache, Params, empty_cache, extend, head_logits
+from dpo_jax.model.decoder import Cache, Params, apart, empty_cache, extend, head_logits
 from dpo_jax.model.spec import DecoderSpec
 
 READ_AT_ONCE = 256
@@ -121,6 +121,7 @@ def generate(
     decoding: Decoding,
     *,
     seed: int = 0,
+    first: int = 0,
     batch_size: int = 16,
     mesh: Mesh | None = None,
 ) -> list[Answer]:
@@ -134,6 +135,7 @@ def generate(
       prompts: token ids.
       decoding: how tokens are chosen.
       seed: decides what is drawn; greedy decoding does not use it.
+      first: place of the first prompt, where these are part of a longer list.
       batch_size: most prompts that are answered at a time.
       mesh: devices that the weights lie on, if there are several; rows are split over them. Every process calls.
 
@@ -141,6 +143,7 @@ def generate(
       UserError: a prompt is empty or has a token that the model does not know, or the decoding makes no sense.
     """
     _check_sampled(spec, prompts, decoding)
+    params = _laid_out(params) if prompts else params
     legs = {index: _Leg.first(spec, prompt, decoding) for index, prompt in enumerate(prompts)}
     answers: dict[int, Answer] = {}
     while legs:
@@ -148,7 +151,7 @@ def generate(
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             shards = 1 if mesh is None else sharding.batch_shards(mesh)
-            rows = _rows([legs[index] for index in indices], indices, batch_size, shards)
+            rows = _rows([legs[index] for index in indices], [first + i for i in indices], batch_size, shards)
             capacity = rounded(max(legs[index].room for index in indices))
             split = None if mesh is None else sharding.rows(mesh)
             state = _read(spec, params, _placed(rows, split), np.uint32(seed), capacity=capacity, split=split)
@@ -164,7 +167,7 @@ def stream(
 ) -> Iterator[Answer]:
     """The answer that `generate` gives to this one prompt, so far, each time that it is `every` tokens longer."""
     _check_sampled(spec, [prompt], decoding)
-    leg, rule = _Leg.first(spec, prompt, decoding), rule_of(decoding)
+    params, leg, rule = _laid_out(params), _Leg.first(spec, prompt, decoding), rule_of(decoding)
     while True:
         state = _read(spec, params, _rows([leg], [0], 1, 1), np.uint32(seed), capacity=rounded(leg.room))
         for until in range(every, leg.room + every, every):
@@ -176,6 +179,12 @@ def stream(
         if not leg.goes_on(answer, decoding):
             return
         leg = leg.after(answer, decoding)
+
+
+def _laid_out(params: Params) -> Params:
+    """Weights as their devices read them fastest, layer by layer: on a CPU a second copy of them, for the while."""
+    (platform,) = {device.platform for device in params["embed"]["embedding"].sharding.device_set}
+    return apart(params) if platform == "cpu" else params
 
 
 def check(decoding: Decoding) -> None:
@@ -320,7 +329,9 @@ def _read(
     batch, slots = tokens.shape
     piece = slots if slots <= READ_AT_ONCE else math.gcd(slots, READ_AT_ONCE)
     dtype = params["embed"]["embedding"].dtype
-    cache, lengths = empty_cache(spec, batch, slots + capacity, dtype), positions[:, -1] + 1
+    lie_apart = any(isinstance(stack, tuple) for stack in params["blocks"].values())
+    cache = empty_cache(spec, batch, slots + capacity, dtype, lie_apart=lie_apart)
+    lengths = positions[:, -1] + 1
 
     def read(number, carry):
         some, where = (lax.dynamic_slice_in_dim(x, number * piece, piece, axis=1) for x in (tokens, positions))
@@ -388,13 +399,25 @@ def choose(
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), count)
         return jax.random.categorical(key, scores)
 
-    def drawn():
+    def from_some():
         tokens, scores = ranked(logits, rule)
-        return jnp.take_along_axis(tokens, jax.vmap(draw)(index, count, scores)[:, None], axis=1)[:, 0].astype(
-            jnp.int32
-        )
+        rank = jax.vmap(draw)(index, count, scores)
+        return jnp.take_along_axis(tokens, rank[:, None], axis=1)[:, 0].astype(jnp.int32)
 
-    return lax.cond(rule.temperature == 0, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32), drawn)
+    def from_all():
+        # less the largest first: no temperature, however small, makes infinities of two that are equal
+        scores = (logits - logits.max(axis=-1, keepdims=True)) / rule.temperature
+        return jax.vmap(draw)(index, count, scores).astype(jnp.int32)
+
+    def likeliest():
+        # in two steps that XLA's CPU compiler computes sixteen at a time, and argmax one by one
+        place = jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :]
+        best = jnp.where(logits == logits.max(axis=-1, keepdims=True), place, logits.shape[1] - 1)
+        return best.min(axis=-1)
+
+    every = (rule.top_p == 1) & (rule.top_k >= logits.shape[1])
+    way = jnp.where(rule.temperature == 0, 0, jnp.where(every, 1, 2))
+    return lax.switch(way, (likeliest, from_all, from_some))
 
 
 def ranked(logits: Float[Array, "B V"], rule: Rule) -> tuple[Int[Array, "B V"], Float[Array, "B V"]]:

@@ -102,25 +102,45 @@ def attend_seen(
 ) -> Float[Array, "B T H E"]:
     """`softmax(scale query . key)` over the keys that each query sees, times the values; softmax in float32.
 
-    All scores exist at once: this is for short rows, and for a few queries that follow a cache.
+    All scores exist at once: this is for short rows.
 
     `distance`, in tokens from each key to each query, is wanted where the rules have slopes. Every query must see at
     least one key.
     """
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    return _attended(query, key, value, seen, rules, distance, value.dtype)
+
+
+def attend_kept(
+    query: Float[Array, "B T H C"],
+    key: Float[Array, "B K S C"],
+    value: Float[Array, "B K S E"],
+    seen: Bool[Array, "B T S"],
+    rules: VisibilityRules,
+    distance: Int[Array, "B T S"] | None = None,
+) -> Float[Array, "B T H E"]:
+    """As `attend_seen`, for a few queries that follow a cache, whose keys and values lie head by head: nothing of the
+    cache's size is moved. The sum over values is rounded once, from float32."""
+    return _attended(query, key, value, seen, rules, distance, jnp.float32)
+
+
+def _attended(query, key, value, seen, rules: VisibilityRules, distance, sums: DTypeLike):
+    """Of keys and values [B, K, S, C]; the sum over values is a product in dtype `sums`."""
     batch, queries, heads, _ = query.shape
-    keys, kv_heads = key.shape[1], key.shape[2]
+    kv_heads, keys = key.shape[1], key.shape[2]
 
-    def by_head(x: Array) -> Array:
-        return x.transpose(0, 2, 1, 3).reshape(batch * kv_heads, -1, x.shape[-1])
+    def merged(x: Array) -> Array:
+        return x.reshape(batch * kv_heads, -1, x.shape[-1])
 
-    scores = _scores(by_head(query), by_head(key)).reshape(batch, heads, queries, keys) * rules.scale
+    scores = _scores(merged(query.transpose(0, 2, 1, 3)), merged(key))
+    scores = scores.reshape(batch, heads, queries, keys) * rules.scale
     if rules.softcap is not None:
         scores = rules.softcap * jnp.tanh(scores / rules.softcap)
     if rules.slopes is not None and distance is not None:
         scores = scores - rules.slopes[None, :, None, None] * distance[:, None].astype(jnp.float32)
     scores = jnp.where(seen[:, None], scores, jnp.finfo(jnp.float32).min)
     weights = _softmax(scores, rules.sinks).astype(value.dtype).reshape(batch * kv_heads, -1, keys)
-    mixed = _batched(weights, by_head(value), 1, value.dtype)
+    mixed = _batched(weights, merged(value), 1, sums).astype(value.dtype)
     return mixed.reshape(batch, heads, queries, -1).transpose(0, 2, 1, 3)
 
 

@@ -23,6 +23,7 @@ from dpo_jax.model.attention import Bounds, Layout, causal
 from dpo_jax.model.blocks import Block, Carry, Context, Ends, Memory
 from dpo_jax.model.delta import empty_memory
 from dpo_jax.model.experts import Routing, added
+from dpo_jax.model.kernels import wide_products
 from dpo_jax.model.mixers import CachedView, KeyValue, PackedView
 from dpo_jax.model.placement import between_layers, settled, table_split
 from dpo_jax.model.remat import recomputed
@@ -78,8 +79,8 @@ class Head(NamedTuple):
 class Cache(NamedTuple):
     """What the layers remember of the tokens read so far; an empty slot has position -1, so nobody sees it.
 
-    `memory` has an entry for each stack of blocks that remembers anything: (keys [R, B, S, K, C], values), or the
-    convolution's inputs and the state of a delta rule.
+    `memory` has an entry for each stack of blocks that remembers anything: (keys [R, B, K, S, C], values), or the
+    convolution's inputs and the state of a delta rule; of layers that lie apart (see `apart`), a tuple of such.
     """
 
     memory: dict[str, Any]
@@ -130,6 +131,20 @@ def cast(params: Params, dtype: DTypeLike) -> Params:
             for path, x in table.items()
         }
     )
+
+
+@jax.jit
+def apart(params: Params) -> Params:
+    """The same numbers, with an array of its own for each layer of a stack, for `extend`.
+
+    On a CPU a scan copies the weights of each layer before it multiplies by them, and its part of the cache before and
+    after: more bytes than a step of a few tokens has to read at all.
+    """
+    layers = {
+        name: tuple(jax.tree.map(lambda leaf: leaf[i], stack) for i in range(len(jax.tree.leaves(stack)[0])))  # noqa: B023
+        for name, stack in params["blocks"].items()
+    }
+    return {**params, "blocks": layers}
 
 
 def held_in(path: str, dtype: DTypeLike) -> DTypeLike:
@@ -218,9 +233,9 @@ def scalar_scores(spec: DecoderSpec, params: Params, states: Float[Array, "M N"]
     return lax.dot_general(states, kernel, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def empty_cache(spec: DecoderSpec, batch: int, slots: int, dtype: DTypeLike) -> Cache:
-    """A cache for `slots` tokens of `batch` rows."""
-    memory = {}
+def empty_cache(spec: DecoderSpec, batch: int, slots: int, dtype: DTypeLike, *, lie_apart: bool = False) -> Cache:
+    """A cache for `slots` tokens of `batch` rows, for layers that lie apart or not."""
+    memory: dict[str, Any] = {}
     for name, layer, numbers in stacks(spec):
         match layer.mixer:
             case specs.GatedDelta() as delta:
@@ -229,18 +244,22 @@ def empty_cache(spec: DecoderSpec, batch: int, slots: int, dtype: DTypeLike) -> 
                 continue
             case mixer:
                 blank = _empty_pair(mixer, batch, slots, dtype)
-        memory[name] = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(numbers), *leaf.shape)), blank)  # noqa: B023
+        if lie_apart:
+            memory[name] = (blank,) * len(numbers)
+        else:
+            memory[name] = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(numbers), *leaf.shape)), blank)  # noqa: B023
     return Cache(memory, jnp.full((batch, slots), -1, jnp.int32), jnp.int32(0))
 
 
 def _empty_pair(mixer: specs.Attention | specs.MLA, batch: int, slots: int, dtype: DTypeLike) -> KeyValue:
-    """Keys and values of nothing."""
+    """Keys and values of nothing, head by head as in a cache."""
     match mixer:
         case specs.Attention(kv_heads=heads, head_dim=channels):
-            key, value = (heads, channels), (heads, channels)
+            sizes = channels, channels
         case specs.MLA(heads=heads):
-            key, value = (heads, mixer.plain_dim + mixer.rope_dim), (heads, mixer.value_dim)
-    return jnp.zeros((batch, slots, *key), dtype), jnp.zeros((batch, slots, *value), dtype)
+            sizes = mixer.plain_dim + mixer.rope_dim, mixer.value_dim
+    key, value = (jnp.zeros((batch, heads, slots, size), dtype) for size in sizes)
+    return key, value
 
 
 def extend(
@@ -267,16 +286,21 @@ def extend(
     slots = lax.dynamic_update_slice(cache.positions, positions, (0, cache.filled))
     view = CachedView.of(spec, positions, slots, cache.filled, lengths)
     kept = _shared_kv(spec, cache.positions.shape, params["embed"]["embedding"].dtype)
-    x, memory, _ = _run(
-        spec, params, tokens, Context(view, None, None, rows=rows), DEFAULT_EXECUTION, cache.memory, kept
-    )
+    context = Context(view, None, None, rows=rows)
+    with wide_products():
+        x, memory, _ = _run(spec, params, tokens, context, DEFAULT_EXECUTION, cache.memory, kept)
     return x, Cache(memory, slots, cache.filled + tokens.shape[1])
 
 
 def _shared_kv(spec: DecoderSpec, shape: tuple[int, ...], dtype: DTypeLike) -> dict[str, KeyValue]:
-    """Keys and values that layers will keep for others, before they do: zeros, so that a scan knows their shape."""
+    """Keys and values that layers will keep for others in a cache, before they do: a scan must know their shape."""
     mixers = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, specs.Attention) and layer.mixer.keeps]
     return {str(mixer.keeps): _empty_pair(mixer, shape[0], shape[1], dtype) for mixer in mixers}
+
+
+def _slots_first(kept: dict[str, Any]) -> dict[str, Any]:
+    """As they lie in a packed row."""
+    return jax.tree.map(lambda leaf: leaf.transpose(0, 2, 1, 3), kept)
 
 
 def _run(spec: DecoderSpec, params: Params, tokens, context: Context, execution: Execution, memory, kept):
@@ -284,14 +308,17 @@ def _run(spec: DecoderSpec, params: Params, tokens, context: Context, execution:
     ends = _merged(*_ends_graph(spec), {name: leaf for name, leaf in params.items() if name != "blocks"})
     split = functools.partial(table_split, execution.head, context.activations, rows=tokens.shape[0])
     x = settled(ends.first(tokens, context.view.position, split), context.activations)
-    inputs, carry = ends.each(tokens, x, split), Carry(x, kept or _shared_kv(spec, tokens.shape, x.dtype))
+    inputs, carry = ends.each(tokens, x, split), Carry(x, kept or _slots_first(_shared_kv(spec, tokens.shape, x.dtype)))
     found, routings = {}, []
     for segment in specs.segments(spec.layers):
         names = [str(segment.first + k) for k in range(len(segment.kinds))]
         weights, remembered = [params["blocks"][name] for name in names], [memory.get(name) for name in names]
         stacked = (weights, remembered, _inputs_of(segment, inputs))
         pattern = _pattern(spec, segment.kinds, context, execution)
-        carry, (remembered, routing) = _repeat(pattern, carry, stacked, segment.repeats, execution.scan_layers)
+        if isinstance(weights[0], tuple):
+            carry, (remembered, routing) = _one_by_one(pattern, carry, *stacked)
+        else:
+            carry, (remembered, routing) = _repeat(pattern, carry, stacked, segment.repeats, execution.scan_layers)
         found |= {name: value for name, value in zip(names, remembered, strict=True) if name in memory}
         routings += [jax.tree.map(lambda leaf: leaf.sum(axis=0), one) for one in routing if one is not None]
     # Said again after the last block: without it XLA has computed wrong numbers where a projection follows a scan and
@@ -345,6 +372,18 @@ def _repeat(run, carry: Carry, stacked: Tree, times: int, scan: bool):
         carry, result = run(carry, layer)
         results.append(result)
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+
+def _one_by_one(run, carry: Carry, weights: list[tuple], memories: list[tuple | None], inputs: Array | None):
+    """As `_repeat`, for layers that lie apart; so does what they remember then."""
+    found, routings = [], []
+    for i in range(len(weights[0])):
+        own = [stack[i] for stack in weights], [stack and stack[i] for stack in memories]
+        carry, (remembered, routing) = run(carry, (*own, None if inputs is None else inputs[i]))
+        found.append(remembered)
+        routings.append(routing)
+    stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_kind) for of_kind in zip(*routings, strict=True)]
+    return carry, ([*zip(*found, strict=True)], stacked)
 
 
 # ---------------------------------------------------------------------------------------------- NNX boundary

@@ -14,13 +14,15 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from dpo_jax.model import spec as specs
-from dpo_jax.model.attention import Bounds, Layout, VisibilityRules, alibi_slopes, attend_seen
+from dpo_jax.model.attention import Bounds, Layout, VisibilityRules, alibi_slopes, attend_kept
 from dpo_jax.model.backends.dispatch import PackedRows
 from dpo_jax.model.layers import Dense, NormLayer
 from dpo_jax.model.remat import named
 from dpo_jax.model.rope import Rotation, rotate, rotation
 
-KeyValue = tuple[Float[Array, "B S K C"], Float[Array, "B S K E"]]
+KeyValue = tuple[Float[Array, "B X Y C"], Float[Array, "B X Y E"]]
+"""Keys and values of slots and key-value heads: [B, S, K, C] of a packed row, and head by head, [B, K, S, C], of a
+cache."""
 Cached = tuple[Float[Array, "B _ _ _"], Float[Array, "B _ _ _"]]
 """Keys and values as `KeyValue`, beside others of another size: layers differ in heads and channels."""
 Turns = Mapping[tuple[specs.Rope, int], Rotation]
@@ -126,13 +128,14 @@ class CachedView:
         """The cache with these keys and values in it, twice: to be seen, and to be kept."""
         assert memory is not None
         keys, values = memory
-        start = (0, self.filled, 0, 0)
+        start = (0, 0, self.filled, 0)
+        key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
         pair = lax.dynamic_update_slice(keys, key, start), lax.dynamic_update_slice(values, value, start)
         return pair, pair
 
     def attend(self, query: Array, pair: KeyValue, window: int | None, rules: VisibilityRules) -> Array:
         """Attention over the cache."""
-        return attend_seen(query, *pair, self.seen[window], rules, None if rules.slopes is None else self.distance)
+        return attend_kept(query, *pair, self.seen[window], rules, None if rules.slopes is None else self.distance)
 
 
 View = PackedView | CachedView

@@ -1,7 +1,6 @@
 """The output folder of a run: locked and swept, and the record of what the run is."""
 
 import contextlib
-import fcntl
 import json
 import re
 import shutil
@@ -13,15 +12,17 @@ from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.errors import UserError, redacted, redacted_values
-from dpo_jax.files import write_whole
+from dpo_jax.files import LOCK, locked, write_whole
 from dpo_jax.training import manifest
 
 RUN_FILE, MODEL, ADAPTER, CHECKPOINTS = "run.json", "model", "adapter", "checkpoints"
+COLLECTED = "collected"
+"""Folder of the data that a round was trained on (`python -m dpo_jax.rounds`)."""
 EXPORTS = {"merged": MODEL, "adapter": ADAPTER}
 """Folder of each kind of result (`Run.export_kinds`)."""
 OURS = frozenset(
-    {".lock", RUN_FILE, "metrics.jsonl", CHECKPOINTS, MODEL, ADAPTER, "cache", "data.json", "answers"}
-    | {"tensorboard", "wandb", "wandb_run", "trackio"}
+    {LOCK, RUN_FILE, "metrics.jsonl", CHECKPOINTS, MODEL, ADAPTER, "cache", "data.json", "answers"}
+    | {"tensorboard", "wandb", "wandb_run", "trackio", COLLECTED}
 )
 """What a run's folder holds."""
 LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|\.(model|adapter)\.(tmp|old)-\d+")
@@ -44,12 +45,7 @@ def opened(run: Run) -> Iterator[Path]:
         raise UserError(
             f"output: {folder} holds other things ({sorted(strangers)[0]}, ...); name a new or empty folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"output: {folder} is in use by another run; wait for it or name another folder") from None
+    with locked(folder, "output"):
         _sweep(folder)
         _sweep(folder / "cache")
         yield folder

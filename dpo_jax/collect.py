@@ -1,0 +1,167 @@
+"""`python -m dpo_jax.collect MODEL --prompts FILE --judge NAME --output FOLDER`: preferences out of a model's answers.
+
+A model answers each prompt several times, a judge scores the answers, and the better ones are paired with the worse
+ones, for `train`. A command that was stopped, however, goes on when it is given again.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import ValidationError
+
+from dpo_jax.config.command import Parser, command, quiet_libraries
+from dpo_jax.errors import UserError
+from dpo_jax.evaluation.judges.settings import KINDS, RULE, JudgeSettings, named
+from dpo_jax.evaluation.settings import CollectSettings
+from dpo_jax.files import locked
+from dpo_jax.settings import COMMAND_LINE, Section
+
+if TYPE_CHECKING:
+    from dpo_jax.evaluation.collecting import Writer
+    from dpo_jax.evaluation.judging import Judge
+    from dpo_jax.hf.adapted import Adapted
+
+
+@command
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    options = _options(argv)
+    settings = _checked(CollectSettings, {name: getattr(options, name) for name in CollectSettings.model_fields})
+    judge = _checked(JudgeSettings, {"name": options.judge, **_judge_settings(options.judge_setting)})
+    quiet_libraries()
+    folder = Path(options.output)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{COMMAND_LINE}: --output {folder}: is a file; name a folder")
+    from dpo_jax.evaluation.collecting import collect
+    from dpo_jax.evaluation.winrate import read_prompts, read_questions
+
+    asked = (read_questions if named(judge.name).kind == RULE else read_prompts)(options.prompts)
+    model = _adapted(options)
+    made_by = {**_facts(model), "dtype": options.dtype, "judge": judge.model_dump(mode="json")}
+    with locked(folder, f"{COMMAND_LINE}: --output"):
+        result = collect(folder, made_by, asked, settings, lambda: _opened(options, model, judge), _say)
+    print(json.dumps(result) if options.json else "\n".join(lines(result, folder)))
+
+
+def lines(result: dict[str, Any], folder: Path) -> list[str]:
+    """What came of it, for people."""
+    unpaired = f"{result['tied']} whose answers tie and {result['all_the_same']} whose answers are all the same"
+    found = [
+        f"{result['prompts']} prompts, {result['answers']} answers: {result['repeated']} repeat another, "
+        f"{result['cut_off']} were cut off, {result['without_words']} say nothing",
+        f"{result['rows']} rows of preferences in {folder / 'pairs.jsonl'}; left out are {unpaired}",
+    ]
+    if result["mean_score"] is not None:
+        found.append(
+            f"mean score {result['mean_score']:.3f}, of the best of each prompt {result['mean_best_score']:.3f}"
+        )
+    return found
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------- arguments
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser("collect", "Preferences out of a model's own answers, told apart by a judge.")
+    parser.add_argument("folder", help="model folder, or hub id; or that of an adapter, which names its base")
+    parser.add_argument("--prompts", required=True, metavar="FILE", help='a row {"prompt": ...} for each prompt')
+    parser.add_argument("--judge", required=True, metavar="NAME", help=KINDS)
+    parser.add_argument("--judge-setting", action="append", default=[], metavar="KEY=VALUE", help="how it is asked")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where pairs.jsonl goes, and all answers")
+    parser.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter of the model: a folder, or hub id")
+    for name, field in CollectSettings.model_fields.items():
+        default, text = field.default, f"{field.description} (default {field.default})"
+        kind = {"choices": ["best_worst", "ranked", "all"]} if name == "pairs" else {"type": type(default)}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=text, **kind)
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="to compute in; auto: float32 on a CPU, bfloat16 elsewhere",
+    )
+    parser.add_argument("--tensor", type=int, default=1, metavar="N", help="devices that share each weight (default 1)")
+    parser.add_argument("--json", action="store_true", help="print what came of it as JSON")
+    options = parser.parse_args(argv)
+    options.adapter_given = options.adapter
+    return options
+
+
+def _judge_settings(given: Sequence[str]) -> dict[str, Any]:
+    found = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"{COMMAND_LINE}: --judge-setting {text}: write KEY=VALUE")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"{COMMAND_LINE}: --judge-setting {key}: is not YAML; quote the value") from None
+    return found
+
+
+def _checked(section: type[Section], values: dict[str, Any]) -> Any:
+    """The block of settings.
+
+    Raises:
+      UserError: names the first option that is wrong.
+    """
+    try:
+        return section(**values)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        name = ".".join(str(part) for part in detail["loc"]) or "judge-setting"
+        option = "judge" if section is JudgeSettings and name == "name" else name.replace("_", "-")
+        option = option if section is not JudgeSettings or option == "judge" else f"judge-setting {name}"
+        value = f" {detail['input']}" if detail["loc"] else ""
+        message = detail["msg"].removeprefix("Value error, ")
+        raise UserError(f"{COMMAND_LINE}: --{option}{value}: {message}; see --help") from None
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+def _adapted(options: argparse.Namespace) -> "Adapted":
+    from dpo_jax.hf.adapted import adapted
+
+    found = adapted(options.folder, options.adapter)
+    if found.line:
+        print(found.line, file=sys.stderr)
+    return found
+
+
+def _facts(model: "Adapted") -> dict[str, Any]:
+    """What the answers depend on: the weights and the tokenizer, wherever they lie."""
+    from dpo_jax.evaluation.collecting import model_digest
+    from dpo_jax.files import file_digest
+    from dpo_jax.hf import peft
+
+    adapter = {} if model.adapter is None else {"adapter": file_digest(model.adapter / peft.FILE)}
+    return {"model": str(model.base), "weights": model_digest(model.base), **adapter}
+
+
+def _opened(options: argparse.Namespace, model: "Adapted", judge: JudgeSettings) -> "tuple[Writer, Judge]":
+    import jax
+
+    from dpo_jax import sharding
+    from dpo_jax.evaluation.collecting import open_writer
+    from dpo_jax.evaluation.judges.opening import open_judge
+    from dpo_jax.run import compile_cache
+
+    compile_cache.use(compile_cache.AUTO)
+    mesh = sharding.make_mesh(-1, 1, options.tensor) if jax.device_count() > 1 or options.tensor != 1 else None
+    kept = Path(options.output) / "judge"
+    writer = open_writer(model.base, dtype=options.dtype, adapter=model.adapter, mesh=mesh)
+    return writer, open_judge(judge, folder=kept, mesh=mesh)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
