@@ -18,7 +18,7 @@ FLOORS = (
     ("training", "evaluation", "reporting", "planning"),
     ("config",),
     ("run",),
-    ("train", "evaluate", "sample", "convert", "preview", "doctor", "plan"),
+    ("train", "evaluate", "sample", "convert", "preview", "doctor", "plan", "sweep"),
 )
 BASE = FLOORS[0]
 ARRAYS = {f"objectives.{name}" for name in ("pairwise", "stepwise", "metrics", "mixture")} | {
