@@ -78,7 +78,7 @@ def roll(spec: Any, weights: Any, reference: Any, texts: Texts, scores: jax.Arra
 
     _, sums = jax.lax.scan(back, jnp.zeros(errors.shape[0]), errors.T[::-1])
     advantages = jnp.where(real, sums[::-1].T, 0.0)
-    count = real.sum()
+    count = real.sum().astype(jnp.float32)
     mean = advantages.sum() / count
     spread = jnp.sqrt(jnp.where(real, jnp.square(advantages - mean), 0.0).sum() / count)
     return Rollout(texts, logps, (advantages - mean) / (spread + 1e-6), advantages + values)
@@ -90,7 +90,7 @@ def _loss(spec: Any, weights: Any, rollout: Rollout) -> jax.Array:
     ratio = jnp.exp(jnp.where(real, logps - rollout.logps, 0.0))
     gain = jnp.minimum(ratio * rollout.advantages, jnp.clip(ratio, 1 - CLIP, 1 + CLIP) * rollout.advantages)
     off = VALUE_WEIGHT * 0.5 * jnp.square(values - rollout.returns)
-    return jnp.where(real, off - gain, 0.0).sum() / real.sum()
+    return jnp.where(real, off - gain, 0.0).sum() / real.sum().astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
