@@ -128,7 +128,9 @@ def test_best_of_n_by_a_perfect_judge_is_the_mean_of_the_best():
 
 def test_an_envelope_is_the_best_that_a_divergence_buys():
     kls, rewards = figure.envelope([(3, 1.0), (1, 0.5), (2, 0.2), (4, 0.9)], (0.0, 0.0))
-    assert kls.tolist() == [0, 1, 3] and rewards.tolist() == [0, 0.5, 1.0]
+    assert kls.tolist() == [0, 1, 3, 4] and rewards.tolist() == [0, 0.5, 1.0, 1.0]
+    kls, rewards = figure.envelope([(2, -1.0)], (0.0, 0.0))  # what only loses reward has it for nothing
+    assert kls.tolist() == [0, 2] and rewards.tolist() == [0, 0]
 
 
 def test_methods_are_compared_where_both_reach_and_seed_by_seed():

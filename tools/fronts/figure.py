@@ -31,12 +31,16 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def envelope(points: Sequence[tuple[float, float]], start: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """The best reward that is had for at most a divergence: (kl, reward), both not falling, from the start on."""
+    """The best reward that is had for at most a divergence: (kl, reward), both not falling, from the start to the
+    largest divergence that was measured."""
     kls, best = [start[0]], [start[1]]
     for kl, reward in sorted(points):
         if reward > best[-1]:
             kls.append(kl)
             best.append(reward)
+    if (most := max(kl for kl, _ in points)) > kls[-1]:
+        kls.append(most)
+        best.append(best[-1])
     return np.asarray(kls), np.asarray(best)
 
 
