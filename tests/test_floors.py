@@ -18,7 +18,7 @@ FLOORS = (
     ("training", "evaluation", "reporting", "planning"),
     ("config",),
     ("run",),
-    ("train", "evaluate", "sample", "convert", "preview", "doctor", "plan", "winrate", "collect"),
+    ("train", "evaluate", "sample", "convert", "preview", "doctor", "plan", "winrate", "collect", "sweep"),
     ("rounds",),
 )
 BASE = FLOORS[0]

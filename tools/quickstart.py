@@ -364,13 +364,13 @@ def _write_json(path: Path, table: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
-def write_random_weights(folder: Path, seed: int) -> None:
+def write_random_weights(folder: Path, seed: int, dtype: Any = ml_dtypes.bfloat16) -> None:
     """Random weights for the folder's config, under their Hugging Face names."""
     spec = read_spec(folder)
     leaves = trees.paths(init_params(spec, jax.random.key(seed)))
     tensors = {}
     for entry in entries_of(spec, folder):
-        tensors[entry.name] = np.ascontiguousarray(entry.of(leaves).astype(ml_dtypes.bfloat16))
+        tensors[entry.name] = np.ascontiguousarray(entry.of(leaves).astype(dtype))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -355,6 +355,18 @@ def sft(pairs: Pairs) -> LossOutput:
     return LossOutput(-pairs.policy_chosen, per_token(pairs.policy_chosen, pairs.chosen_length))
 
 
+def unlikelihood(pairs: Pairs, *, unlikelihood_weight: Scalar) -> LossOutput:
+    """The DPO paper's unlikelihood baseline (arXiv:2305.18290, section 6): y_w more probable, y_l less so.
+
+    loss = -log pi(y_w) + unlikelihood_weight log pi(y_l)
+
+    After Welleck et al. 2020 (arXiv:1908.04319), over whole completions. It has no lower bound: nothing holds the
+    policy once the rejected completions are improbable, which is what the paper shows with it.
+    """
+    value = pairs.policy_chosen - unlikelihood_weight * pairs.policy_rejected
+    return LossOutput(-value, value)
+
+
 def reward(pairs: Pairs, *, center: Scalar, label_smoothing: Scalar) -> LossOutput:
     """Bradley-Terry loss of a reward model whose scores stand where log-probabilities stand otherwise.
 

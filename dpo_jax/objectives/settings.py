@@ -29,6 +29,7 @@ SETTINGS: dict[str, str] = {
     "desirable_weight": "kto's weight of desirable completions",
     "undesirable_weight": "kto's weight of undesirable completions",
     "center": "pulls a reward model's scores towards 0 on average",
+    "unlikelihood_weight": "weight of the rejected completion in unlikelihood, from 0 to 1",
     "sft_weight": "weight of sft in rpo and cpo",
     "odds_weight": "weight of the odds ratio in orpo",
 }

@@ -281,6 +281,15 @@ OBJECTIVES: dict[str, Objective] = {
         reference="unused",
         modifiers=("weighting",),
     ),
+    "unlikelihood": Objective(
+        value="pairwise.unlikelihood",
+        equation="-log pi(y_w) + unlikelihood_weight log pi(y_l)",
+        paper="the baseline of DPO, arXiv:2305.18290; after arXiv:1908.04319",
+        when="as the baseline that shows why DPO weighs its pairs; it has no lower bound",
+        settings={"unlikelihood_weight": Setting(0.1, least=0, most=1)},
+        reference="unused",
+        modifiers=("weighting",),
+    ),
     "sigmoid_norm": Objective(
         value="pairwise.sigmoid_norm",
         equation="-log S(beta (u_w/n_w - u_l/n_l))",

@@ -281,7 +281,7 @@ CONTRASTIVE = [
     ("robust", DIVERGENCES),
     ("sigmoid_norm", DIVERGENCES),
     *((name, (None,)) for name in ("bco_pair", "aot", "aot_unpaired", "apo_zero", "rdpo", "beta_dpo")),
-    *((name, (None,)) for name in ("simpo", "odds_ratio", "reward")),
+    *((name, (None,)) for name in ("simpo", "odds_ratio", "unlikelihood", "reward")),
 ]
 
 

@@ -72,6 +72,7 @@ ALLOWED = {
     ("beta_dpo", "keep_fraction"): ([0.01, 1], [0, 1.1]),
     ("beta_dpo", "momentum"): ([0, 0.99], [1, -0.1]),
     ("simpo", "gamma"): ([0, 2], [-0.1]),
+    ("unlikelihood", "unlikelihood_weight"): ([0, 1], [-0.1, 1.1]),
     ("kto", "desirable_weight"): ([0, 2], [-0.1]),
     ("reward", "center"): ([0, 2], [-0.1]),
     ("orpo", "odds_weight"): ([0, 2], [-0.1]),

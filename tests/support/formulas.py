@@ -212,6 +212,11 @@ def odds_ratio(pairs):
     return -log_sigmoid(np.log((chosen / (1 - chosen)) / (rejected / (1 - rejected))))
 
 
+def unlikelihood(pairs, *, unlikelihood_weight):
+    """arXiv:2305.18290 section 6: maximize log pi(y_w), minimize log pi(y_l), the latter with a coefficient."""
+    return -(pairs.policy_chosen - unlikelihood_weight * pairs.policy_rejected)
+
+
 def plackett_luce(pairs, *, beta):
     """arXiv:2305.18290 equation 20: the chance of the ranking is a product of softmaxes over who is still in the field.
 
@@ -263,6 +268,7 @@ FORMULAS: dict[str, Callable] = {
     "apo_down": apo_down,
     "discopop": discopop,
     "sft": sft,
+    "unlikelihood": unlikelihood,
     "sigmoid_norm": sigmoid_norm,
     "rdpo": rdpo,
     "cal_dpo": cal_dpo,

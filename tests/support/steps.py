@@ -35,6 +35,7 @@ OTHERS = {
     "gamma": (0.3, 0.0),
     "desirable_weight": (1.33, 0.7),
     "undesirable_weight": (0.8, 1.5),
+    "unlikelihood_weight": (0.5, 1.0),
     "center": (0.01, 0.5),
 }
 by_name = pytest.mark.parametrize("name", OBJECTIVES)
