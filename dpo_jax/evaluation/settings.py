@@ -55,6 +55,7 @@ class EvaluationSettings(Section):
             "'0.5 epochs' or '1 epoch', or null"
         )
 
+
 class CollectSettings(Section):
     """How answers are drawn from a model and made into preferences."""
 

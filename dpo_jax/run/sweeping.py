@@ -21,6 +21,7 @@ from dpo_jax.config.run import Run
 from dpo_jax.errors import UserError, short
 from dpo_jax.files import digest_of, write_whole
 from dpo_jax.reporting.journal import METRICS_FILE, read_records
+from dpo_jax.reporting.metrics import BETTER, held_out_of
 from dpo_jax.run import output
 from dpo_jax.settings import COMMAND_LINE
 
@@ -244,7 +245,8 @@ def _ended(code: int) -> str:
 
 
 class Result(NamedTuple):
-    """What came of a point: its last value of each metric, and how it ended ("done" or why not)."""
+    """What came of a point: its metrics, of held-out data those of the step that is exported, of training the last; and
+    how it ended ("done" or why not)."""
 
     point: Point
     metrics: Mapping[str, float]
@@ -254,24 +256,30 @@ class Result(NamedTuple):
 def result_of(point: Point, code: int) -> Result:
     """Read from the run's own records."""
     file = point.folder / METRICS_FILE
+    best = (output.recorded(point.folder).get("best") or {}) if code == 0 else {}
     metrics: dict[str, Any] = {}
     for record in read_records(file) if file.exists() else []:
-        metrics |= {name: value for name, value in record.items() if isinstance(value, int | float)}
+        late = best and record["step"] > best["step"]
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        metrics |= {name: value for name, value in numbers.items() if not (late and name.startswith(HELD_OUT))}
     return Result(point, metrics, _ended(code))
 
 
 PREFERRED = ("eval_win_rate", "eval_pass_rate", "eval_rewards/accuracies", "rewards/accuracies", "loss")
 """Metrics that say which run is best, where none is named: the first that every run has. A held-out loss is not among
 them, as the losses of different objectives have different units."""
-LESS_IS_BETTER = re.compile(r"(^|[/_])(loss|kl|entropy|grad_norm)$")
+HELD_OUT = ("eval_", "eval/")
+"""How the names begin of what is measured on held-out data."""
 
 
 def metric_for(results: Sequence[Result], asked: str | None) -> str | None:
     """The metric that the runs are sorted by: the one asked for, or the first of PREFERRED that all finished ones have.
 
     Raises:
-      UserError: no run has the one that is asked for.
+      UserError: no run has the one that is asked for, or it has no better and worse.
     """
+    if asked is not None and held_out_of(asked)[1] not in BETTER:
+        raise UserError(f"{COMMAND_LINE}: --metric {short(asked)}: choose one of {', '.join(BETTER)}, or eval_ of one")
     known = {name for result in results for name in result.metrics}
     if asked is not None and known and asked not in known:
         near = [name for name in sorted(known) if name.startswith("eval")] or sorted(known)
@@ -284,10 +292,11 @@ def metric_for(results: Sequence[Result], asked: str | None) -> str | None:
 def ranked(results: Sequence[Result], metric: str | None) -> list[Result]:
     """The runs, the best by the metric first; those that did not end, or lack it, last."""
 
+    sign = 1 if BETTER.get(held_out_of(metric or "")[1]) == "lower" else -1
+
     def key(result: Result) -> tuple[bool, float]:
         value = result.metrics.get(metric or "")
         missing = value is None or result.ended != "done"
-        sign = 1 if LESS_IS_BETTER.search(metric or "") else -1
         return missing, 0.0 if value is None else sign * value
 
     return sorted(results, key=key)

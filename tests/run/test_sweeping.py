@@ -117,9 +117,10 @@ def result(name, ended="done", **metrics):
 
 
 def test_the_best_run_is_first_and_those_that_did_not_end_are_last():
-    runs = [result("a", accuracy=0.7), result("b", accuracy=0.9), result("c", "failed with exit code 2", accuracy=1.0)]
+    values = {"a": 0.7, "b": 0.9, "c": 1.0}
+    runs = [result(name, "failed" if name == "c" else "done", pass_rate=value) for name, value in values.items()]
     runs.append(result("d"))
-    assert [one.point.name for one in sweeping.ranked(runs, "accuracy")] == ["b", "a", "c", "d"]
+    assert [one.point.name for one in sweeping.ranked(runs, "pass_rate")] == ["b", "a", "c", "d"]
 
 
 @pytest.mark.parametrize("name", ["loss", "eval_loss", "eval/helpful/loss", "eval_kl"])
@@ -134,7 +135,8 @@ def test_runs_are_sorted_by_what_all_of_them_have_and_a_wrong_name_is_refused():
     assert sweeping.metric_for(runs, None) == "eval_rewards/accuracies"
     assert sweeping.metric_for(runs[:1], None) == "eval_pass_rate"
     assert sweeping.metric_for(runs, "loss") == "loss"
-    assert "no run has it; there are eval_pass_rate" in refusal(sweeping.metric_for, runs, "eval_los")
+    assert "no run has it; there are eval_pass_rate" in refusal(sweeping.metric_for, runs, "eval_loss")
+    assert "choose one of loss, " in refusal(sweeping.metric_for, runs, "eval_lengths/chosen")
     assert sweeping.metric_for([], None) is None
 
 
@@ -146,3 +148,13 @@ def test_the_table_has_a_row_for_each_run_under_the_metric_that_sorts_it():
         ["0.1", "0.5000", ""],
         ["0.3", "-", "stopped and saved"],
     ]
+
+
+def test_a_run_that_exports_its_best_step_is_judged_by_that_step(tmp_path):
+    records = [{"step": step, name: step / 10} for step in (2, 4) for name in ("loss", "eval_loss")]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    point = Point("a", {}, (), tmp_path)
+    assert sweeping.result_of(point, 0).metrics == {"step": 4, "loss": 0.4, "eval_loss": 0.4}
+    known = {"settings": {}, "facts": {}, "best": {"metric": "eval_loss", "step": 2, "value": 0.2}}
+    (tmp_path / "run.json").write_text(json.dumps(known))
+    assert sweeping.result_of(point, 0).metrics == {"step": 4, "loss": 0.4, "eval_loss": 0.2}
