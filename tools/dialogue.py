@@ -112,7 +112,7 @@ def rows_of(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The table: a line for each comparison, with 95 % intervals."""
     lines = []
     for name, said in found.items():
-        (judge,) = said["judges"].values()
+        (judge,) = said["judges"]
         rate, low, high = (judge[key] for key in ("win_rate", "win_rate_low", "win_rate_high"))
         ends = f"{judge['wins']} won, {judge['ties']} tied, {judge['losses']} lost"
         lines.append(f"{name:<24} {rate:.1%} [{low:.1%}, {high:.1%}]  {ends}")
