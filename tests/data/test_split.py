@@ -27,7 +27,7 @@ def messages(number: int) -> list[dict]:
 
 
 def answers(other: int) -> tuple[str, str]:
-    return f"k yes {other}", f" no {other}"
+    return f"{'k' * (other % 2)} yes {other}", f" no {other}"  # a k joins the o that ends the question
 
 
 def chats(other: int) -> tuple[list, list]:
@@ -60,7 +60,7 @@ LAYOUTS = {  # a row that asks `number`, and whose answers say `other`
         "prompt_ids": ids(question(n)),
         **{f"{name}_ids": ids(text) for name, text in zip(("chosen", "rejected"), answers(o), strict=True)},
     },
-    "ranked": lambda n, o: {"prompt": question(n), "completions": [*answers(o), f"k so {o}"], "ranks": [1, 3, 2]},
+    "ranked": lambda n, o: {"prompt": question(n), "completions": [*answers(o), f" so {o}"], "ranks": [1, 3, 2]},
     "unpaired": lambda n, o: {"prompt": question(n), "completion": answers(o)[o % 2], "label": o % 2 == 0},
     "completion": lambda n, o: {"prompt": messages(n), "completion": chats(o)[0]},
     "messages": lambda n, o: {"messages": messages(n) + chats(o)[0]},
