@@ -8,7 +8,7 @@ import numpy as np
 
 from dpo_jax.data.templates import Codec
 from dpo_jax.evaluation.generate import Decoding, generate
-from dpo_jax.evaluation.judging import Contest, Judge, Verdict
+from dpo_jax.evaluation.judging import TIE, Contest, Judge, Verdict
 from dpo_jax.evaluation.ledger import Ledger
 from dpo_jax.evaluation.statistics import Summary, summary
 from dpo_jax.evaluation.winrate import Asked, Question, prompt_tokens, text_of
@@ -58,12 +58,21 @@ def judged(judge: Judge, contests: Sequence[Contest], ledger: Ledger) -> list[Ve
     """A verdict for each contest; those that the ledger has are not asked for again."""
     while (start := len(ledger.rows)) < len(contests):
         stretch = contests[start : start + AT_ONCE]
-        for contest, verdict in zip(stretch, judge.compare(stretch), strict=True):
-            ledger.add(_row(contest, verdict))
+        for contest, verdict in zip(stretch, verdicts_of(judge, stretch), strict=True):
+            ledger.add(verdict_row(contest, verdict))
     return [_verdict(row) for row in ledger.rows[: len(contests)]]
 
 
-def _row(contest: Contest, verdict: Verdict) -> dict[str, Any]:
+def verdicts_of(judge: Judge, contests: Sequence[Contest]) -> list[Verdict]:
+    """A verdict for each contest; of two answers that are the same the judge is not asked: they are tied."""
+    differ = [index for index, contest in enumerate(contests) if contest.answers[0] != contest.answers[1]]
+    said = judge.compare([contests[index] for index in differ]) if differ else []
+    found = dict(zip(differ, said, strict=True))
+    return [found.get(index, Verdict(TIE, TIE, "the same answer")) for index in range(len(contests))]
+
+
+def verdict_row(contest: Contest, verdict: Verdict) -> dict[str, Any]:
+    """A verdict as a row of JSON; what was not judged is null."""
     ends = {"outcome": verdict.outcome, "shown": verdict.shown, "swapped": verdict.swapped}
     numbers = {name: None if math.isnan(end) else end for name, end in ends.items()}
     return {"where": contest.asked.where, **numbers, "reason": verdict.reason}

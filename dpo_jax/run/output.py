@@ -20,7 +20,7 @@ RUN_FILE, MODEL, ADAPTER, CHECKPOINTS = "run.json", "model", "adapter", "checkpo
 EXPORTS = {"merged": MODEL, "adapter": ADAPTER}
 """Folder of each kind of result (`Run.export_kinds`)."""
 OURS = frozenset(
-    {".lock", RUN_FILE, "metrics.jsonl", CHECKPOINTS, MODEL, ADAPTER, "cache", "data.json", "answers"}
+    {".lock", RUN_FILE, "metrics.jsonl", CHECKPOINTS, MODEL, ADAPTER, "cache", "data.json", "answers", "verdicts"}
     | {"tensorboard", "wandb", "wandb_run", "trackio"}
 )
 """What a run's folder holds."""
