@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,8 +11,10 @@ from dpo_jax.data.templates import Codec
 from dpo_jax.evaluation.generate import Decoding, generate
 from dpo_jax.evaluation.judging import TIE, Contest, Judge, Verdict
 from dpo_jax.evaluation.ledger import Ledger
+from dpo_jax.evaluation.models import open_model
 from dpo_jax.evaluation.statistics import Summary, summary
-from dpo_jax.evaluation.winrate import Asked, Question, prompt_tokens, text_of
+from dpo_jax.evaluation.winrate import Asked, Question, prompt_codec, prompt_tokens, stop_tokens, text_of
+from dpo_jax.hf.tokenizer import load_tokenizer
 from dpo_jax.model.decoder import Model
 
 AT_ONCE = 64
@@ -91,3 +94,21 @@ def contests_of(asked: Sequence[Asked | Question], one: Sequence[str], other: Se
 def said_of(contests: Sequence[Contest], verdicts: Sequence[Verdict]) -> Summary:
     """What the verdicts of these contests add up to."""
     return summary(verdicts, [(len(contest.answers[0]), len(contest.answers[1])) for contest in contests])
+
+
+def open_answering(
+    base: str,
+    adapter: Path | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    dtype: str = "auto",
+) -> Answering:
+    """A model's folder, or hub id, that answers; raises as `open_model`."""
+    tokenizer = load_tokenizer(base)
+    stop = stop_tokens(base, tokenizer)
+    decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, stop=stop)
+    model = open_model(base, dtype=dtype, adapter=adapter)
+    return Answering(model, prompt_codec(tokenizer), decoding, seed, batch_size)

@@ -36,9 +36,7 @@ class AgainstStart:
         """The win rate of these answers over those of the run's first evaluation; `folder` is the run's."""
         base = _first(folder / "answers")
         if [row["prompt"] for row in base] != [row["prompt"] for row in rows]:
-            self.fault = (
-                "evaluation.judge: evaluation.answers is another file than at the start, so nothing is compared"
-            )
+            self.fault = "evaluation.judge: evaluation.answers has other prompts than at the start; nothing is compared"
             return dict.fromkeys(METRICS, math.nan)
         texts = ([str(row["answer"]) for row in side] for side in (rows, base))
         contests = contests_of(questions, *texts)
