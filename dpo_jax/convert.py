@@ -26,7 +26,11 @@ def _export(argv: Sequence[str]) -> int:
         help="of the weights written; keep: as in the folder that was read, or that the run began with (default: keep, "
         "or export.dtype of a run)",
     )
-    parser.add_argument("--step", type=int, help="of a run: which of its checkpoints (default: the newest)")
+    parser.add_argument(
+        "--step",
+        type=int,
+        help="of a run: which of its checkpoints (default: its best, if it has exported that, or the newest)",
+    )
     parser.add_argument("--max-shard-gb", type=float, help="split into files of at most this many GB (10^9 bytes)")
     options = parser.parse_args(argv)
     if options.max_shard_gb is not None and not 0 < options.max_shard_gb < 1e6:

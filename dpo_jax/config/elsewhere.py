@@ -61,7 +61,7 @@ FOREIGN = {
         ("data_seed", "seed"),
         ("output_dir", "output"),
         (
-            "eval_steps eval_strategy evaluation_strategy eval_epochs eval_interval",
+            "eval_steps eval_strategy evaluation_strategy eval_epochs eval_interval evals_per_epoch",
             "evaluation.every counts steps (100), or passes over the data ('0.5 epochs')",
         ),
         ("save_steps save_strategy", "checkpoint.every"),

@@ -46,10 +46,11 @@ class Watch:
         """
         known = {recorded(name): value for name, value in metrics.items()}
         if self.metric not in known:
-            near = nearest(self.metric, known)
+            usable = [name for name in known if held_out_of(name)[1] in BETTER]
+            near = nearest(self.metric, usable, 0.8)
             raise UserError(
                 f"checkpoint.best: {self.metric}: is not measured by this run; "
-                + (f"did you mean {near}?" if near else f"choose one of {', '.join(known)}")
+                + (f"did you mean {near}?" if near else f"choose one of {', '.join(usable)}")
             )
         if step > 0:
             self.evaluations[step] = _finite(known[self.metric])
@@ -106,11 +107,10 @@ def watch_of(
         return None
     name, known = recorded(run.checkpoint.best), record.get(WATCHED, {})
     if known.get("metric") == name:
-        found = {int(step): value for step, value in known["evaluations"].items()}
-    else:
-        path = folder / METRICS_FILE
-        rows = read_records(path) if record and path.exists() else []
-        found = {row["step"]: row[name] for row in rows if name in row and row["step"] > 0}
+        return Watch(name, run.evaluation.patience, {int(step): v for step, v in known["evaluations"].items()})
+    path = folder / METRICS_FILE
+    rows = read_records(path) if record and path.exists() else []
+    found = {row["step"]: row[name] for row in rows if name in row and row["step"] > 0}
     watch = Watch(name, run.evaluation.patience, found)
     if watch.best is None or watch.best.step in kept:
         return watch

@@ -72,7 +72,7 @@ class Saver:
             watched = {} if watch is None else watch.record()
             record = {**self._record, "records": recorder.journal.records, **watched}
             best = watch and watch.best
-            self._checkpoints.save(step, as_saved(state), record, also=best.step if best else None)
+            self._checkpoints.save(step, as_saved(state), record, best.step if best else None)
             recorder.restart_clock()
         return due
 

@@ -77,7 +77,7 @@ class Checkpoints:
         if sys.unraisablehook is sys.__unraisablehook__:  # and nobody else's
             sys.unraisablehook = _without_late_answers
 
-    def save(self, step: int, state: Tree, record: dict[str, Any], *, also: int | None = None) -> None:
+    def save(self, step: int, state: Tree, record: dict[str, Any], also: int | None = None) -> None:
         """Start saving a tree of arrays and a JSON-able record; a step that is already saved is left alone.
 
         Of the older steps, `also` is kept beside those that the settings keep.

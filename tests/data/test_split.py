@@ -27,7 +27,7 @@ def messages(number: int) -> list[dict]:
 
 
 def answers(other: int) -> tuple[str, str]:
-    return f"k yes {other}", f" no {other}"
+    return f"{'k' * (other % 2)} yes {other}", f" no {other}"  # a k joins the o that ends the question
 
 
 def chats(other: int) -> tuple[list, list]:
@@ -60,14 +60,14 @@ LAYOUTS = {  # a row that asks `number`, and whose answers say `other`
         "prompt_ids": ids(question(n)),
         **{f"{name}_ids": ids(text) for name, text in zip(("chosen", "rejected"), answers(o), strict=True)},
     },
-    "ranked": lambda n, o: {"prompt": question(n), "completions": [*answers(o), f"k so {o}"], "ranks": [1, 3, 2]},
+    "ranked": lambda n, o: {"prompt": question(n), "completions": [*answers(o), f" so {o}"], "ranks": [1, 3, 2]},
     "unpaired": lambda n, o: {"prompt": question(n), "completion": answers(o)[o % 2], "label": o % 2 == 0},
     "completion": lambda n, o: {"prompt": messages(n), "completion": chats(o)[0]},
     "messages": lambda n, o: {"messages": messages(n) + chats(o)[0]},
 }
 
 
-def rows_of(layout: str, count: int = 60, times: int = 3) -> tuple[list[dict], np.ndarray]:
+def rows_of(layout: str, count: int = 40, times: int = 2) -> tuple[list[dict], np.ndarray]:
     """Each of `count` prompts several times with other answers, mixed; and which prompt each row asks."""
     order = np.random.default_rng(0).permutation(np.repeat(np.arange(count), times))
     return [LAYOUTS[layout](int(number), place) for place, number in enumerate(order)], order
@@ -80,10 +80,10 @@ def test_no_prompt_is_on_both_sides(tmp_path, layout):
     assert report.kept == len(rows), report.lines()
     parts = split(encoded, 0.3, seed=1)
     sides = [set(numbers[part.line - 1].tolist()) for part in parts]
-    assert not sides[0] & sides[1] and sides[0] | sides[1] == set(range(60))
+    assert not sides[0] & sides[1] and sides[0] | sides[1] == set(range(40))
     assert sum(part.num_pairs for part in parts) == encoded.num_pairs
     assert sum(part.num_units for part in parts) == encoded.num_units
-    assert 5 <= len(sides[1]) <= 32  # 18 of 60 are wanted, with a standard deviation of 3.5
+    assert 2 <= len(sides[1]) <= 24  # 12 of 40 are wanted, with a standard deviation of 2.9
     assert [count["prompts"] for count in parts.counts().values()] == [len(side) for side in sides]
     for part in parts:
         for one in (0, part.num_pairs - 1):
@@ -142,7 +142,7 @@ def linked(pairs: list[tuple[int, int]]) -> list[set[int]]:
     return groups
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(KEYS)
 def test_prompts_are_what_is_linked_by_content_or_ids(pairs):
     numbers = prompts(with_keys([a for a, _ in pairs], [b for _, b in pairs])).tolist()
@@ -151,7 +151,7 @@ def test_prompts_are_what_is_linked_by_content_or_ids(pairs):
     assert all(number == min(pairs[u][0] for u in group) for group in found for number in {numbers[min(group)]})
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=10)
 @given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.95), st.randoms())
 def test_the_side_of_a_prompt_depends_on_it_and_the_seed_alone(seed, fraction, random):
     keys = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 400).tolist()

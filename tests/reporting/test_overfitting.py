@@ -31,7 +31,7 @@ def said(records) -> list[str]:
 
 
 def valley(t):
-    return 0.55 + 0.02 * (t - 4) ** 2 / 4
+    return 0.55 + 0.005 * (t - 4) ** 2
 
 
 def falling(t):
@@ -40,7 +40,7 @@ def falling(t):
 
 def test_it_names_both_figures_and_the_best_step():
     (line,) = said(course(valley, falling))
-    assert line.startswith("140: eval_loss rose from 0.5500 after step 80, which was the best, to 0.5950, in each of 3")
+    assert line.startswith("160: eval_loss rose from 0.5500 after step 80, which was the best, to 0.6300, in each of 4")
     assert "while the training loss fell from 0.5" in line and "checkpoint.best=eval_loss" in line
 
 
@@ -51,6 +51,7 @@ def test_healthy_runs_are_left_alone(seed):
         (lambda t: 0.4 + 0.3 * math.exp(-t), falling, 0.004),
         (lambda t: 0.6, falling, 0.004),
         (lambda t: 0.6 * math.exp(-0.05 * t), falling, 0.01),
+        (lambda t: 0.5, falling, 0.02),
         (valley, lambda t: 0.5, 0.0),  # rises, but nothing is learned by heart: the data differ
     ):
         assert said(course(held_out, training, seed=seed, swing=swing)) == []
@@ -61,10 +62,10 @@ def test_healthy_runs_are_left_alone(seed):
     [
         [0.5, 0.6],  # one evaluation is no course
         [0.5, 0.6, 0.7],
-        [0.5, 0.6, 0.7, 0.65],  # not in each of the last three
-        [0.5, 0.501, 0.502, 0.503],  # by next to nothing
-        [0.4, 0.5, 0.45, 0.5, 0.6, 0.7][1:3] + [0.3, 0.6, 0.5, 0.55],
-        [0.3, 0.6, 0.5, 0.52, 0.54, 0.56],  # rises, but from a step that was not the best
+        [0.5, 0.6, 0.7, 0.8],
+        [0.5, 0.6, 0.7, 0.8, 0.75],  # not in each of the last four
+        [0.5, 0.501, 0.502, 0.503, 0.504],  # by next to nothing
+        [0.3, 0.6, 0.5, 0.52, 0.54, 0.56, 0.58],  # rises, but from a step that was not the best
         [0.5, None, 0.6, math.nan],
     ],
 )
@@ -74,6 +75,15 @@ def test_fewer_evaluations_say_nothing(values):
         records += [(20 * number + step, {"loss": 0.7 - 0.001 * (20 * number + step)}) for step in range(1, 21)]
         records.append((20 * number + 20, {HELD_OUT: value}))
     assert said(records) == []
+
+
+def test_a_straight_rise_is_one():
+    values = [0.5, 0.6, 0.7, 0.8, 0.9]
+    records = []
+    for number, value in enumerate(values):
+        records += [(20 * number + step, {"loss": 0.7 - 0.001 * (20 * number + step)}) for step in range(1, 21)]
+        records.append((20 * number + 20, {HELD_OUT: value}))
+    assert len(said(records)) == 1
 
 
 def test_few_training_losses_are_not_believed():
@@ -88,10 +98,10 @@ def test_it_is_one_of_a_runs_alarms_and_is_said_once_also_by_a_run_that_goes_on(
     whole, lines = watch(EVERY * EVALUATIONS, 8, start=None), []
     for step, metrics in records:
         lines += whole.take(step, metrics)
-    assert len(lines) == 1 and lines[0].startswith("alarm: step 140: eval_loss rose")
-    for cut in (50, 140, len(records) // 2, len(records)):
+    assert len(lines) == 1 and lines[0].startswith("alarm: step 160: eval_loss rose")
+    for cut in (50, 160, len(records) // 2, len(records)):
         again = watch(EVERY * EVALUATIONS, 8, start=None)
         again.replay({"step": step, **metrics} for step, metrics in records[:cut])
         after = [line for step, metrics in records[cut:] for line in again.take(step, metrics)]
-        spoken = [step for step, _ in records].index(140) + 1  # the step's own record, then the evaluation
+        spoken = [step for step, _ in records].index(160) + 1  # the step's own record, then the evaluation
         assert after == (lines if cut <= spoken else [])
