@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from pydantic import ValidationError
 
 from dpo_jax.config import command as commands
+from dpo_jax.config.judges import add_judges, judges_of
 from dpo_jax.data.settings import BatchSettings, DataSettings
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, printable
 from dpo_jax.model.settings import MeshSettings, ModelSettings
 from dpo_jax.objectives.settings import ObjectiveSettings
 from dpo_jax.reporting.metrics import EVALUATED, shown
@@ -31,6 +32,15 @@ if TYPE_CHECKING:
 
 OF_ONE_MODEL = ("logps/", "logits/", "lengths/", "entropy", "mean_token_accuracy")
 """How the names of metrics begin that need no reference."""
+WIN_RATE = "win_rate"
+ASKED = {
+    "reward_margin": "rewards/margins",
+    "preference_accuracy": "rewards/accuracies",
+    "win_rate": WIN_RATE,
+    "loss": "loss",
+    "kl": "kl",
+}
+"""What --metrics takes, and what it is called among the metrics; an accuracy without a reference is the model's own."""
 Block = TypeVar("Block", bound=Section)
 
 
@@ -40,9 +50,13 @@ def main(argv: Sequence[str]) -> int:
     options = _options(argv)
     commands.quiet_libraries()
     model = _adapted(options)
+    _check_models(options)
     with tempfile.TemporaryDirectory(prefix="dpo_jax-") as folder:
         blocks = _settings(options)
         found, pairs = evaluate(blocks, Path(folder), quiet=options.json, adapter=model.adapter)
+    if options.metrics is not None:
+        _print_chosen(options, found, pairs, model)
+        return 0
     if blocks.reference.mode == "none" and not blocks.objective.trains_reward_model:
         found = {name: value for name, value in found.items() if name.startswith(OF_ONE_MODEL)}
     print(json.dumps({"pairs": pairs, **found}) if options.json else "\n".join(_lines(found, pairs)))
@@ -104,6 +118,78 @@ def evaluate(
         return measure(weights, folder, 0), data.train.num_pairs
 
 
+def _print_chosen(options: Namespace, found: Mapping[str, float], pairs: int, model: "Adapted") -> None:
+    """The metrics of --metrics, under the names that they were asked for by."""
+    alone = options.reference is None and not _is_reward_model(options.model)
+    known = {**ASKED, "preference_accuracy": "logps/accuracies"} if alone else ASKED
+    chosen: dict[str, float | None] = {}
+    for name in options.metrics:
+        chosen |= _win_rate(options, model) if name == WIN_RATE else {name: found[known[name]]}
+    if options.json:
+        print(json.dumps({"pairs": pairs, **chosen}))
+        return
+    print(f"{pairs:,} pairs")
+    for name, value in chosen.items():
+        print(f"{name:<20} {'-' if value is None else f'{value:.4f}'}")
+
+
+def _win_rate(options: Namespace, model: "Adapted") -> dict[str, float | None]:
+    """How often the model's answers to the prompts of the pairs are preferred to the chosen answers."""
+    from dpo_jax.evaluation.contests import answered, contests_of, open_answering, said_of, verdicts_of
+    from dpo_jax.evaluation.judges.opening import open_judge
+    from dpo_jax.evaluation.ledger import Ledger
+    from dpo_jax.evaluation.winrate import read_comparable
+
+    asked, given = read_comparable(options.pairs[0])
+    asked, chosen = asked[: options.max_samples], given["chosen"][: options.max_samples]
+    new = options.max_new_tokens
+    texts = answered(asked, Ledger(None), lambda: open_answering(model.base, model.adapter, max_new_tokens=new))
+    contests = contests_of(asked, texts, chosen)
+    numbers = said_of(contests, verdicts_of(open_judge(options.judges[0]), contests)).numbers
+    return {name: numbers[name] for name in (WIN_RATE, "win_rate_low", "win_rate_high", "tie_rate", "unjudged")}
+
+
+def _check_metrics(options: Namespace) -> None:
+    """Refuse metrics that cannot be measured, before anything is loaded.
+
+    Raises:
+      UserError: names the metric and what it needs.
+    """
+    options.judges = judges_of(options)
+    options.metrics = None if options.metrics is None else options.metrics.split(",")
+    wanted = options.metrics or []
+    if unknown := [name for name in wanted if name not in ASKED]:
+        raise UserError(f"command line: --metrics {printable(unknown[0])}: choose some of {','.join(ASKED)}")
+    if options.max_samples is not None and options.max_samples < 1:
+        raise UserError(f"command line: --max-samples {options.max_samples}: must be at least 1")
+    if WIN_RATE not in wanted:
+        if options.judges:
+            raise UserError("command line: --judge: nothing is judged without --metrics win_rate; leave it out")
+    elif len(options.judges) != 1:
+        raise UserError("command line: --metrics win_rate: give one --judge, of answers against the chosen ones")
+    elif options.judges[0].name == "rule" or len(options.pairs) > 1:
+        raise UserError("command line: --metrics win_rate: give one file of pairs, and another judge than the rule")
+
+
+def _check_models(options: Namespace) -> None:
+    """The same of what the models' configs, and the pairs, say."""
+    from dpo_jax.evaluation.judges.opening import check_judge
+    from dpo_jax.evaluation.winrate import read_comparable
+
+    wanted, scores = options.metrics or [], _is_reward_model(options.model)
+    needs = [name for name in wanted if name in ("reward_margin", "loss", "kl")]
+    if options.reference is None and not scores and needs:
+        raise UserError(f"command line: --metrics {needs[0]}: is measured against a --reference; name one")
+    if scores and (strange := [name for name in wanted if name in (WIN_RATE, "kl")]):
+        raise UserError(f"command line: --metrics {strange[0]}: is of language models; leave it out")
+    if WIN_RATE in wanted:
+        if not read_comparable(options.pairs[0])[1]:
+            raise UserError(
+                f"command line: --metrics win_rate: {options.pairs[0]} has no chosen answers to compare with"
+            )
+        check_judge(options.judges[0])
+
+
 def _adapted(options: Namespace) -> "Adapted":
     """The model and its adapter; `options.model` is then the base."""
     from dpo_jax.hf.adapted import adapted
@@ -128,8 +214,14 @@ def _options(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--beta", type=float, help="of a language model's rewards (default 0.1)")
     parser.add_argument("--max-length", type=int, default=1024, help="most tokens of a prompt and one completion")
     parser.add_argument("--batch", type=int, default=32, help="pairs at a time (default 32)")
+    parser.add_argument("--metrics", metavar="A,B", help=f"only these, in this order: {','.join(ASKED)}")
+    parser.add_argument("--max-samples", type=int, metavar="N", help="only the first N pairs")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer of win_rate")
     parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
-    return parser.parse_args(list(argv))
+    add_judges(parser)
+    options = parser.parse_args(list(argv))
+    _check_metrics(options)
+    return options
 
 
 def _settings(options: Namespace) -> EvaluatedBlocks:
@@ -140,7 +232,12 @@ def _settings(options: Namespace) -> EvaluatedBlocks:
     alone = options.reference is None
     if alone and options.beta is not None:
         raise UserError("command line: --beta is of rewards, which need a --reference; name one, or leave --beta out")
-    rows = {"train": tuple(options.pairs), "max_length": options.max_length, "ending": "template" if scores else None}
+    rows = {
+        "train": tuple(options.pairs),
+        "first": options.max_samples,
+        "max_length": options.max_length,
+        "ending": "template" if scores else None,
+    }
     objective = {"beta": 0.1 if options.beta is None else options.beta, "reference_free": alone}
     return EvaluatedBlocks(
         _block(ModelSettings, "model", {"path": options.model}),

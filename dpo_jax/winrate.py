@@ -13,12 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import ValidationError
-
 from dpo_jax.config.command import Parser, command, quiet_libraries
+from dpo_jax.config.judges import add_judges, judges_of
 from dpo_jax.errors import UserError, printable
 from dpo_jax.evaluation.judges import settings as judges
-from dpo_jax.evaluation.judges.settings import JudgeSettings
 from dpo_jax.files import digest_of, write_whole
 from dpo_jax.settings import COMMAND_LINE
 
@@ -129,49 +127,6 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def add_judges(parser: argparse.ArgumentParser) -> None:
-    """The arguments that name judges: --judge, and one for each of their settings."""
-    parser.add_argument("--judge", action="append", default=[], metavar="WHO", help=f"{judges.KINDS}; may be repeated")
-    for name, field in JudgeSettings.model_fields.items():
-        if name not in ("name", "seed"):
-            flag = f"--judge-{name.replace('_', '-')}"
-            parser.add_argument(flag, metavar="X", help=field.description, dest=f"judge_{name}")
-
-
-def judges_of(options: argparse.Namespace) -> list[JudgeSettings]:
-    """The judges that are named, each with the settings that are of its kind.
-
-    Raises:
-      UserError: a judge or a setting is not as it must be, or no judge uses a setting.
-    """
-    names = [name for name in JudgeSettings.model_fields if name not in ("name", "seed")]
-    given = {name: getattr(options, f"judge_{name}") for name in names}
-    given = {name: value for name, value in given.items() if value is not None}
-    if "body" in given:
-        try:
-            given["body"] = json.loads(given["body"])
-        except ValueError as error:
-            raise UserError(f"{COMMAND_LINE}: --judge-body: must be a JSON object ({error})") from error
-    found, used = [], set()
-    for name in options.judge:
-        try:
-            mine = {key: value for key, value in given.items() if key in judges.used_by(name)}
-            found.append(JudgeSettings.model_validate({"name": name, "seed": options.seed, **mine}))
-        except ValidationError as error:
-            first = error.errors()[0]
-            at = "".join(f"-{str(part).replace('_', '-')}" for part in first["loc"] if part != "name")
-            what = first["msg"].removeprefix("Value error, ")
-            raise UserError(f"{COMMAND_LINE}: --judge{at} {printable(name)}: {what}") from error
-        except ValueError as error:
-            raise UserError(f"{COMMAND_LINE}: --judge {printable(name)}: {error}") from error
-        used |= mine.keys()
-    if idle := sorted(given.keys() - used):
-        raise UserError(f"{COMMAND_LINE}: --judge-{idle[0].replace('_', '-')}: no judge that is named uses it")
-    if len({settings.name for settings in found}) < len(found):
-        raise UserError(f"{COMMAND_LINE}: --judge: the same judge is named twice; leave one out")
-    return found
-
-
 def _named(options: argparse.Namespace) -> list[tuple[str, str | None]]:
     return [(options.model, options.adapter), (options.base, options.base_adapter)]
 
@@ -200,7 +155,7 @@ def _side(name: str, adapter: str | None, given: Mapping[str, list[str]], option
     return Side(name if adapter is None else f"{name} with {adapter}", model)
 
 
-def _check_rule(settings: JudgeSettings, asked: "Sequence[Asked | Question]", file: str) -> None:
+def _check_rule(settings: judges.JudgeSettings, asked: "Sequence[Asked | Question]", file: str) -> None:
     if settings.name == judges.RULE and any(not hasattr(item, "good") for item in asked):
         raise UserError(
             f'{COMMAND_LINE}: --judge rule: {file} does not say what is good; write rows of {{"prompt", "good"}}'
@@ -240,18 +195,12 @@ def _folder(options: argparse.Namespace, asked: "Sequence[Asked | Question]", si
 
 
 def _answering(side: Side, options: argparse.Namespace) -> "Answering":
-    from dpo_jax.evaluation.contests import Answering
-    from dpo_jax.evaluation.generate import Decoding
-    from dpo_jax.evaluation.models import open_model
-    from dpo_jax.evaluation.winrate import prompt_codec, stop_tokens
-    from dpo_jax.hf.tokenizer import load_tokenizer
+    from dpo_jax.evaluation.contests import open_answering
 
     assert side.model is not None
-    tokenizer = load_tokenizer(side.model.base)
-    model = open_model(side.model.base, dtype=options.dtype, adapter=side.model.adapter)
-    stop = stop_tokens(side.model.base, tokenizer)
-    decoding = Decoding(max_new_tokens=options.max_new_tokens, temperature=options.temperature, stop=stop)
-    return Answering(model, prompt_codec(tokenizer), decoding, options.seed, options.batch_size)
+    how = {"dtype": options.dtype, "seed": options.seed, "batch_size": options.batch_size}
+    new, temperature = options.max_new_tokens, options.temperature
+    return open_answering(side.model.base, side.model.adapter, max_new_tokens=new, temperature=temperature, **how)
 
 
 # ---------------------------------------------------------------------------------------------- what is shown
@@ -266,8 +215,8 @@ def _lines(found: Mapping[str, Any], folder: Path) -> list[str]:
     """The table: a row for each judge, what is to be known beside it, and where everything is."""
     width = max(len("judge"), *(len(printable(row["judge"])) for row in found["judges"]))
     lines = [f"{found['model']} against {found['base']}: {found['prompts']:,} prompts", ""]
-    heading = ("win rate", "95 %", "wins", "ties", "losses", "p", "at equal length", "position bias")
-    form = "  {:>8}  {:>13}  {:>5}  {:>5}  {:>6}  {:>7}  {:>15}  {:>13}"
+    heading = ("win rate", "95 %", "wins", "ties", "losses", "of decided", "p", "at equal length", "position bias")
+    form = "  {:>8}  {:>13}  {:>5}  {:>5}  {:>6}  {:>10}  {:>7}  {:>15}  {:>13}"
     lines.append("judge".ljust(width) + form.format(*heading))
     lines += [printable(row["judge"]).ljust(width) + form.format(*_cells(row)) for row in found["judges"]]
     one, other = (found["judges"][0][f"length_{place}"] for place in ("first", "second"))
@@ -289,7 +238,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     ends = f"{_percent(row['win_rate_low'])} - {_percent(row['win_rate_high'])}"
     counts = [f"{row[name]:,}" for name in ("wins", "ties", "losses")]
     rest = (_percent(row["length_controlled_win_rate"]), _number(row["position_bias"]))
-    return [_percent(row["win_rate"]), ends, *counts, f"{row['p_value']:.2g}", *rest]
+    return [_percent(row["win_rate"]), ends, *counts, _percent(row["decided_win_rate"]), f"{row['p_value']:.2g}", *rest]
 
 
 def _percent(value: float | None) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dpo_jax.errors import nearest
+from dpo_jax.evaluation.settings import JUDGE
 from dpo_jax.model.settings import SHAPE, AdapterSettings
 from dpo_jax.reporting.metrics import AGAINST_REFERENCE, BETTER, OF_ANSWERS, held_out_of, recorded
 from dpo_jax.training.settings import UNUSED
@@ -48,6 +49,8 @@ def best_problem(run: "Run") -> str | None:
         return f"checkpoint.best: no such metric; {f'did you mean {near}?' if near else f'choose {listed},{of_sets}'}"
     if metric == "pass_rate" and run.evaluation.answers is None:
         return "checkpoint.best: is measured on answers to evaluation.answers, which is not given"
+    if metric == "win_rate" and run.evaluation.judge is None:
+        return "checkpoint.best: is what evaluation.judge says, which is not given"
     if metric not in OF_ANSWERS and not run.data.holds_out:
         return "checkpoint.best: is measured on held-out pairs; give data.eval or data.eval_fraction"
     scheduled = any(term.settings.get("beta_end") is not None for term in run.objective.terms)
@@ -197,6 +200,15 @@ IGNORED: tuple[tuple[str, Callable[["Run"], bool], str], ...] = (
         "evaluation.max_new_tokens",
         lambda r: r.evaluation.answers is None,
         "nothing is generated without evaluation.answers; leave it out",
+    ),
+    (
+        "evaluation.judge",
+        lambda r: r.evaluation.answers is None,
+        "there are no answers to compare without evaluation.answers; leave it out",
+    ),
+    *(
+        (f"evaluation.judge_{name}", lambda r: r.evaluation.judge is None, "nobody judges without evaluation.judge")
+        for name in JUDGE
     ),
 )
 """What a run as it stands would ignore: giving one of these is an error, and `config.run.dump` leaves them out."""

@@ -113,6 +113,7 @@ MEASURED = ("data.eval", "data.eval_fraction", "evaluation.answers")
 # What null turns off by name, as on a command line after a file, takes along what nothing but it would use.
 LEFT_OVER = (
     ("evaluation.max_new_tokens", ("evaluation.answers",)),
+    ("evaluation.judge", ("evaluation.answers",)),
     ("evaluation.every", MEASURED),
     ("evaluation.patience", MEASURED),
     ("evaluation.patience", ("checkpoint.best",)),
@@ -153,7 +154,9 @@ KEEPS_MATHEMATICS = frozenset(
     """
     model.scan_layers model.remat model.attention model.compile_cache data.eval data.max_bad_fraction data.cache
     data.workers batch.micro_tokens batch.share_prompts mesh.data mesh.fsdp mesh.expert mesh.tensor mesh.context
-    evaluation.every evaluation.answers evaluation.max_new_tokens evaluation.patience checkpoint.every checkpoint.keep
+    evaluation.every evaluation.answers evaluation.max_new_tokens evaluation.patience
+    evaluation.judge evaluation.judge_template evaluation.judge_model evaluation.judge_key_variable
+    evaluation.judge_call_budget checkpoint.every checkpoint.keep
     checkpoint.keep_every checkpoint.best
     checkpoint.allow_change log.every log.tensorboard log.loggers log.token_statistics log.max_nonfinite output
     alarms.enabled alarms.chosen_drift alarms.kl export.dtype export.rounding export.align_eos export.kind export.push

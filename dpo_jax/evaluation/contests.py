@@ -2,16 +2,19 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dpo_jax.data.templates import Codec
 from dpo_jax.evaluation.generate import Decoding, generate
-from dpo_jax.evaluation.judging import Contest, Judge, Verdict
+from dpo_jax.evaluation.judging import TIE, Contest, Judge, Verdict
 from dpo_jax.evaluation.ledger import Ledger
+from dpo_jax.evaluation.models import open_model
 from dpo_jax.evaluation.statistics import Summary, summary
-from dpo_jax.evaluation.winrate import Asked, Question, prompt_tokens, text_of
+from dpo_jax.evaluation.winrate import Asked, Question, prompt_codec, prompt_tokens, stop_tokens, text_of
+from dpo_jax.hf.tokenizer import load_tokenizer
 from dpo_jax.model.decoder import Model
 
 AT_ONCE = 64
@@ -58,12 +61,21 @@ def judged(judge: Judge, contests: Sequence[Contest], ledger: Ledger) -> list[Ve
     """A verdict for each contest; those that the ledger has are not asked for again."""
     while (start := len(ledger.rows)) < len(contests):
         stretch = contests[start : start + AT_ONCE]
-        for contest, verdict in zip(stretch, judge.compare(stretch), strict=True):
-            ledger.add(_row(contest, verdict))
+        for contest, verdict in zip(stretch, verdicts_of(judge, stretch), strict=True):
+            ledger.add(verdict_row(contest, verdict))
     return [_verdict(row) for row in ledger.rows[: len(contests)]]
 
 
-def _row(contest: Contest, verdict: Verdict) -> dict[str, Any]:
+def verdicts_of(judge: Judge, contests: Sequence[Contest]) -> list[Verdict]:
+    """A verdict for each contest; of two answers that are the same the judge is not asked: they are tied."""
+    differ = [index for index, contest in enumerate(contests) if contest.answers[0] != contest.answers[1]]
+    said = judge.compare([contests[index] for index in differ]) if differ else []
+    found = dict(zip(differ, said, strict=True))
+    return [found.get(index, Verdict(TIE, TIE, "the same answer")) for index in range(len(contests))]
+
+
+def verdict_row(contest: Contest, verdict: Verdict) -> dict[str, Any]:
+    """A verdict as a row of JSON; what was not judged is null."""
     ends = {"outcome": verdict.outcome, "shown": verdict.shown, "swapped": verdict.swapped}
     numbers = {name: None if math.isnan(end) else end for name, end in ends.items()}
     return {"where": contest.asked.where, **numbers, "reason": verdict.reason}
@@ -82,3 +94,21 @@ def contests_of(asked: Sequence[Asked | Question], one: Sequence[str], other: Se
 def said_of(contests: Sequence[Contest], verdicts: Sequence[Verdict]) -> Summary:
     """What the verdicts of these contests add up to."""
     return summary(verdicts, [(len(contest.answers[0]), len(contest.answers[1])) for contest in contests])
+
+
+def open_answering(
+    base: str,
+    adapter: Path | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    dtype: str = "auto",
+) -> Answering:
+    """A model's folder, or hub id, that answers; raises as `open_model`."""
+    tokenizer = load_tokenizer(base)
+    stop = stop_tokens(base, tokenizer)
+    decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, stop=stop)
+    model = open_model(base, dtype=dtype, adapter=adapter)
+    return Answering(model, prompt_codec(tokenizer), decoding, seed, batch_size)

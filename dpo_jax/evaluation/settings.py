@@ -4,10 +4,13 @@ import re
 from fractions import Fraction
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from dpo_jax.evaluation.judges.settings import HUMAN, KINDS, JudgeSettings
 from dpo_jax.settings import Section
 
+JUDGE = ("template", "model", "key_variable", "call_budget")
+"""Settings of a judge that a run has too, behind `judge_`."""
 EPOCHS = re.compile(r"([0-9]{1,6}|[0-9]{0,6}\.[0-9]{1,6}) epochs?")
 """Passes over the data in words: `1 epoch`, `0.5 epochs`, `2 epochs`."""
 
@@ -43,6 +46,36 @@ class EvaluationSettings(Section):
         description='JSONL of {"prompt", "good"}: the model answers; good is a pattern that a good answer matches',
     )
     max_new_tokens: int = Field(default=64, gt=0, description="longest answer, in tokens")
+    judge: str | None = Field(
+        default=None, description=f"who compares the answers with those at the start (win_rate): {KINDS}, but human"
+    )
+    judge_template: str | None = Field(default=None, description="Jinja file of what a judge that compares is asked")
+    judge_model: str | None = Field(default=None, description="the model's name, where the judge is a server")
+    judge_key_variable: str | None = Field(
+        default=None, description="environment variable that holds the server's API key"
+    )
+    judge_call_budget: int | None = Field(default=None, gt=0, description="calls to the server in all")
+
+    @property
+    def judging(self) -> JudgeSettings | None:
+        """The judge, if there is one."""
+        if self.judge is None:
+            return None
+        given = {name: getattr(self, f"judge_{name}") for name in JUDGE}
+        return JudgeSettings(name=self.judge, **{name: value for name, value in given.items() if value is not None})
+
+    @model_validator(mode="after")
+    def _judge_is_one(self) -> "EvaluationSettings":
+        if self.judge == HUMAN:
+            raise ValueError("evaluation.judge: a run waits for nobody; let a person judge with dpo_jax.winrate")
+        try:
+            _ = self.judging
+        except ValidationError as error:
+            what = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(f"evaluation.judge: {what}") from None
+        except ValueError as error:
+            raise ValueError(f"evaluation.judge: {error}") from None
+        return self
 
     @field_validator("every", mode="before")
     @classmethod

@@ -47,6 +47,7 @@ class Summary(NamedTuple):
       counts: wins (both orders prefer the first answer), losses (both prefer the second), ties (all else).
       unjudged: contests without a verdict, which nothing here counts.
       win_rate: (wins + ties / 2) / contests, with Wilson's interval.
+      decided: wins / (wins + losses), ties left out, with its interval.
       p_value: of the exact sign test.
       at_equal_length: the win rate that is left where both answers are of one length; None where it has no estimate.
       position_bias: share of contests in which the answer that is shown first is preferred in both orders, less the
@@ -58,6 +59,7 @@ class Summary(NamedTuple):
     counts: Counts
     unjudged: int
     win_rate: Rate
+    decided: Rate
     p_value: float
     at_equal_length: Rate | None
     position_bias: float
@@ -79,6 +81,9 @@ class Summary(NamedTuple):
             "win_rate_high": self.win_rate.high,
             "tie_rate": counts.ties / n,
             "loss_rate": counts.losses / n,
+            "decided_win_rate": self.decided.value,
+            "decided_low": self.decided.low,
+            "decided_high": self.decided.high,
             "p_value": self.p_value,
             "position_bias": self.position_bias,
             "consistency": self.consistency,
@@ -101,6 +106,7 @@ def summary(verdicts: Sequence[Verdict], lengths: Sequence[tuple[int, int]]) -> 
         counts=counts,
         unjudged=len(verdicts) - len(given),
         win_rate=wilson(counts.wins + counts.ties / 2, counts.total),
+        decided=wilson(counts.wins, counts.wins + counts.losses),
         p_value=sign_test(counts.wins, counts.losses),
         at_equal_length=at_equal_length(outcomes, sizes[:, 0] - sizes[:, 1]),
         position_bias=position_bias(given),

@@ -46,6 +46,11 @@ METRICS: dict[str, str] = {
     "dropped": "rows of the data that could not be used",
     "eval/NAME/METRIC": "a metric of one set of held-out data, where these have names (`data.eval`)",
     "pass_rate": "share of held-out questions that were answered well",
+    "win_rate": "share of those answers that `evaluation.judge` prefers to the model's at the start; ties are half",
+    "win_rate_low": "lower end of its 95 % interval (Wilson)",
+    "win_rate_high": "its upper end",
+    "tie_rate": "share of those answers that are no better and no worse, or of which both orders say different things",
+    "unjudged": "questions of which the judge said nothing that can be understood",
     "step_seconds": "wall time of the step",
     "input_wait": "share of the step's wall time that went into waiting for the next batch",
     "time_to_first_step": "seconds from the start of the command to the end of its first step, once",
@@ -73,6 +78,7 @@ SUMMARY = (
     ("rewards/margins", "held-out margin", "{:+z.3f}"),
     ("loss", "held-out loss", "{:.4f}"),
     ("pass_rate", "pass rate", "{:.1%}"),
+    ("win_rate", "win rate over start", "{:.1%}"),
 )
 """Rows of the summary at the end of a run."""
 

@@ -22,6 +22,7 @@ from dpo_jax.objectives.mixture import as_measured
 from dpo_jax.preference import heldout
 from dpo_jax.preference.loss import TrainingObjective, evaluate_batch
 from dpo_jax.reporting.metrics import recorded
+from dpo_jax.run.judging import AgainstStart
 from dpo_jax.run.written import UNROUNDED, Merging, Rounding
 
 
@@ -32,19 +33,24 @@ class EvaluationPrompts(NamedTuple):
     coder: Codec
     stop: tuple[int, ...]
     max_new_tokens: int
+    judge: AgainstStart | None = None
 
 
 def read_prompts(
-    settings: EvaluationSettings, folder: Path, tokenizer: Any, arguments: Mapping[str, Any] | None
+    settings: EvaluationSettings,
+    folder: Path,
+    tokenizer: Any,
+    arguments: Mapping[str, Any] | None,
+    judge: AgainstStart | None = None,
 ) -> EvaluationPrompts | None:
     """The questions of `evaluation.answers`, if there are any to ask; `folder` is the policy's, `arguments` are for the
-    chat template."""
+    chat template, and `judge` compares the answers."""
     if settings.answers is None:
         return None
     stop = winrate.stop_tokens(folder, tokenizer)
     questions = winrate.read_questions(settings.answers)
     coder = winrate.prompt_codec(tokenizer, arguments=arguments)
-    return EvaluationPrompts(questions, coder, stop, settings.max_new_tokens)
+    return EvaluationPrompts(questions, coder, stop, settings.max_new_tokens, judge)
 
 
 class Evaluator:
@@ -95,7 +101,7 @@ class Evaluator:
             weights = self._rounding(weights)
         found = self.on_pairs(weights, progress=progress, moved=moved)
         if self._prompts is not None:
-            found["pass_rate"] = self._answer(self._prompts, weights.params, folder / "answers" / f"{step}.jsonl")
+            found |= self._answer(self._prompts, weights.params, folder, step)
         return found
 
     def unrounded(self, weights: Weights, *, progress: float = 0.0, moved: Any = None) -> dict[str, float]:
@@ -126,7 +132,15 @@ class Evaluator:
     def _measured(self, pairs: heldout.SeenPairs, progress: float) -> dict[str, float]:
         return counted(self._objective, heldout.measured(pairs, self._measure, progress))
 
-    def _answer(self, prompts: EvaluationPrompts, params: Any, path: Path) -> float:
+    def told(self) -> list[str]:
+        """What is to be said of the last evaluation."""
+        judge = self._prompts.judge if self._prompts is not None else None
+        if judge is None or judge.fault is None:
+            return []
+        line, judge.fault = judge.fault, None
+        return [line]
+
+    def _answer(self, prompts: EvaluationPrompts, params: Any, folder: Path, step: int) -> dict[str, float]:
         answers = winrate.answer(
             self._objective.spec,
             cast(params, jnp.dtype(self._objective.compute_dtype)),
@@ -136,9 +150,11 @@ class Evaluator:
             max_new_tokens=prompts.max_new_tokens,
             mesh=self._mesh,
         )
+        path = folder / "answers" / f"{step}.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
-        return winrate.pass_rate(answers)
+        judged = {} if prompts.judge is None else prompts.judge(prompts.questions, answers, folder, step)
+        return {"pass_rate": winrate.pass_rate(answers), **judged}
 
 
 def steps_between(every: int | str | None, examples: int, pairs_per_step: int) -> Fraction | None:

@@ -21,7 +21,7 @@ COLLECTED = "collected"
 EXPORTS = {"merged": MODEL, "adapter": ADAPTER}
 """Folder of each kind of result (`Run.export_kinds`)."""
 OURS = frozenset(
-    {LOCK, RUN_FILE, "metrics.jsonl", CHECKPOINTS, MODEL, ADAPTER, "cache", "data.json", "answers"}
+    {LOCK, RUN_FILE, "metrics.jsonl", CHECKPOINTS, MODEL, ADAPTER, "cache", "data.json", "answers", "verdicts"}
     | {"tensorboard", "wandb", "wandb_run", "trackio", COLLECTED}
 )
 """What a run's folder holds."""

@@ -24,6 +24,7 @@ from dpo_jax.run.data import Data, Packing, check_tokens, length_line, number_of
 from dpo_jax.run.evaluator import EvaluationPrompts, Evaluator, read_prompts, steps_between
 from dpo_jax.run.first_step import FirstStep
 from dpo_jax.run.fitting import fitted, room_of
+from dpo_jax.run.judging import against_start
 from dpo_jax.run.policy import Policy, adapter_notes, policy_of
 from dpo_jax.run.recorder import Checks, Recorder, make_alarms
 from dpo_jax.run.reference import Reference, ReferenceScorer, make_reference
@@ -81,7 +82,8 @@ class Job:
         check_warmup(run.optimizer, steps)
         print(length_line(data.train.num_pairs, run.batch.pairs, steps))
         tokenizer = dated(tokenizer, date=data.date).tokenizer
-        prompts = read_prompts(run.evaluation, sources.policy, tokenizer, run.data.chat_template_kwargs)
+        arguments, judge = run.data.chat_template_kwargs, against_start(run.evaluation, folder, mesh)
+        prompts = read_prompts(run.evaluation, sources.policy, tokenizer, arguments, judge)
         check_tokens(data, models.spec_of(sources.policy, sources.rows, scalar_head=scores).vocab_size, tokenizer)
         packing = Packing.of(run.batch, length, terms, mesh)
         attention = attention_for(run.model, policy.spec, mesh, length)

@@ -147,6 +147,8 @@ class Recorder:
 
     def _write_evaluation(self, step: int, found: dict[str, float]) -> None:
         self.journal.evaluation(step, found)
+        for line in self._evaluator.told():
+            self.journal.note(line)
         for line in self._alarms.take(step, {HELD_OUT: found.get("loss")}) if self._alarms else ():
             self.journal.note(line)
 
