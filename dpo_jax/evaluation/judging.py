@@ -4,6 +4,7 @@ A judge that compares is asked twice about each pair, the second time with the a
 judges prefer what stands first. What they say in both orders counts; what they say in one is a tie.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -11,6 +12,10 @@ from dpo_jax.evaluation.winrate import Asked, Question
 
 FIRST, TIE, SECOND = 1.0, 0.5, 0.0
 """How a comparison ends, as the share that the first answer has in it."""
+
+
+UNJUDGED = math.nan
+"""Stands where a judge was asked, again too, and said nothing that can be understood. It is no tie, and is counted."""
 
 
 class Contest(NamedTuple):
@@ -21,7 +26,8 @@ class Contest(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a judge says of a contest, in both orders: FIRST, TIE or SECOND, of the contest's first and second answer.
+    """What a judge says of a contest, in both orders: FIRST, TIE or SECOND, of the contest's first and second answer;
+    or UNJUDGED.
 
     Attributes:
       shown: with the first answer shown first.
@@ -34,8 +40,15 @@ class Verdict(NamedTuple):
     reason: str = ""
 
     @property
+    def given(self) -> bool:
+        """Whether both orders were judged."""
+        return not (math.isnan(self.shown) or math.isnan(self.swapped))
+
+    @property
     def outcome(self) -> float:
-        """FIRST or SECOND where both orders agree on it, and else TIE."""
+        """FIRST or SECOND where both orders agree on it, and else TIE; UNJUDGED where one order is."""
+        if not self.given:
+            return UNJUDGED
         return self.shown if self.shown == self.swapped else TIE
 
 

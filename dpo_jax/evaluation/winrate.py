@@ -12,8 +12,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from jax.sharding import Mesh
 
-from dpo_jax.data.layouts import Record
-from dpo_jax.data.messages import BadRow, Messages, is_chat, messages_of, need, texts_of
+from dpo_jax.data.answers import Answers
+from dpo_jax.data.dialogues import in_turns
+from dpo_jax.data.layouts import Record, detected, to_record
+from dpo_jax.data.messages import BadRow, Messages, Part, is_chat, messages_of, need, texts_of
 from dpo_jax.data.readers import reader_of, value_of
 from dpo_jax.data.records import text_notes
 from dpo_jax.data.report import clean
@@ -65,6 +67,52 @@ def read_questions(path: str) -> list[Question]:
       UserError: the file, or one of its rows, is not as it must be.
     """
     return _read(path, lambda row, where: Question(_prompt(row), where, _pattern(row)))
+
+
+def read_comparable(path: str, *, as_chat: bool = False) -> tuple[list[Asked | Question], dict[str, list[str]]]:
+    """The prompts of a file of prompts, of questions or of preferences; and the answers of the last, by `chosen` and
+    `rejected`.
+
+    Args:
+      path: the file.
+      as_chat: whether texts become a user's message, and dialogues as hh-rlhf writes them turns.
+
+    Raises:
+      UserError: the file, or one of its rows, is not as it must be.
+    """
+
+    def take(row: Mapping[str, Any], where: str) -> tuple[Asked | Question, tuple[str, str] | None]:
+        if (layout := detected(row)) is None:
+            prompt = _prompt(row)
+            if as_chat and isinstance(prompt, str):
+                prompt = _as_texts(in_turns(Answers(prompt, ()), splits=False).prompt)
+            return (Question(prompt, where, _pattern(row)) if "good" in row else Asked(prompt, where)), None
+        record = to_record(row, layout, file=path, line=0, as_chat=as_chat)
+        prompt = _as_texts(record.prompt)
+        text_notes([*texts_of(prompt), *texts_of(list(record.completions))])
+        first, *_ = record.pairs
+        return Asked(prompt, where), (
+            _said(record.completions[first.chosen]),
+            _said(record.completions[first.rejected]),
+        )
+
+    rows = _read(path, take)
+    pairs = [pair for _, pair in rows if pair is not None]
+    given = {name: [pair[side] for pair in pairs] for side, name in enumerate(("chosen", "rejected"))}
+    return [asked for asked, _ in rows], given if len(pairs) == len(rows) else {}
+
+
+def _as_texts(prompt: Part) -> Prompt:
+    if isinstance(prompt, str) or is_chat(prompt):
+        return prompt
+    raise BadRow("wrong type", "token ids cannot be asked of another model; give texts or messages")
+
+
+def _said(answer: Part) -> str:
+    """An answer as text: of turns, what the last one says."""
+    if isinstance(answer, str):
+        return answer
+    return str(answer[-1].get("content", "")) if is_chat(answer) else ""
 
 
 def _read(path: str, take: Callable[[Mapping[str, Any], str], T]) -> list[T]:

@@ -1,8 +1,9 @@
 """Settings of a judge. Imports neither jax nor transformers."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 
 from dpo_jax.settings import Section
 
@@ -29,20 +30,78 @@ def named(judge: str) -> Named:
     if judge in (RULE, HUMAN):
         return Named(judge)
     if judge.startswith(("http://", "https://")):
-        return Named(ENDPOINT, judge)
+        return Named(ENDPOINT, _address(judge))
     kind, _, where = judge.partition(":")
     if kind in (REWARD, MODEL) and where:
         return Named(kind, where)
     raise ValueError(f"must be {KINDS}")
 
 
+def _address(url: str) -> str:
+    """The address below which a server's API lies, without a slash at its end."""
+    try:
+        parts = urlsplit(url)
+        sound = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        sound = False
+    else:
+        if "@" in parts.netloc:
+            raise ValueError("must hold no password; put the key into an environment variable, and name that")
+    if not sound or not url.isascii() or not url.isprintable() or parts.query or parts.fragment:
+        raise ValueError("must be an address such as http://localhost:8000/v1")
+    return url.rstrip("/").removesuffix("/chat/completions")
+
+
 class JudgeSettings(Section):
     """A judge, and how it is asked."""
 
     name: str = Field(description=f"who judges: {KINDS}")
+    template: str | None = Field(
+        default=None, description="of a model or a server: Jinja file of what it is asked (default: the package's)"
+    )
+    model: str | None = Field(default=None, description="of a server: the model's name there")
+    key_variable: str | None = Field(
+        default=None, description="of a server: name of the environment variable that holds its API key"
+    )
+    calls_at_once: int = Field(default=8, gt=0, le=256, description="of a server: most calls at a time")
+    timeout: float = Field(default=120.0, gt=0, description="of a server: seconds that a call may take")
+    attempts: int = Field(
+        default=8, gt=0, description="of a server: how often a call is made that fails, with longer and longer pauses"
+    )
+    call_budget: int | None = Field(
+        default=None, gt=0, description="of a server: calls that may be made in all, failed ones included"
+    )
+    token_budget: int | None = Field(
+        default=None, gt=0, description="of a server: tokens after which, by its own count, no call is made any more"
+    )
+    body: dict[str, Any] = Field(
+        default_factory=dict, description="of a server: more fields of each call's JSON; null takes one out"
+    )
+    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="of a person: which answer stands where")
 
-    @field_validator("name")
-    @classmethod
-    def _is_a_judge(cls, value: str) -> str:
-        named(value)
-        return value
+    @model_validator(mode="after")
+    def _fits_the_judge(self) -> "JudgeSettings":
+        idle = sorted(self.model_fields_set - {"name", "seed", *used_by(self.name)})
+        if idle:
+            raise ValueError(f"{idle[0]}: the judge {self.name} does not use it; leave it out")
+        if named(self.name).kind == ENDPOINT and not self.model:
+            raise ValueError("model: a server is to be told which of its models judges; name it")
+        return self
+
+
+OF_ENDPOINT = (
+    "model",
+    "key_variable",
+    "calls_at_once",
+    "timeout",
+    "attempts",
+    "call_budget",
+    "token_budget",
+    "body",
+)
+"""Settings that only a server's judge uses."""
+
+
+def used_by(judge: str) -> tuple[str, ...]:
+    """The settings that a judge of this name uses, beside `name` and `seed`; raises as `named`."""
+    return {MODEL: ("template",), ENDPOINT: ("template", *OF_ENDPOINT)}.get(named(judge).kind, ())

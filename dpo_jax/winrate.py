@@ -1,0 +1,304 @@
+"""`python -m dpo_jax.winrate MODEL BASE --prompts FILE --judge ...`: how often a model's answers beat another's.
+
+Both models answer the same prompts; each judge compares the answers, in both orders. Answers, verdicts and what a
+server or a person said are kept in the output folder as they come, and the same command goes on from there.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import ValidationError
+
+from dpo_jax.config.command import Parser, command, quiet_libraries
+from dpo_jax.errors import UserError, printable
+from dpo_jax.evaluation.judges import settings as judges
+from dpo_jax.evaluation.judges.settings import JudgeSettings
+from dpo_jax.files import digest_of, write_whole
+from dpo_jax.settings import COMMAND_LINE
+
+if TYPE_CHECKING:
+    from dpo_jax.evaluation.contests import Answering
+    from dpo_jax.evaluation.judging import Verdict
+    from dpo_jax.evaluation.winrate import Asked, Question
+    from dpo_jax.hf.adapted import Adapted
+
+GIVEN = ("chosen", "rejected")
+"""In place of a model: the answers of a file of preferences."""
+
+
+class Side(NamedTuple):
+    """One of both that are compared: a model, or answers that a file of preferences has."""
+
+    name: str
+    model: "Adapted | None" = None
+    answers: list[str] | None = None
+
+
+@command
+def main(argv: Sequence[str]) -> int:
+    """Read the arguments, then compare."""
+    options = _options(argv)
+    quiet_libraries()
+    from dpo_jax.evaluation.judges.opening import check_judge
+    from dpo_jax.evaluation.winrate import read_comparable
+    from dpo_jax.run import compile_cache
+
+    asked, given = read_comparable(options.prompts, as_chat=options.as_chat)
+    asked = asked[: options.max_samples]
+    sides = [_side(name, adapter, given, options) for name, adapter in _named(options)]
+    for settings in options.judges:
+        _check_rule(settings, asked, options.prompts)
+        check_judge(settings)
+    compile_cache.use(compile_cache.AUTO)
+    folder = _folder(options, asked, sides)
+    found = compare(options, asked, sides, folder)
+    write_whole(folder / "summary.json", json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found) if options.json else "\n".join(_lines(found, folder)))
+    return 0
+
+
+def compare(
+    options: argparse.Namespace, asked: "Sequence[Asked | Question]", sides: Sequence[Side], folder: Path
+) -> dict[str, Any]:
+    """The answers, the verdicts of each judge, and what they add up to, as plain JSON."""
+    from dpo_jax.evaluation.contests import answered, contests_of, judged, said_of
+    from dpo_jax.evaluation.judges.endpoint import EndpointJudge
+    from dpo_jax.evaluation.judges.opening import open_judge
+    from dpo_jax.evaluation.ledger import Ledger
+    from dpo_jax.evaluation.statistics import agreement
+
+    texts = []
+    for number, side in enumerate(sides, 1):
+        if side.answers is not None:
+            texts.append(side.answers[: len(asked)])
+            continue
+        _say(options, f"{side.name}: answering {len(asked):,} prompts")
+        with Ledger(folder / f"answers-{number}.jsonl") as ledger:
+            texts.append(answered(asked, ledger, lambda side=side: _answering(side, options)))
+    contests = contests_of(asked, *texts)
+    verdicts: dict[str, list[Verdict]] = {}
+    rows: list[dict[str, Any]] = []
+    for number, settings in enumerate(options.judges, 1):
+        _say(options, f"{printable(settings.name)}: judging")
+        judge = open_judge(settings, folder=folder / f"judge-{number}")
+        with Ledger(folder / f"judge-{number}" / "verdicts.jsonl") as ledger:
+            verdicts[judge.name] = judged(judge, contests, ledger)
+        spent = judge.spent if isinstance(judge, EndpointJudge) else {}
+        rows.append({"judge": judge.name, **said_of(contests, verdicts[judge.name]).numbers, **spent})
+    pairs = [
+        {"judges": [one, other], **agreement(verdicts[one], verdicts[other]).numbers}
+        for one, other in itertools.combinations(verdicts, 2)
+    ]
+    return {"model": sides[0].name, "base": sides[1].name, "prompts": len(asked), "judges": rows, "agreement": pairs}
+
+
+# ---------------------------------------------------------------------------------------------- arguments
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser("winrate", "How often a model's answers are better than another's, by one judge or several.")
+    parser.add_argument("model", metavar="MODEL", help="folder of a model, an adapter or a run; a hub id; or `chosen`")
+    parser.add_argument("base", metavar="BASE", help="the same of what it is compared with; or `chosen`, `rejected`")
+    parser.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter of MODEL")
+    parser.add_argument("--base-adapter", metavar="FOLDER", help="PEFT adapter of BASE")
+    parser.add_argument("--prompts", metavar="FILE", required=True, help='rows of {"prompt"[, "good"]}, or preferences')
+    parser.add_argument("--as-chat", action="store_true", help="make a user's message of prompts that are texts")
+    parser.add_argument("--max-samples", type=int, metavar="N", help="only the first N prompts")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, which is greedy, unless given")
+    parser.add_argument("--seed", type=int, default=0, help="decides what is drawn (default 0)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at a time (default 16)")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    parser.add_argument("--output", metavar="FOLDER", help="where all is kept (default: a folder below winrate/)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
+    add_judges(parser)
+    options = parser.parse_args(list(argv))
+    options.judges = judges_of(options)
+    if not options.judges:
+        raise UserError(f"{COMMAND_LINE}: name who judges, with --judge: {judges.KINDS}")
+    for name, least in (("max_samples", 1), ("max_new_tokens", 1), ("batch_size", 1), ("temperature", 0), ("seed", 0)):
+        value = getattr(options, name)
+        if value is not None and not least <= value < 2**32:
+            raise UserError(f"{COMMAND_LINE}: --{name.replace('_', '-')} {value}: must be at least {least}")
+    return options
+
+
+def add_judges(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name judges: --judge, and one for each of their settings."""
+    parser.add_argument("--judge", action="append", default=[], metavar="WHO", help=f"{judges.KINDS}; may be repeated")
+    for name, field in JudgeSettings.model_fields.items():
+        if name not in ("name", "seed"):
+            flag = f"--judge-{name.replace('_', '-')}"
+            parser.add_argument(flag, metavar="X", help=field.description, dest=f"judge_{name}")
+
+
+def judges_of(options: argparse.Namespace) -> list[JudgeSettings]:
+    """The judges that are named, each with the settings that are of its kind.
+
+    Raises:
+      UserError: a judge or a setting is not as it must be, or no judge uses a setting.
+    """
+    names = [name for name in JudgeSettings.model_fields if name not in ("name", "seed")]
+    given = {name: getattr(options, f"judge_{name}") for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "body" in given:
+        try:
+            given["body"] = json.loads(given["body"])
+        except ValueError as error:
+            raise UserError(f"{COMMAND_LINE}: --judge-body: must be a JSON object ({error})") from error
+    found, used = [], set()
+    for name in options.judge:
+        try:
+            mine = {key: value for key, value in given.items() if key in judges.used_by(name)}
+            found.append(JudgeSettings.model_validate({"name": name, "seed": options.seed, **mine}))
+        except ValidationError as error:
+            first = error.errors()[0]
+            at = "".join(f"-{str(part).replace('_', '-')}" for part in first["loc"] if part != "name")
+            what = first["msg"].removeprefix("Value error, ")
+            raise UserError(f"{COMMAND_LINE}: --judge{at} {printable(name)}: {what}") from error
+        except ValueError as error:
+            raise UserError(f"{COMMAND_LINE}: --judge {printable(name)}: {error}") from error
+        used |= mine.keys()
+    if idle := sorted(given.keys() - used):
+        raise UserError(f"{COMMAND_LINE}: --judge-{idle[0].replace('_', '-')}: no judge that is named uses it")
+    if len({settings.name for settings in found}) < len(found):
+        raise UserError(f"{COMMAND_LINE}: --judge: the same judge is named twice; leave one out")
+    return found
+
+
+def _named(options: argparse.Namespace) -> list[tuple[str, str | None]]:
+    return [(options.model, options.adapter), (options.base, options.base_adapter)]
+
+
+def _side(name: str, adapter: str | None, given: Mapping[str, list[str]], options: argparse.Namespace) -> Side:
+    """What is meant by MODEL or BASE, looked at without its weights."""
+    from dpo_jax.hf.adapted import adapted
+    from dpo_jax.hf.configs import read_spec
+    from dpo_jax.hf.tensors import SIDE_FILES, local_folder
+    from dpo_jax.run.output import ADAPTER, MODEL
+
+    if name in GIVEN:
+        if name not in given:
+            raise UserError(
+                f"{COMMAND_LINE}: {name}: {options.prompts} has no such answers; give a file of preferences"
+            )
+        if adapter is not None:
+            raise UserError(f"{COMMAND_LINE}: {name} are answers of a file, which take no adapter; leave it out")
+        return Side(name, answers=given[name])
+    inner = [Path(name).expanduser() / part for part in (MODEL, ADAPTER)]
+    run = next((str(path) for path in inner if path.is_dir() and not (path.parent / "config.json").exists()), name)
+    model = adapted(run, adapter)
+    if model.line:
+        print(model.line, file=sys.stderr)
+    read_spec(local_folder(model.base, SIDE_FILES), scalar_head=False)
+    return Side(name if adapter is None else f"{name} with {adapter}", model)
+
+
+def _check_rule(settings: JudgeSettings, asked: "Sequence[Asked | Question]", file: str) -> None:
+    if settings.name == judges.RULE and any(not hasattr(item, "good") for item in asked):
+        raise UserError(
+            f'{COMMAND_LINE}: --judge rule: {file} does not say what is good; write rows of {{"prompt", "good"}}'
+        )
+
+
+def _folder(options: argparse.Namespace, asked: "Sequence[Asked | Question]", sides: Sequence[Side]) -> Path:
+    """The output folder, new or of this very comparison."""
+    from dpo_jax.hf.tensors import local_folder, stamps
+
+    files = [
+        [*(stamps(local_folder(side.model.base))), *(stamps(side.model.adapter) if side.model.adapter else ())]
+        if side.model
+        else digest_of(json.dumps(side.answers))
+        for side in sides
+    ]
+    decoding = [options.max_new_tokens, options.temperature, options.seed, options.dtype, options.batch_size]
+    names = [settings.model_dump(include={"name", "template", "model", "body", "seed"}) for settings in options.judges]
+    prompts = digest_of(
+        json.dumps([[item.prompt, getattr(getattr(item, "good", None), "pattern", None)] for item in asked])
+    )
+    what = {"model": sides[0].name, "base": sides[1].name, "files": files, "prompts": prompts, "decoding": decoding}
+    identity = json.dumps({**what, "judges": names}, indent=2) + "\n"
+    short = "-".join(Path(side.name).name or "model" for side in sides)
+    default = Path("winrate") / f"{printable(short)[:80]}-{digest_of(identity)[:8]}"
+    folder = default if options.output is None else Path(options.output).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "comparison.json"
+    with contextlib.suppress(FileNotFoundError):
+        if file.read_text(encoding="utf-8", errors="replace") != identity:
+            raise UserError(f"{COMMAND_LINE}: --output {folder}: is of another comparison; name a new folder")
+        return folder
+    if any(folder.iterdir()):
+        raise UserError(f"{COMMAND_LINE}: --output {folder}: holds other files; name a new folder")
+    write_whole(file, identity)
+    return folder
+
+
+def _answering(side: Side, options: argparse.Namespace) -> "Answering":
+    from dpo_jax.evaluation.contests import Answering
+    from dpo_jax.evaluation.generate import Decoding
+    from dpo_jax.evaluation.models import open_model
+    from dpo_jax.evaluation.winrate import prompt_codec, stop_tokens
+    from dpo_jax.hf.tokenizer import load_tokenizer
+
+    assert side.model is not None
+    tokenizer = load_tokenizer(side.model.base)
+    model = open_model(side.model.base, dtype=options.dtype, adapter=side.model.adapter)
+    stop = stop_tokens(side.model.base, tokenizer)
+    decoding = Decoding(max_new_tokens=options.max_new_tokens, temperature=options.temperature, stop=stop)
+    return Answering(model, prompt_codec(tokenizer), decoding, options.seed, options.batch_size)
+
+
+# ---------------------------------------------------------------------------------------------- what is shown
+
+
+def _say(options: argparse.Namespace, line: str) -> None:
+    if not options.json:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _lines(found: Mapping[str, Any], folder: Path) -> list[str]:
+    """The table: a row for each judge, what is to be known beside it, and where everything is."""
+    width = max(len("judge"), *(len(printable(row["judge"])) for row in found["judges"]))
+    lines = [f"{found['model']} against {found['base']}: {found['prompts']:,} prompts", ""]
+    heading = ("win rate", "95 %", "wins", "ties", "losses", "p", "at equal length", "position bias")
+    form = "  {:>8}  {:>13}  {:>5}  {:>5}  {:>6}  {:>7}  {:>15}  {:>13}"
+    lines.append("judge".ljust(width) + form.format(*heading))
+    lines += [printable(row["judge"]).ljust(width) + form.format(*_cells(row)) for row in found["judges"]]
+    one, other = (found["judges"][0][f"length_{place}"] for place in ("first", "second"))
+    if one is not None and other is not None:
+        lines += ["", f"mean length of an answer: {one:.0f} characters, and {other:.0f}"]
+    lines += [
+        f"{row['judge']}: no verdict on {row['unjudged']:,} of {found['prompts']:,} contests; they are left out"
+        for row in found["judges"]
+        if row["unjudged"]
+    ]
+    lines += [
+        f"{' and '.join(pair['judges'])} agree on {_percent(pair['share'])} (kappa {_number(pair['kappa'])})"
+        for pair in found["agreement"]
+    ]
+    return [*map(printable, lines), f"everything is in {printable(str(folder))}"]
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    ends = f"{_percent(row['win_rate_low'])} - {_percent(row['win_rate_high'])}"
+    counts = [f"{row[name]:,}" for name in ("wins", "ties", "losses")]
+    rest = (_percent(row["length_controlled_win_rate"]), _number(row["position_bias"]))
+    return [_percent(row["win_rate"]), ends, *counts, f"{row['p_value']:.2g}", *rest]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
