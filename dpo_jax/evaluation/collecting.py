@@ -111,8 +111,8 @@ def collect(
     Raises:
       UserError: the folder holds something else, was made by something else, or was changed since it was whole.
     """
-    facts = {**made_by, "prompts": prompts_digest(asked), "sampling": settings.model_dump(mode="json")}
-    facts = redacted_values(facts)
+    sampling = settings.model_dump(mode="json")
+    facts = redacted_values({"sampling": sampling, "prompts": prompts_digest(asked), **made_by})
     known = _known(folder, facts)
     if "result" in known:
         shutil.rmtree(folder / PARTS, ignore_errors=True)

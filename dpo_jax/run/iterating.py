@@ -221,5 +221,5 @@ def shown(table: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _cell(value: float | None, width: int, how: str = "d") -> str:
+def _cell(value: int | float | None, width: int, how: str = "d") -> str:
     return f"{'-' if value is None else format(value, how):>{width}}"

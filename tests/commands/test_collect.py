@@ -89,14 +89,13 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in held if path.is_file()}
 
 
-def test_two_rounds_of_a_tiny_model_and_a_third(tmp_path, capsys, monkeypatch):
-    """Each trains on what the model before it answered; finished rounds are read and not done again."""
+def test_rounds_go_on_from_each_other_and_finished_ones_are_not_done_again(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = make(tmp_path / "tiny")
     prompts = write(tmp_path / "p.jsonl", *({"prompt": f"{n} and?", "good": "[a-m]"} for n in range(8)))
     words = [str(ROOT / "configs" / "rounds.yaml"), f"model.path={model}", f"rounds.prompts={prompts}"]
-    words += ["rounds.max_new_tokens=3", "rounds.held_out=null", "rounds.number=2", "output=rounds", "batch.pairs=4"]
-    words += ["log.tensorboard=false", "rounds.reference=first", "rounds.temperature=2.0", "model.scan_layers=true"]
+    words += ["rounds.max_new_tokens=3", "rounds.held_out=null", "rounds.number=2", "output=rounds", "batch.pairs=1"]
+    words += ["log.tensorboard=false", "rounds.reference=first", "rounds.temperature=2.0", "steps=2", "epochs=null"]
     assert rounds.main(words) == 0
     first = files(tmp_path / "rounds")
     assert {"round-1/collected/pairs.jsonl", "round-2/model/model.safetensors"} <= set(first)
