@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import ValidationError
 
 from dpo_jax.config.command import Parser, command, quiet_libraries
 from dpo_jax.errors import UserError
-from dpo_jax.evaluation.judges.settings import KINDS, RULE, JudgeSettings, named
+from dpo_jax.evaluation.judges.settings import KINDS, JudgeSettings
 from dpo_jax.evaluation.settings import CollectSettings
 from dpo_jax.files import locked
-from dpo_jax.settings import COMMAND_LINE, Section
+from dpo_jax.settings import COMMAND_LINE, allowed
+from dpo_jax.winrate import add_judges, judges_of
 
 if TYPE_CHECKING:
     from dpo_jax.evaluation.collecting import Writer
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> None:
     """The command."""
     options = _options(argv)
-    settings = _checked(CollectSettings, {name: getattr(options, name) for name in CollectSettings.model_fields})
-    judge = _checked(JudgeSettings, {"name": options.judge, **_judge_settings(options.judge_setting)})
+    settings, judge = _settings(options), _judge(options)
     quiet_libraries()
     folder = Path(options.output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{COMMAND_LINE}: --output {folder}: is a file; name a folder")
-    from dpo_jax.evaluation.collecting import collect
-    from dpo_jax.evaluation.winrate import read_prompts, read_questions
+    from dpo_jax.evaluation.collecting import collect, read_asked
+    from dpo_jax.evaluation.judges.opening import check_judge
 
-    asked = (read_questions if named(judge.name).kind == RULE else read_prompts)(options.prompts)
+    asked = read_asked(options.prompts, judge)
     model = _adapted(options)
+    check_judge(judge)
     made_by = {**_facts(model), "dtype": options.dtype, "judge": judge.model_dump(mode="json")}
     with locked(folder, f"{COMMAND_LINE}: --output"):
         result = collect(folder, made_by, asked, settings, lambda: _opened(options, model, judge), _say)
@@ -74,8 +74,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("collect", "Preferences out of a model's own answers, told apart by a judge.")
     parser.add_argument("folder", help="model folder, or hub id; or that of an adapter, which names its base")
     parser.add_argument("--prompts", required=True, metavar="FILE", help='a row {"prompt": ...} for each prompt')
-    parser.add_argument("--judge", required=True, metavar="NAME", help=KINDS)
-    parser.add_argument("--judge-setting", action="append", default=[], metavar="KEY=VALUE", help="how it is asked")
+    add_judges(parser)
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where pairs.jsonl goes, and all answers")
     parser.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter of the model: a folder, or hub id")
     for name, field in CollectSettings.model_fields.items():
@@ -95,35 +94,31 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _judge_settings(given: Sequence[str]) -> dict[str, Any]:
-    found = {}
-    for text in given:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"{COMMAND_LINE}: --judge-setting {text}: write KEY=VALUE")
-        try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"{COMMAND_LINE}: --judge-setting {key}: is not YAML; quote the value") from None
-    return found
-
-
-def _checked(section: type[Section], values: dict[str, Any]) -> Any:
-    """The block of settings.
+def _settings(options: argparse.Namespace) -> CollectSettings:
+    """How answers are drawn and paired.
 
     Raises:
       UserError: names the first option that is wrong.
     """
     try:
-        return section(**values)
+        return CollectSettings(**{name: getattr(options, name) for name in CollectSettings.model_fields})
     except ValidationError as error:
         detail = error.errors()[0]
-        name = ".".join(str(part) for part in detail["loc"]) or "judge-setting"
-        option = "judge" if section is JudgeSettings and name == "name" else name.replace("_", "-")
-        option = option if section is not JudgeSettings or option == "judge" else f"judge-setting {name}"
-        value = f" {detail['input']}" if detail["loc"] else ""
-        message = detail["msg"].removeprefix("Value error, ")
-        raise UserError(f"{COMMAND_LINE}: --{option}{value}: {message}; see --help") from None
+        name = str(detail["loc"][0])
+        what = allowed(CollectSettings.model_fields[name])
+        raise UserError(f"{COMMAND_LINE}: --{name.replace('_', '-')} {detail['input']}: must be {what}") from None
+
+
+def _judge(options: argparse.Namespace) -> JudgeSettings:
+    """The judge.
+
+    Raises:
+      UserError: there is not one, or a setting of it is wrong.
+    """
+    named = judges_of(options)
+    if len(named) != 1:
+        raise UserError(f"{COMMAND_LINE}: --judge: name one who judges: {KINDS}")
+    return named[0]
 
 
 # ---------------------------------------------------------------------------------------------- loading

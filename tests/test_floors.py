@@ -18,8 +18,8 @@ FLOORS = (
     ("training", "evaluation", "reporting", "planning"),
     ("config",),
     ("run",),
-    ("train", "evaluate", "sample", "convert", "preview", "doctor", "plan", "winrate", "collect", "sweep"),
-    ("rounds",),
+    ("train", "evaluate", "sample", "convert", "preview", "doctor", "plan", "winrate", "sweep"),
+    ("collect", "rounds"),
 )
 BASE = FLOORS[0]
 ARRAYS = {f"objectives.{name}" for name in ("pairwise", "stepwise", "metrics", "mixture")} | {

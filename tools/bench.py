@@ -4,10 +4,12 @@
     python tools/bench.py compare smollm2_hh --model FOLDER --data hh_train.jsonl --trl VENV/bin/python
     python tools/bench.py micro [NAME ...]
     python tools/bench.py memory
+    python tools/bench.py generate --model FOLDER [--transformers VENV/bin/python]
 
 `compare` runs the programs in turn (A B A B ...), each in a process of its own and, on a CPU, on the same CPUs. It
 believes a time only if the losses of all steps agree with ours; a rival whose losses do not gets no ratio. `micro`
-measures single parts, each in a process of its own, and `memory` what the compiled training step allocates.
+measures single parts, each in a process of its own, `memory` what the compiled training step allocates, and `generate`
+how fast answers are written beside transformers' generate.
 
 Each call appends a line with all raw numbers, the commit and the machine to tools/benchmarks.jsonl (`--record FILE` for
 another file, `--no-record` for none); `tools/bench_table.py` makes the tables of tools/BENCHMARKS.md of it.
@@ -27,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dpo_jax.errors import UserError  # noqa: E402
-from tools.benching import compare, records, workloads  # noqa: E402
+from tools.benching import compare, generation, micro, records, workloads  # noqa: E402
 from tools.benching.compare import OURS, Runner  # noqa: E402
 from tools.runners.protocol import Spec  # noqa: E402
 
@@ -83,8 +85,6 @@ def portable(spec: Spec) -> dict[str, Any]:
 
 def run_micro(arguments: argparse.Namespace) -> int:
     """Measure the named parts, each in a process of its own; or, as such a process, one of them."""
-    from tools.benching import micro
-
     options = micro.Options(arguments.model, arguments.data, arguments.threads, arguments.quick)
     if arguments.child:
         return micro.child(arguments.names, options)
@@ -108,6 +108,25 @@ def run_memory(arguments: argparse.Namespace) -> int:
     say(*memory.lines(found), sep="\n")
     keep(arguments, {"kind": "memory", **about, **found})
     return int(bool(found["problems"]))
+
+
+def run_generate(arguments: argparse.Namespace) -> int:
+    """Both programs write answers in turn."""
+    if arguments.model is None:
+        raise UserError("generate: --model is not given; name the folder")
+    model = Path(arguments.model).expanduser().resolve()
+    asked = generation.prompts(model, arguments.prompts, arguments.prompt_tokens)
+    sizes = {"tokens": arguments.tokens, "threads": arguments.threads, "repeats": arguments.repeats}
+    pythons = {"dpo_jax": arguments.ours, "transformers": arguments.transformers}
+    about = records.about()
+    with tempfile.TemporaryDirectory() as folder:
+        spec = {"model": str(model), "prompts": asked, **sizes}
+        found = generation.alternate(pythons, spec, Path(folder), arguments.timeout, say)
+    rows = generation.rows(found, arguments.prompts * arguments.tokens)
+    say(*micro.lines(rows), sep="\n")
+    sizes |= {"prompts": arguments.prompts, "prompt_tokens": arguments.prompt_tokens, "model": model.name}
+    keep(arguments, {"kind": "generate", **about, **sizes, "rows": rows})
+    return 0
 
 
 def keep(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
@@ -137,6 +156,13 @@ def parser() -> argparse.ArgumentParser:
     micro.add_argument("--quick", action="store_true", help="small sizes, to try whether it runs")
     micro.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     micro.set_defaults(run=run_micro)
+    written = commands.add_parser("generate", parents=[common, process], help="answers, beside transformers' generate")
+    written.add_argument("--transformers", default=sys.executable, metavar="PYTHON", help="interpreter that has it")
+    written.add_argument("--prompts", type=positive, default=16, help="prompts that are answered at once (default 16)")
+    written.add_argument("--prompt-tokens", type=positive, default=32, help="tokens of each (default 32)")
+    written.add_argument("--tokens", type=positive, default=128, help="tokens of each answer (default 128)")
+    written.add_argument("--repeats", type=positive, default=2, help="processes of each program (default 2)")
+    written.set_defaults(run=run_generate)
     memory = commands.add_parser("memory", parents=[common], help="what the compiled training step allocates")
     memory.add_argument("--vocabulary", type=positive, default=128256, metavar="N", help="tokens of the vocabulary")
     memory.set_defaults(run=run_memory)

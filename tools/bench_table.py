@@ -3,6 +3,7 @@
 In tools/BENCHMARKS.md between `<!-- benchmarks -->` and `<!-- /benchmarks -->` stand the newest comparisons, one row
 for each program. The newest of those that are alike in workload, dtype, reference, pairs in a step and machine is
 shown, whatever it says. Between the marks `growth` stand the newest measurements of how cost grows, between the marks
+`answers` how fast answers are written, between the marks
 `device` what tools/device_kit.py measured, between the marks `compiled` what tools/compilers.py found, and in README.md
 between the marks `speed` how much slower each other program was.
 """
@@ -144,6 +145,19 @@ def growth(found: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def answers(found: Iterable[Mapping[str, Any]]) -> str:
+    """How fast answers are written: the newest record, with what it is, machine and commit."""
+    made = [record for record in found if record["kind"] == "generate"]
+    if not made:
+        return ""
+    record, columns = made[-1], list(made[-1]["rows"][0])
+    lines = [_joined(columns), "|" + " --- |" * len(columns)]
+    lines += [_joined([micro.shown(row[column]) for column in columns]) for row in record["rows"]]
+    sizes = f"{record['prompts']} prompts of {record['prompt_tokens']} tokens, {record['tokens']} new tokens each"
+    where = f"{record['hardware']['processor']}, {record['threads']} threads; {_commit(record)}"
+    return "\n".join([*lines, "", f"{record['model']}, {sizes}; medians of {record['repeats']}; {where}"]) + "\n"
+
+
 def device(_: Iterable[Mapping[str, Any]]) -> str:
     """What the device kit measured: its records have a file of their own."""
     found = records.read(report.RUNS)
@@ -156,7 +170,13 @@ def programs(_: Iterable[Mapping[str, Any]]) -> str:
 
 
 PAGES = {
-    "tools/BENCHMARKS.md": {"benchmarks": table, "growth": growth, "device": device, "compiled": programs},
+    "tools/BENCHMARKS.md": {
+        "benchmarks": table,
+        "growth": growth,
+        "answers": answers,
+        "device": device,
+        "compiled": programs,
+    },
     "README.md": {"speed": summary},
 }
 """Blocks of each page, and what writes them."""

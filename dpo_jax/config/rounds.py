@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from dpo_jax.config import run as config
 from dpo_jax.errors import nearest, printable, short
-from dpo_jax.evaluation.judges.settings import RULE, JudgeSettings
+from dpo_jax.evaluation.judges.settings import JudgeSettings
 from dpo_jax.evaluation.settings import CollectSettings
 from dpo_jax.settings import GivenSettings, Section, allowed
 
@@ -129,8 +129,3 @@ def _help() -> list[str]:
 def _is_section(annotation: Any) -> bool:
     kinds = typing.get_args(annotation) if typing.get_origin(annotation) is types.UnionType else (annotation,)
     return any(isinstance(kind, type) and issubclass(kind, Section) for kind in kinds)
-
-
-def uses_rule(settings: RoundsSettings) -> bool:
-    """Whether prompts must come with the pattern of a good answer."""
-    return settings.judge.name == RULE

@@ -22,11 +22,21 @@ from jax.sharding import Mesh
 from dpo_jax.data.templates import Codec
 from dpo_jax.errors import UserError, redacted_values
 from dpo_jax.evaluation.generate import Decoding, generate
+from dpo_jax.evaluation.judges.settings import RULE, JudgeSettings
 from dpo_jax.evaluation.judging import Judge
 from dpo_jax.evaluation.models import open_model
 from dpo_jax.evaluation.preferences import Scored, rows_of, scored
 from dpo_jax.evaluation.settings import CollectSettings
-from dpo_jax.evaluation.winrate import Asked, Question, prompt_codec, prompt_tokens, stop_tokens, text_of
+from dpo_jax.evaluation.winrate import (
+    Asked,
+    Question,
+    prompt_codec,
+    prompt_tokens,
+    read_comparable,
+    read_questions,
+    stop_tokens,
+    text_of,
+)
 from dpo_jax.files import LOCK, digest_of, file_digest, sweep, write_whole
 from dpo_jax.hf.configs import find_model
 from dpo_jax.hf.tensors import SIDE_FILES, local_folder, weights_digest
@@ -48,6 +58,15 @@ class Writer(NamedTuple):
     coder: Codec
     stop: tuple[int, ...]
     mesh: Mesh | None = None
+
+
+def read_asked(path: str, judge: JudgeSettings) -> Sequence[Asked | Question]:
+    """The prompts of a file of prompts or of preferences; of questions, for the rule.
+
+    Raises:
+      UserError: it, or one of its rows, is not as it must be.
+    """
+    return read_questions(path) if judge.name == RULE else read_comparable(path)[0]
 
 
 def open_writer(
@@ -92,8 +111,8 @@ def collect(
     Raises:
       UserError: the folder holds something else, was made by something else, or was changed since it was whole.
     """
-    facts = {**made_by, "prompts": prompts_digest(asked), "sampling": settings.model_dump(mode="json")}
-    facts = redacted_values(facts)
+    sampling = settings.model_dump(mode="json")
+    facts = redacted_values({"sampling": sampling, "prompts": prompts_digest(asked), **made_by})
     known = _known(folder, facts)
     if "result" in known:
         shutil.rmtree(folder / PARTS, ignore_errors=True)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from dpo_jax.config import run as config
-from dpo_jax.config.rounds import RoundsSettings, uses_rule
+from dpo_jax.config.rounds import RoundsSettings
 from dpo_jax.config.run import Run
 from dpo_jax.errors import UserError, redacted_values
 from dpo_jax.evaluation.collecting import (
@@ -28,12 +28,13 @@ from dpo_jax.evaluation.collecting import (
     model_digest,
     open_writer,
     prompts_digest,
+    read_asked,
 )
 from dpo_jax.evaluation.generate import Decoding
-from dpo_jax.evaluation.judges.opening import open_judge
+from dpo_jax.evaluation.judges.opening import check_judge, open_judge
 from dpo_jax.evaluation.judging import Contest, Judge, Scorer
 from dpo_jax.evaluation.settings import CollectSettings
-from dpo_jax.evaluation.winrate import Asked, Question, read_prompts, read_questions
+from dpo_jax.evaluation.winrate import Asked, Question
 from dpo_jax.files import sweep, write_whole
 from dpo_jax.run import models, output
 
@@ -49,10 +50,12 @@ class Rounds:
         Raises:
           UserError: they cannot be read, or the output folder holds rounds of other settings.
         """
-        read = read_questions if uses_rule(settings) else read_prompts
         self.run, self.settings, self.folder = run, settings, Path(run.output)
-        self.asked: Sequence[Asked | Question] = read(settings.prompts)
-        self.held_out: Sequence[Asked | Question] = [] if settings.held_out is None else read(settings.held_out)
+        self.asked: Sequence[Asked | Question] = read_asked(settings.prompts, settings.judge)
+        self.held_out: Sequence[Asked | Question] = (
+            [] if settings.held_out is None else read_asked(settings.held_out, settings.judge)
+        )
+        check_judge(settings.judge)
         self.mesh = models.make_mesh(run.mesh, run.model)
         self.table: list[dict[str, Any]] = []
         self._check_record()
@@ -218,5 +221,5 @@ def shown(table: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _cell(value: float | None, width: int, how: str = "d") -> str:
+def _cell(value: int | float | None, width: int, how: str = "d") -> str:
     return f"{'-' if value is None else format(value, how):>{width}}"

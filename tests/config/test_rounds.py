@@ -50,7 +50,7 @@ def test_the_config_of_the_repository_loads():
         (["rounds.anwers=3"], "command line: rounds.anwers: no such setting; did you mean rounds.answers?"),
         (["rounds.answers=1"], "command line: rounds.answers: 1: must be a whole number"),
         (["rounds.temperature=0"], "rounds.temperature: 0: must be a number > 0"),
-        (["rounds.judge=oracle"], "command line: rounds.judge.name: must be rule, reward:FOLDER"),
+        (["rounds.judge=oracle"], "command line: rounds.judge: must be rule, reward:FOLDER"),
         (["rounds.judge.nme=rule"], "rounds.judge.nme: no such setting; did you mean rounds.judge.name?"),
         (["rounds.reference=last"], "rounds.reference: last: must be one of start, first"),
         (["data.train=pairs.jsonl"], "data.train: each round trains on what it has collected; leave it out"),

@@ -160,11 +160,12 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p):
         assert set(token[keep > -np.inf].tolist()) == nucleus((exact / exact.sum()).tolist(), top_p)
 
 
-def test_tokens_are_drawn_as_often_as_their_probability_says():
+@pytest.mark.parametrize(("top_p", "kinds"), [(0.9, 3), (1.0, 5)])
+def test_tokens_are_drawn_as_often_as_their_probability_says(top_p, kinds):
     probabilities = np.asarray([0.05, 0.4, 0.2, 0.3, 0.05])
-    decoding = Decoding(1, temperature=0.5, top_p=0.9)
+    decoding = Decoding(1, temperature=0.5, top_p=top_p)
     hot = probabilities**2 / (probabilities**2).sum()  # temperature 1/2
-    expected = np.where([token in nucleus(hot.tolist(), 0.9) for token in range(5)], hot, 0)
+    expected = np.where([token in nucleus(hot.tolist(), top_p) for token in range(5)], hot, 0)
     draws = 4000
     rows = jnp.broadcast_to(jnp.log(jnp.asarray(probabilities, jnp.float32)), (draws, 5))
     places = jnp.arange(draws, dtype=jnp.int32)
@@ -173,9 +174,25 @@ def test_tokens_are_drawn_as_often_as_their_probability_says():
     assert (one != other).mean() > 0.3  # each position draws anew
     wanted = draws * expected / expected.sum()
     counts = np.bincount(one, minlength=5)
-    assert (counts[wanted == 0] == 0).all() and (wanted > 0).sum() == 3
+    assert (counts[wanted == 0] == 0).all() and (wanted > 0).sum() == kinds
     chi_square = ((counts - wanted)[wanted > 0] ** 2 / wanted[wanted > 0]).sum()
-    assert chi_square < 13.8  # 2 degrees of freedom: 1 in 1000 by chance, and the seed is fixed
+    assert chi_square < {3: 13.8, 5: 18.5}[kinds]  # 2 and 4 degrees: 1 in 1000 by chance, and the seed is fixed
+
+
+@pytest.mark.parametrize("logits", [[0.5, 2.0, 2.0, -1.0], [7.0, 7.0, 7.0, 7.0], [-1e30, -1e30, 0.0, -np.inf]])
+def test_greedy_takes_the_lowest_of_equals(logits):
+    rows = jnp.asarray([logits], jnp.float32)
+    place = jnp.zeros(1, jnp.int32)
+    assert choose(rows, rule_of(GREEDY), jnp.uint32(0), place, place).tolist() == [int(np.argmax(logits))]
+
+
+def test_a_part_of_a_list_is_answered_as_in_the_list(weights):
+    """Also where layers lie apart and where they do not."""
+    whole = generate(SPEC, weights, PROMPTS, DRAWN, seed=3)
+    assert generate(SPEC, weights, PROMPTS[2:], DRAWN, seed=3, first=2) == whole[2:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_laid_out", lambda params: params)
+        assert generate(SPEC, weights, PROMPTS, DRAWN, seed=3) == whole
 
 
 # ---------------------------------------------------------------------------------------------- log-probabilities

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_jax.data.layouts import detect, to_record
@@ -39,12 +39,14 @@ def told_apart(answers, margin):
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["text", "chat"])
+@settings(max_examples=40, deadline=None)
 @given(scores=SCORES, margin=st.sampled_from([0.0, 0.25, 1.0, 9.0]))
 def test_training_reads_every_two_answers_that_differ_by_the_margin(prompt, scores, margin):
     answers = named(scores)
     assert sorted(read(rows_of(prompt, answers, "all", margin))) == sorted(told_apart(answers, margin))
 
 
+@settings(max_examples=40, deadline=None)
 @given(scores=SCORES, margin=st.sampled_from([0.0, 0.25, 1.0, 9.0]))
 def test_the_best_answer_meets_the_worst(scores, margin):
     answers = named(scores)
@@ -54,6 +56,7 @@ def test_the_best_answer_meets_the_worst(scores, margin):
         assert score[chosen] == max(scores) and score[rejected] == min(scores)
 
 
+@settings(max_examples=40, deadline=None)
 @given(scores=SCORES, margin=st.sampled_from([0.0, 0.25, 1.0, 9.0]))
 def test_a_ranked_row_holds_every_preference_of_its_answers(scores, margin):
     answers = named(scores)
