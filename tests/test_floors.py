@@ -17,8 +17,9 @@ FLOORS = (
     ("hf", "preference"),
     ("training", "evaluation", "reporting", "planning"),
     ("config",),
+    ("page",),
     ("run",),
-    ("train", "evaluate", "sample", "convert", "preview", "doctor", "plan"),
+    ("train", "evaluate", "sample", "convert", "preview", "doctor", "plan", "report"),
 )
 BASE = FLOORS[0]
 ARRAYS = {f"objectives.{name}" for name in ("pairwise", "stepwise", "metrics", "mixture")} | {

@@ -12,7 +12,7 @@ from dpo_jax.data.batches import Batches
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.model.decoder import Params
 from dpo_jax.model.weights import Weights
-from dpo_jax.objectives.metrics import Means, Values
+from dpo_jax.objectives.metrics import Means, Values, seen_rewards
 from dpo_jax.objectives.mixture import Progress
 from dpo_jax.objectives.pairs import Pairs
 from dpo_jax.objectives.terms import Term
@@ -29,6 +29,7 @@ def evaluate(
     place: Callable[[Batch], Batch],
     measure: Measure,
     progress: float = 1.0,
+    keep: Callable[[Pairs], None] = lambda pairs: None,
 ) -> dict[str, float]:
     """The loss and every metric over all pairs of a sweep, as if they were one step.
 
@@ -42,6 +43,7 @@ def evaluate(
       place: puts a host batch on the devices.
       measure: as `measurement` makes it.
       progress: share of the run that is done, for a beta that is scheduled.
+      keep: takes all the pairs, on the host.
     """
     parts: list[Pairs] = []
     totals: dict[str, np.ndarray] = {}
@@ -51,6 +53,7 @@ def evaluate(
         for name, mean in means.items():
             totals[name] = totals.get(name, np.zeros(2)) + np.asarray([mean.total, mean.count], np.float64)
     whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    keep(whole)
     loss, metrics = jax.device_get(measure(whole, jnp.float32(progress)))
     found = {"loss": loss, **metrics}
     statistics = {name: total / count if count else np.nan for name, (total, count) in totals.items()}
@@ -60,6 +63,18 @@ def evaluate(
 def measurement(terms: tuple[Term, ...]) -> Measure:
     """What `evaluate` takes as `measure` for these objectives; compiled once for each number of pairs."""
     return jax.jit(lambda pairs, progress: measure(terms, pairs, Progress(progress))[:2])
+
+
+def rewards_of(terms: tuple[Term, ...]) -> Callable[[Pairs, float], dict[str, np.ndarray]]:
+    """A function of `(all pairs, progress)` to the rewards of chosen and rejected completions, float32 [P] in nats;
+    empty for an objective that has none."""
+    compiled = jax.jit(lambda pairs, progress: seen_rewards(terms, pairs, Progress(progress)))
+
+    def found(pairs: Pairs, progress: float) -> dict[str, np.ndarray]:
+        sides = jax.device_get(compiled(pairs, jnp.float32(progress)))
+        return {} if sides is None else dict(zip(("chosen", "rejected"), sides, strict=True))
+
+    return found
 
 
 def token_logprobs(

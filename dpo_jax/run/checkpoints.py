@@ -60,6 +60,7 @@ class Saver:
             recorder.journal.sync()
             record = {**self._record, "records": recorder.journal.records}
             self._checkpoints.save(step, as_saved(state), record)
+            recorder.journal.show()
             recorder.restart_clock()
         return due
 

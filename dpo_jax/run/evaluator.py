@@ -18,8 +18,10 @@ from dpo_jax.evaluation.settings import EvaluationSettings
 from dpo_jax.model.decoder import cast
 from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.mixture import as_measured
+from dpo_jax.objectives.pairs import Pairs
 from dpo_jax.preference import heldout
 from dpo_jax.preference.loss import TrainingObjective, evaluate_batch
+from dpo_jax.run.seen import keep_rewards
 from dpo_jax.run.written import UNROUNDED, Merging, Rounding
 
 
@@ -67,6 +69,7 @@ class Evaluator:
             lambda weights, live, batch: evaluate_batch(objective, weights, batch, live), mesh
         )
         self._measure = heldout.measurement(as_measured(objective.terms))
+        self._rewards, self._seen = heldout.rewards_of(as_measured(objective.terms)), {}
 
     def due(self, step: int, last: int) -> bool:
         """Whether to evaluate after this many steps."""
@@ -95,6 +98,8 @@ class Evaluator:
             weights = self._rounding(weights)
         found = self.on_pairs(weights, progress=progress, moved=moved)
         found |= {UNROUNDED + name: value for name, value in unrounded.items() if name == "rewards/margins"}
+        if jax.process_index() == 0:
+            keep_rewards(folder, step, self._seen)
         if self._prompts is not None:
             found["good_answers"] = self._answer(self._prompts, weights.params, folder / "answers" / f"{step}.jsonl")
         return found
@@ -106,7 +111,12 @@ class Evaluator:
         live = self._reference if moved is None else moved
         collect = functools.partial(_collected, self._collect, live)
         place = functools.partial(sharding.place, mesh=self._mesh)
-        measured = heldout.evaluate(collect, weights, self._held_out, place, self._measure, progress)
+        self._seen = {}
+
+        def keep(pairs: Pairs) -> None:
+            self._seen |= self._rewards(pairs, progress)
+
+        measured = heldout.evaluate(collect, weights, self._held_out, place, self._measure, progress, keep)
         return counted(self._objective, measured)
 
     def _answer(self, prompts: EvaluationPrompts, params: Any, path: Path) -> float:

@@ -20,7 +20,8 @@ RUN_FILE, MODEL, ADAPTER, CHECKPOINTS = "run.json", "model", "adapter", "checkpo
 EXPORTS = {"merged": MODEL, "adapter": ADAPTER}
 """Folder of each kind of result (`Run.export_kinds`)."""
 OURS = frozenset(
-    {".lock", RUN_FILE, "metrics.jsonl", CHECKPOINTS, MODEL, ADAPTER, "cache", "data.json", "answers"}
+    {".lock", RUN_FILE, "metrics.jsonl", CHECKPOINTS, MODEL, ADAPTER, "cache", "data.json", "answers", "evaluations"}
+    | {"report.html", "notes.jsonl"}
     | {"tensorboard", "wandb", "wandb_run", "trackio"}
 )
 """What a run's folder holds."""
@@ -131,9 +132,9 @@ def template_date(folder: Path) -> str | None:
     return recorded(folder).get("facts", {}).get(DATE)
 
 
-def record_run(run: Run, folder: Path, facts: dict[str, Any]) -> None:
-    """Write down what this run is, before what costs anything."""
-    write_json(folder / RUN_FILE, record_of(run, facts))
+def record_run(run: Run, folder: Path, facts: dict[str, Any], machine: Mapping[str, Any]) -> None:
+    """Write down what this run is, before what costs anything, and what it runs on, on which nothing depends."""
+    write_json(folder / RUN_FILE, {**record_of(run, facts), "machine": dict(machine)})
 
 
 def record_of(run: Run, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class Recorder:
         if self._evaluator.due(0, self._batches.steps):
             self.journal.phase("evaluating")
             self.journal.evaluation(0, self._evaluator(weights, self.journal.folder, 0))
+        self.journal.show()
         return self._trainer.fresh(weights.trained)
 
     def start(self) -> None:
@@ -115,6 +116,7 @@ class Recorder:
         progress, is_last = (step - 1) / max(last - 1, 1), step == last
         found = self._evaluator(weights, self.journal.folder, step, progress=progress, moved=moved, is_last=is_last)
         self.journal.evaluation(step, found)
+        self.journal.show()
         self.restart_clock()
 
     def flush(self) -> None:
