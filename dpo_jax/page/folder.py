@@ -119,7 +119,7 @@ class RunFolder:
                 if name != "step" and (value is None or isinstance(value, int | float)):
                     steps, values = columns.setdefault(name, ([], []))
                     steps.append(record["step"])
-                    values.append(math.nan if value is None else float(value))
+                    values.append(float(value) if value is not None and math.isfinite(value) else math.nan)
         return {name: Curve(np.array(steps), np.array(values)) for name, (steps, values) in columns.items()}
 
     @property

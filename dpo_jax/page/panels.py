@@ -1,12 +1,12 @@
 """Which figures a page has: one table for the page of a run, one for pages that compare runs."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from dpo_jax.page.curves import thin
+from dpo_jax.page.curves import Thin, thin
 from dpo_jax.page.drawing import Bars, Line, Plot
 from dpo_jax.page.folder import Curve, Rewards, RunFolder
 from dpo_jax.reporting.metrics import TIED
@@ -129,7 +129,7 @@ def _lines(run: RunFolder, panel: Panel) -> Iterator[Line]:
     for series in panel.series:
         training = _told(series.metric, run.curve(series.metric), run.curve("rewards/margins"))
         if training:
-            band = _band(panel, lambda name: run.curve(name))
+            band = _band(panel, training, run.curve)
             yield Line(
                 thin(training),
                 series.colour or "train",
@@ -145,7 +145,7 @@ def _lines(run: RunFolder, panel: Panel) -> Iterator[Line]:
                 several = len(run.sets) > 1
                 colour = PALETTE[number % len(PALETTE)] if several else series.colour or "held"
                 label = _label(series, which or "held-out")
-                yield Line(thin(found), colour, True, _marked_band(panel, run, which), label, found.last, number)
+                yield Line(thin(found), colour, True, _marked_band(panel, found, run, which), label, found.last, number)
 
 
 def _told(metric: str, curve: Curve, margins: Curve) -> Curve:
@@ -167,18 +167,19 @@ def _recent(values: np.ndarray) -> float:
     return float(np.nanmean(last)) if np.isfinite(last).any() else math.nan
 
 
-def _band(panel: Panel, get) -> tuple[np.ndarray, np.ndarray] | None:
-    if panel.band is None or not all(get(name) for name in panel.band):
+def _band(panel: Panel, curve: Curve, get: Callable[[str], Curve]) -> tuple[np.ndarray, np.ndarray] | None:
+    """What is shaded around a curve, where its edges are known at all of its steps."""
+    if panel.band is None or not all(np.array_equal(get(name).steps, curve.steps) for name in panel.band):
         return None
     low, high = (thin(get(name)).mean for name in panel.band)
     return low, high
 
 
-def _marked_band(panel: Panel, run: RunFolder, which: str) -> tuple[np.ndarray, np.ndarray] | None:
+def _marked_band(panel: Panel, curve: Curve, run: RunFolder, which: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Of held-out curves, that of an interval; not that of quantiles, which training has already."""
     if panel.band is None or not panel.band[0].endswith("_low"):
         return None
-    return _band(panel, lambda name: run.held_out(name, which))
+    return _band(panel, curve, lambda name: run.held_out(name, which))
 
 
 # ---------------------------------------------------------------------------------------------- histograms
@@ -253,9 +254,9 @@ def compared(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Plot]:
     return found
 
 
-def _of_run(number: int, curve, marked: bool, name: str, last: float) -> Line:
+def _of_run(number: int, curve: Thin, marked: bool, name: str, last: float) -> Line:
     """Without a band, as many would lie over each other."""
-    steps, mean, _, _ = curve
+    mean = curve.mean
     colour, dash = PALETTE[number % len(PALETTE)], number // len(PALETTE)
     return Line(curve._replace(low=mean, high=mean), colour, marked, None, name, last, dash)
 

@@ -119,7 +119,7 @@ def _told_apart(runs: Sequence[RunFolder]) -> list[str]:
     ]
 
 
-def _marked(values: Sequence[float | None], more: bool | None) -> list[tuple[str, bool]]:
+def _marked(values: Sequence[int | float | None], more: bool | None) -> list[tuple[str, bool]]:
     """The values as text, and which are the best."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     best = None if more is None or len(set(known)) < 2 else max(known) if more else min(known)

@@ -106,7 +106,7 @@ def interval(share: float, count: int) -> tuple[float, float]:
     """Wilson's interval of a share of so many (E. B. Wilson, 1927), which holds in 95 of 100 cases.
 
     >>> [round(bound, 4) for bound in interval(0.96875, 128)]
-    [0.9223, 0.9878]
+    [0.9224, 0.9878]
     """
     wide = SURE**2 / count
     middle = (share + wide / 2) / (1 + wide)

@@ -48,20 +48,20 @@ def plain(value: Any) -> str:
     return redacted(json.dumps(value, ensure_ascii=False, default=str))
 
 
-def number(value: float | None, form: str = "{:.4g}") -> str:
+def number(value: int | float | None, form: str = "{:.4g}") -> str:
     """A number, or what there is in its place."""
     return "-" if value is None or math.isnan(value) else form.format(value).replace("-", "\u2212")
 
 
-def count(value: float) -> str:
+def count(value: int | float) -> str:
     """A whole number with its thousands set apart."""
     return f"{value:,.0f}"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """A time in its two largest units.
 
-    >>> duration(8), duration(63), duration(7265)
+    >>> duration(8.0), duration(63.2), duration(7265.0)
     ('8 s', '1 min 3 s', '2 h 1 min')
     """
     whole = round(seconds)

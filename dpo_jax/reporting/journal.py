@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, SupportsFloat
+from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 from rich.console import Console
 from rich.progress import (
@@ -64,7 +64,7 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             known = isinstance(record, dict) and isinstance(record.get("step"), int)
-        except ValueError:
+        except (ValueError, RecursionError):
             known = False
         if not known:
             raise UserError(f"{path}:{number}: is not a record of metrics; restore the file or move it away")
@@ -281,6 +281,7 @@ class LiveTerminal:
         self._progress.stop()
 
 
+@runtime_checkable
 class Page(Protocol):
     """What is drawn of a run for people to look at. It never raises an error; it says one, once."""
 

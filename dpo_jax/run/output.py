@@ -132,9 +132,9 @@ def template_date(folder: Path) -> str | None:
     return recorded(folder).get("facts", {}).get(DATE)
 
 
-def record_run(run: Run, folder: Path, facts: dict[str, Any], machine: Mapping[str, Any]) -> None:
-    """Write down what this run is, before what costs anything, and what it runs on, on which nothing depends."""
-    write_json(folder / RUN_FILE, {**record_of(run, facts), "machine": dict(machine)})
+def record_run(run: Run, folder: Path, facts: dict[str, Any], **more: Any) -> None:
+    """Write down what this run is, before what costs anything, and what `more` there is to say of it."""
+    write_json(folder / RUN_FILE, {**record_of(run, facts), **more})
 
 
 def record_of(run: Run, facts: Mapping[str, Any]) -> dict[str, Any]:

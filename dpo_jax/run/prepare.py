@@ -192,7 +192,7 @@ class Job:
         facts = result.facts(self.sources, self.data, self.steps)
         for line in past.check_facts(self.run, facts, self.data.train):
             print(line)
-        output.record_run(self.run, self.folder, facts, machine_of(self.mesh))
+        output.record_run(self.run, self.folder, facts, machine=machine_of(self.mesh))
         return facts
 
 
