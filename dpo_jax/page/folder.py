@@ -107,6 +107,12 @@ class RunFolder:
         found = self.facts.get("number of steps")
         return found if isinstance(found, int) else None
 
+    @property
+    def best(self) -> int | None:
+        """The step that is exported in place of the last one, if the run chose one."""
+        step = _mapping(self.known.get("best")).get("step")
+        return step if isinstance(step, int) else None
+
     def curve(self, name: str) -> Curve:
         """A metric of the steps, or with its `eval` prefix of the evaluations."""
         return self._curves.get(name, Curve(np.zeros(0, np.int64), np.zeros(0)))
@@ -148,6 +154,7 @@ def read(folder: Path | str) -> RunFolder:
     if not any((path / name).exists() for name in (RUN_FILE, METRICS_FILE)):
         raise UserError(f"{folder}: holds no run (neither {RUN_FILE} nor {METRICS_FILE}); name the output of a run")
     known = _object(path / RUN_FILE, damaged)
+    best = _mapping(known.get("best")).get("step")
     exported = next((path / name for name in EXPORTS.values() if (path / name / RECORD).is_file()), None)
     return RunFolder(
         path,
@@ -155,8 +162,8 @@ def read(folder: Path | str) -> RunFolder:
         _object(path / DATA_FILE, damaged),
         _records(path / METRICS_FILE, damaged),
         read_notes(path / NOTES_FILE),
-        _answers(path / ANSWERS, damaged),
-        _rewards(path / REWARDS, damaged),
+        _answers(path / ANSWERS, best, damaged),
+        _rewards(path / REWARDS, best, damaged),
         {} if exported is None else _object(exported / RECORD, damaged),
         max((file.stat().st_mtime for name in (METRICS_FILE, RUN_FILE) if (file := path / name).exists()), default=0.0),
         damaged,
@@ -193,14 +200,15 @@ def _numbered(folder: Path, ending: str) -> list[tuple[int, Path]]:
     return sorted((int(path.stem), path) for path in found)
 
 
-def _first_and_last(files: list[tuple[int, Path]]) -> list[tuple[int, Path]]:
-    return files if len(files) < 2 else [files[0], files[-1]]
+def _first_and_last(files: list[tuple[int, Path]], best: Any) -> list[tuple[int, Path]]:
+    """Those of the first step, and of the best one if that is known, or else of the newest."""
+    after = [file for file in files if file[0] == best] or files[-1:]
+    return list(dict.fromkeys([*files[:1], *after]))
 
 
-def _answers(folder: Path, damaged: list[str]) -> list[Answers]:
-    """The first answers and the newest ones."""
+def _answers(folder: Path, best: Any, damaged: list[str]) -> list[Answers]:
     found = []
-    for step, path in _first_and_last(_numbered(folder, "jsonl")):
+    for step, path in _first_and_last(_numbered(folder, "jsonl"), best):
         try:
             lines = _limited(path).decode("utf-8", "replace").split("\n")
             rows = [json.loads(line) for line in lines if line.strip()]
@@ -210,10 +218,9 @@ def _answers(folder: Path, damaged: list[str]) -> list[Answers]:
     return found
 
 
-def _rewards(folder: Path, damaged: list[str]) -> list[Rewards]:
-    """The first held-out rewards and the newest ones."""
+def _rewards(folder: Path, best: Any, damaged: list[str]) -> list[Rewards]:
     found = []
-    for step, path in _first_and_last(_numbered(folder, "npz")):
+    for step, path in _first_and_last(_numbered(folder, "npz"), best):
         try:
             with np.load(io.BytesIO(_limited(path)), allow_pickle=False) as file:
                 sides = {name: np.asarray(file[name], np.float64) for name in file.files}

@@ -1,7 +1,6 @@
 """The page of a run, and a page that compares runs: one file each, without scripts, that needs no network."""
 
 import functools
-import math
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import dpo_jax
 from dpo_jax.errors import UserError, redacted
 from dpo_jax.files import write_whole
-from dpo_jax.page import answers, panels, sections, serving, summary
+from dpo_jax.page import answers, panels, sections, serving, summary, tables
 from dpo_jax.page.drawing import Line, Plot, draw
 from dpo_jax.page.folder import RunFolder, read
 from dpo_jax.page.texts import count, number, visible
@@ -102,9 +101,10 @@ def page_of_runs(runs: Sequence[RunFolder], *, title: str, names: Sequence[str] 
             (name, sections.title_of(run), sections.status(run), key)
             for name, run, key in zip(names, runs, keys, strict=True)
         ],
-        "heads": ["", *names],
-        "between": sections.between(runs),
-        "metrics": [(name, _marked(values, more)) for name, values, more in sections.last_metrics(runs)],
+        "tables": [
+            ("Settings that differ", tables.settings(runs, names)),
+            ("Last values", tables.metrics(runs, names)),
+        ],
         "figures": _drawn(plots, 0),
     }
     return _template("runs.html.jinja").render(parts)
@@ -117,13 +117,6 @@ def _told_apart(runs: Sequence[RunFolder]) -> list[str]:
         name if names.count(name) == 1 else "/".join(run.path.resolve().parts[-2:])
         for name, run in zip(names, runs, strict=True)
     ]
-
-
-def _marked(values: Sequence[int | float | None], more: bool | None) -> list[tuple[str, bool]]:
-    """The values as text, and which are the best."""
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    best = None if more is None or len(set(known)) < 2 else max(known) if more else min(known)
-    return [(number(value), value == best and best is not None) for value in values]
 
 
 def _key(run: int) -> Any:

@@ -1,8 +1,7 @@
 """The parts of a page that are lists and tables: what was trained, on what, where, and how that went."""
 
 import datetime
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -66,8 +65,10 @@ def what(run: RunFolder) -> Rows:
         rows.append(("length", f"{run.steps:,} steps of {per_step:,} pairs{passes}"))
     held = settings.get("data.eval")
     rows.append(("held out", published(held) if held else "nothing (data.eval)"))
-    if best := run.known.get("best"):
-        rows.append(("best checkpoint", published(best)))
+    if run.best is not None:
+        chosen = settings.get("checkpoint.best")
+        by = f", by {published(chosen)}" if chosen else ""
+        rows.append(("exported", f"the best step, {run.best:,} of {run.step:,}{by}"))
     return rows
 
 
@@ -85,23 +86,6 @@ def differing(run: RunFolder) -> Rows:
 def every(run: RunFolder) -> Rows:
     """All settings."""
     return [(name, published(value)) for name, value in config.flat(run.settings).items()]
-
-
-def between(runs: Sequence[RunFolder]) -> Rows:
-    """Settings, facts and versions in which runs differ: the name, then a value for each run."""
-    odd = dict.fromkeys(name for run in runs for name, _, _ in differing(run))
-    tables = [config.flat(run.settings) if run.settings else {} for run in runs]
-    settings = [(name, *(_value(table, name) for table in tables)) for name in odd if name != "output"]
-    others = [{**run.facts, **_machine(run)} for run in runs]
-    names = dict.fromkeys(name for table in others for name in table)
-    rows = settings + [(name, *(_value(table, name) for table in others)) for name in names]
-    return [row for row in rows if len(set(row[1:])) > 1]
-
-
-def _value(table: Mapping[str, Any], name: str) -> str:
-    """A value among those of other runs; of a digest, enough to tell it from others."""
-    value = published(table[name]) if table.get(name) is not None else NONE
-    return f"{value[:12]}..." if re.fullmatch("[0-9a-f]{40,64}", value) else value
 
 
 def data_tables(run: RunFolder) -> list[dict[str, Any]]:
@@ -155,7 +139,7 @@ def costs(run: RunFolder) -> Rows:
 
 def origin(run: RunFolder) -> Rows:
     """What the run can be told apart by: digests, commits, versions, devices."""
-    rows = [(name, published(value)) for name, value in {**run.facts, **_machine(run)}.items()]
+    rows = [(name, published(value)) for name, value in {**run.facts, **machine(run)}.items()]
     commits = run.export.get("commits")
     rows += [(f"commit of {part}.path", published(value)) for part, value in commits.items()] if commits else []
     if digest := run.export.get("settings_sha256"):
@@ -167,7 +151,8 @@ def origin(run: RunFolder) -> Rows:
     return rows
 
 
-def _machine(run: RunFolder) -> Mapping[str, Any]:
+def machine(run: RunFolder) -> Mapping[str, Any]:
+    """What the run ran on: versions and devices."""
     found = run.known.get("machine")
     return found if isinstance(found, Mapping) else {}
 
@@ -194,19 +179,3 @@ def written_at(run: RunFolder) -> str:
     """When something was last recorded, in UTC."""
     when = datetime.datetime.fromtimestamp(run.written, datetime.UTC)
     return when.strftime("%Y-%m-%d %H:%M UTC")
-
-
-def last_metrics(runs: Sequence[RunFolder]) -> Iterator[tuple[str, list[float | None], bool | None]]:
-    """The newest value of each metric for each run, and whether more of it is better, if it is one of these."""
-    better = {"loss": False, "rewards/accuracies": True, "rewards/margins": True, "logps/accuracies": True}
-    better |= {"pass_rate": True, "good_answers": True, "win_rate": True}
-    also = {"kl": None, "drift/chosen": None, "drift/rejected": None}
-    for which in dict.fromkeys(which for run in runs for which in run.sets):
-        for name, more in {**better, **also}.items():
-            values = [curve.last if (curve := run.held_out(name, which)) else None for run in runs]
-            if any(value is not None for value in values):
-                yield f"{which or 'held-out'} {name}", values, more
-    for name in ("loss", "grad_norm", "pairs_per_second"):
-        values = [float(np.nanmedian(curve.values[-20:])) if (curve := run.curve(name)) else None for run in runs]
-        if any(value is not None for value in values):
-            yield f"training {name}, median of the last 20", values, None

@@ -53,7 +53,7 @@ def _measured(run: RunFolder, which: str, end: str) -> dict[str, float | None]:
     steps = [record["step"] for record in run.records if any(name.startswith(prefix) for name in record)]
     if not steps:
         return {}
-    step = min(steps) if end == "first" else max(steps)
+    step = min(steps) if end == "first" else run.best if run.best in steps else max(steps)
     if end == "first" and step == max(steps):
         return {}  # nothing to compare with yet
     found: dict[str, Any] = {}

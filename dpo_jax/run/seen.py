@@ -1,6 +1,5 @@
-"""The rewards of held-out completions, one by one, kept for the page: of the first evaluation and the newest one."""
+"""The rewards of held-out completions, one by one, as each evaluation finds them: kept for the page."""
 
-import contextlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +13,7 @@ FOLDER = "evaluations"
 
 
 def keep_rewards(folder: Path, step: int, rewards: Mapping[str, np.ndarray]) -> None:
-    """Write `evaluations/STEP.npz`: arrays `chosen` and `rejected`, of a named set `NAME/chosen` and so on.
-
-    What stands there of other steps goes, but for the first; the names are those of `page.folder`.
-    """
+    """Write `evaluations/STEP.npz`: float32 arrays `chosen` and `rejected`, in nats; of a named set `NAME/chosen`."""
     if not rewards:
         return
     there = folder / FOLDER
@@ -26,7 +22,3 @@ def keep_rewards(folder: Path, step: int, rewards: Mapping[str, np.ndarray]) -> 
     arrays: dict[str, Any] = {name: np.asarray(values, np.float32) for name, values in rewards.items()}
     np.savez(file, **arrays)
     write_whole(there / f"{step}.npz", file.getvalue())
-    for other in there.glob("*.npz"):
-        if other.stem not in ("0", str(step)):
-            with contextlib.suppress(OSError):
-                other.unlink()

@@ -11,7 +11,10 @@ import numpy as np
 
 from dpo_jax.config import run as config
 
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&lt; {{ 7*7 }} \u202eevil\x1b[2J\x00 $\\frac{1}{2}$"
+HOSTILE = (
+    "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&lt; {{ 7*7 }} \u202eevil\x1b[2J\x00"
+    " $\\frac{1}{2}$"
+)
 """Markup, a template, directional and terminal controls, and mathematics for Matplotlib."""
 SETTINGS = {
     "model": {"path": "/home/someone/models/tiny"},
