@@ -99,7 +99,7 @@ def evaluate(
     with Journal(folder, 1, LogSettings(tensorboard=False), process=int(quiet)) as journal:
         scorer = ReferenceScorer(mesh, packing, folder, journal)
         logps = make_reference(reference, sources, weights, objective, data, scorer).train
-        measure = Evaluator(objective, mesh, held_out=packing.sweep(data.train, policy.spec, logps))
+        measure = Evaluator(objective, mesh, held_out={"": packing.sweep(data.train, policy.spec, logps)})
         journal.phase("evaluating")
         return measure(weights, folder, 0), data.train.num_pairs
 

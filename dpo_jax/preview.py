@@ -22,6 +22,7 @@ from dpo_jax.config import run as config
 from dpo_jax.data.encode import collect
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.data.report import BAD, Report, clean
+from dpo_jax.data.split import Split, set_name, shared_line, split
 from dpo_jax.data.tokenizer import added_ids
 from dpo_jax.errors import UserError, printable
 
@@ -64,16 +65,28 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(find("model", run.model.path, run.model.revision, SIDE_FILES), run.data.template)
     date = output.template_date(Path(run.output))
     console = console_for(sys.stdout)
-    given = {"train": (run.data.train, run.data.first), "eval": (run.data.eval, None)}
-    reports = []
-    for name, (sources, first) in given.items():
-        if sources:
-            encoded, report = collect(sources, tokenizer, run.data, run.data.cache, first=first, date=date)
-            show(encoded, report, tokenizer, console, pairs=pairs, name=f"data.{name}")
-            reports.append(report)
+    train, report = collect(run.data.train, tokenizer, run.data, run.data.cache, first=run.data.first, date=date)
+    parts, reports = _parts(run, train), [report]
+    show(train if parts is None else parts.train, report, tokenizer, console, pairs=pairs, name="data.train")
+    if parts is not None:
+        _write(console, Text("\ndata.eval_fraction", "bold"))
+        _write(console, Text(parts.line()))
+        show_pairs(parts.held_out, report, tokenizer, console, pairs=pairs)
+    for name, sources in run.data.eval_sets.items():
+        encoded, report = collect(sources, tokenizer, run.data, run.data.cache, date=date)
+        show(encoded, report, tokenizer, console, pairs=pairs, name=set_name(name))
+        if line := shared_line(set_name(name), encoded, train):
+            _write(console, Text(f"\n{line}", "yellow"))
+        reports.append(report)
     for report in reports:
         report.check(run.data.max_bad_fraction)
     return 0
+
+
+def _parts(run: config.Run, train: Encoded) -> Split | None:
+    """The training data in two, where a share of it is held out."""
+    wanted = run.data.eval_fraction is not None and train.num_pairs > 0
+    return split(train, run.data.eval_fraction or 0.0, run.seed) if wanted else None
 
 
 def _pairs(argv: Sequence[str]) -> tuple[int, list[str]]:
@@ -101,8 +114,12 @@ def show(encoded: Encoded, report: Report, tokenizer: Any, console: Console, *, 
     _write(console, Text(name, "bold"))
     for line in report.lines():
         _write(console, Text(line, "yellow" if line.startswith(f"{BAD}:") else ""))
-    if not encoded.num_pairs:
-        return
+    if encoded.num_pairs:
+        show_pairs(encoded, report, tokenizer, console, pairs=pairs)
+
+
+def show_pairs(encoded: Encoded, report: Report, tokenizer: Any, console: Console, *, pairs: int) -> None:
+    """Write the lengths of a data set, and so many of its pairs or single completions."""
     for line in histogram(encoded, "█" if console.encoding.lower().startswith("utf") else "#"):
         _write(console, Text(line))
     plain = console.color_system is None

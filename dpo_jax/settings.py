@@ -138,8 +138,9 @@ class GivenSettings:
                 self.unreadable.append(f"{self.origin}: holds no settings; the top level must be `section:` blocks")
 
     def gather(self, block: str) -> None:
-        """Make one value of the values of a block: of `block.a`, `block.b` and so on. Null removes those before it."""
-        found: dict[str, Any] | None = None
+        """Make one value of the values of a block: of `block.a`, `block.b` and so on. Null, or a value in place of the
+        block, removes those before it."""
+        found: Any = None
         mine = [key for key in self.values if key == block or key.startswith(f"{block}.")]
         if mine in ([], [block]):
             return
@@ -147,11 +148,9 @@ class GivenSettings:
         for key in mine:
             value = self.values.pop(key)
             if key == block:
-                if value is not None:
-                    self.problems.append(f"{self.where[key]}: {short(block)}: must be a block of names and values")
-                found = None
+                found = value
                 continue
-            found = {} if found is None else found
+            found = found if isinstance(found, dict) else {}
             *outer, name = key.removeprefix(f"{block}.").split(".")
             inside = found
             for part in outer:

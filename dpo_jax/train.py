@@ -45,34 +45,42 @@ def train(run: config.Run) -> int:
             reference = job.reference(objective, weights, journal, resumes=saver.start is not None)
             trainer = job.trainer(objective, weights, reference)
             evaluator = job.evaluator(objective, weights, reference)
-            recorder = job.recorder(trainer, evaluator, journal, after=saver.start or 0)
+            watch = job.watch(saver, journal)
+            recorder = job.recorder(trainer, evaluator, journal, after=saver.start or 0, watch=watch)
             state = saver.restored(trainer, weights, journal) or recorder.begin(weights)
             del weights
             state, stopped = advance(trainer, state, recorder, saver)
             if stopped:
                 return result.say_stopped(stopped, state, journal)
-            result.export(run, job.sources, job.policy, trainer.weights(state), journal, job.ending)
+            ended = result.Ended.of(state, trainer.batches.steps, recorder.watch)
+            weights = saver.weights(ended.best, trainer, state)
+            result.export(run, job.sources, job.policy, weights, journal, job.ending, ended)
         return result.show(run, folder, "done")
 
 
 def advance(trainer: "Trainer", state: "State", recorder: "Recorder", saver: "Saver") -> tuple["State", int | None]:
-    """Every step that is left. Returns the last state, and the signal that stopped it early, if one did."""
+    """Every step that is left, or as many as are worth while. Returns the last state, and the signal that stopped it
+    early, if one did."""
     from dpo_jax.run.interrupts import Interrupts
 
     first, last = int(state["step"]), trainer.batches.steps
-    if first < last:
+    until = first if recorder.gave_up else last
+    if first < until:
         trainer.compile(recorder.journal)
-    else:
+    elif first == last:
         recorder.evaluate(last, state)
     recorder.start()
     with Interrupts() as interrupts:
-        for made in trainer.placed_batches(first):
+        for made in trainer.placed_batches(first, until):
             state, metrics = trainer.step(state, made.value)
             step = made.step + 1
             recorder.take(step, metrics, waited=made.waited)
-            recorder.evaluate(step, state)
-            saved = saver.save(step, state, recorder, last=last, at_once=interrupts.asked is not None)
-            if saved and interrupts.asked and step < last:
+            better = recorder.evaluate(step, state)
+            ends = step == last or recorder.gave_up
+            saved = saver.save(step, state, recorder, at_once=better or ends or interrupts.asked is not None)
+            if ends:
+                break
+            if saved and interrupts.asked:
                 return state, interrupts.asked
     recorder.end(state)
     return state, None

@@ -151,12 +151,20 @@ def weights(output: Path) -> dict[str, str]:
     return found
 
 
+def ended(output: Path) -> dict[str, Any]:
+    """How the run says that it ended: which step is the best, and whether it stopped early."""
+    known = json.loads((output / "run.json").read_text())
+    return {name: known.get(name) for name in ("finished", "best", "stopped")}
+
+
 def differences(reference: Path, killed: Path) -> list[str]:
     """What is not equal in two finished runs, one line each; a run without weights or metrics is not equal to any."""
     want, got, lines = weights(reference), weights(killed), []
     if not want:
         lines.append(f"{reference / 'model'} holds no safetensors file")
     lines += [f"model/{name} differs" for name in sorted(want | got) if want.get(name) != got.get(name)]
+    if ended(reference) != ended(killed):
+        lines.append(f"run.json says {ended(killed)} instead of {ended(reference)}")
     rows, other = metrics(reference), metrics(killed)
     if not rows:
         lines.append(f"{reference / 'metrics.jsonl'} holds no record")

@@ -22,7 +22,10 @@ FOREIGN = {
         ),
         ("prompt_column chosen_column rejected_column field_mapping column_mapping", "data.columns"),
         ("template", "the model's own chat template is used; data.template takes a file with another"),
-        ("val_set_size eval_split test_split_size", "held-out pairs are a file of their own: data.eval"),
+        (
+            "val_set_size eval_split test_split_size val_size validation_split",
+            "data.eval_fraction holds out a share of the prompts, data.eval names held-out pairs of their own",
+        ),
         ("max_train_samples max_samples", "data.first"),
         ("batch_size train_batch_size global_batch_size", "batch.pairs"),
         (
@@ -57,7 +60,10 @@ FOREIGN = {
         ("num_train_epochs num_epochs", "epochs"),
         ("data_seed", "seed"),
         ("output_dir", "output"),
-        ("eval_steps eval_strategy evaluation_strategy", "evaluation.every"),
+        (
+            "eval_steps eval_strategy evaluation_strategy eval_epochs eval_interval",
+            "evaluation.every counts steps (100), or passes over the data ('0.5 epochs')",
+        ),
         ("save_steps save_strategy", "checkpoint.every"),
         ("save_total_limit", "checkpoint.keep"),
         ("logging_steps log_every_n_steps", "log.every"),
@@ -71,8 +77,17 @@ FOREIGN = {
         ("use_liger_kernel use_liger_loss", "not needed: kernels are chosen here"),
         ("do_train do_eval do_predict", "not needed: this command trains, and evaluates where data.eval is given"),
         (
-            "early_stopping_patience load_best_model_at_end metric_for_best_model greater_is_better",
-            "not there: the last weights are exported; checkpoint.keep_every keeps others",
+            "early_stopping_patience early_stopping early_stopping_steps num_patience",
+            "evaluation.patience counts evaluations without a better checkpoint.best, and then stops",
+        ),
+        (
+            "load_best_model_at_end metric_for_best_model save_best save_best_model save_best_only monitor best_metric",
+            "checkpoint.best=eval_loss (or another metric) keeps and exports the best checkpoint",
+        ),
+        ("greater_is_better", "not needed: of each metric that checkpoint.best takes it is known which way is better"),
+        (
+            "early_stopping_threshold",
+            "not there: any better value of checkpoint.best counts; evaluation.patience says how long to wait for one",
         ),
         (
             "run_name wandb_project wandb_name wandb_entity",

@@ -4,7 +4,9 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from dpo_jax.errors import nearest
 from dpo_jax.model.settings import SHAPE, AdapterSettings
+from dpo_jax.reporting.metrics import AGAINST_REFERENCE, BETTER, OF_ANSWERS, held_out_of, recorded
 from dpo_jax.training.settings import UNUSED
 
 if TYPE_CHECKING:
@@ -24,6 +26,35 @@ def only_merged(run: "Run") -> str | None:
         "a reward model": run.objective.trains_reward_model,
     }
     return next((name for name, there in causes.items() if there), None)
+
+
+def measures(run: "Run") -> bool:
+    """Whether anything is measured on held-out data."""
+    return run.data.holds_out or run.evaluation.answers is not None
+
+
+def best_problem(run: "Run") -> str | None:
+    """What is wrong with the metric that the best checkpoint is to be chosen by: `checkpoint.best: remedy`."""
+    if run.checkpoint.best is None:
+        return None
+    held_out, metric = held_out_of(run.checkpoint.best)
+    sets = [name for name in run.data.eval_sets if name]
+    names = [metric if metric in OF_ANSWERS else recorded(metric) for metric in BETTER]
+    names += [recorded(metric, name) for name in sets for metric in BETTER if metric not in OF_ANSWERS]
+    if run.checkpoint.best not in [*names, *map(recorded, OF_ANSWERS)]:
+        near = nearest(run.checkpoint.best, names)
+        listed = ", ".join(name for name in names if not name.startswith("eval/"))
+        of_sets = " or eval/NAME/METRIC, where data.eval names sets"
+        return f"checkpoint.best: no such metric; {f'did you mean {near}?' if near else f'choose {listed},{of_sets}'}"
+    if metric == "pass_rate" and run.evaluation.answers is None:
+        return "checkpoint.best: is measured on answers to evaluation.answers, which is not given"
+    if metric not in OF_ANSWERS and not run.data.holds_out:
+        return "checkpoint.best: is measured on held-out pairs; give data.eval or data.eval_fraction"
+    scheduled = any(term.settings.get("beta_end") is not None for term in run.objective.terms)
+    if metric.startswith(AGAINST_REFERENCE) and (scheduled or run.reference.update_every is not None):
+        what = "objective.beta_end" if scheduled else "reference.update_every"
+        return f"checkpoint.best: means another thing at each step under {what}; choose eval_logps/accuracies"
+    return None
 
 
 RULES: tuple[tuple[str, Callable[["Run"], bool], str], ...] = (
@@ -85,7 +116,26 @@ RULES: tuple[tuple[str, Callable[["Run"], bool], str], ...] = (
         "adapter.modules_to_save or a reward model set export.kind: merged",
     ),
     ("data.train", lambda r: r.data.train == (), "must name at least one file, folder or data set"),
-    ("data.eval", lambda r: r.data.eval == (), "must name at least one file, folder or data set, or be left out"),
+    (
+        "data.eval",
+        lambda r: r.data.eval == {} or () in r.data.eval_sets.values(),
+        "must name at least one file, folder or data set, or be left out",
+    ),
+    (
+        "data.eval_fraction",
+        lambda r: r.data.eval is not None and r.data.eval_fraction is not None,
+        "data.eval has held-out pairs already; keep one of the two",
+    ),
+    (
+        "checkpoint.best",
+        lambda r: r.checkpoint.best is not None and r.evaluation.every is None and measures(r),
+        "nothing is measured between the start and the end; give evaluation.every",
+    ),
+    (
+        "evaluation.patience",
+        lambda r: r.evaluation.patience is not None and r.checkpoint.best is None,
+        "waits for nothing; say with checkpoint.best which metric is to become better",
+    ),
     (
         "checkpoint.keep_every",
         lambda r: (r.checkpoint.keep_every or 0) % r.checkpoint.every != 0,
@@ -125,8 +175,8 @@ IGNORED: tuple[tuple[str, Callable[["Run"], bool], str], ...] = (
     ),
     (
         "evaluation.every",
-        lambda r: r.data.eval is None and r.evaluation.answers is None,
-        "nothing to evaluate; give data.eval or evaluation.answers",
+        lambda r: not measures(r),
+        "nothing to evaluate; give data.eval, data.eval_fraction or evaluation.answers",
     ),
     (
         "reference.adapter",

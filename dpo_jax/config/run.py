@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from dpo_jax.config.elsewhere import FOREIGN
-from dpo_jax.config.rules import ADAPTER_RATE, IGNORED, RULES, only_merged
+from dpo_jax.config.rules import ADAPTER_RATE, IGNORED, RULES, best_problem, only_merged
 from dpo_jax.data.settings import BatchSettings, DataSettings
 from dpo_jax.errors import UserError, nearest, printable, redacted, short
 from dpo_jax.evaluation.settings import EvaluationSettings
@@ -83,6 +83,7 @@ class Run(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Run":
         found = [f"{key}: {remedy}" for key, broken, remedy in RULES if broken(self)]
+        found += filter(None, [best_problem(self)])
         found += self.objective.problems()
         found += [f"{key}: {reason}" for key, ignores, reason in IGNORED if ignores(self) and _given(self, key)]
         found += [
@@ -107,10 +108,15 @@ def _of_adapters(adapter: Any, optimizer: Any) -> dict[str, Any]:
     return {"optimizer": {**given, "learning_rate": ADAPTER_RATE}}
 
 
+MEASURED = ("data.eval", "data.eval_fraction", "evaluation.answers")
+"""What gives an evaluation something to measure."""
 # What null turns off by name, as on a command line after a file, takes along what nothing but it would use.
 LEFT_OVER = (
     ("evaluation.max_new_tokens", ("evaluation.answers",)),
-    ("evaluation.every", ("data.eval", "evaluation.answers")),
+    ("evaluation.every", MEASURED),
+    ("evaluation.patience", MEASURED),
+    ("evaluation.patience", ("checkpoint.best",)),
+    ("checkpoint.best", MEASURED),
     ("reference.update_rate", ("reference.update_every",)),
 )
 
@@ -134,7 +140,7 @@ CHANGES_MATHEMATICS = frozenset(
     model.path model.revision model.compute_dtype model.gradient_dtype data.train data.layout data.max_length
     data.truncation data.ending
     data.template data.control_tokens data.max_characters data.shuffle data.first batch.pairs reference.mode
-    data.columns data.as_chat data.chat_template_kwargs data.score_tool_results
+    data.eval_fraction data.columns data.as_chat data.chat_template_kwargs data.score_tool_results
     reference.path reference.revision reference.update_every reference.update_rate optimizer.learning_rate
     optimizer.schedule optimizer.warmup_steps optimizer.warmup_fraction optimizer.beta1 optimizer.beta2
     optimizer.epsilon optimizer.weight_decay optimizer.clip_norm steps epochs seed model.router_aux
@@ -147,7 +153,8 @@ KEEPS_MATHEMATICS = frozenset(
     """
     model.scan_layers model.remat model.attention model.compile_cache data.eval data.max_bad_fraction data.cache
     data.workers batch.micro_tokens batch.share_prompts mesh.data mesh.fsdp mesh.expert mesh.tensor mesh.context
-    evaluation.every evaluation.answers evaluation.max_new_tokens checkpoint.every checkpoint.keep checkpoint.keep_every
+    evaluation.every evaluation.answers evaluation.max_new_tokens evaluation.patience checkpoint.every checkpoint.keep
+    checkpoint.keep_every checkpoint.best
     checkpoint.allow_change log.every log.report log.tensorboard log.loggers log.token_statistics log.max_nonfinite
     output alarms.enabled alarms.chosen_drift alarms.kl export.dtype export.rounding export.align_eos export.kind
     export.push export.private
@@ -178,7 +185,9 @@ def _get(run: Run, key: str) -> Any:
 
 
 def _is_blank(value: Any) -> bool:
-    return any(isinstance(item, str) and not item.strip() for item in (value if isinstance(value, tuple) else (value,)))
+    if isinstance(value, tuple | dict):
+        return any(map(_is_blank, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and not value.strip()
 
 
 def _given(run: Run, key: str) -> bool:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -11,7 +11,6 @@ import numpy as np
 
 from dpo_jax.data.arguments import check_arguments, dated
 from dpo_jax.data.encoded import Encoded, Entry, length_tables
-from dpo_jax.data.examples import ranks
 from dpo_jax.data.layouts import Pair, Record
 from dpo_jax.data.messages import BadRow, is_chat, shared_length
 from dpo_jax.data.readers import Row
@@ -22,6 +21,7 @@ from dpo_jax.data.sources import tables
 from dpo_jax.data.templates import Codec, Tokens, codec, template_digest, tokenize
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.data.truncation import TRUNCATIONS, Cut, fitted, shortened
+from dpo_jax.data.units import Builder, Unit, joined, prompt_keys
 from dpo_jax.data.workers import in_order, processes
 from dpo_jax.errors import UserError
 
@@ -29,33 +29,6 @@ CHUNK = 512
 """Rows that are tokenised in one call."""
 ALONE = 8
 """Calls before processes are started: what these take is about what it takes to start them."""
-
-# ------------------------------------------------------------------------------------------------ units
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A record in token ids, before truncation."""
-
-    prompt: list[int]
-    completions: list[list[int]]
-    unscored: list[list[tuple[int, int]]]
-    pairs: tuple[Pair, ...]
-    file: str
-    line: int
-    head: int = 0
-    """Tokens at the prompt's beginning (BOS) that keep_completion leaves there."""
-    gone: int = 0
-    """Tokens before the prompt that whole turns were and beginnings of turns: cut already, and kept for a preview."""
-    turns: int = 0
-    """How many messages they were, of those that went whole."""
-
-    def with_pairs(self, pairs: Sequence[Pair]) -> "Unit":
-        """The unit with these of its pairs, and the completions that they need."""
-        used = sorted({index for pair in pairs for index in (pair.chosen, pair.rejected)})
-        again = [pair._replace(chosen=used.index(pair.chosen), rejected=used.index(pair.rejected)) for pair in pairs]
-        completions, unscored = ([part[index] for index in used] for part in (self.completions, self.unscored))
-        return replace(self, completions=completions, unscored=unscored, pairs=tuple(again))
 
 
 class EncodingRules(NamedTuple):
@@ -89,7 +62,7 @@ class Part(NamedTuple):
 
 def encode_rows(rules: EncodingRules, stretch: Stretch) -> Part:
     """The rows of a stretch as token ids. A pure function, which may be called in any process."""
-    report, builder, sightings = Report(), _Builder(stretch.rows[0].file), []
+    report, builder, sightings = Report(), Builder(stretch.rows[0].file), []
     records = [_read(row, stretch.layout, rules) for row in stretch.rows]
     tokens = iter(tokenize([record for record in records if isinstance(record, Record)], rules.coder))
     for row, record in zip(stretch.rows, records, strict=True):
@@ -132,7 +105,8 @@ def _unit(record: Record, tokens: Tokens | BadRow, rules: EncodingRules, report:
     bos, before = rules.coder.bos, rules.coder.before
     head = len(before) if tuple(tokens.prompt[: len(before)]) == before else 0
     head = head or int(bos is not None and tokens.prompt[:1] == [bos])
-    unit = Unit(tokens.prompt, tokens.completions, tokens.unscored, record.pairs, record.file, record.line, head)
+    named = {"file": record.file, "line": record.line, "keys": prompt_keys(record.prompt, tokens.prompt)}
+    unit = Unit(tokens.prompt, tokens.completions, tokens.unscored, record.pairs, **named, head=head)
     pairs = _different(unit, [(0, len(ids)) for ids in unit.completions])
     if not pairs:
         return BadRow("identical completions", "chosen and rejected are the same token ids")
@@ -224,94 +198,6 @@ def _with_scores(kept: tuple[Unit, Cut] | None, report: Report) -> tuple[Unit, C
     return kept
 
 
-class _Builder:
-    """Grows the arrays of an `Encoded` of one file, unit by unit."""
-
-    def __init__(self, file: str):
-        self.file = file
-        self.tokens: list[np.ndarray] = []
-        self.scored: list[np.ndarray] = []
-        self.size = 0
-        self.columns: dict[str, list] = {field.name: [] for field in fields(Encoded) if field.name not in _WHOLE}
-
-    def add(self, unit: Unit, cut: Cut) -> None:
-        """Append a unit: the prompt, then each completion."""
-        into, number = self.columns, len(self.columns["prompt_start"])
-        first = len(into["completion_start"])
-        prompt = {"prompt_start": self._append(unit.prompt), "prompt_length": len(unit.prompt)}
-        self._row(**prompt, file=0, line=unit.line)
-        for ids, unscored, skip, start, length in zip(unit.completions, unit.unscored, *cut, strict=True):
-            self._row(
-                completion_unit=number,
-                completion_start=self._append(ids, unscored) + start,
-                completion_length=length,
-                completion_skip=skip,
-                truncated=bool(skip) or length < len(ids),
-            )
-        for pair in unit.pairs:
-            where = {"chosen": first + pair.chosen, "rejected": first + pair.rejected}
-            self._row(pair_unit=number, **where, weight=pair.weight, margin=pair.margin, label=pair.label)
-
-    def _row(self, **values: object) -> None:
-        for name, value in values.items():
-            self.columns[name].append(value)
-
-    def _append(self, ids: list[int], unscored: Sequence[tuple[int, int]] = ()) -> int:
-        self.tokens.append(np.asarray(ids, np.int32))
-        self.scored.append(np.ones(len(ids), bool))
-        for start, end in unscored:
-            self.scored[-1][start:end] = False
-        self.size += len(ids)
-        return self.size - len(ids)
-
-    def build(self) -> Encoded:
-        """The arrays, without ranks."""
-        columns = {name: np.asarray(values, _DTYPES.get(name, np.int32)) for name, values in self.columns.items()}
-        tokens = np.concatenate(self.tokens) if self.tokens else np.zeros(0, np.int32)
-        scored = np.concatenate(self.scored) if self.scored else np.zeros(0, bool)
-        unranked = np.zeros(len(columns["completion_unit"]), np.int32)
-        files = (self.file,) if self.tokens else ()
-        return Encoded(tokens=tokens, scored=scored, files=files, rank=unranked, **columns)
-
-
-_WHOLE = ("tokens", "scored", "files", "rank")
-_DTYPES = {
-    "scored": np.bool_,
-    "prompt_start": np.int64,
-    "completion_start": np.int64,
-    "weight": np.float32,
-    "margin": np.float32,
-    "label": np.float32,
-    "truncated": np.bool_,
-}
-_COUNTED = {
-    "prompt_start": "tokens",
-    "completion_start": "tokens",
-    "completion_unit": "prompt_start",
-    "pair_unit": "prompt_start",
-    "chosen": "completion_start",
-    "rejected": "completion_start",
-}
-"""Columns that are places in another one, and that one."""
-
-
-def _joined(parts: Sequence[Encoded]) -> Encoded:
-    """The data of all parts, one after another, with ranks."""
-    files = tuple(dict.fromkeys(file for part in parts for file in part.files))
-    columns: dict[str, np.ndarray] = {}
-    for name in (field.name for field in fields(Encoded) if field.name != "files"):
-        arrays = [getattr(part, name) for part in parts] or [np.zeros(0, _DTYPES.get(name, np.int32))]
-        columns[name] = np.concatenate(arrays)
-        if of := _COUNTED.get(name):
-            sizes = [len(getattr(part, of)) for part in parts]
-            before = np.cumsum([0, *sizes[:-1]], dtype=columns[name].dtype)
-            columns[name] += np.repeat(before[: len(parts)], [len(array) for array in arrays][: len(parts)])
-    numbers = [files.index(part.files[0]) if part.files else 0 for part in parts]
-    columns["file"] += np.repeat(np.asarray(numbers, np.int32), [part.num_units for part in parts])
-    encoded = Encoded(files=files, **columns)
-    return replace(encoded, rank=ranks(encoded))
-
-
 def _build(pieces: Iterable[Stretch], rules: EncodingRules, report: Report, workers: int) -> Encoded:
     parts, seen = [], _Seen()
     with closing(in_order(encode_rows, rules, pieces, workers=workers, alone=ALONE)) as made:
@@ -321,7 +207,7 @@ def _build(pieces: Iterable[Stretch], rules: EncodingRules, report: Report, work
             about["as_text"] = about.get("as_text", 0) + part.report.counts.get(AS_TEXT, 0)
             seen.compare(part, report)
             parts.append(part.encoded)
-    encoded = _joined(parts)
+    encoded = joined(parts)
     report.lengths = length_tables(encoded) if encoded.num_pairs else {}
     return encoded
 

@@ -26,7 +26,7 @@ from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.errors import UserError, redacted
 from dpo_jax.files import write_whole
 
-VERSION = 5
+VERSION = 6
 """Part of the cache's key. Raise it with every change of this package that changes token ids or the report."""
 
 
@@ -52,6 +52,7 @@ class Encoded:
       label: of a pair, the chance that chosen is the better one; of a single completion, 1 desirable or 0 undesirable.
       rank: how many completions of its unit are preferred to a completion, by the pairs that were read; 0 is best.
       line: row in its file, from 1.
+      content_key: digest of a unit's prompt as its row has it; `ids_key` of its token ids before any was cut.
       truncated: the prompt's head or the completion's tail (keep_end: its head) was cut.
       files: names that `file` points to.
     """
@@ -72,6 +73,8 @@ class Encoded:
     label: Float32[np.ndarray, " P"]
     file: Int32[np.ndarray, " U"]
     line: Int32[np.ndarray, " U"]
+    content_key: Int64[np.ndarray, " U"]
+    ids_key: Int64[np.ndarray, " U"]
     truncated: Bool[np.ndarray, " C"]
     rank: Int32[np.ndarray, " C"]
     files: tuple[str, ...]
@@ -191,6 +194,22 @@ def head(encoded: Encoded, pairs: int) -> Encoded:
     of = {"N": tokens, "U": units, "C": completions, "P": pairs}
     axes = {field.name: getattr(field.type, "dim_str", "") for field in fields(encoded)}
     return replace(encoded, **{name: getattr(encoded, name)[: of[axis]] for name, axis in axes.items() if axis in of})
+
+
+def of_units(encoded: Encoded, kept: Bool[np.ndarray, " U"]) -> Encoded:
+    """The data of these units alone, in their order, as if no other had been read."""
+    sizes = np.diff(encoded.prompt_start, append=len(encoded.tokens))
+    completions, pairs = kept[encoded.completion_unit], kept[encoded.pair_unit]
+    masks = {"N": np.repeat(kept, sizes), "U": kept, "C": completions, "P": pairs}
+    axes = {field.name: getattr(field.type, "dim_str", "") for field in fields(encoded)}
+    found = {name: getattr(encoded, name)[masks[axis]] for name, axis in axes.items() if axis in masks}
+    moved = np.cumsum(np.where(kept, 0, sizes))  # tokens left out before a unit that is kept
+    unit, completion = (np.cumsum(mask, dtype=np.int32) - 1 for mask in (kept, completions))
+    found["prompt_start"] = found["prompt_start"] - moved[kept]
+    found["completion_start"] = found["completion_start"] - moved[found["completion_unit"]]
+    found |= {name: unit[found[name]] for name in ("completion_unit", "pair_unit")}
+    found |= {name: completion[found[name]] for name in ("chosen", "rejected")}
+    return replace(encoded, **found)
 
 
 def length_tables(encoded: Encoded) -> dict[str, dict[str, float]]:

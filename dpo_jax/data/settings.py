@@ -1,14 +1,19 @@
 """Settings of the data and of the batches made from it."""
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from dpo_jax.data.columns import problems_of
+from dpo_jax.errors import short
 from dpo_jax.settings import Section
 
 LAYOUTS = ("pair", "implicit", "sharegpt", "openai", "tokenized", "ranked", "unpaired", "completion", "messages")
 """Names of the row layouts, as `data.layout` takes them (see records.py)."""
+
+SET_NAME = "[A-Za-z0-9_]{1,40}"
+"""What a set of `data.eval` may be called."""
 
 
 def _plain(value: Any) -> Any:
@@ -24,8 +29,17 @@ class DataSettings(Section):
     train: str | tuple[str, ...] = Field(
         description="file, folder (folder:split if it has several) or hub data set (name or name:split) of preferences"
     )
-    eval: str | tuple[str, ...] | None = Field(
-        default=None, description="held-out preferences, in any of the same forms"
+    eval: str | tuple[str, ...] | dict[str, str | tuple[str, ...]] | None = Field(
+        default=None,
+        description="held-out preferences, in any of the same forms; or several such sets by name, as in "
+        "{helpful: a.jsonl, harmless: [b.jsonl, c.jsonl]}, each measured by itself, and all together",
+    )
+    eval_fraction: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="hold out about this share of the prompts of data.train, with all their answers, in place of "
+        "data.eval: which ones follows from the seed and the prompt",
     )
     layout: Literal[
         "auto", "pair", "implicit", "sharegpt", "openai", "tokenized", "ranked", "unpaired", "completion", "messages"
@@ -94,6 +108,27 @@ class DataSettings(Section):
     @classmethod
     def _as_json(cls, value: Any) -> Any:
         return _plain(value)
+
+    @property
+    def eval_sets(self) -> dict[str, str | tuple[str, ...]]:
+        """What `eval` names, by the name of the set; of a single set that is empty."""
+        return self.eval if isinstance(self.eval, dict) else {} if self.eval is None else {"": self.eval}
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are held-out preferences."""
+        return self.eval is not None or self.eval_fraction is not None
+
+    @field_validator("eval")
+    @classmethod
+    def _sets_have_names(cls, value: Any) -> Any:
+        wrong = [name for name in value if not re.fullmatch(SET_NAME, name)] if isinstance(value, dict) else []
+        if wrong:
+            raise ValueError(
+                f"data.eval: {short(wrong[0])!r} cannot name a set, as it is to stand in names of metrics; give "
+                "letters, digits and underscores"
+            )
+        return value
 
     @model_validator(mode="after")
     def _columns_are_known(self) -> "DataSettings":

@@ -13,7 +13,7 @@ from dpo_jax.reporting.metrics import TIED
 
 PALETTE = ("c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8")
 """Colours of runs and of named held-out sets, which people who see few colours tell apart too."""
-TRAINING, ANSWERED = "training", "Good answers"
+TRAINING = "training"
 BINS = 30
 FLAT = 1e-5
 """Spread of rewards, in nats, below which they are all the same but for rounding."""
@@ -80,7 +80,7 @@ PANELS = (
         "Divergence from the reference", "nats a token", (Series("kl"),), about="Estimated on the answers of the data."
     ),
     Panel("Weight of a pair in the gradient", "0 to 0.5", (Series("gradient_weight"),), compared=False),
-    Panel(ANSWERED, "share", (Series("pass_rate"), Series("good_answers")), bounds=(-0.02, 1.02)),
+    Panel("Pass rate", "share of answers", (Series("pass_rate"),), bounds=(-0.02, 1.02)),
     Panel("Win rate", "share", (Series("win_rate"),), (0.5,), (-0.02, 1.02), band=("win_rate_low", "win_rate_high")),
     Panel("Entropy of the next token", "nats", (Series("entropy"),)),
     Panel("Norm of the gradient", "before clipping", (Series("grad_norm"),)),
@@ -139,13 +139,13 @@ def _lines(run: RunFolder, panel: Panel) -> Iterator[Line]:
                 _recent(training.values),
             )
     # a figure with two sides has room for one set: all of them together, or the first
-    for number, which in enumerate(run.sets if len(panel.series) < 2 or panel.title == ANSWERED else run.sets[:1]):
+    for number, which in enumerate(run.sets if len(panel.series) < 2 else run.sets[:1]):
         for series in panel.series:
             margins = run.held_out("rewards/margins", which)
             if found := _told(series.metric, run.held_out(series.metric, which), margins):
                 several = len(run.sets) > 1
                 colour = PALETTE[number % len(PALETTE)] if several else series.colour or "held"
-                label = _label(series, which or "held-out")
+                label = _label(series, which or ("all held-out" if several else "held-out"))
                 yield Line(thin(found), colour, True, _marked_band(panel, found, run, which), label, found.last, number)
 
 

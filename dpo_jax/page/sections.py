@@ -63,13 +63,25 @@ def what(run: RunFolder) -> Rows:
     if run.steps and isinstance(per_step, int):
         passes = f": {run.steps * per_step / pairs:.2f} passes" if isinstance(pairs, int) and pairs else ""
         rows.append(("length", f"{run.steps:,} steps of {per_step:,} pairs{passes}"))
-    held = settings.get("data.eval")
-    rows.append(("held out", published(held) if held else "nothing (data.eval)"))
+    rows.append(("held out", _held_out(settings)))
     if run.best is not None:
         chosen = settings.get("checkpoint.best")
         by = f", by {published(chosen)}" if chosen else ""
         rows.append(("exported", f"the best step, {run.best:,} of {run.step:,}{by}"))
+    if isinstance(run.known.get("stopped"), int):
+        rows.append(("ended early", "nothing better came for long (evaluation.patience)"))
     return rows
+
+
+def _held_out(settings: Mapping[str, Any]) -> str:
+    if (share := settings.get("data.eval_fraction")) is not None:
+        return f"{share:.4g} of the prompts of data.train"
+    held = settings.get("data.eval")
+    sets = {name.removeprefix("data.eval."): value for name, value in settings.items() if name.startswith("data.eval.")}
+    sets |= held if isinstance(held, Mapping) else {}
+    if sets:
+        return ", ".join(f"{name}: {published(value)}" for name, value in sets.items())
+    return published(held) if held else "nothing (data.eval)"
 
 
 def differing(run: RunFolder) -> Rows:
@@ -95,6 +107,11 @@ def data_tables(run: RunFolder) -> list[dict[str, Any]]:
 
 def _data_table(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
     numbers = {key: report[key] for key in ("rows", "kept", "pairs", "singles", "bad", "too_long") if key in report}
+    for part, inner in report.items():
+        if isinstance(inner, Mapping) and part in ("train", "held_out"):  # of data.eval_fraction
+            numbers |= {
+                f"{key} {'held out' if part == 'held_out' else 'trained on'}": value for key, value in inner.items()
+            }
     counts, examples = report.get("counts") or {}, report.get("examples") or {}
     effects = {BAD: "left out: bad", TOO_LONG: "left out: too long", NOTED: "used, and noted"}
     classes = [

@@ -1,31 +1,22 @@
 """What a run came to, in a table and a sentence: what was measured before and after, and whether that may be chance."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo_jax.page.folder import Answers, RunFolder
-from dpo_jax.reporting.metrics import SUMMARY, shown
+from dpo_jax.reporting.metrics import by_set, shown, table
 
 SURE = 1.96
 """Standard errors of an interval that holds in 95 of 100 cases."""
 LIKELY = 0.05
 """Chance of as large a difference between equals, above which it says nothing."""
 MORE = (
-    ("pass_rate", "good answers", "{:.1%}"),
-    ("win_rate", "win rate against the start", "{:.1%}"),
+    ("win_rate", "win rate", "{:.1%}"),
     ("kl", "divergence, nats a token", "{:.4f}"),
-    ("lengths/answers", "tokens of an answer", "{:.1f}"),
 )
 """Rows of the page's table beside those of the summary on the terminal."""
-
-
-class Result(NamedTuple):
-    """A row of the table of results."""
-
-    label: str
-    before: str
-    after: str
 
 
 class Evidence(NamedTuple):
@@ -35,71 +26,76 @@ class Evidence(NamedTuple):
     text: str
 
 
-def results(run: RunFolder) -> list[Result]:
-    """What was measured before and after, by set."""
-    rows = []
-    for which in run.sets:
-        before, after = (_measured(run, which, end) for end in ("first", "last"))
-        known = {name: (label, form) for name, label, form in (*SUMMARY, *MORE)}
-        for name, (label, form) in known.items():
-            if name in after:
-                old = shown(before, name, form) if name in before else "-"
-                rows.append(Result(f"{label}, {which}" if which else label, old, shown(after, name, form)))
+def results(run: RunFolder) -> list[tuple[str, str, str]]:
+    """Label, before and after: as on the terminal at the end of a run, and a little more."""
+    before, after = measured(run)
+    rows = table(before, after) if after else []
+    old, new = by_set(before)[""], by_set(after)[""]
+    known = {label for label, _, _ in rows}
+    rows += [
+        (label, shown(old, name, form), shown(new, name, form))
+        for name, label, form in MORE
+        if label not in known and name in new
+    ]
     return rows
 
 
-def _measured(run: RunFolder, which: str, end: str) -> dict[str, float | None]:
-    prefix = f"eval/{which}/" if which else "eval_"
-    steps = [record["step"] for record in run.records if any(name.startswith(prefix) for name in record)]
-    if not steps:
-        return {}
-    step = min(steps) if end == "first" else run.best if run.best in steps else max(steps)
-    if end == "first" and step == max(steps):
-        return {}  # nothing to compare with yet
-    found: dict[str, Any] = {}
+def measured(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The first evaluation, and that of what is exported: of the best step, or of the newest. The first is empty where
+    there is no other."""
+    found: dict[int, dict[str, Any]] = {}
     for record in run.records:
-        if record["step"] == step:
-            found |= {name[len(prefix) :]: value for name, value in record.items() if name.startswith(prefix)}
-    return found
+        named = {name: value for name, value in record.items() if name.startswith(("eval_", "eval/"))}
+        if named:
+            found[record["step"]] = {**found.get(record["step"], {}), **named}
+    if not found:
+        return {}, {}
+    after = run.best if run.best in found else max(found)
+    return (found[min(found)] if min(found) != after else {}), found[after]
 
 
 def evidence(run: RunFolder) -> list[Evidence]:
     """All that was measured of whether the new model is better; nothing until the second evaluation."""
-    found = []
-    for which in run.sets:
-        before, after = (_measured(run, which, end) for end in ("first", "last"))
+    found: list[Evidence] = []
+    before, after = map(by_set, measured(run))
+    for which, new in after.items():
         name = f" of {which}" if which else ""
-        if before and after:
-            found += _told_apart(run, before, after, name)
-        low, high = after.get("win_rate_low"), after.get("win_rate_high")
-        if low is not None and high is not None and after.get("win_rate") is not None:
+        if before.get(which):
+            found += _told_apart(run, new, which)
+        rate, low, high = (new.get(key) for key in ("win_rate", "win_rate_low", "win_rate_high"))
+        if rate is not None and low is not None and high is not None:
             says = 1 if low > 0.5 else -1 if high < 0.5 else 0
-            found.append(
-                Evidence(
-                    says, f"it wins {after['win_rate']:.1%} (95 % interval {low:.1%} to {high:.1%}) against the start"
-                )
-            )
+            text = f"it wins {rate:.1%} of its contests{name} against the start"
+            found.append(Evidence(says, f"{text} (95 % interval {low:.1%} to {high:.1%})"))
     if len(run.answers) > 1 and (passed := answered_better(*run.answers)):
         found.append(passed)
     return found
 
 
-def _told_apart(run: RunFolder, before: Mapping[str, Any], after: Mapping[str, Any], name: str) -> Iterator[Evidence]:
+def _told_apart(run: RunFolder, after: Mapping[str, Any], which: str) -> Iterator[Evidence]:
     """Held-out pairs of which the chosen answer gained more than the rejected one, where half is chance."""
-    rate, count = after.get("rewards/accuracies"), pairs_held_out(run, name.removeprefix(" of "))
+    rate, count = after.get("rewards/accuracies"), pairs_held_out(run, which)
     if rate is None or not count or "drift/chosen" not in after or shown(after, "rewards/accuracies", "{}") == "tied":
         return
     low, high = interval(rate, count)
     says = 1 if low > 0.5 else -1 if high < 0.5 else 0
-    text = f"it prefers the chosen answer more than before in {rate:.1%} of {count:,} held-out pairs{name} "
-    yield Evidence(says, f"{text}(95 % interval {low:.1%} to {high:.1%})")
+    text = f"it prefers the chosen answer more than before in {rate:.1%} of {count:,} held-out pairs"
+    name = f" of {which}" if which else ""
+    yield Evidence(says, f"{text}{name} (95 % interval {low:.1%} to {high:.1%})")
 
 
 def pairs_held_out(run: RunFolder, which: str = "") -> int:
-    """How many held-out pairs (or single answers) there are, if that is known."""
-    report = run.data.get(f"data.eval.{which}" if which else "data.eval", {})
-    count = report.get("pairs") or report.get("singles") if isinstance(report, Mapping) else None
-    return count if isinstance(count, int) else 0
+    """How many held-out pairs of a set, or of all of them, there are: as many as rewards were kept of, or as were read;
+    0 where neither is known."""
+    if run.rewards:
+        sets = run.rewards[-1].sets
+        return sum(len(chosen) for name, (chosen, _) in sets.items() if which in ("", name))
+    counts = [
+        report.get("pairs") or 0
+        for name, report in run.data.items()
+        if isinstance(report, Mapping) and re.fullmatch(rf"data\.eval(\.{re.escape(which) if which else '.*'})?", name)
+    ]
+    return sum(count for count in counts if isinstance(count, int))
 
 
 def interval(share: float, count: int) -> tuple[float, float]:

@@ -11,7 +11,11 @@ from dpo_jax.config import run as config
 from dpo_jax.page.folder import RunFolder
 from dpo_jax.page.sections import NONE, differing, machine
 from dpo_jax.page.texts import number, published
+from dpo_jax.reporting.metrics import BETTER
 
+COMPARED = ("loss", "rewards/accuracies", "rewards/margins", "logps/accuracies", "pass_rate", "win_rate")
+COMPARED += ("drift/chosen", "drift/rejected")
+"""Held-out metrics of which there is a line."""
 UPRIGHT = 5
 """Runs that have a column each; of more, each has a row."""
 
@@ -67,9 +71,8 @@ def _marked(values: Sequence[float | None], more: bool | None) -> list[Cell]:
 
 def _last(runs: Sequence[RunFolder]) -> Iterator[tuple[str, list[float | None], bool | None]]:
     """The newest value of each metric for each run, and whether more of it is better, if it is one of these."""
-    better = {"loss": False, "rewards/accuracies": True, "rewards/margins": True, "logps/accuracies": True}
-    better |= {"pass_rate": True, "good_answers": True, "win_rate": True}
-    also = {"kl": None, "drift/chosen": None, "drift/rejected": None}
+    better = {name: BETTER[name] == "higher" for name in COMPARED if name in BETTER}
+    also = {name: None for name in COMPARED if name not in BETTER}
     for which in dict.fromkeys(which for run in runs for which in run.sets):
         for name, more in {**better, **also}.items():
             values = [curve.last if (curve := run.held_out(name, which)) else None for run in runs]

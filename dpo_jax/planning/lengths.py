@@ -45,6 +45,8 @@ def made_up(
         label=ones,
         file=np.zeros(count, int32),
         line=(units + 1).astype(int32),
+        content_key=units.astype(np.int64),
+        ids_key=units.astype(np.int64),
         truncated=np.zeros(2 * count, bool),
         rank=np.tile(np.asarray([0, 1], int32), count),
         files=("made up",),

@@ -269,7 +269,7 @@ def all_pairs(
 def evaluate_batch(
     objective: TrainingObjective, weights: Weights, batch: Batch, reference: Params | None = None
 ) -> tuple[Pairs, Means]:
-    """Pairs and statistics from the weights as they are trained: what `heldout.evaluate` puts together."""
+    """Pairs and statistics from the weights as they are trained: what `heldout.measured` puts together."""
     compute, reference = _computing(objective, weights, reference)
     seen = all_pairs(objective, compute.params, batch, reference)
     return seen.pairs, seen.statistics

@@ -14,6 +14,8 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+from dpo_jax.reporting.overfitting import Overfitting
+
 SURE = 3.0
 """Standard errors between a mean and a bound before the mean counts as beyond it."""
 FEWEST = 8
@@ -394,6 +396,7 @@ class Alarms:
             "runaway": Runaway(course, kl),
             "memorised": Memorised(course),
             "gradient": Gradient(),
+            "overfitting": Overfitting(),
         }
         self._said: set[str] = set()
 

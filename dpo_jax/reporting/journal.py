@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, SupportsFloat, runtime_checkable
+from typing import Any, Protocol, SupportsFloat
 
 from rich.console import Console
 from rich.progress import (
@@ -32,8 +32,8 @@ from rich.text import Text
 
 from dpo_jax.errors import UserError, one_line, printable, redacted
 from dpo_jax.files import naming, write_whole
-from dpo_jax.reporting.metrics import SUMMARY, TERMINAL, shown
-from dpo_jax.reporting.notes import Notes
+from dpo_jax.reporting.metrics import OLD_NAMES, PREFIX, TERMINAL, in_a_line, recorded, table
+from dpo_jax.reporting.notes import Notes, Page
 from dpo_jax.reporting.settings import LogSettings
 
 METRICS_FILE = "metrics.jsonl"
@@ -68,8 +68,14 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
             known = False
         if not known:
             raise UserError(f"{path}:{number}: is not a record of metrics; restore the file or move it away")
-        records.append(record)
+        records.append({_now_called(name): value for name, value in record.items()})
     return records
+
+
+def _now_called(name: str) -> str:
+    """The name of a metric, which an earlier version may have called otherwise."""
+    plain = name.removeprefix(PREFIX)
+    return name.removesuffix(plain) + OLD_NAMES[plain] if plain in OLD_NAMES else name
 
 
 def _encoded(record: Mapping[str, Any]) -> str:
@@ -281,17 +287,6 @@ class LiveTerminal:
         self._progress.stop()
 
 
-@runtime_checkable
-class Page(Protocol):
-    """What is drawn of a run for people to look at. It never raises an error; it says one, once."""
-
-    def refresh(self, say: Callable[[str], None]) -> None:
-        """Draw it again if it is old."""
-
-    def end(self, say: Callable[[str], None]) -> None:
-        """Draw it as it is to stay."""
-
-
 class Silent:
     """The terminal of a process that is not the first: nothing."""
 
@@ -402,10 +397,10 @@ class Journal:
         self._terminal.step(step, numbers)
 
     def evaluation(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Record what was measured on held-out data after a step, each name with `eval_` before it."""
+        """Record what was measured on held-out data after a step, each name as `metrics.recorded` makes it."""
         numbers = _numbers(metrics)
-        self._write(step, {name if name.startswith("eval_") else f"eval_{name}": n for name, n in numbers.items()})
-        self._terminal.note(f"evaluation after step {step}  {_measured(numbers)}")
+        self._write(step, {recorded(name): number for name, number in numbers.items()})
+        self._terminal.note(f"evaluation after step {step}  {in_a_line(numbers)}")
 
     def note(self, line: str) -> None:
         """Show a line on the terminal, and keep it."""
@@ -428,27 +423,17 @@ def _numbers(metrics: Mapping[str, SupportsFloat]) -> dict[str, float]:
     return {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
 
 
-def _measured(metrics: Mapping[str, float]) -> str:
-    named = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-    return "  ".join(f"{label} {shown(named, name, form)}" for name, label, form in SUMMARY if name in named)
-
-
 def summary(before: Mapping[str, Any], after: Mapping[str, Any], *, console: Console | None = None) -> None:
     """Print two records of held-out data side by side; a row that neither has is left out."""
     screen = console or Console()
-    sides = [{name.removeprefix("eval_"): value for name, value in side.items()} for side in (before, after)]
-    rows = [
-        (label, *(shown(side, name, form) for side in sides))
-        for name, label, form in SUMMARY
-        if any(name in side for side in sides)
-    ]
+    rows = table(before, after)
     if not rows:
         return
     if _redraws(screen):
-        table = Table("", Column("before", justify="right"), Column("after", justify="right"))
+        grid = Table("", Column("before", justify="right"), Column("after", justify="right"))
         for row in rows:
-            table.add_row(*row)
-        screen.print(table)
+            grid.add_row(*row)
+        screen.print(grid)
         return
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for label, old, new in rows:

@@ -6,7 +6,7 @@ be explained or shown.
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 METRICS: dict[str, str] = {
     "loss": "mean objective of the step's pairs",
@@ -44,7 +44,8 @@ METRICS: dict[str, str] = {
     "kl": "estimated divergence of the policy from the reference, in nats per token",
     "truncated": "pairs of the step of which a part was cut",
     "dropped": "rows of the data that could not be used",
-    "good_answers": "share of held-out questions that were answered well",
+    "eval/NAME/METRIC": "a metric of one set of held-out data, where these have names (`data.eval`)",
+    "pass_rate": "share of held-out questions that were answered well",
     "step_seconds": "wall time of the step",
     "input_wait": "share of the step's wall time that went into waiting for the next batch",
     "time_to_first_step": "seconds from the start of the command to the end of its first step, once",
@@ -71,9 +72,38 @@ SUMMARY = (
     ("logps/accuracies", "chosen more likely", "{:.1%}"),
     ("rewards/margins", "held-out margin", "{:+z.3f}"),
     ("loss", "held-out loss", "{:.4f}"),
-    ("good_answers", "good answers", "{:.1%}"),
+    ("pass_rate", "pass rate", "{:.1%}"),
 )
 """Rows of the summary at the end of a run."""
+
+OF_A_SET = (
+    ("rewards/accuracies", "accuracy", "{:.1%}"),
+    ("rewards/margins", "margin", "{:+z.3f}"),
+    ("loss", "loss", "{:.4f}"),
+)
+"""Further rows, for each set of held-out data that has a name."""
+
+OLD_NAMES = {"good_answers": "pass_rate"}
+"""What metrics were called in the records of earlier versions, and are called now."""
+
+BETTER: dict[str, Literal["lower", "higher"]] = {
+    "loss": "lower",
+    "rewards/accuracies": "higher",
+    "rewards/margins": "higher",
+    "rewards/margins_p10": "higher",
+    "rewards/margins_p50": "higher",
+    "logps/accuracies": "higher",
+    "logps/chosen": "higher",
+    "mean_token_accuracy": "higher",
+    "kl": "lower",
+    "pass_rate": "higher",
+    "win_rate": "higher",
+}
+"""What a run can choose its best checkpoint by, and which way is better."""
+OF_ANSWERS = ("pass_rate", "win_rate")
+"""Those of them that are measured on what the model answers, and not on pairs."""
+AGAINST_REFERENCE = ("loss", "rewards/", "kl")
+"""How the names begin of those that cannot be compared between steps where the reference, or beta, moves."""
 
 EVALUATED = (
     ("rewards/accuracies", "preference accuracy", "{:.1%}"),
@@ -83,6 +113,64 @@ EVALUATED = (
     ("kl", "kl", "{:.5f}"),
 )
 """What `dpo_jax.evaluate` prints."""
+
+PREFIX = "eval_"
+"""Before the name of what was measured on held-out data, in a record."""
+
+
+def recorded(metric: str, held_out: str = "") -> str:
+    """The name that a metric of a set of held-out data has in a record: `eval_loss`, `eval/helpful/loss`.
+
+    >>> recorded("loss"), recorded("loss", "helpful"), recorded("eval_loss"), recorded("eval/helpful/loss")
+    ('eval_loss', 'eval/helpful/loss', 'eval_loss', 'eval/helpful/loss')
+    """
+    if held_out:
+        return f"eval/{held_out}/{metric}"
+    return metric if metric.startswith((PREFIX, "eval/")) else PREFIX + metric
+
+
+def held_out_of(name: str) -> tuple[str, str]:
+    """The set (empty for all of them together) and the metric that a name in a record is of.
+
+    >>> held_out_of("eval_rewards/margins"), held_out_of("eval/helpful/rewards/margins"), held_out_of("pass_rate")
+    (('', 'rewards/margins'), ('helpful', 'rewards/margins'), ('', 'pass_rate'))
+    """
+    if name.startswith("eval/"):
+        _, held_out, metric = (*name.split("/", 2), "", "")[:3]
+        return held_out, metric
+    return "", name.removeprefix(PREFIX)
+
+
+def by_set(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """An evaluation's metrics by the set that they are of; those of all sets, which has no name, come first."""
+    found: dict[str, dict[str, Any]] = {"": {}}
+    for name, value in record.items():
+        held_out, metric = held_out_of(name)
+        found.setdefault(held_out, {})[metric] = value
+    return found
+
+
+def table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Rows of label, before and after, of two evaluations; a row that neither has is left out."""
+    sides = by_set(before), by_set(after)
+    rows: list[tuple[str, str, str]] = []
+    for name in dict.fromkeys([*sides[0], *sides[1]]):
+        old, new = (side.get(name, {}) for side in sides)
+        for metric, label, form in OF_A_SET if name else SUMMARY:
+            if metric in old or metric in new:
+                rows.append((f"{name}: {label}" if name else label, shown(old, metric, form), shown(new, metric, form)))
+    return rows
+
+
+def in_a_line(record: Mapping[str, Any]) -> str:
+    """An evaluation in one line: what a summary has, and of each set that has a name the first of its rows."""
+    found = by_set(record)
+    parts = [f"{label} {shown(found[''], name, form)}" for name, label, form in SUMMARY if name in found[""]]
+    for held_out, metrics in found.items():
+        first = next(((name, form) for name, _, form in OF_A_SET if held_out and name in metrics), None)
+        parts += [f"{held_out} {shown(metrics, *first)}"] if first else []
+    return "  ".join(parts)
+
 
 TIED = 1e-4
 """Mean margin, in nats, below which policy and reference are the same but for rounding."""

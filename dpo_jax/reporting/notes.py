@@ -1,9 +1,11 @@
-"""What a run said beside its metrics, kept in `notes.jsonl`: alarms, what went on from where, what ended it."""
+"""What a run says beside its metrics, kept in `notes.jsonl`: alarms, what went on from where, what ended it. And what
+it shows."""
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from dpo_jax.errors import printable, redacted
 from dpo_jax.files import write_whole
@@ -48,3 +50,14 @@ class Notes:
 
 def _line(step: int, note: str) -> str:
     return json.dumps({"step": step, "note": printable(redacted(note))}) + "\n"
+
+
+@runtime_checkable
+class Page(Protocol):
+    """What is drawn of a run for people to look at. It never raises an error; it says one, once."""
+
+    def refresh(self, say: Callable[[str], None]) -> None:
+        """Draw it again if it is old."""
+
+    def end(self, say: Callable[[str], None]) -> None:
+        """Draw it as it is to stay."""

@@ -8,14 +8,17 @@ from typing import Any
 import jax
 
 from dpo_jax.config.run import Run
+from dpo_jax.errors import UserError
 from dpo_jax.model.weights import Weights
 from dpo_jax.reporting.journal import METRICS_FILE, Journal
+from dpo_jax.run.best import Best
 from dpo_jax.run.output import CHECKPOINTS, record_of
 from dpo_jax.run.recorder import Recorder
 from dpo_jax.run.trainer import Trainer
-from dpo_jax.training.checkpoints import Checkpoints
+from dpo_jax.training.checkpoints import Checkpoints, kept_steps, read_part
 from dpo_jax.training.loss_scale import completed, fitted
-from dpo_jax.training.step import State, as_saved, from_saved
+from dpo_jax.training.step import ON_DISK, State, as_saved, from_saved, with_trained
+from dpo_jax.trees import Params
 
 
 class Saver:
@@ -23,12 +26,14 @@ class Saver:
 
     Attributes:
       start: step of the newest checkpoint, or None.
+      past: the record of that checkpoint; empty where there is none.
     """
 
     def __init__(self, checkpoints: Checkpoints, *, every: int, record: dict[str, Any]):
         """Look for the newest checkpoint; `record` is kept in each that is saved."""
         self._checkpoints, self._every, self._record = checkpoints, every, record
         self.start = checkpoints.latest()
+        self.past = {} if self.start is None else checkpoints.read_record(self.start)
 
     def restored(self, trainer: Trainer, weights: Weights, journal: Journal) -> State | None:
         """The state after the newest checkpoint; the trained weights that were read are given up for it."""
@@ -49,20 +54,62 @@ class Saver:
             )
         return completed(from_saved(saved), target)
 
-    def save(self, step: int, state: State, recorder: Recorder, *, last: int, at_once: bool) -> bool:
-        """Save the state after this step if that is due, at the `last` step, or `at_once`; what it measured first.
+    @property
+    def kept(self) -> list[int]:
+        """Steps with a checkpoint."""
+        return kept_steps(self._checkpoints.folder)
 
-        Returns whether it was saved.
+    def save(self, step: int, state: State, recorder: Recorder, *, at_once: bool) -> bool:
+        """Save the state after this step if that is due, or `at_once`; what it measured first.
+
+        The best checkpoint so far is kept, however old. Returns whether it was saved.
         """
-        due = step % self._every == 0 or step == last or at_once
+        due = step % self._every == 0 or at_once
         if due:
             recorder.flush()
             recorder.journal.sync()
-            record = {**self._record, "records": recorder.journal.records}
-            self._checkpoints.save(step, as_saved(state), record)
+            watch = recorder.watch
+            watched = {} if watch is None else watch.record()
+            record = {**self._record, "records": recorder.journal.records, **watched}
+            best = watch and watch.best
+            self._checkpoints.save(step, as_saved(state), record, also=best.step if best else None)
             recorder.journal.show()
             recorder.restart_clock()
         return due
+
+    def weights(self, best: Best | None, trainer: Trainer, state: State) -> Weights:
+        """The whole model's after the best step, or where there is none after the last; the state is given up for it.
+
+        Raises:
+          UserError: the checkpoint of the best step is gone or damaged.
+        """
+        last = trainer.weights(state)
+        if best is None or best.step == int(state["step"]):
+            return last
+        self._checkpoints.wait()
+        try:
+            return with_trained(last, trained_at(self._checkpoints.folder, best.step, last))
+        except UserError as error:
+            raise UserError(
+                f"checkpoint.best: step {best.step} is the best by {best.metric}, and its weights are lost: {error}; "
+                "put the checkpoint back, or set checkpoint.best=null to export the last step"
+            ) from error
+
+
+def trained_at(folder: Path, step: int, weights: Weights) -> Params:
+    """The trained weights of a step, read to where those of `weights` are, which are given up for them; no other part
+    of its state is read.
+
+    Raises:
+      UserError: the step is not there, is damaged, or is of another model.
+    """
+    name = ON_DISK["trained"]
+    wanted = {
+        name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), weights.trained)
+    }
+    for leaf in jax.tree.leaves(weights.trained):  # or they would stand beside those that are read
+        leaf.delete()
+    return read_part(folder, step, wanted)[name]
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from dpo_jax.data.batches import Batches
 from dpo_jax.data.encode import Encoded, encode
 from dpo_jax.data.examples import as_examples
 from dpo_jax.data.settings import BatchSettings, DataSettings
+from dpo_jax.data.split import set_name, shared_line, split
 from dpo_jax.errors import UserError, printable, redacted
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.objectives.terms import Term, data_of
@@ -27,7 +28,8 @@ class Data:
     """Tokenised training and held-out pairs, and what was found on the way."""
 
     train: Encoded
-    held_out: Encoded | None
+    held_out: Mapping[str, Encoded]
+    """By name of the set, which is empty where there is one alone."""
     dropped: int
     report: dict[str, Any]
 
@@ -38,30 +40,43 @@ class Data:
 
     def examples(self, terms: tuple[Term, ...], max_length: int) -> "Data":
         """The same as the objective wants it; raises as the function `examples`."""
-        held_out = None if self.held_out is None else examples(self.held_out, terms, max_length)
+        held_out = {name: examples(encoded, terms, max_length) for name, encoded in self.held_out.items()}
         return dataclasses.replace(self, train=examples(self.train, terms, max_length), held_out=held_out)
 
 
 def read_data(
-    settings: DataSettings, tokenizer: Any, cache: Path, say: Callable[[str], None], date: str | None = None
+    settings: DataSettings,
+    tokenizer: Any,
+    cache: Path,
+    say: Callable[[str], None],
+    *,
+    date: str | None = None,
+    seed: int = 0,
 ) -> Data:
     """Read, check and tokenise; each report is said line by line, and is in the result as plain values.
 
-    `date` is the day that a template writes which writes one (YYYY-MM-DD); None is today.
+    `date` is the day that a template writes which writes one (YYYY-MM-DD); None is today. With the `seed` a share of
+    the training data is held out, where that is wanted.
 
     Raises:
-      UserError: too many rows are bad.
+      UserError: too many rows are bad, or too few prompts are there to hold some out.
     """
     train, report = encode(settings.train, tokenizer, settings, cache, first=settings.first, date=date)
     reports = {"data.train": report}
-    held_out = None
-    if settings.eval is not None:
-        held_out, reports["data.eval"] = encode(settings.eval, tokenizer, settings, cache, date=date)
+    held_out: dict[str, Encoded] = {}
+    for name, sources in settings.eval_sets.items():
+        held_out[name], reports[set_name(name)] = encode(sources, tokenizer, settings, cache, date=date)
     for name, found in reports.items():
         say(name)
         for line in found.lines():
             say(redacted(f"  {line}"))
-    tables = {name: found.to_dict() for name, found in reports.items()}
+    tables: dict[str, Any] = {name: found.to_dict() for name, found in reports.items()}
+    for line in filter(None, (shared_line(set_name(name), encoded, train) for name, encoded in held_out.items())):
+        say(line)
+    if settings.eval_fraction is not None:
+        parts = split(train, settings.eval_fraction, seed)
+        say(parts.line())
+        train, held_out, tables["data.eval_fraction"] = parts.train, {"": parts.held_out}, parts.counts()
     return Data(train, held_out, report.bad + report.too_long, tables)
 
 
@@ -90,9 +105,10 @@ def check_tokens(data: Data, rows: int, tokenizer: Any) -> None:
     Raises:
       UserError: it has `rows`, and a token's number is larger: the tokenizer knows more tokens than the model.
     """
-    for name, encoded in (("data.train", data.train), ("data.eval", data.held_out)):
-        beyond = np.flatnonzero(encoded.tokens >= rows) if encoded is not None else []
-        if encoded is None or not len(beyond):
+    held_out = {set_name(name): encoded for name, encoded in data.held_out.items()}
+    for name, encoded in {"data.train": data.train, **held_out}.items():
+        beyond = np.flatnonzero(encoded.tokens >= rows)
+        if not len(beyond):
             continue
         token = int(encoded.tokens[beyond[0]])
         unit = int(np.searchsorted(encoded.prompt_start, beyond[0], side="right")) - 1

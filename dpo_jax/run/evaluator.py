@@ -4,6 +4,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +15,13 @@ from dpo_jax import sharding
 from dpo_jax.data.batches import Batches
 from dpo_jax.data.templates import Codec
 from dpo_jax.evaluation import winrate
-from dpo_jax.evaluation.settings import EvaluationSettings
+from dpo_jax.evaluation.settings import EvaluationSettings, epochs_of
 from dpo_jax.model.decoder import cast
 from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.mixture import as_measured
-from dpo_jax.objectives.pairs import Pairs
 from dpo_jax.preference import heldout
 from dpo_jax.preference.loss import TrainingObjective, evaluate_batch
+from dpo_jax.reporting.metrics import recorded
 from dpo_jax.run.seen import keep_rewards
 from dpo_jax.run.written import UNROUNDED, Merging, Rounding
 
@@ -55,26 +56,27 @@ class Evaluator:
         objective: TrainingObjective,
         mesh: jax.sharding.Mesh,
         *,
-        held_out: Batches | None,
+        held_out: Mapping[str, Batches],
         reference: Any = None,
         prompts: EvaluationPrompts | None = None,
-        every: int | None = None,
+        every: Fraction | None = None,
         rounding: Rounding | Merging | None = None,
     ):
-        """Set up; compiles at its first use. `reference` are the weights of a live one, `every` counts steps, and
-        `rounding` is that of the folder that the run will leave."""
+        """Set up; compiles at its first use. `held_out` are sweeps by the set's name, which is empty where there is one
+        alone, `reference` the weights of a live one, `every` counts steps, and `rounding` is that of the folder that
+        the run will leave."""
         self._objective, self._mesh, self._held_out, self._reference = objective, mesh, held_out, reference
         self._prompts, self._every, self._rounding = prompts, every, rounding
         self._collect = sharding.Compiled(
             lambda weights, live, batch: evaluate_batch(objective, weights, batch, live), mesh
         )
         self._measure = heldout.measurement(as_measured(objective.terms))
-        self._rewards, self._seen = heldout.rewards_of(as_measured(objective.terms)), {}
+        self._rewards = heldout.rewards_of(as_measured(objective.terms))
 
     def due(self, step: int, last: int) -> bool:
         """Whether to evaluate after this many steps."""
-        wanted = self._held_out is not None or self._prompts is not None
-        return wanted and (step in (0, last) or (self._every is not None and step % self._every == 0))
+        wanted = bool(self._held_out) or self._prompts is not None
+        return wanted and (step in (0, last) or (self._every is not None and is_at(step, self._every)))
 
     def __call__(
         self,
@@ -84,40 +86,54 @@ class Evaluator:
         *,
         progress: float = 0.0,
         moved: Any = None,
-        is_last: bool = False,
+        as_written: bool = False,
     ) -> dict[str, float]:
-        """Metrics of these weights after this many steps; answers go to `answers/STEP.jsonl`.
+        """Metrics of these weights after this many steps, or of these weights as an export would write them; answers go
+        to `answers/STEP.jsonl`, rewards to `evaluations/STEP.npz`.
 
-        After the last step these are the metrics of the weights as they will be written, and the margin that they had
-        before is beside them. `progress` is the share of the run that is done, `moved` the weights of a reference that
-        moves.
+        `progress` is the share of the run that is done, `moved` the weights of a reference that moves.
         """
-        unrounded: dict[str, float] = {}
-        if is_last and self._rounding is not None and self._rounding.digits:
-            unrounded = self.on_pairs(weights, progress=progress, moved=moved)
+        if as_written and self._rounding is not None and self._rounding.digits:
             weights = self._rounding(weights)
-        found = self.on_pairs(weights, progress=progress, moved=moved)
-        found |= {UNROUNDED + name: value for name, value in unrounded.items() if name == "rewards/margins"}
-        if jax.process_index() == 0:
-            keep_rewards(folder, step, self._seen)
+        seen = self._look(weights, moved)
+        found = self._on_pairs(seen, progress)
+        keep_rewards(folder, step, {name: self._rewards(pairs, progress) for name, pairs in seen.items()})
         if self._prompts is not None:
-            found["good_answers"] = self._answer(self._prompts, weights.params, folder / "answers" / f"{step}.jsonl")
+            found["pass_rate"] = self._answer(self._prompts, weights.params, folder / "answers" / f"{step}.jsonl")
         return found
 
-    def on_pairs(self, weights: Weights, *, progress: float = 0.0, moved: Any = None) -> dict[str, float]:
-        """Metrics of these weights on the held-out pairs alone; none where there are no pairs."""
-        if self._held_out is None:
+    def unrounded(self, weights: Weights, *, progress: float = 0.0, moved: Any = None) -> dict[str, float]:
+        """The margin of the weights as they were trained, to stand beside that of the same weights as written; none
+        where writing rounds nothing."""
+        if self._rounding is None or not self._rounding.digits:
             return {}
+        found = self.on_pairs(weights, progress=progress, moved=moved)
+        return {UNROUNDED + name: value for name, value in found.items() if name == "rewards/margins"}
+
+    def on_pairs(self, weights: Weights, *, progress: float = 0.0, moved: Any = None) -> dict[str, float]:
+        """Metrics of these weights on all held-out pairs, and on those of each set that has a name; none where there
+        are no pairs."""
+        return self._on_pairs(self._look(weights, moved), progress)
+
+    def _look(self, weights: Weights, moved: Any) -> dict[str, heldout.SeenPairs]:
         live = self._reference if moved is None else moved
         collect = functools.partial(_collected, self._collect, live)
         place = functools.partial(sharding.place, mesh=self._mesh)
-        self._seen = {}
+        return {name: heldout.look(collect, weights, batches, place) for name, batches in self._held_out.items()}
 
-        def keep(pairs: Pairs) -> None:
-            self._seen |= self._rewards(pairs, progress)
+    def _on_pairs(self, seen: Mapping[str, heldout.SeenPairs], progress: float) -> dict[str, float]:
+        if not seen:
+            return {}
+        whole = functools.reduce(heldout.SeenPairs.__add__, seen.values())
+        found = self._measured(whole, progress)
+        for name, pairs in seen.items():
+            if name:
+                metrics = self._measured(pairs, progress)
+                found |= {recorded(metric, name): value for metric, value in metrics.items()}
+        return found
 
-        measured = heldout.evaluate(collect, weights, self._held_out, place, self._measure, progress, keep)
-        return counted(self._objective, measured)
+    def _measured(self, pairs: heldout.SeenPairs, progress: float) -> dict[str, float]:
+        return counted(self._objective, heldout.measured(pairs, self._measure, progress))
 
     def _answer(self, prompts: EvaluationPrompts, params: Any, path: Path) -> float:
         answers = winrate.answer(
@@ -132,6 +148,19 @@ class Evaluator:
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
         return winrate.pass_rate(answers)
+
+
+def steps_between(every: int | str | None, examples: int, pairs_per_step: int) -> Fraction | None:
+    """Steps from one evaluation to the next, which need not be a whole number where `evaluation.every` counts passes
+    over the data."""
+    if every is None:
+        return None
+    return Fraction(every) if isinstance(every, int) else epochs_of(every) * examples / pairs_per_step
+
+
+def is_at(step: int, every: Fraction) -> bool:
+    """Whether this step is the first after which another `every` steps are made."""
+    return step // every > (step - 1) // every
 
 
 def _collected(collect: Callable, live: Any, weights: Weights, batch: Any) -> Any:

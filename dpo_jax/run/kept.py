@@ -3,21 +3,18 @@
 from pathlib import Path
 from typing import Literal
 
-import jax
-
 from dpo_jax.config import run as config
 from dpo_jax.errors import UserError
 from dpo_jax.hf.tokenizer import load_tokenizer
 from dpo_jax.model.settings import MeshSettings
-from dpo_jax.model.weights import Weights
 from dpo_jax.run import continuing, models, output, result
 from dpo_jax.run.adapted import Text
+from dpo_jax.run.checkpoints import trained_at
 from dpo_jax.run.policy import policy_of
 from dpo_jax.run.sources import find_models
 from dpo_jax.training import checkpoints
 from dpo_jax.training.settings import ReferenceSettings
-from dpo_jax.training.step import ON_DISK, with_trained
-from dpo_jax.trees import Params
+from dpo_jax.training.step import with_trained
 
 
 def is_run(folder: Path) -> bool:
@@ -38,7 +35,7 @@ def export_kept(
     Args:
       folder: output folder of the run.
       target: folder to write; it must not exist yet, or be empty.
-      step: of a checkpoint that is kept; None takes the newest.
+      step: of a checkpoint that is kept; None takes the one that the run has exported as its best, or the newest.
       dtype: of the tensors; None takes the run's `export.dtype`.
       max_shard_bytes: as in `save_hf`.
 
@@ -53,7 +50,9 @@ def export_kept(
         raise UserError(f"{folder} has no {output.RUN_FILE}, and no checkpoint that says what it is of; give a run")
     run = config.from_dump(known["settings"], str(folder / output.RUN_FILE))
     steps = checkpoints.kept_steps(folder / output.CHECKPOINTS)
-    chosen = step if step is not None else max(steps, default=None)
+    best = (known.get("best") or {}).get("step")
+    newest = best if best in steps else max(steps, default=None)
+    chosen = newest if step is None else step
     if chosen is None or chosen not in steps:
         raise UserError(
             f"{folder} has no checkpoint of step {chosen}; kept are {steps or 'none'}: see checkpoint.keep_every"
@@ -67,21 +66,10 @@ def export_kept(
     mesh = models.make_mesh(MeshSettings(), run.model)
     policy = policy_of(run, found, mesh)
     weights = policy.load(mesh, run.seed)
-    weights = with_trained(weights, _trained(folder, chosen, weights))
+    weights = with_trained(weights, trained_at(folder / output.CHECKPOINTS, chosen, weights))
     ending = models.check_ending(found, tokenizer, run.export, scalar_head=run.objective.trains_reward_model)
     card, files = result.described(run, found, ending, step=chosen)
     options = {} if max_shard_bytes is None else {"max_shard_bytes": max_shard_bytes}
     text = Text(card, files, run.model.path)
     result.write(run.export_kinds[0], run, policy, weights, target, text, dtype=dtype, **options)
     return chosen
-
-
-def _trained(folder: Path, step: int, weights: Weights) -> Params:
-    """The trained weights of a step, where those that the model began with are; no other part of its state is read."""
-    name = ON_DISK["trained"]
-    wanted = {
-        name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), weights.trained)
-    }
-    for leaf in jax.tree.leaves(weights.trained):  # or they would stand beside those that are read
-        leaf.delete()
-    return checkpoints.read_part(folder / output.CHECKPOINTS, step, wanted)[name]

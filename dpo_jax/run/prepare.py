@@ -20,13 +20,15 @@ from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.reporting.journal import Journal
 from dpo_jax.run import models, output, result
 from dpo_jax.run.attention_choice import attention_for
+from dpo_jax.run.best import Watch, watch_of
+from dpo_jax.run.checkpoints import Saver
 from dpo_jax.run.continuing import Past
 from dpo_jax.run.data import Data, Packing, check_tokens, length_line, number_of_steps, read_data
-from dpo_jax.run.evaluator import EvaluationPrompts, Evaluator, read_prompts
+from dpo_jax.run.evaluator import EvaluationPrompts, Evaluator, read_prompts, steps_between
 from dpo_jax.run.first_step import FirstStep
 from dpo_jax.run.fitting import fitted, room_of
 from dpo_jax.run.policy import Policy, adapter_notes, policy_of
-from dpo_jax.run.recorder import Recorder, make_alarms
+from dpo_jax.run.recorder import Checks, Recorder, make_alarms
 from dpo_jax.run.reference import Reference, ReferenceScorer, make_reference
 from dpo_jax.run.sources import Sources, find_models
 from dpo_jax.run.trainer import Trainer
@@ -75,7 +77,7 @@ class Job:
         for line in [*models.notes(sources, ending, run.export), *adapter_notes(run, policy)]:
             print(line)
         cache, date = output.cache_folder(run.data, folder), output.template_date(folder)
-        data = read_data(run.data, tokenizer, cache, print, date)
+        data = read_data(run.data, tokenizer, cache, print, date=date, seed=run.seed)
         output.write_json(folder / "data.json", data.report)
         data = data.examples(terms, length)
         steps = number_of_steps(data.train.num_pairs, run.batch.pairs, steps=run.steps, epochs=run.epochs)
@@ -145,8 +147,12 @@ class Job:
     def evaluator(self, objective: TrainingObjective, weights: Weights, reference: Reference) -> Evaluator:
         """What is measured on held-out data."""
         held_out = self.data.held_out
-        rows = None if held_out is None else self.packing.sweep(held_out, objective.spec, reference.held_out)
-        every, live = self.run.evaluation.every, reference.weights
+        rows = {
+            name: self.packing.sweep(encoded, objective.spec, reference.held_out.get(name))
+            for name, encoded in held_out.items()
+        }
+        every = steps_between(self.run.evaluation.every, self.data.train.num_pairs, self.run.batch.pairs)
+        live = reference.weights
         rounding = self.rounding(objective.spec, weights)
         return Evaluator(
             objective, self.mesh, held_out=rows, reference=live, prompts=self.prompts, every=every, rounding=rounding
@@ -159,7 +165,13 @@ class Job:
             return Merging.of(self.run.export, spec, self.sources.policy) if merges else None
         return Rounding.of(self.run.export, spec, self.sources.policy, weights.trained, self.run.seed)
 
-    def recorder(self, trainer: Trainer, evaluator: Evaluator, journal: Journal, *, after: int) -> Recorder:
+    def watch(self, saver: Saver, journal: Journal) -> Watch | None:
+        """What says which step is the best, where the run looks for it."""
+        return watch_of(self.run, self.folder, saver.past, saver.kept, journal.note)
+
+    def recorder(
+        self, trainer: Trainer, evaluator: Evaluator, journal: Journal, *, after: int, watch: Watch | None = None
+    ) -> Recorder:
         """What is written down of each step `after` so many."""
         run = self.run
         same = self.sources.reference_is_policy and self.policy.starts_at_reference(self.run.reference.adapter)
@@ -178,9 +190,8 @@ class Job:
             self.data,
             journal,
             after=after,
-            first_step=first,
-            alarms=alarms,
-            max_nonfinite=run.log.max_nonfinite,
+            checks=Checks(first, alarms, run.log.max_nonfinite),
+            watch=watch,
         )
 
     def record(self, past: Past) -> dict[str, Any]:

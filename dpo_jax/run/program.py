@@ -16,6 +16,7 @@ from dpo_jax.data.batches import Batches
 from dpo_jax.data.encode import encode
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.data.sources import is_here
+from dpo_jax.data.split import split
 from dpo_jax.errors import UserError
 from dpo_jax.hf.tensors import SIDE_FILES
 from dpo_jax.hf.tokenizer import load_tokenizer
@@ -99,6 +100,8 @@ def read_data(run: Run, sources: Sources) -> Encoded:
     tokenizer = load_tokenizer(sources.policy, run.data.template)
     with tempfile.TemporaryDirectory() as folder:
         found, _ = encode(run.data.train, tokenizer, run.data, run.data.cache or folder, first=run.data.first)
+    if run.data.eval_fraction is not None:
+        found = split(found, run.data.eval_fraction, run.seed).train
     return examples(found, run.objective.terms, run.data.max_length)
 
 

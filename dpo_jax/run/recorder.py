@@ -4,7 +4,7 @@ import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,7 +15,9 @@ from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.reporting.health import Alarms
 from dpo_jax.reporting.journal import Journal, read_records
+from dpo_jax.reporting.overfitting import HELD_OUT
 from dpo_jax.reporting.settings import AlarmSettings
+from dpo_jax.run.best import Watch
 from dpo_jax.run.data import Data
 from dpo_jax.run.evaluator import Evaluator, counted
 from dpo_jax.run.first_step import FirstStep, preference_loss
@@ -24,6 +26,15 @@ from dpo_jax.training.loss_scale import LossScale
 from dpo_jax.training.optimizer import warmup_steps
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import State
+
+
+class Checks(NamedTuple):
+    """What a run's steps are held against: what is known of the first, what is said of the others, and how many in a
+    row that are not finite end it."""
+
+    first_step: FirstStep
+    alarms: Alarms | None
+    max_nonfinite: int
 
 
 class Recorder:
@@ -38,13 +49,13 @@ class Recorder:
         journal: Journal,
         *,
         after: int,
-        first_step: FirstStep,
-        alarms: Alarms | None,
-        max_nonfinite: int,
+        checks: Checks,
+        watch: Watch | None = None,
     ):
-        """Go on `after` so many steps."""
+        """Go on `after` so many steps; `watch` says which of them is the best."""
         self._trainer, self._evaluator, self._data, self.journal = trainer, evaluator, data, journal
-        self._first_step, self._alarms, self._max_nonfinite = first_step, alarms, max_nonfinite
+        self._first_step, self._alarms, self._max_nonfinite = checks
+        self.watch = watch
         self._objective, self._batches = trainer.objective, trainer.batches
         train = data.train
         self._lengths = pair_tokens(train)
@@ -60,7 +71,10 @@ class Recorder:
         """The state before the first step, whose weights are measured if there is anything to measure."""
         if self._evaluator.due(0, self._batches.steps):
             self.journal.phase("evaluating")
-            self.journal.evaluation(0, self._evaluator(weights, self.journal.folder, 0))
+            found = self._evaluator(weights, self.journal.folder, 0)
+            if self.watch is not None:
+                self.watch.take(0, found)
+            self._write_evaluation(0, found)
         self.journal.show()
         return self._trainer.fresh(weights.trained)
 
@@ -106,18 +120,37 @@ class Recorder:
         if step == 1:
             self._first_step.check(metrics)
 
-    def evaluate(self, step: int, state: State) -> None:
-        """Measure the weights after this step, if that is due: after the last one, as they will be written."""
+    @property
+    def gave_up(self) -> bool:
+        """Whether the run ends here, since nothing better came for long."""
+        return self.watch is not None and self.watch.gave_up
+
+    def evaluate(self, step: int, state: State) -> bool:
+        """Measure the weights after this step, if that is due; whether they are the best so far.
+
+        After the last step, and wherever the best is looked for, these are measured as they will be written; beside it
+        stands what they had before, after the last step and where they are the best.
+        """
         last = self._batches.steps
         if not self._evaluator.due(step, last):
-            return
+            return False
         self.flush()
-        weights, moved = self._trainer.weights(state), state.get("reference")
-        progress, is_last = (step - 1) / max(last - 1, 1), step == last
-        found = self._evaluator(weights, self.journal.folder, step, progress=progress, moved=moved, is_last=is_last)
-        self.journal.evaluation(step, found)
+        weights = self._trainer.weights(state)
+        when = {"progress": (step - 1) / max(last - 1, 1), "moved": state.get("reference")}
+        as_written = step == last or self.watch is not None
+        found = self._evaluator(weights, self.journal.folder, step, as_written=as_written, **when)
+        better = self.watch is not None and self.watch.take(step, found)
+        if step == last or better:
+            found |= self._evaluator.unrounded(weights, **when)
+        self._write_evaluation(step, found)
         self.journal.show()
         self.restart_clock()
+        return better
+
+    def _write_evaluation(self, step: int, found: dict[str, float]) -> None:
+        self.journal.evaluation(step, found)
+        for line in self._alarms.take(step, {HELD_OUT: found.get("loss")}) if self._alarms else ():
+            self.journal.note(line)
 
     def flush(self) -> None:
         """Write what is pending.
@@ -217,5 +250,5 @@ def make_alarms(
         every=every,
     )
     records = read_records(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
-    alarms.replay(_watched(trainer.objective, record) for record in records if "loss" in record)
+    alarms.replay(_watched(trainer.objective, record) if "loss" in record else record for record in records)
     return alarms

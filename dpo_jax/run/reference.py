@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,11 @@ from dpo_jax.training.step import MovingReference
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Log-probabilities by scored token of the training and of the held-out data; or live weights; or neither."""
+    """Log-probabilities by scored token of the training and of each set of held-out data; or live weights; or
+    neither."""
 
     train: np.ndarray | None = None
-    held_out: np.ndarray | None = None
+    held_out: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     weights: Any = None
     moving: MovingReference | None = None
 
@@ -111,11 +113,10 @@ def make_reference(
     kind = _computed_in(policy, objective) if own else objective.compute_dtype
     kind += "" if sources.rows is None else f" {model.spec.vocab_size} rows"
     kind += start.reference_kind(settings.adapter) if own and start is not None else ""
-    train, held_out = (
-        None if encoded is None else scorer.logps(model, objective, encoded, digest, kind)
-        for encoded in (data.train, data.held_out)
+    train, *others = (
+        scorer.logps(model, objective, encoded, digest, kind) for encoded in (data.train, *data.held_out.values())
     )
-    return Reference(train=train, held_out=held_out)
+    return Reference(train=train, held_out=dict(zip(data.held_out, others, strict=True)))
 
 
 def _copied(params: Params, frozen: Params, dtype: str) -> Params:

@@ -3,8 +3,9 @@
 import json
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
@@ -18,6 +19,7 @@ from dpo_jax.model.weights import Weights
 from dpo_jax.page.render import PAGE
 from dpo_jax.reporting.journal import Journal, read_records, summary
 from dpo_jax.run import adapted, continuing, output, sources, written
+from dpo_jax.run.best import Best, Watch, best_lines
 from dpo_jax.run.continuing import Past
 from dpo_jax.run.data import Data
 from dpo_jax.run.models import notes, weights_digest
@@ -46,23 +48,60 @@ def facts(found: Sources, data: Data, steps: int) -> dict[str, object]:
     }
 
 
-def before_and_after(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """The first and the last evaluation of a run, from its records."""
+class Ended(NamedTuple):
+    """How a run came to its end: the step that is exported, if not the last, and the step that it stopped after, if it
+    was to have more."""
+
+    best: Best | None
+    stopped: int | None
+
+    @classmethod
+    def of(cls, state: State, steps: int, watch: Watch | None) -> "Ended":
+        """From the state after the last step that was made, of so many."""
+        made = int(state["step"])
+        return cls(watch and watch.best, made if made < steps else None)
+
+    def record(self) -> dict[str, Any]:
+        """As `run.json` and `dpo_jax.json` have it."""
+        best = {} if self.best is None else {"best": self.best._asdict()}
+        return best | ({} if self.stopped is None else {"stopped": self.stopped})
+
+    @classmethod
+    def recorded(cls, known: Mapping[str, Any]) -> "Ended":
+        """What `record` gave."""
+        best = known.get("best")
+        return cls(None if best is None else Best(**best), known.get("stopped"))
+
+
+def evaluations(folder: Path) -> dict[int, dict[str, float]]:
+    """The evaluations of a run by step, from its records."""
     records = read_records(folder / "metrics.jsonl")
-    found = [{name: value for name, value in record.items() if name.startswith("eval_")} for record in records]
-    found = [evaluation for evaluation in found if evaluation]
-    return (found[0], found[-1]) if found else ({}, {})
+    names = ("eval_", "eval/")
+    measured = [(r["step"], {name: value for name, value in r.items() if name.startswith(names)}) for r in records]
+    return {step: metrics for step, metrics in measured if metrics}
 
 
-def export(run: Run, found: Sources, policy: Policy, weights: Weights, journal: Journal, end: Ending | None) -> None:
+def before_and_after(folder: Path, best: Best | None = None) -> tuple[dict[str, float], dict[str, float]]:
+    """The first evaluation of a run, and that of what it exports: of the best step, or else the last."""
+    found = evaluations(folder)
+    if not found:
+        return {}, {}
+    after = max(found) if best is None else best.step
+    return found[min(found)], found.get(after, {} if best is None else {best.metric: best.value})
+
+
+def export(
+    run: Run, found: Sources, policy: Policy, weights: Weights, journal: Journal, end: Ending | None, ended: Ended
+) -> None:
     """What was trained as Hugging Face folders like the one it came from, written beside and verified first.
 
     One that stands there and is not as it was exported is renamed, never replaced.
     """
-    folder, said = journal.folder, {}
+    folder, said = journal.folder, ended.record()
     journal.phase("exporting")
-    _, metrics = before_and_after(folder)
-    card, files = described(run, found, end, metrics=metrics)
+    _, metrics = before_and_after(folder, ended.best)
+    card, files = described(run, found, end, metrics=metrics, **said)
+    card["notes"] = [*card["notes"], *best_lines(ended.best, ended.stopped, evaluations(folder))]
     for kind in run.export_kinds:
         target = folder / output.EXPORTS[kind]
         _make_way(target, journal)
@@ -106,7 +145,9 @@ def described(run: Run, found: Sources, end: Ending | None, **more: Any) -> tupl
 
 def exported_as(run: Run) -> dict[str, Any]:
     """The settings that decide what the exported folder holds."""
-    return run.export.model_dump(mode="json", exclude={"push", "private"}, exclude_none=True)
+    chosen = {"best": run.checkpoint.best, "patience": run.evaluation.patience}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return run.export.model_dump(mode="json", exclude={"push", "private"}, exclude_none=True) | given
 
 
 def _make_way(model: Path, journal: Journal) -> None:
@@ -154,10 +195,16 @@ def show(run: Run, folder: Path, word: str) -> int:
     Raises:
       UserError: it was not pushed. The run is finished all the same.
     """
-    before, after = before_and_after(folder)
-    summary(before, after)
     known, kinds = output.recorded(folder), run.export_kinds
-    said = [written.moved_line(known.get("moved")), known.get("merged"), written.margin_line(after, run.export.dtype)]
+    ended = Ended.recorded(known)
+    before, after = before_and_after(folder, ended.best)
+    summary(before, after)
+    said = [
+        *best_lines(*ended, evaluations(folder)),
+        written.moved_line(known.get("moved")),
+        known.get("merged"),
+        written.margin_line(after, run.export.dtype),
+    ]
     print("\n".join(line for line in said if line), end="\n" if any(said) else "")
     names = {"merged": "model", "adapter": "adapter"}
     where = " and ".join(f"the {names[kind]} is in {folder / output.EXPORTS[kind]}" for kind in kinds)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from dpo_jax.files import write_whole
@@ -12,13 +13,16 @@ from dpo_jax.files import write_whole
 FOLDER = "evaluations"
 
 
-def keep_rewards(folder: Path, step: int, rewards: Mapping[str, np.ndarray]) -> None:
+def keep_rewards(folder: Path, step: int, rewards: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Write `evaluations/STEP.npz`: float32 arrays `chosen` and `rejected`, in nats; of a named set `NAME/chosen`."""
-    if not rewards:
+    arrays: dict[str, Any] = {
+        f"{name}/{side}".lstrip("/"): np.asarray(values, np.float32)
+        for name, sides in rewards.items()
+        for side, values in sides.items()
+    }
+    if not arrays or jax.process_index() != 0:
         return
-    there = folder / FOLDER
-    there.mkdir(exist_ok=True)
+    (folder / FOLDER).mkdir(exist_ok=True)
     file = io.BytesIO()
-    arrays: dict[str, Any] = {name: np.asarray(values, np.float32) for name, values in rewards.items()}
     np.savez(file, **arrays)
-    write_whole(there / f"{step}.npz", file.getvalue())
+    write_whole(folder / FOLDER / f"{step}.npz", file.getvalue())

@@ -113,9 +113,9 @@ class Trainer:
         batch = sharding.shape_of(dummy, sharding.batch_shardings(dummy, self.mesh))
         return self.target(), self.frozen, self.reference, batch
 
-    def placed_batches(self, first: int) -> Iterator[Made]:
-        """Batches from a step on, on their devices, made ahead by a thread."""
-        return prefetch(lambda step: sharding.place(self.batches.at(step), self.mesh), range(first, self.batches.steps))
+    def placed_batches(self, first: int, until: int) -> Iterator[Made]:
+        """Batches from a step on, and before another, on their devices, made ahead by a thread."""
+        return prefetch(lambda step: sharding.place(self.batches.at(step), self.mesh), range(first, until))
 
     def _state_shardings(self) -> Any:
         whole = sharding.replicated(self.mesh)

@@ -125,7 +125,7 @@ def margin_line(record: Mapping[str, float | None], dtype: str) -> str | None:
         return None
     name = "the dtype of the source" if dtype == "same" else dtype
     said = f"held-out margin {trained:+.3g} before and {written:+.3g} after rounding to {name}"
-    if written >= LITTLE * trained:
+    if trained - written <= (1 - LITTLE) * abs(trained):
         return said
     return (
         f"{said}; to keep it all set export.dtype=float32, to move more a higher optimizer.learning_rate or more steps"

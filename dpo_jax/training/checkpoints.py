@@ -77,8 +77,10 @@ class Checkpoints:
         if sys.unraisablehook is sys.__unraisablehook__:  # and nobody else's
             sys.unraisablehook = _without_late_answers
 
-    def save(self, step: int, state: Tree, record: dict[str, Any]) -> None:
+    def save(self, step: int, state: Tree, record: dict[str, Any], *, also: int | None = None) -> None:
         """Start saving a tree of arrays and a JSON-able record; a step that is already saved is left alone.
+
+        Of the older steps, `also` is kept beside those that the settings keep.
 
         Raises:
           UserError: this save or the one before it could not be written, or the folder holds this step of another run.
@@ -95,7 +97,7 @@ class Checkpoints:
         with self._writing(step):
             # `force` passes over Orbax's own rules for when to save; deciding that is the caller's.
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-        self._pending = self._finisher.submit(self._finish, step)
+        self._pending = self._finisher.submit(self._finish, step, also)
 
     def latest(self) -> int | None:
         """The newest step that verifies, or None where nothing was ever finished.
@@ -176,19 +178,19 @@ class Checkpoints:
                 raise
             self._say(str(error))
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, also: int | None) -> None:
         """Behind training: wait for the commit, seal it, and only then remove old steps."""
         with self._writing(step):
             self._manager.wait_until_finished()
             if jax.process_index() == 0:
                 seal(self.folder / str(step))
                 write_whole(self.folder / _SEALED, f"{step}\n")
-                self._remove_old(step)
+                self._remove_old(step, also)
         self._good.add(step)
 
-    def _remove_old(self, newest: int) -> None:
+    def _remove_old(self, newest: int, also: int | None) -> None:
         sealed = [step for step, path in steps_of(self.folder) if (path / MANIFEST).exists()]
-        keep = set(sealed[: self._settings.keep])
+        keep = {*sealed[: self._settings.keep], also}
         if self._settings.keep_every is not None:
             keep |= {step for step in sealed if step % self._settings.keep_every == 0}
         unfinished = {step for step, path in steps_of(self.folder) if step < newest and _unfinished(path)}

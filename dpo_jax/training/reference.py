@@ -24,8 +24,14 @@ def cache_key(weights_digest: str, encoded: Encoded, computed: str) -> str:
     return digest_of(f"{VERSION} {weights_digest} {computed} {data_digest(encoded, without=OF_PAIRS)}")
 
 
+NAMES_OF_PROMPTS = ("content_key", "ids_key")
+"""Columns that say of prompts only which are the same."""
+
+
 def data_digest(encoded: Encoded, without: Sequence[str] = ()) -> str:
-    """SHA-256 of every array of a data set, so of every token and of every pair with its weight and margin."""
+    """SHA-256 of every array of a data set that decides numbers, so of every token and of every pair with its weight
+    and margin."""
+    without = (*without, *NAMES_OF_PROMPTS)
     digest = hashlib.sha256()
     for field in dataclasses.fields(encoded):
         array = getattr(encoded, field.name)

@@ -121,4 +121,9 @@ class CheckpointSettings(Section):
     keep_every: int | None = Field(
         default=None, gt=0, description="also keep, for ever, each checkpoint at a multiple of this"
     )
+    best: str | None = Field(
+        default=None,
+        description="metric of the evaluations, such as eval_loss, eval_rewards/accuracies, eval/NAME/loss, pass_rate: "
+        "the checkpoint that is best by it is kept, and exported in place of the last",
+    )
     allow_change: tuple[str, ...] = Field(default=(), description="settings whose change a resumed run accepts")

@@ -106,7 +106,7 @@ def test_it_evaluates_at_the_start_on_the_way_and_at_the_end(finished):
     evaluations = [record for record in read_records(finished / "metrics.jsonl") if "eval_loss" in record]
     assert [record["step"] for record in evaluations] == [0, 3, STEPS]
     assert evaluations[0]["eval_loss"] == pytest.approx(np.log(2), abs=1e-4)
-    assert all(record["eval_good_answers"] in (0.0, 1.0) for record in evaluations)
+    assert all(record["eval_pass_rate"] in (0.0, 1.0) for record in evaluations)
 
 
 def test_the_result_is_a_folder_like_the_one_it_came_from(world, finished):

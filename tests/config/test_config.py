@@ -126,6 +126,14 @@ def plain_run(*overrides: str) -> Run:
         ("data.columns={prompt: [instruction, input], chosen: good}", "data.as_chat=true"),
         ("data.chat_template_kwargs={enable_thinking: false, tools: [a, {b: 1}]}",),
         ("evaluation.answers=null", "evaluation.max_new_tokens=3"),
+        ("data.eval={kind: a.jsonl, safe: [b, c]}", "evaluation.every=0.5 epochs"),
+        (
+            "data.eval_fraction=0.1",
+            "evaluation={every: 1 epoch, patience: 3}",
+            "checkpoint.best=eval_rewards/accuracies",
+        ),
+        ("data.eval.kind=a", "data.eval.safe=b", "evaluation.every=7", "checkpoint.best=eval/safe/loss"),
+        ("evaluation={answers: a.jsonl, every: 2}", "checkpoint.best=pass_rate"),
     ],
 )
 def test_what_is_dumped_or_printed_gives_the_same_run_again(tmp_path, capsys, overrides):
@@ -248,6 +256,39 @@ BAD = {
         ("  max_length: 512", "  columns: prompt"),
         ":7: data.columns: ",
         "must be a block of names and values",
+    ),
+    "two ways to hold out": (
+        ("  max_length: 512", "  eval_fraction: 0.1"),
+        ":7: data.eval_fraction: ",
+        "data.eval has held-out pairs already",
+    ),
+    "all held out": (("  eval: held_out.jsonl", "  eval_fraction: 1"), ":6: data.eval_fraction: ", "> 0 and < 1"),
+    "a set without a file": (("eval: held_out.jsonl", "eval: {a: []}"), ":6: data.eval: ", "at least one file"),
+    "a set whose file has no name": (("eval: held_out.jsonl", "eval: {a: ' '}"), ":6: data.eval: ", "is empty"),
+    "a set with a strange name": (("eval: held_out.jsonl", "eval: {a/b: c}"), ":6: data.eval: ", "cannot name a set"),
+    "a set of numbers": (("eval: held_out.jsonl", "eval: {a: 3}"), ":6: data.eval: ", "must be text or a list"),
+    "epochs without the word": (("every: 10", "every: 0.5"), ":15: evaluation.every: ", "in words, as in '0.5 epochs'"),
+    "no epochs": (("every: 10", "every: 0.0 epochs"), ":15: evaluation.every: ", "must be a whole number of steps > 0"),
+    "other words": (("every: 10", "every: 2 passes"), ":15: evaluation.every: ", "or '1 epoch', or null"),
+    "never": (("every: 10", "every: 0"), ":15: evaluation.every: ", "must be a whole number of steps > 0"),
+    "patience for nothing": (("every: 10", "every: 10\n  patience: 2"), ":16: evaluation.patience: ", "which metric"),
+    "best of an unknown metric": (
+        ("seed: 7", "checkpoint.best: eval_los"),
+        ":19: checkpoint.best: ",
+        "no such metric; did you mean eval_loss?",
+    ),
+    "best of anything": (("seed: 7", "checkpoint.best: beauty"), ":19: checkpoint.best: ", "choose eval_loss, "),
+    "best of no answers": (("seed: 7", "checkpoint.best: pass_rate"), ":19: checkpoint.best: ", "evaluation.answers"),
+    "best of no set": (
+        ("seed: 7", "checkpoint.best: eval/kind/loss"),
+        ":19: checkpoint.best: ",
+        "no such metric; did you mean eval_",
+    ),
+    "best of two": (("every: 10", "every: null\ncheckpoint.best: eval_loss"), ":16: checkpoint.best: ", "between"),
+    "best against what moves": (
+        ("seed: 7", "checkpoint.best: eval_loss\nreference.update_every: 3"),
+        ":19: checkpoint.best: ",
+        "another thing at each step under reference.update_every; choose eval_logps",
     ),
     "unknown change": (("seed: 7", "checkpoint.allow_change: [sed]"), ":19: checkpoint.allow_change: ", "'sed' is not"),
     "harmless change": (("seed: 7", "checkpoint.allow_change: [output]"), ":19: checkpoint.allow_change: ", "leave it"),
@@ -621,3 +662,21 @@ def test_messages_cannot_forge_lines_or_move_the_cursor(capsys):
 def test_configs_of_the_repository_load():
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         config.load([str(path)])
+
+
+def test_a_later_value_replaces_sets_of_held_out_data_and_sets_replace_a_value(good):
+    Path("sets.yaml").write_text("data: {eval: {kind: a.jsonl, safe: b.jsonl}}\n")
+    assert config.load([good, "sets.yaml"]).data.eval == {"kind": "a.jsonl", "safe": "b.jsonl"}
+    assert config.load([good, "sets.yaml", "data.eval.safe=c"]).data.eval == {"kind": "a.jsonl", "safe": "c"}
+    assert config.load([good, "sets.yaml", "data.eval=one.jsonl"]).data.eval == "one.jsonl"
+    assert config.load([good, "sets.yaml", "data.eval=null", "data.eval_fraction=0.1"]).data.eval is None
+    assert config.load([good, "data.eval.kind=a"]).data.eval_sets == {"kind": "a"}
+
+
+def test_what_null_turns_off_takes_what_looked_at_it_along(good):
+    watching = ("checkpoint.best=eval_loss", "evaluation.patience=2")
+    off = config.load([good, *watching, "data.eval=null"])
+    assert (off.evaluation.every, off.checkpoint.best, off.evaluation.patience) == (None, None, None)
+    assert config.load([good, *watching, "checkpoint.best=null"]).evaluation.patience is None
+    both = config.load([good, *watching, "data.eval=null", "data.eval_fraction=0.5"])
+    assert both.evaluation.patience == 2 and both.checkpoint.best == "eval_loss"

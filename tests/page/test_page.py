@@ -238,7 +238,7 @@ def test_held_out_sets_that_have_names_have_curves_of_their_own(tmp_path):
     loss = next(plot for plot in panels.plots(found) if plot.title == "Loss")
     assert [part.label for part in loss.parts] == ["training", "helpful", "harmless"]
     assert len({part.colour for part in loss.parts}) == 3
-    assert [row.label for row in summary.results(found)].count("held-out loss, helpful") == 1
+    assert [label for label, _, _ in summary.results(found)].count("helpful: loss") == 1
 
 
 @pytest.mark.parametrize("values", [[math.nan], [1.0], [0.0, 0.0], [1e-30, 1e30], [math.nan, 2.0]])

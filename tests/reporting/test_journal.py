@@ -193,7 +193,7 @@ def everything(console: Console, folder) -> str:
         book.evaluation(20, {"rewards/accuracies": 0.5})
         book.note("[bold]saved\x07 \x9b2J\u202e to a/b\nerror: forged")
         book.phase("exporting \x1b[2J\x9b")
-    summary({"eval_loss": 0.7, "eval_kl": None}, {"eval_loss": None, "good_answers": 0.5}, console=console)
+    summary({"eval_loss": 0.7, "eval_kl": None}, {"eval_loss": None, "pass_rate": 0.5}, console=console)
     return console.file.getvalue()
 
 
@@ -250,13 +250,13 @@ def test_the_summary_sets_before_beside_after():
     console = terminal()
     summary(
         {"step": 0, "eval_rewards/accuracies": 0.5, "eval_loss": 0.69314},
-        {"step": 9, "eval_rewards/accuracies": 0.714, "eval_loss": 0.4, "good_answers": 0.875, "eval_other": 1.0},
+        {"step": 9, "eval_rewards/accuracies": 0.714, "eval_loss": 0.4, "pass_rate": 0.875, "eval_other": 1.0},
         console=console,
     )
     assert console.file.getvalue().splitlines() == [
         "held-out accuracy   50.0% ->  71.4%",
         "held-out loss      0.6931 -> 0.4000",
-        "good answers            - ->  87.5%",
+        "pass rate               - ->  87.5%",
     ]
 
 
@@ -271,6 +271,33 @@ def test_what_is_not_finite_is_said_to_be(tmp_path):
     said = console.file.getvalue()
     assert "held-out loss not finite" in said and "held-out margin    not finite -> not finite" in said
     assert "held-out accuracy       50.0% ->      50.0%" in said
+
+
+def test_sets_with_names_have_rows_of_their_own_and_one_word_in_a_line(tmp_path):
+    console, measured = terminal(), {"loss": 0.5, "rewards/accuracies": 0.75, "rewards/margins": 0.1}
+    sets = {f"eval/{name}/{metric}": value for name in ("kind", "safe") for metric, value in measured.items()}
+    with Journal(tmp_path, 2, FILE_ONLY, console=console) as book:
+        book.evaluation(2, {**measured, **sets})
+    (record,) = read_records(tmp_path / "metrics.jsonl")
+    assert record == {"step": 2, **{f"eval_{name}": value for name, value in measured.items()}, **sets}
+    assert console.file.getvalue().splitlines() == [
+        "evaluation after step 2  held-out accuracy 75.0%  held-out margin +0.100  held-out loss 0.5000  "
+        "kind 75.0%  safe 75.0%"
+    ]
+    console = terminal()
+    summary({"eval_loss": 0.7, "eval/kind/loss": 0.6}, {"eval_loss": 0.4, "eval/safe/loss": 0.3}, console=console)
+    assert console.file.getvalue().splitlines() == [
+        "held-out loss  0.7000 -> 0.4000",
+        "kind: loss     0.6000 ->      -",
+        "safe: loss          - -> 0.3000",
+    ]
+
+
+def test_records_of_earlier_versions_have_todays_names(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_good_answers": 0.5, "eval_loss": 1.0}\n')
+    assert read_records(tmp_path / "metrics.jsonl") == [{"step": 0, "eval_pass_rate": 0.5, "eval_loss": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "good_answers": 0.5}\n')
+    assert read_records(tmp_path / "metrics.jsonl") == [{"step": 0, "pass_rate": 0.5}]
 
 
 def test_nothing_measured_gives_no_summary():

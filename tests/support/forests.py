@@ -67,6 +67,8 @@ def random_encoded(units=9, completions=(2, 2), vocab=50, seed=0, longest=12, sk
         label=label.astype(np.float32),
         file=np.zeros(units, i32),
         line=np.arange(1, units + 1, dtype=i32),
+        content_key=np.arange(units),
+        ids_key=np.arange(units),
         truncated=skip > 0,
         rank=np.zeros(len(unit), i32),
         files=("made up",),

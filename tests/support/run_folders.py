@@ -67,7 +67,7 @@ def records(steps: int, every: int, rising: float = 0.4) -> list[dict[str, Any]]
 def _evaluation(margin: float, accuracy: float) -> dict[str, Any]:
     named = {"loss": math.log1p(math.exp(-margin)), "rewards/margins": margin, "rewards/accuracies": accuracy}
     named |= {"logps/accuracies": accuracy, "kl": margin / 10, "drift/chosen": -margin, "drift/rejected": -3 * margin}
-    return {f"eval_{name}": value for name, value in {**named, "good_answers": accuracy}.items()}
+    return {f"eval_{name}": value for name, value in {**named, "pass_rate": accuracy}.items()}
 
 
 def make_run(
