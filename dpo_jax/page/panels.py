@@ -144,7 +144,7 @@ def _lines(run: RunFolder, panel: Panel) -> Iterator[Line]:
             margins = run.held_out("rewards/margins", which)
             if found := _told(series.metric, run.held_out(series.metric, which), margins):
                 several = len(run.sets) > 1
-                colour = PALETTE[number % len(PALETTE)] if several else series.colour or "held"
+                colour = series.colour or (PALETTE[number % len(PALETTE)] if several else "held")
                 label = _label(series, which or ("all held-out" if several else "held-out"))
                 yield Line(thin(found), colour, True, _marked_band(panel, found, run, which), label, found.last, number)
 
