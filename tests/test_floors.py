@@ -17,8 +17,9 @@ FLOORS = (
     ("hf", "preference"),
     ("training", "evaluation", "reporting", "planning"),
     ("config",),
+    ("page",),
     ("run",),
-    ("train", "evaluate", "sample", "convert", "preview", "doctor", "plan", "winrate", "sweep"),
+    ("train", "evaluate", "sample", "convert", "preview", "doctor", "plan", "winrate", "sweep", "report"),
     ("collect", "rounds"),
 )
 BASE = FLOORS[0]

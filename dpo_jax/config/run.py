@@ -158,9 +158,9 @@ KEEPS_MATHEMATICS = frozenset(
     evaluation.judge evaluation.judge_template evaluation.judge_model evaluation.judge_key_variable
     evaluation.judge_call_budget checkpoint.every checkpoint.keep
     checkpoint.keep_every checkpoint.best
-    checkpoint.allow_change log.every log.tensorboard log.loggers log.token_statistics log.max_nonfinite output
-    alarms.enabled alarms.chosen_drift alarms.kl export.dtype export.rounding export.align_eos export.kind export.push
-    export.private
+    checkpoint.allow_change log.every log.report log.tensorboard log.loggers log.token_statistics log.max_nonfinite
+    output alarms.enabled alarms.chosen_drift alarms.kl export.dtype export.rounding export.align_eos export.kind
+    export.push export.private
     """.split()
 )
 
@@ -383,6 +383,29 @@ def changed_mathematics(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[
     default = {key: None if field.is_required() else field.default for key, field in FIELDS.items()}
     pairs = ((key, before.get(key, default.get(key)), after.get(key, default.get(key))) for key in keys)
     return [redacted(f"{key}: {_shown(a)} -> {_shown(b)}") for key, a, b in pairs if a != b]
+
+
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting of a `dump` by its full name, the objective's defaults filled in."""
+    return dict(_flat(_completed(settings)))
+
+
+def differing(settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What in a `dump` is not as in a run with this model, data, objective and kind of training of which nothing else
+    is said: the value and what it would be, by full name. What has no default would be `...`.
+    """
+    given = flat(settings)
+    if (mixture := given.get("objective.mixture")) is not None:
+        objective = {"mixture": mixture}
+    else:
+        objective = {"name": given.get("objective.name", "sigmoid")}
+    said = {"objective": objective, "output": "run", "model": {"path": "."}, "data": {"train": "."}}
+    said |= {"steps": given["steps"]} if given.get("steps") is not None else {}
+    said |= {"adapter": {"rank": 8}} if given.get("adapter.rank") or given.get("adapter.path") else {}
+    usual = {key: field.default for key, field in FIELDS.items()} | flat(dump(Run.model_validate(said)))
+    usual |= {key: ... for key, field in FIELDS.items() if field.is_required()} | {"adapter.rank": ...}
+    usual["objective.name"] = "sigmoid"
+    return {key: (value, usual.get(key)) for key, value in given.items() if usual.get(key) != value}
 
 
 def _completed(settings: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -72,6 +72,21 @@ def preference_metrics(terms: Sequence[Term], pairs: Pairs, found: Sequence[Loss
     return jax.lax.stop_gradient(values)
 
 
+def seen_rewards(
+    terms: Sequence[Term], pairs: Pairs, progress: Progress
+) -> tuple[Float[Array, "*P"], Float[Array, "*P"]] | None:
+    """The rewards that `rewards/chosen` and `rewards/rejected` are the means of: for single completions all of them,
+    and nan on the side where they do not belong; None of an objective that has none."""
+    kind, lead = data_of(terms), leading(terms)
+    seen, beta = modified(lead, pairs), beta_of(lead, progress.share)
+    if kind == "chosen":
+        return None
+    if kind == "unpaired":
+        reward, good = beta * (seen.policy_chosen - seen.reference_chosen), seen.label > 0.5
+        return jnp.where(good, reward, jnp.nan), jnp.where(good, jnp.nan, reward)
+    return rewards(seen, beta, average=lead.row.reward == "average")
+
+
 def of_terms(terms: Sequence[Term], pairs: Pairs, found: Sequence[LossOutput]) -> Values:
     """Loss of each term and mean of what it makes grow."""
     values, counts = {}, counts_of(pairs.real, pairs.chosen_length)

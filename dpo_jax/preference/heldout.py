@@ -13,7 +13,7 @@ from dpo_jax.data.batches import Batches
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.model.decoder import Params
 from dpo_jax.model.weights import Weights
-from dpo_jax.objectives.metrics import Means, Values
+from dpo_jax.objectives.metrics import Means, Values, seen_rewards
 from dpo_jax.objectives.mixture import Progress
 from dpo_jax.objectives.pairs import Pairs, Ranking
 from dpo_jax.objectives.terms import Term
@@ -77,11 +77,15 @@ def measured(seen: SeenPairs, measure: Measure, progress: float = 1.0) -> dict[s
       measure: as `measurement` makes it.
       progress: share of the run that is done, for a beta that is scheduled.
     """
-    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *map(_widened(seen.pairs), seen.pairs))
-    loss, metrics = jax.device_get(measure(whole, jnp.float32(progress)))
+    loss, metrics = jax.device_get(measure(_whole(seen), jnp.float32(progress)))
     found = {"loss": loss, **metrics}
     statistics = {name: total / count if count else np.nan for name, (total, count) in seen.totals.items()}
     return {name: float(value) for name, value in (found | statistics).items()}
+
+
+def _whole(seen: SeenPairs) -> Pairs:
+    """All pairs together, on the host."""
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *map(_widened(seen.pairs), seen.pairs))
 
 
 def _widened(parts: Sequence[Pairs]) -> Callable[[Pairs], Pairs]:
@@ -105,6 +109,18 @@ def _widened(parts: Sequence[Pairs]) -> Callable[[Pairs], Pairs]:
 def measurement(terms: tuple[Term, ...]) -> Measure:
     """What `measured` takes as `measure` for these objectives; compiled once for each number of pairs."""
     return jax.jit(lambda pairs, progress: measure(terms, pairs, Progress(progress))[:2])
+
+
+def rewards_of(terms: tuple[Term, ...]) -> Callable[[SeenPairs, float], dict[str, np.ndarray]]:
+    """A function of `(pairs, progress)` to the rewards of chosen and rejected completions, float32 [P] in nats; empty
+    for an objective that has none."""
+    compiled = jax.jit(lambda pairs, progress: seen_rewards(terms, pairs, Progress(progress)))
+
+    def found(seen: SeenPairs, progress: float) -> dict[str, np.ndarray]:
+        sides = jax.device_get(compiled(_whole(seen), jnp.float32(progress)))
+        return {} if sides is None else dict(zip(("chosen", "rejected"), sides, strict=True))
+
+    return found
 
 
 def token_logprobs(

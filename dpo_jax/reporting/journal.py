@@ -30,9 +30,10 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-from dpo_jax.errors import UserError, printable, redacted
+from dpo_jax.errors import UserError, one_line, printable, redacted
 from dpo_jax.files import naming, write_whole
 from dpo_jax.reporting.metrics import OLD_NAMES, PREFIX, TERMINAL, in_a_line, recorded, table
+from dpo_jax.reporting.notes import Notes, Page
 from dpo_jax.reporting.settings import LogSettings
 
 METRICS_FILE = "metrics.jsonl"
@@ -63,7 +64,7 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             known = isinstance(record, dict) and isinstance(record.get("step"), int)
-        except ValueError:
+        except (ValueError, RecursionError):
             known = False
         if not known:
             raise UserError(f"{path}:{number}: is not a record of metrics; restore the file or move it away")
@@ -323,17 +324,21 @@ class Journal:
         process: int = 0,
         console: Console | None = None,
         began: float | None = None,
+        page: Page | None = None,
     ):
         """Write into `folder`, from the start (-1) or after step `resume_step`; the command `began` then, or now."""
         self.began, self.folder = time.perf_counter() if began is None else began, Path(folder)
         self._every, self._total = settings.every, total_steps
         self._writers: list[Writer] = []
         self._file: MetricsFile | None = None
+        self._notes: Notes | None = None
+        self._page, self._last = page if process == 0 else None, max(resume_step, 0)
         self._terminal: PlainTerminal | LiveTerminal | Silent = Silent()
         if process != 0:
             return
         folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
+        self._notes = Notes(folder, resume_step)
         screen = console or Console()
         self._terminal = (
             LiveTerminal(screen, total_steps, resume_step)
@@ -352,11 +357,15 @@ class Journal:
         """The journal itself."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Close all that is written to, whatever ended the run."""
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """Close all that is written to, whatever ended the run, and leave a page of it, unless there is no time."""
         self._terminal.close()
         for writer in self._writers:
             writer.close()
+        if isinstance(error, Exception) and self._notes is not None:
+            self._notes.write(self._last, f"ended by {one_line(error)}")
+        if self._page is not None and (kind is None or issubclass(kind, Exception)):
+            self._page.end(self.note)
 
     @property
     def records(self) -> int:
@@ -394,10 +403,18 @@ class Journal:
         self._terminal.note(f"evaluation after step {step}  {in_a_line(numbers)}")
 
     def note(self, line: str) -> None:
-        """Show a line on the terminal."""
+        """Show a line on the terminal, and keep it."""
         self._terminal.note(line)
+        if self._notes is not None:
+            self._notes.write(self._last, line)
+
+    def show(self) -> None:
+        """Draw the page again, if there is one and it is old."""
+        if self._page is not None:
+            self._page.refresh(self.note)
 
     def _write(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._last = step
         for writer in self._writers:
             writer.write(step, numbers)
 

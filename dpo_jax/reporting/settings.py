@@ -11,6 +11,7 @@ class LogSettings(Section):
     """What is written while a run goes on."""
 
     every: int = Field(default=1, gt=0, description="steps between records in metrics.jsonl")
+    report: bool = Field(default=True, description="draw report.html, the page of the run, now and then and at the end")
     tensorboard: bool = Field(default=True, description="also write TensorBoard event files")
     loggers: tuple[Literal["wandb", "trackio"], ...] = Field(
         default=(), description="also send metrics to these services"

@@ -73,6 +73,7 @@ class Saver:
             record = {**self._record, "records": recorder.journal.records, **watched}
             best = watch and watch.best
             self._checkpoints.save(step, as_saved(state), record, best.step if best else None)
+            recorder.journal.show()
             recorder.restart_clock()
         return due
 

@@ -23,6 +23,7 @@ from dpo_jax.preference import heldout
 from dpo_jax.preference.loss import TrainingObjective, evaluate_batch
 from dpo_jax.reporting.metrics import recorded
 from dpo_jax.run.judging import AgainstStart
+from dpo_jax.run.seen import keep_rewards
 from dpo_jax.run.written import UNROUNDED, Merging, Rounding
 
 
@@ -76,6 +77,7 @@ class Evaluator:
             lambda weights, live, batch: evaluate_batch(objective, weights, batch, live), mesh
         )
         self._measure = heldout.measurement(as_measured(objective.terms))
+        self._rewards = heldout.rewards_of(as_measured(objective.terms))
 
     def due(self, step: int, last: int) -> bool:
         """Whether to evaluate after this many steps."""
@@ -93,13 +95,15 @@ class Evaluator:
         as_written: bool = False,
     ) -> dict[str, float]:
         """Metrics of these weights after this many steps, or of these weights as an export would write them; answers go
-        to `answers/STEP.jsonl`.
+        to `answers/STEP.jsonl`, rewards to `evaluations/STEP.npz`.
 
         `progress` is the share of the run that is done, `moved` the weights of a reference that moves.
         """
         if as_written and self._rounding is not None and self._rounding.digits:
             weights = self._rounding(weights)
-        found = self.on_pairs(weights, progress=progress, moved=moved)
+        seen = self._look(weights, moved)
+        found = self._on_pairs(seen, progress)
+        keep_rewards(folder, step, {name: self._rewards(pairs, progress) for name, pairs in seen.items()})
         if self._prompts is not None:
             found |= self._answer(self._prompts, weights.params, folder, step)
         return found
@@ -115,10 +119,15 @@ class Evaluator:
     def on_pairs(self, weights: Weights, *, progress: float = 0.0, moved: Any = None) -> dict[str, float]:
         """Metrics of these weights on all held-out pairs, and on those of each set that has a name; none where there
         are no pairs."""
+        return self._on_pairs(self._look(weights, moved), progress)
+
+    def _look(self, weights: Weights, moved: Any) -> dict[str, heldout.SeenPairs]:
         live = self._reference if moved is None else moved
         collect = functools.partial(_collected, self._collect, live)
         place = functools.partial(sharding.place, mesh=self._mesh)
-        seen = {name: heldout.look(collect, weights, batches, place) for name, batches in self._held_out.items()}
+        return {name: heldout.look(collect, weights, batches, place) for name, batches in self._held_out.items()}
+
+    def _on_pairs(self, seen: Mapping[str, heldout.SeenPairs], progress: float) -> dict[str, float]:
         if not seen:
             return {}
         whole = functools.reduce(heldout.SeenPairs.__add__, seen.values())

@@ -22,6 +22,7 @@ EXPORTS = {"merged": MODEL, "adapter": ADAPTER}
 """Folder of each kind of result (`Run.export_kinds`)."""
 OURS = frozenset(
     {LOCK, RUN_FILE, "metrics.jsonl", CHECKPOINTS, MODEL, ADAPTER, "cache", "data.json", "answers", "verdicts"}
+    | {"evaluations", "report.html", "notes.jsonl"}
     | {"tensorboard", "wandb", "wandb_run", "trackio", COLLECTED}
 )
 """What a run's folder holds."""
@@ -127,9 +128,9 @@ def template_date(folder: Path) -> str | None:
     return recorded(folder).get("facts", {}).get(DATE)
 
 
-def record_run(run: Run, folder: Path, facts: dict[str, Any]) -> None:
-    """Write down what this run is, before what costs anything."""
-    write_json(folder / RUN_FILE, record_of(run, facts))
+def record_run(run: Run, folder: Path, facts: dict[str, Any], **more: Any) -> None:
+    """Write down what this run is, before what costs anything, and what `more` there is to say of it."""
+    write_json(folder / RUN_FILE, {**record_of(run, facts), **more})
 
 
 def record_of(run: Run, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """What a run computes with: read from its settings and folders in order, before and after there are weights."""
 
 import dataclasses
+import platform
 from pathlib import Path
 from typing import Any
 
 import jax
 
+import dpo_jax
 from dpo_jax.config.run import Run
 from dpo_jax.data.arguments import dated
 from dpo_jax.hf.ending import Ending
@@ -13,6 +15,7 @@ from dpo_jax.hf.tensors import SIDE_FILES
 from dpo_jax.hf.tokenizer import load_tokenizer
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights
+from dpo_jax.page.keeping import Page
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.reporting.journal import Journal
 from dpo_jax.run import models, output, result
@@ -108,7 +111,12 @@ class Job:
     def journal(self, start: int | None, began: float) -> Journal:
         """The journal of a command that `began` then; what it has of steps after the checkpoint `start` is dropped."""
         after = -1 if start is None else start
-        return Journal(self.folder, self.steps, self.run.log, after, process=jax.process_index(), began=began)
+        how = {
+            "process": jax.process_index(),
+            "began": began,
+            "page": Page(self.folder) if self.run.log.report else None,
+        }
+        return Journal(self.folder, self.steps, self.run.log, after, **how)
 
     def reference(
         self, objective: TrainingObjective, weights: Weights, journal: Journal, *, resumes: bool
@@ -197,5 +205,13 @@ class Job:
         facts = result.facts(self.sources, self.data, self.steps)
         for line in past.check_facts(self.run, facts, self.data.train):
             print(line)
-        output.record_run(self.run, self.folder, facts)
+        output.record_run(self.run, self.folder, facts, machine=machine_of(self.mesh))
         return facts
+
+
+def machine_of(mesh: jax.sharding.Mesh) -> dict[str, str]:
+    """What a run runs on: versions, and devices with how they are laid out."""
+    axes = " ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
+    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}" + (f" ({axes})" if axes else "")
+    versions = {"dpo_jax": dpo_jax.__version__, "jax": jax.__version__, "Python": platform.python_version()}
+    return versions | {"devices": devices, "processes": str(jax.process_count())}

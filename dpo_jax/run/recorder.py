@@ -75,6 +75,7 @@ class Recorder:
             if self.watch is not None:
                 self.watch.take(0, found)
             self._write_evaluation(0, found)
+        self.journal.show()
         return self._trainer.fresh(weights.trained)
 
     def start(self) -> None:
@@ -142,6 +143,7 @@ class Recorder:
         if step == last or better:
             found |= self._evaluator.unrounded(weights, **when)
         self._write_evaluation(step, found)
+        self.journal.show()
         self.restart_clock()
         return better
 

@@ -16,6 +16,7 @@ from dpo_jax.hf import checkpoint, peft, tensors
 from dpo_jax.hf.ending import Ending, aligned
 from dpo_jax.model.decoder import Model
 from dpo_jax.model.weights import Weights
+from dpo_jax.page.render import PAGE
 from dpo_jax.reporting.journal import Journal, read_records, summary
 from dpo_jax.run import adapted, continuing, output, sources, written
 from dpo_jax.run.best import Best, Watch, best_lines
@@ -207,7 +208,8 @@ def show(run: Run, folder: Path, word: str) -> int:
     print("\n".join(line for line in said if line), end="\n" if any(said) else "")
     names = {"merged": "model", "adapter": "adapter"}
     where = " and ".join(f"the {names[kind]} is in {folder / output.EXPORTS[kind]}" for kind in kinds)
-    print(f"{word}: {where}, the record in {folder / 'metrics.jsonl'}", flush=True)
+    page = f", the page in {folder / PAGE}" if (folder / PAGE).is_file() else ""
+    print(f"{word}: {where}, the record in {folder / 'metrics.jsonl'}{page}", flush=True)
     pushed = known.get("pushed", {})
     if run.export.push is not None and run.export.push not in pushed:
         url = sources.send(run.export, folder / output.EXPORTS[kinds[0]])

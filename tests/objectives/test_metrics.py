@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.objectives.metrics import Mean, means, merge, quantile
+from dpo_jax.objectives.metrics import Mean, means, merge, quantile, seen_rewards
 from dpo_jax.objectives.mixture import START, Progress, beta_of, labels_of, outcomes, start_constant
 from dpo_jax.objectives.pairs import Pairs
 from dpo_jax.objectives.terms import make_terms
@@ -46,6 +46,21 @@ def test_padding_counts_for_nothing_even_when_it_is_nan(blocks):
     kept = jax.tree.map(lambda x: x[real], pairs)
     for name, value in metrics_of(spoiled, terms).items():
         np.testing.assert_allclose(value, metrics_of(kept, terms)[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "ipo", "simpo", "kto", "reward", "sft"])
+def test_rewards_one_by_one_have_the_means_that_are_reported(name):
+    terms = make_terms([{"name": name}])
+    pairs = some_pairs(7, label=jnp.asarray([1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0]))
+    found, reported = seen_rewards(terms, pairs, START), metrics_of(pairs, terms)
+    if found is None:
+        assert not any(metric.startswith("rewards/") for metric in reported)
+        return
+    for side, values in zip(("chosen", "rejected"), found, strict=True):
+        assert values.shape == (7,)
+        np.testing.assert_allclose(np.nanmean(values), reported[f"rewards/{side}"], rtol=1e-5, atol=1e-6)
+    if name != "kto":
+        np.testing.assert_allclose(np.mean(found[0] > found[1]), reported["rewards/accuracies"], rtol=1e-6)
 
 
 def test_quantiles_are_numpys_over_the_real_pairs():
