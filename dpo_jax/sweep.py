@@ -10,11 +10,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpo_jax.config import command as commands
 from dpo_jax.config import run as config
 from dpo_jax.errors import UserError
 from dpo_jax.settings import COMMAND_LINE
+
+if TYPE_CHECKING:
+    from dpo_jax.run.sweeping import Axis, Result
 
 OPTIONS = (
     "  key=a,b,...    a setting with several values; one run for each combination of them",
@@ -47,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     results = sweeping.ranked(results, metric)
     sweeping.record(folder, run, axes, results, metric)
     _show(sweeping.table(axes, results, metric), metric)
-    print(f"the record is in {folder / sweeping.RECORD}")
+    print(f"the record is in {folder / sweeping.RECORD}{_page(folder, axes, results)}")
     ended = set(codes.values())
     return 0 if ended == {0} else 75 if ended <= {0, 75, 130} else 1
 
@@ -71,6 +75,18 @@ def _jobs(text: str, most: int) -> int:
     if not text.isdigit() or not 1 <= int(text):
         raise UserError(f"{COMMAND_LINE}: --jobs {text[:40]}: must be a whole number of at least 1")
     return min(int(text), most)
+
+
+def _page(folder: Path, axes: "Sequence[Axis]", results: "Sequence[Result]") -> str:
+    """Draw the page that compares the runs, if any has learned something, and say where it is."""
+    from dpo_jax.page.render import PAGE, write_comparison
+
+    runs = [result.point for result in results if result.metrics]
+    if not runs:
+        return ""
+    title, names = f"Sweep of {', '.join(axis.key for axis in axes)}", [point.name for point in runs]
+    page = write_comparison([point.folder for point in runs], folder / PAGE, title=title, names=names)
+    return f", the page in {page}"
 
 
 def _say(line: str) -> None:

@@ -45,6 +45,7 @@ def test_runs_share_their_caches_and_the_same_command_again_finds_them_done(argu
     first = capfd.readouterr().out
     folder = tmp_path / "swept"
     assert "sorted by eval_rewards/accuracies, the best first" in first
+    assert "beta=0.5" in (folder / "report.html").read_text()
     for name in ("beta=0.1", "beta=0.5"):
         assert (folder / name / "model" / "model.safetensors").exists() and not (folder / name / "cache").exists()
     kept = sorted(path.name for path in (folder / "cache").iterdir())
