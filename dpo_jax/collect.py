@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from dpo_jax.config.command import Parser, command, quiet_libraries
+from dpo_jax.config.judges import add_judges, judges_of
 from dpo_jax.errors import UserError
 from dpo_jax.evaluation.judges.settings import KINDS, JudgeSettings
 from dpo_jax.evaluation.settings import CollectSettings
 from dpo_jax.files import locked
 from dpo_jax.settings import COMMAND_LINE, allowed
-from dpo_jax.winrate import add_judges, judges_of
 
 if TYPE_CHECKING:
     from dpo_jax.evaluation.collecting import Writer
@@ -79,7 +79,9 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter of the model: a folder, or hub id")
     for name, field in CollectSettings.model_fields.items():
         default, text = field.default, f"{field.description} (default {field.default})"
-        kind = {"choices": ["best_worst", "ranked", "all"]} if name == "pairs" else {"type": type(default)}
+        kind: dict[str, Any] = (
+            {"choices": ["best_worst", "ranked", "all"]} if name == "pairs" else {"type": type(default)}
+        )
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=text, **kind)
     parser.add_argument(
         "--dtype",
