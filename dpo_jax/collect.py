@@ -79,7 +79,9 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter of the model: a folder, or hub id")
     for name, field in CollectSettings.model_fields.items():
         default, text = field.default, f"{field.description} (default {field.default})"
-        kind = {"choices": ["best_worst", "ranked", "all"]} if name == "pairs" else {"type": type(default)}
+        kind: dict[str, Any] = (
+            {"choices": ["best_worst", "ranked", "all"]} if name == "pairs" else {"type": type(default)}
+        )
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=text, **kind)
     parser.add_argument(
         "--dtype",
