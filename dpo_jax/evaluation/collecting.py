@@ -121,7 +121,6 @@ def collect(
     parts = folder / PARTS
     parts.mkdir(exist_ok=True)
     sweep(folder)
-    sweep(parts)
     size = max(1, BATCHES_OF_A_PART * settings.batch_size // settings.answers)
     starts = range(0, len(asked), size)
     missing = [start for start in starts if not _part(parts, start).exists()]

@@ -90,8 +90,8 @@ class Rounds:
         folder = self.round_folder(number) / output.COLLECTED
         folder.mkdir(parents=True, exist_ok=True)
         start = self.model(number - 1)
-        made_by: dict[str, Any] = {"model": start, "weights": model_digest(start), "dtype": self._dtype}
-        made_by["judge"] = self.settings.judge.model_dump(mode="json")
+        judge = self.settings.judge.model_dump(mode="json")
+        made_by = {"model": start, "weights": model_digest(start), "dtype": self._dtype, "judge": judge}
         values = {name: getattr(self.settings, name) for name in CollectSettings.model_fields}
         settings = CollectSettings(**{**values, "seed": (self.settings.seed + number - 1) % 2**32})
 

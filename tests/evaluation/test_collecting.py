@@ -80,6 +80,7 @@ def test_a_process_that_was_killed_ends_with_the_same_bytes(kill_at, whole, writ
     judge = Length()
     assert fill(folder, writer, judge) == whole[1]
     assert files(folder) == files(whole[0])
+    assert not (folder / "parts").exists()
     assert judge.calls == 5 - (kill_at - 1)  # what was there was not judged again
 
 
@@ -123,6 +124,13 @@ def test_answers_to_a_prompt_differ_and_another_seed_draws_others(whole, writer,
     assert all(len(set(several)) > 1 for several in texts)
     fill(tmp_path / "other", writer, settings=SETTINGS.model_copy(update={"seed": 6}))
     assert (tmp_path / "other" / "answers.jsonl").read_bytes() != (whole[0] / "answers.jsonl").read_bytes()
+
+
+def test_a_prompt_that_comes_again_gets_other_answers(writer, tmp_path):
+    """Also in another part: what is drawn depends on the place in the whole list."""
+    fill(tmp_path / "out", writer, asked=[ASKED[0]] * 3)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert len({tuple(answer["text"] for answer in row["answers"]) for row in rows}) == 3
 
 
 def test_ties_and_repetitions_are_counted_and_left_out(writer, tmp_path):

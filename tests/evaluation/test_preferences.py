@@ -1,6 +1,7 @@
 """Preferences out of scored answers: better before worse, ties left out, and rows that training reads."""
 
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -25,7 +26,8 @@ def read(rows):
     found = []
     for line, row in enumerate(rows, 1):
         record = to_record(row, detect(row), file="pairs.jsonl", line=line)
-        texts = [part if isinstance(part, str) else part[0]["content"] for part in record.completions]
+        parts: list[Any] = list(record.completions)
+        texts = [part if isinstance(part, str) else part[0]["content"] for part in parts]
         found += [(texts[pair.chosen], texts[pair.rejected]) for pair in record.pairs]
     return found
 
