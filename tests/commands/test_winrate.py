@@ -65,7 +65,10 @@ def test_answers_and_verdicts_are_kept_and_nothing_is_done_twice(run, place, mon
         assert code == 2 and "another comparison" in err
     rule, always = found["judges"]
     assert found["prompts"] == 4 and rule["judge"] == "rule" and rule["contests"] == 4
-    answers = [[json.loads(line)["answer"] for line in (place / "out" / f"answers-{n}.jsonl").open()] for n in (1, 2)]
+    answers = [
+        [json.loads(line)["answer"] for line in (place / "out" / f"answers-{n}.jsonl").read_text().splitlines()]
+        for n in (1, 2)
+    ]
     wins = sum("e" in one and "e" not in other for one, other in zip(*answers, strict=True))
     losses = sum("e" in other and "e" not in one for one, other in zip(*answers, strict=True))
     assert (rule["wins"], rule["losses"], rule["ties"]) == (wins, losses, 4 - wins - losses)
@@ -133,7 +136,7 @@ class Longer:
         self.asked += len(contests)
         if self.fails:
             raise UserError("nothing answers there")
-        found = compared(*([len(contest.answers[side]) for contest in contests] for side in (0, 1)))
+        found = compared(*([float(len(contest.answers[side])) for contest in contests] for side in (0, 1)))
         odd = Verdict(UNJUDGED, FIRST)
         return [odd if contest.answers[0] == "x" else end for contest, end in zip(contests, found, strict=True)]
 
@@ -158,7 +161,7 @@ def test_a_runs_answers_are_compared_with_those_at_its_start(tmp_path):
     assert (found["win_rate"], found["tie_rate"], found["unjudged"]) == (0.5, pytest.approx(1 / 3), 0)
     assert found["win_rate_low"] < 0.5 < found["win_rate_high"] and judge.asked == 2
     assert evaluate(9, "aaa", "bbb", "x")["unjudged"] == 1  # and it is step 0 that counts, whatever is written when
-    kept = [json.loads(line)["outcome"] for line in (tmp_path / "verdicts" / "10.jsonl").open()]
+    kept = [json.loads(line)["outcome"] for line in (tmp_path / "verdicts" / "10.jsonl").read_text().splitlines()]
     assert kept == [FIRST, SECOND, TIE] and against.fault is None
     judge.fails = True
     assert all(math.isnan(value) for value in evaluate(20, "aaa", "b", "cc").values())
