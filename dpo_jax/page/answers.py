@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 from dpo_jax.page.folder import RunFolder
 from dpo_jax.page.texts import cut
 
+TIE = 0.5
+"""Outcome of a contest that neither answer wins, as `evaluation.judging` has it; more is a win of the newer one."""
 MOST = 40
 """Questions on a page; the files of answers have them all."""
 WORDS = {True: ("good", "good"), False: ("bad", "bad"), None: ("", "")}
@@ -72,10 +74,11 @@ def _side(row: Mapping[str, Any]) -> Side:
 
 
 def _judged(row: Mapping[str, Any]) -> str:
-    """What a judge said of the answer against that of the start: `win`, `tie` or `loss`, and why."""
-    said = row.get("verdict")
-    if not isinstance(said, str):
+    """What a judge said of the answer against that of the start: better, no better, or worse, and why."""
+    outcome = row.get("outcome")
+    if not isinstance(outcome, int | float):
         return ""
+    said = "better than before" if outcome > TIE else "worse than before" if outcome < TIE else "neither is better"
     reason = row.get("reason")
     return f"{said}: {cut(reason, 300)}" if isinstance(reason, str) and reason else said
 

@@ -19,7 +19,8 @@ from dpo_jax.errors import UserError, one_line, public
 from dpo_jax.reporting.journal import METRICS_FILE, read_records
 from dpo_jax.reporting.notes import NOTES_FILE, read_notes
 
-RUN_FILE, DATA_FILE, ANSWERS, REWARDS = "run.json", "data.json", "answers", "evaluations"
+RUN_FILE, DATA_FILE = "run.json", "data.json"
+ANSWERS, REWARDS, VERDICTS = "answers", "evaluations", "verdicts"
 EXPORTS = {"merged": "model", "adapter": "adapter"}
 RECORD = "dpo_jax.json"
 MOST_BYTES = 1 << 28
@@ -209,13 +210,27 @@ def _first_and_last(files: list[tuple[int, Path]], best: Any) -> list[tuple[int,
 def _answers(folder: Path, best: Any, damaged: list[str]) -> list[Answers]:
     found = []
     for step, path in _first_and_last(_numbered(folder, "jsonl"), best):
-        try:
-            lines = _limited(path).decode("utf-8", "replace").split("\n")
-            rows = [json.loads(line) for line in lines if line.strip()]
-            found.append(Answers(step, [row for row in rows if isinstance(row, dict)]))
-        except (OSError, ValueError, RecursionError) as error:
-            damaged.append(f"{ANSWERS}/{path.name} cannot be read: {public(one_line(error))}")
+        rows, said = (_rows(file, damaged) for file in (path, folder.with_name(VERDICTS) / path.name))
+        if len(said) == len(rows):
+            rows = [
+                {**row, "outcome": one.get("outcome"), "reason": one.get("reason")}
+                for row, one in zip(rows, said, strict=True)
+            ]
+        if rows:
+            found.append(Answers(step, rows))
     return found
+
+
+def _rows(path: Path, damaged: list[str]) -> list[dict[str, Any]]:
+    """Objects of a file of JSON lines; none where there is no such file."""
+    try:
+        lines = _limited(path).decode("utf-8", "replace").split("\n")
+        return [row for line in lines if line.strip() and isinstance(row := json.loads(line), dict)]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, RecursionError) as error:
+        damaged.append(f"{path.parent.name}/{path.name} cannot be read: {public(one_line(error))}")
+        return []
 
 
 def _rewards(folder: Path, best: Any, damaged: list[str]) -> list[Rewards]:

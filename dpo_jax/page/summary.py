@@ -12,10 +12,7 @@ SURE = 1.96
 """Standard errors of an interval that holds in 95 of 100 cases."""
 LIKELY = 0.05
 """Chance of as large a difference between equals, above which it says nothing."""
-MORE = (
-    ("win_rate", "win rate", "{:.1%}"),
-    ("kl", "divergence, nats a token", "{:.4f}"),
-)
+MORE = (("kl", "divergence, nats a token", "{:.4f}"),)
 """Rows of the page's table beside those of the summary on the terminal."""
 
 

@@ -225,6 +225,19 @@ def test_a_sample_of_answers_is_not_only_of_gains(run):
     )
 
 
+def test_answers_have_what_a_judge_said_of_them(run, tmp_path):
+    folder = make_run(tmp_path / "run")
+    (folder / "verdicts").mkdir()
+    rows = [{"outcome": (1.0, 0.5, 0.0, None)[i % 4], "reason": f"because {i}"} for i in range(100)]
+    (folder / "verdicts" / "60.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = answers_table(read(folder))
+    said = {int(row.prompt.split()[1]): row.judged for row in found.rows}
+    words = ("better than before", "neither is better", "worse than before")
+    assert all(said[i] == (f"{words[i % 4]}: because {i}" if i % 4 < 3 else "") for i in said)
+    assert {i % 4 for i in said} == {0, 1, 2, 3}
+    assert "judge: worse than before: because" in Parsed(write_page(folder).read_text()).text
+
+
 def test_held_out_sets_that_have_names_have_curves_of_their_own(tmp_path):
     folder = make_run(tmp_path / "run")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
