@@ -44,9 +44,10 @@ def best_problem(run: "Run") -> str | None:
     names += [recorded(metric, name) for name in sets for metric in BETTER if metric not in OF_ANSWERS]
     if run.checkpoint.best not in [*names, *map(recorded, OF_ANSWERS)]:
         near = nearest(run.checkpoint.best, names)
-        listed = ", ".join(name for name in names if not name.startswith("eval/"))
-        of_sets = " or eval/NAME/METRIC, where data.eval names sets"
-        return f"checkpoint.best: no such metric; {f'did you mean {near}?' if near else f'choose {listed},{of_sets}'}"
+        listed = (
+            "choose one of the evaluations, such as eval_loss, eval_rewards/accuracies, eval/NAME/loss or pass_rate"
+        )
+        return f"checkpoint.best: no such metric; {f'did you mean {near}?' if near else listed}"
     if metric == "pass_rate" and run.evaluation.answers is None:
         return "checkpoint.best: is measured on answers to evaluation.answers, which is not given"
     if metric == "win_rate" and run.evaluation.judge is None:

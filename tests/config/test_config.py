@@ -278,7 +278,7 @@ BAD = {
         ":19: checkpoint.best: ",
         "no such metric; did you mean eval_loss?",
     ),
-    "best of anything": (("seed: 7", "checkpoint.best: beauty"), ":19: checkpoint.best: ", "choose eval_loss, "),
+    "best of anything": (("seed: 7", "checkpoint.best: beauty"), ":19: checkpoint.best: ", "such as eval_loss"),
     "best of no answers": (("seed: 7", "checkpoint.best: pass_rate"), ":19: checkpoint.best: ", "evaluation.answers"),
     "best of no set": (
         ("seed: 7", "checkpoint.best: eval/kind/loss"),
