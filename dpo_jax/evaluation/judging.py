@@ -6,9 +6,10 @@ judges prefer what stands first. What they say in both orders counts; what they 
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
-from dpo_jax.evaluation.winrate import Asked, Question
+if TYPE_CHECKING:
+    from dpo_jax.evaluation.winrate import Asked, Question
 
 FIRST, TIE, SECOND = 1.0, 0.5, 0.0
 """How a comparison ends, as the share that the first answer has in it."""
@@ -21,7 +22,7 @@ UNJUDGED = math.nan
 class Contest(NamedTuple):
     """Two answers to a prompt; the prompt is a `Question` where a pattern says what is good."""
 
-    asked: Asked | Question
+    asked: "Asked | Question"
     answers: tuple[str, str]
 
 
@@ -67,7 +68,7 @@ class Judge(Protocol):
 class Scorer(Judge, Protocol):
     """A judge that knows how good an answer is by itself, so that K answers need K looks and not K (K - 1)."""
 
-    def score(self, asked: Sequence[Asked | Question], answers: Sequence[str]) -> list[float]:
+    def score(self, asked: "Sequence[Asked | Question]", answers: Sequence[str]) -> list[float]:
         """A number for each answer to the prompt beside it; the higher, the better."""
         ...
 

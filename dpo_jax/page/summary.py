@@ -1,15 +1,13 @@
 """What a run came to, in a table and a sentence: what was measured before and after, and whether that may be chance."""
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dpo_jax.evaluation.statistics import sign_test, wilson
 from dpo_jax.page.folder import Answers, RunFolder
 from dpo_jax.reporting.metrics import by_set, shown, table
 
-SURE = 1.96
-"""Standard errors of an interval that holds in 95 of 100 cases."""
 LIKELY = 0.05
 """Chance of as large a difference between equals, above which it says nothing."""
 MORE = (("kl", "divergence, nats a token", "{:.4f}"),)
@@ -74,7 +72,7 @@ def _told_apart(run: RunFolder, after: Mapping[str, Any], which: str) -> Iterato
     rate, count = after.get("rewards/accuracies"), pairs_held_out(run, which)
     if rate is None or not count or "drift/chosen" not in after or shown(after, "rewards/accuracies", "{}") == "tied":
         return
-    low, high = interval(rate, count)
+    _, low, high = wilson(rate * count, count)
     says = 1 if low > 0.5 else -1 if high < 0.5 else 0
     text = f"it prefers the chosen answer more than before in {rate:.1%} of {count:,} held-out pairs"
     name = f" of {which}" if which else ""
@@ -95,18 +93,6 @@ def pairs_held_out(run: RunFolder, which: str = "") -> int:
     return sum(count for count in counts if isinstance(count, int))
 
 
-def interval(share: float, count: int) -> tuple[float, float]:
-    """Wilson's interval of a share of so many (E. B. Wilson, 1927), which holds in 95 of 100 cases.
-
-    >>> [round(bound, 4) for bound in interval(0.96875, 128)]
-    [0.9224, 0.9878]
-    """
-    wide = SURE**2 / count
-    middle = (share + wide / 2) / (1 + wide)
-    half = SURE * math.sqrt(share * (1 - share) / count + wide / (4 * count)) / (1 + wide)
-    return middle - half, middle + half
-
-
 def answered_better(first: Answers, last: Answers) -> Evidence | None:
     """The share of good answers before and after, by the exact test of paired shares (McNemar, 1947)."""
     both = [(one.get("good"), other.get("good")) for one, other in zip(first.rows, last.rows, strict=False)]
@@ -119,17 +105,6 @@ def answered_better(first: Answers, last: Answers) -> Evidence | None:
     old, new = (sum(side) for side in zip(*judged, strict=True))
     text = f"of {len(judged):,} questions it answers {new:,} well, and {old:,} before"
     return Evidence(says, f"{text} ({gained:,} became good, {lost:,} bad)")
-
-
-def sign_test(gained: int, lost: int) -> float:
-    """Chance that of so many changes at least as many go the same way, were both ways alike; two-sided.
-
-    >>> sign_test(8, 1), sign_test(0, 0)
-    (0.0390625, 1.0)
-    """
-    count = gained + lost
-    tail = sum(math.comb(count, k) for k in range(min(gained, lost) + 1))
-    return min(1.0, 2 * tail / 2**count)
 
 
 def verdict(found: Sequence[Evidence], *, finished: bool) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from dpo_jax.data.batches import Batches
 from dpo_jax.data.templates import Codec
 from dpo_jax.evaluation import winrate
 from dpo_jax.evaluation.settings import EvaluationSettings, epochs_of
+from dpo_jax.files import write_whole
 from dpo_jax.model.decoder import cast
 from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.mixture import as_measured
@@ -161,7 +162,7 @@ class Evaluator:
         )
         path = folder / "answers" / f"{step}.jsonl"
         path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+        write_whole(path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
         judged = {} if prompts.judge is None else prompts.judge(prompts.questions, answers, folder, step)
         return {"pass_rate": winrate.pass_rate(answers), **judged}
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
 from dpo_jax.errors import UserError
 from dpo_jax.page import panels, render, sections, summary
@@ -178,20 +177,6 @@ def test_a_thinned_curve_keeps_its_extremes_and_its_mean(values, stride):
         ).all()
     else:
         assert not np.isfinite(found.mean).any()
-
-
-@given(st.integers(1, 5000), st.floats(0, 1))
-def test_the_interval_is_wilsons(count, share):
-    good = round(share * count)
-    known = stats.binomtest(good, count).proportion_ci(0.95, method="wilson")
-    # 1.96 in place of 1.95996...
-    assert summary.interval(good / count, count) == pytest.approx((known.low, known.high), abs=2e-5)
-
-
-@given(st.integers(0, 300), st.integers(0, 300))
-def test_the_test_of_changes_is_the_exact_one(gained, lost):
-    known = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    assert summary.sign_test(gained, lost) == pytest.approx(known, rel=1e-9)
 
 
 @pytest.mark.parametrize(
