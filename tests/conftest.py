@@ -59,6 +59,7 @@ COMPILING = (
     "logprobs",
     "model",
     "objectives/test_objectives.py",
+    "page",
     "planning",
     "preference",
     "reporting/test_alarms.py",
