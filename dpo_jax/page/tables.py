@@ -46,8 +46,14 @@ def settings(runs: Sequence[RunFolder], names: Sequence[str]) -> Table:
 
 
 def metrics(runs: Sequence[RunFolder], names: Sequence[str]) -> Table:
-    """The newest value of each metric of each run, the best of them marked."""
-    return _table(names, [(name, _marked(values, more)) for name, values, more in _last(runs)])
+    """The newest value of each metric of each run, the best of them marked; losses and margins only of runs with one
+    objective, since those of others have other units."""
+    alike = len({str(run.settings.get("objective")) for run in runs if run.settings}) < 2
+    rows = [
+        (name, values, more if alike or not name.endswith(("loss", "margins")) else None)
+        for name, values, more in _last(runs)
+    ]
+    return _table(names, [(name, _marked(values, more)) for name, values, more in rows])
 
 
 def _table(names: Sequence[str], rows: list[tuple[str, list[Cell]]]) -> Table:

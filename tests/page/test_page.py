@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_jax.errors import UserError
-from dpo_jax.page import panels, render, sections, summary
+from dpo_jax.page import panels, render, sections, summary, tables
 from dpo_jax.page.answers import MOST, prompt_text
 from dpo_jax.page.answers import table as answers_table
 from dpo_jax.page.curves import COLUMNS, thin
@@ -330,6 +330,19 @@ def test_a_comparison_has_each_metric_of_all_runs_in_one_figure(tmp_path):
     loss = next(plot for plot in panels.compared([read(f) for f in folders], ["first", "second"]))
     assert [part.label for part in loss.parts] == ["first", "second"]
     assert len({part.colour for part in loss.parts}) == 2
+
+
+@pytest.mark.parametrize(("beta", "marked"), [(0.1, True), (0.3, False)])
+def test_losses_and_margins_have_a_best_only_among_runs_with_one_objective(tmp_path, beta, marked):
+    """A loss, or a margin, of another beta has another unit; a share of pairs has none."""
+    folders = [make_run(tmp_path / "a", objective={"beta": 0.1}), make_run(tmp_path / "b", objective={"beta": beta})]
+    file = folders[1] / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({k: v * 0.9 if "eval" in k else v for k, v in r.items()}) + "\n" for r in rows))
+    lines = {name: cells for name, *cells in tables.metrics([read(folder) for folder in folders], ["a", "b"]).rows}
+    best = {name: any(cell.best for cell in cells) for name, cells in lines.items()}
+    assert best["held-out loss"] == best["held-out rewards/margins"] == marked
+    assert best["held-out rewards/accuracies"] and best["held-out pass_rate"]
 
 
 def test_runs_of_the_same_name_are_told_apart_and_many_have_lines_of_their_own(tmp_path):
