@@ -1,5 +1,7 @@
 """A reward model as a judge: its scores are those of the tokens that it is trained on, in any company."""
 
+import random
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from dpo_jax.data.layouts import Record
 from dpo_jax.data.templates import codec, tokenize
 from dpo_jax.evaluation.judges.opening import open_judge
 from dpo_jax.evaluation.judges.settings import JudgeSettings
-from dpo_jax.evaluation.judging import Scorer
+from dpo_jax.evaluation.judging import FIRST, SECOND, TIE, Contest, Scorer
 from dpo_jax.evaluation.winrate import Asked
 from dpo_jax.hf.checkpoint import load_hf
 from dpo_jax.hf.configs import read_spec
@@ -66,3 +68,28 @@ def test_a_score_is_that_of_the_text_as_it_is_trained_on(judge, folder):
     wanted = [by_hand(folder, asked, answer) for asked, answer in zip(ASKED, ANSWERS, strict=True)]
     np.testing.assert_allclose(judge.score(ASKED, ANSWERS), wanted, **CHANGED)
     assert len({round(score, 3) for score in wanted}) == 3  # and they differ by far more than the tolerance
+
+
+def test_verdicts_of_200_pairs_are_those_of_pytorchs_scores(judge, folder):
+    """180 pairs of answers that differ, and 20 of the same answer twice."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer, rng = byte_tokenizer(bos=True), random.Random(0)
+
+    def scored(prompt, answer):
+        ids = tokenizer.apply_chat_template([user(prompt), assistant(answer)], tokenize=True, return_dict=False)
+        with torch.no_grad():
+            return float(theirs(torch.tensor([ids])).logits[0, 0])
+
+    contests, wanted = [], []
+    for number in range(200):
+        prompt = f"Question {number % 7}?"
+        first = "".join(rng.choices("abcdefg ", k=rng.randint(2, 24))) + "."
+        second = first if number % 10 == 0 else "".join(rng.choices("abcdefg ", k=rng.randint(2, 24))) + "."
+        contests.append(Contest(Asked([user(prompt)], f"a:{number}"), (first, second)))
+        gap = scored(prompt, first) - scored(prompt, second)
+        assert gap == 0 or abs(gap) > 2e-5  # none of these is decided by rounding
+        wanted.append(FIRST if gap > 0 else SECOND if gap < 0 else TIE)
+    assert [wanted.count(end) > 15 for end in (FIRST, TIE, SECOND)] == [True] * 3
+    assert [verdict.outcome for verdict in judge.compare(contests)] == wanted
