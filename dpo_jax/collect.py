@@ -56,6 +56,8 @@ def lines(result: dict[str, Any], folder: Path) -> list[str]:
         f"{result['cut_off']} were cut off, {result['without_words']} say nothing",
         f"{result['rows']} rows of preferences in {folder / 'pairs.jsonl'}; left out are {unpaired}",
     ]
+    if result["unjudged"]:
+        found.append(f"{result['unjudged']} answers have no score, since the judge's replies could not be understood")
     if result["mean_score"] is not None:
         found.append(
             f"mean score {result['mean_score']:.3f}, of the best of each prompt {result['mean_best_score']:.3f}"

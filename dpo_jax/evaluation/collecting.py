@@ -190,8 +190,9 @@ def _of(row: Row) -> list[Scored]:
 def summary(rows: Sequence[Row], made: Sequence[int]) -> dict[str, Any]:
     """What came of the prompts, of which so many rows of preferences were made each.
 
-    `repeated` answers say what an earlier answer to their prompt says; `all_the_same` prompts have no two different
-    answers that say anything; `tied` prompts have, and no two that are told apart by the margin.
+    `unjudged` answers are those of which the judge said nothing that can be understood; `repeated` ones say what an
+    earlier answer to their prompt says; `all_the_same` prompts have no two different answers that have a score; `tied`
+    prompts have, and no two that are told apart by the margin.
     """
     answers = [answer for row in rows for answer in row["answers"]]
     different = [{answer.text for answer in _of(row) if answer.score is not None} for row in rows]
@@ -202,7 +203,8 @@ def summary(rows: Sequence[Row], made: Sequence[int]) -> dict[str, Any]:
         "prompts": len(rows),
         "answers": len(answers),
         "cut_off": sum(not answer["finished"] for answer in answers),
-        "without_words": sum(answer["score"] is None for answer in answers),
+        "without_words": sum(not answer["text"].strip() for answer in answers),
+        "unjudged": sum(answer["score"] is None and bool(answer["text"].strip()) for answer in answers),
         "repeated": sum(len(row["answers"]) - len({answer.text for answer in _of(row)}) for row in rows),
         "all_the_same": sum(len(texts) < 2 for texts in different),
         "tied": sum(len(texts) > 1 and not rows for texts, rows in zip(different, made, strict=True)),

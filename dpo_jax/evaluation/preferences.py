@@ -25,7 +25,8 @@ def scored(
     """The score of each answer to each prompt, the higher the better.
 
     A judge that only compares is asked about all pairs of a prompt's different answers; an answer's score is then its
-    share of wins, a tie counting half, from 0 to 1. An answer without a word has no score. Raises as the judge does.
+    share of wins, a tie counting half, from 0 to 1, of the contests that have a verdict. An answer without a word, or
+    without a verdict, has no score. Raises as the judge does.
     """
     different = [list(dict.fromkeys(text for text in texts if text.strip())) for texts in answers]
     count = _scores if isinstance(judge, Scorer) else _shares
@@ -45,13 +46,18 @@ def _shares(judge: Judge, asked: Sequence[Asked | Question], answers: list[list[
     verdicts = iter(judge.compare(contests))
     tables: list[dict[str, float | None]] = []
     for texts, two in zip(answers, pairs, strict=True):
-        won = dict.fromkeys(texts, 0.0)
+        ends: dict[str, list[float]] = {text: [] for text in texts}
         for first, second in two:
-            outcome = next(verdicts).outcome
-            won[first] += outcome
-            won[second] += 1 - outcome
-        tables.append({text: share / max(len(texts) - 1, 1) for text, share in won.items()})
+            if (verdict := next(verdicts)).given:
+                ends[first].append(verdict.outcome)
+                ends[second].append(1 - verdict.outcome)
+        tables.append({text: sum(own) / len(own) if own else _alone(texts) for text, own in ends.items()})
     return tables
+
+
+def _alone(texts: Sequence[str]) -> float | None:
+    """The score of an answer of which the judge said nothing: 0 where there is no other to compare it with."""
+    return 0.0 if len(texts) == 1 else None
 
 
 # ---------------------------------------------------------------------------------------------- rows

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_jax.data.layouts import detect, to_record
-from dpo_jax.evaluation.judging import FIRST, SECOND, TIE, Contest, Verdict, compared
+from dpo_jax.evaluation.judging import FIRST, SECOND, TIE, UNJUDGED, Contest, Verdict, compared
 from dpo_jax.evaluation.preferences import PAIRINGS, Scored, rows_of, scored
 from dpo_jax.evaluation.winrate import Asked
 from tests.support.tiny_rows import user
@@ -125,3 +125,19 @@ def test_what_only_one_order_says_is_a_tie():
             return [Verdict(FIRST, SECOND) for _ in contests]
 
     assert scored(Fickle(), ASKED[:1], [["a", "b", "c"]]) == [[TIE, TIE, TIE]]
+
+
+def test_what_has_no_verdict_is_left_out_and_is_no_tie():
+    class Speechless(Comparing):
+        """Says nothing of one answer, and of another only beside the weak one."""
+
+        def compare(self, contests):
+            found = super().compare(contests)
+            silent = [{"good"} & set(one.answers) or set(one.answers) == {"strong", "fair"} for one in contests]
+            return [Verdict(UNJUDGED, FIRST) if no else one for no, one in zip(silent, found, strict=True)]
+
+    assert scored(Speechless(), ASKED[:1], ANSWERS[:1]) == [[0.0, 1.0, 1.0, None]]
+    pairs = rows_of(
+        "Say it.", [Scored(*one) for one in zip(ANSWERS[0], [0.0, 1.0, 1.0, None], strict=True)], "all", 0.0
+    )
+    assert sorted(read(pairs)) == [("fair", "weak"), ("strong", "weak")]
