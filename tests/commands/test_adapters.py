@@ -13,6 +13,7 @@ from dpo_jax import convert, evaluate, sample
 from dpo_jax.hf.adapted import adapted
 from dpo_jax.hf.checkpoint import load_hf, save_hf
 from tests.commands.test_sample import make
+from tests.support.chat_server import ChatServer, completion
 from tests.support.peft_folders import PREFIX, halves, write_peft
 from tests.support.tiny_rows import write
 
@@ -95,6 +96,28 @@ def test_an_adapter_is_measured_against_its_base(world, capsys):
     assert one == alone == pytest.approx(merged) and abs(one["rewards/margins"]) > 1e-3
     plain = measured(base, "--reference", base)
     assert plain["rewards/margins"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_tutorials_metrics_are_those_of_the_base_with_its_adapter(world, capsys, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    base, pairs = world / "base", str(world / "rows.jsonl")
+
+    def measured(*argv, metrics="reward_margin,preference_accuracy,win_rate"):
+        with ChatServer(lambda number, text: (200, {}, completion('{"better": "A"}'))) as server:
+            judge = ("--judge", server.url, "--judge-model", "m") if "win_rate" in metrics else ()
+            call = [*argv, pairs, "--metrics", metrics, "--max-samples", 1, "--max-new-tokens", 8, *judge, "--json"]
+            code = evaluate.main([*map(str, call)])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        return json.loads(out.splitlines()[-1])
+
+    with_adapter = measured(base, "--adapter", world / "adapter", "--reference", base)
+    merged = measured(world / "merged", "--reference", base)
+    assert with_adapter == pytest.approx(merged) and abs(merged["reward_margin"]) > 1e-4
+    assert merged["pairs"] == 1 and merged["win_rate"] == 0.5  # the judge always says A, so both orders disagree
+    alone = measured(base, metrics="preference_accuracy")
+    assert alone == {"pairs": 1, "preference_accuracy": pytest.approx(0.5, abs=0.5)}
+    assert measured(base, "--reference", base, metrics="reward_margin")["reward_margin"] == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize(
