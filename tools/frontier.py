@@ -57,7 +57,7 @@ class Size(NamedTuple):
 
 WHOLE = Size(192, 4, 16_000, 2048, 256, (12, 32, 64, 128), (10, 30, 60), 64)
 SMALL = Size(64, 2, 1_500, 128, 64, (4, 8), (2,), 4)
-RATE = 2e-4
+RATE = 1e-4
 METHODS: dict[str, Sequence[Mapping[str, Any]]] = {
     "DPO": [{"name": "sigmoid", "beta": beta} for beta in (0.05, 0.1, 0.5, 1.0)],
     "IPO": [{"name": "ipo", "beta": beta} for beta in (0.3, 1.0)],
@@ -188,7 +188,7 @@ def points(folder: Path, reference: Path, pairs: Path, size: Size, seed: int) ->
                 "seed": seed,
                 "optimizer.learning_rate": RATE,
                 "optimizer.schedule": "constant",
-                "optimizer.warmup_steps": 4,
+                "optimizer.warmup_steps": size.steps[0],
                 "checkpoint.every": 4,
                 "checkpoint.keep_every": 4,
                 "output": str(folder / name),
