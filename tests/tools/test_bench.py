@@ -289,6 +289,7 @@ def test_the_table_shows_the_newest_and_says_what_was_disturbed():
 def test_the_readme_is_written_between_its_marks():
     readme = "before\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nafter\n<!-- growth -->\n<!-- /growth -->\n"
     readme += "<!-- device -->\n<!-- /device -->\n<!-- compiled -->\n<!-- /compiled -->\n"
+    readme += "<!-- answers -->\n<!-- /answers -->\n"
     page = "tools/BENCHMARKS.md"
     once = bench_table.updated(page, readme, [record([run_of()])])
     assert once.startswith("before\n") and "after\n<!-- growth -->\n<!-- /growth -->" in once and "old" not in once

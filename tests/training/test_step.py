@@ -112,13 +112,13 @@ def test_evaluation_measures_the_loss_of_training(params, reference):
     step = jax.jit(functools.partial(loss_and_gradient, problem))
     loss, metrics, _, _ = step(Weights(params), Batches(ENCODED, everything, 1, 1).at(0), reference)
     collect = jax.jit(functools.partial(evaluate_batch, problem))
-    found = preference.evaluate(
+    seen = preference.look(
         lambda weights, batch: collect(weights, batch, reference),
         Weights(params),
         Batches(ENCODED, 5, 1, 1).sweep(),
         lambda batch: batch,
-        preference.measurement(as_measured(problem.terms)),
     )
+    found = preference.measured(seen, preference.measurement(as_measured(problem.terms)))
     assert found["loss"] == pytest.approx(float(loss), rel=1e-5)
     for name, value in metrics.items():
         np.testing.assert_allclose(found[name], value, rtol=5e-5, atol=1e-6, err_msg=name)
