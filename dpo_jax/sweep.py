@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         config.load(["--help"], "sweep", options=OPTIONS)
     axes, rest = sweeping.axes_of(words)
-    run = config.load([*rest, *(f"{axis.key}={axis.values[0]}" for axis in axes)], "sweep", options=OPTIONS)
+    run = sweeping.check(axes, rest)
     folder = Path(run.output)
     sweeping.check_folder(folder)
     points = sweeping.points_of(axes, rest, folder, run.data.cache or str(folder / "cache"))

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from dpo_jax.errors import UserError
 from dpo_jax.evaluation.contests import contests_of, said_of, verdict_row, verdicts_of
-from dpo_jax.evaluation.judges.opening import check_judge, open_judge
+from dpo_jax.evaluation.judges.opening import open_judge
 from dpo_jax.evaluation.judging import Judge
 from dpo_jax.evaluation.settings import EvaluationSettings
 from dpo_jax.evaluation.winrate import Question
@@ -56,7 +56,6 @@ def against_start(settings: EvaluationSettings, folder: Path, mesh: Mesh) -> Aga
     """The judge of `evaluation.judge`, if there is one; raises as `open_judge`."""
     if settings.judging is None:
         return None
-    check_judge(settings.judging)
     return AgainstStart(open_judge(settings.judging, folder=folder / VERDICTS, mesh=mesh))
 
 

@@ -10,6 +10,7 @@ import jax
 import dpo_jax
 from dpo_jax.config.run import Run
 from dpo_jax.data.arguments import dated
+from dpo_jax.evaluation.judges.opening import check_judge
 from dpo_jax.hf.ending import Ending
 from dpo_jax.hf.tensors import SIDE_FILES
 from dpo_jax.hf.tokenizer import load_tokenizer
@@ -62,6 +63,8 @@ class Job:
         Raises:
           UserError: any of it is not as it must be.
         """
+        if run.evaluation.judging is not None:
+            check_judge(run.evaluation.judging)
         named = run.model, run.reference, output.recorded(folder)
         mesh = models.make_mesh(run.mesh, run.model)
         terms, length, scores = run.objective.terms, run.data.max_length, run.objective.trains_reward_model

@@ -111,25 +111,40 @@ def _problems(axis: Axis, axes: Sequence[Axis], rest: Sequence[str]) -> Iterable
         yield f"{COMMAND_LINE}: {key}: is of the whole sweep; give one value"
 
 
-def points_of(axes: Sequence[Axis], words: Sequence[str], folder: Path, cache: str) -> list[Point]:
-    """A point for each combination of values, the last axis changing first.
+def combinations(axes: Sequence[Axis]) -> list[dict[str, str]]:
+    """The value of each axis in each run, the last axis changing first."""
+    keys = [axis.key for axis in axes]
+    return [dict(zip(keys, values, strict=True)) for values in itertools.product(*(axis.values for axis in axes))]
+
+
+def check(axes: Sequence[Axis], words: Sequence[str]) -> Run:
+    """Read the settings of every run; returns those of the first.
 
     Raises:
-      UserError: the settings of one of them are not as they must be; every such line once.
+      UserError: some are not as they must be; each such line once.
     """
-    points, problems = [], {}
-    for values in itertools.product(*(axis.values for axis in axes)):
-        chosen = dict(zip((axis.key for axis in axes), values, strict=True))
-        name = name_of(chosen)
-        own = {**chosen, "output": json.dumps(str(folder / name)), "data.cache": json.dumps(cache)}
-        call = (*words, *(f"{key}={value}" for key, value in own.items()))
+    runs, problems = [], {}
+    for values in combinations(axes):
         try:
-            config.load(call)
+            runs.append(config.load([*words, *_assigned(values)], "sweep"))
         except UserError as error:
             problems |= dict.fromkeys(str(error).splitlines())
-        points.append(Point(name, chosen, call, folder / name))
     if problems:
         raise UserError("\n".join(problems))
+    return runs[0]
+
+
+def _assigned(values: Mapping[str, str]) -> list[str]:
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def points_of(axes: Sequence[Axis], words: Sequence[str], folder: Path, cache: str) -> list[Point]:
+    """A point for each combination of values, in folders below the sweep's."""
+    points = []
+    for values in combinations(axes):
+        name = name_of(values)
+        own = {**values, "output": json.dumps(str(folder / name)), "data.cache": json.dumps(cache)}
+        points.append(Point(name, values, (*words, *_assigned(own)), folder / name))
     return points
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from pathlib import Path
 
 import pytest
 
@@ -71,8 +70,8 @@ def test_there_is_a_run_for_each_combination_in_a_folder_of_its_own(tmp_path):
 
 def test_every_wrong_setting_of_every_run_is_said_once():
     axes = [Axis("objective.beta", ("0.1", "-1")), Axis("batch.pairs", ("0", "4", "x"))]
-    lines = refusal(sweeping.points_of, axes, GIVEN, Path("out"), "cache").splitlines()
-    assert len(lines) == len(set(lines)) == 3
+    lines = refusal(sweeping.check, axes, [*GIVEN, "model.nmae=x"]).splitlines()
+    assert len(lines) == len(set(lines)) == 4 and sum("model.nmae" in line for line in lines) == 1
     assert (
         sum("objective.beta: -1" in line for line in lines) == 1 and sum("batch.pairs" in line for line in lines) == 2
     )
