@@ -121,7 +121,7 @@ def test_three_rounds_teach_the_undecided_model_without_its_pairs(tmp_path):
 def test_rounds_that_are_killed_at_random_moments_end_with_the_same_bytes(tmp_path):
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
-    more = {"rounds.number": 2, "rounds.held_out": some(tmp_path, 8)}
+    more = {"rounds.number": 2, "rounds.held_out": some(tmp_path, 8), "batch.pairs": 8}
     command = [sys.executable, "-m", "dpo_jax.rounds"]
     assert subprocess.run([*command, *settings(tmp_path / "whole", 48, **more)], cwd=ROOT).returncode == 0
     words, rng, kills = settings(tmp_path / "killed", 48, **more), random.Random(0), 0

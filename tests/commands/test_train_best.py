@@ -129,7 +129,7 @@ def kill_at(patch, where: str, step: int) -> None:
     evaluation, save, write = Journal.evaluation, Checkpoints.save, result.write
 
     def measured(self, number, metrics):
-        if where != "unmeasured":
+        if where != "unmeasured" or number != step:
             evaluation(self, number, metrics)
         if where in ("measured", "unmeasured") and number == step:
             raise Killed
