@@ -55,7 +55,7 @@ class Size(NamedTuple):
     best_of: int
 
 
-WHOLE = Size(192, 4, 16_000, 2048, 256, (12, 32, 64, 128), (10, 30, 60), 64)
+WHOLE = Size(192, 4, 16_000, 2048, 256, (16, 64, 128, 256), (10, 30, 60), 64)
 SMALL = Size(64, 2, 1_500, 128, 64, (4, 8), (2,), 4)
 RATE = 1e-4
 METHODS: dict[str, Sequence[Mapping[str, Any]]] = {
