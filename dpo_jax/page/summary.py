@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from dpo_jax.evaluation.statistics import sign_test, wilson
 from dpo_jax.page.folder import Answers, RunFolder
-from dpo_jax.reporting.metrics import by_set, shown, table
+from dpo_jax.reporting.metrics import MEASURED, by_set, shown, table
 
 LIKELY = 0.05
 """Chance of as large a difference between equals, above which it says nothing."""
@@ -40,7 +40,7 @@ def measured(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
     there is no other."""
     found: dict[int, dict[str, Any]] = {}
     for record in run.records:
-        named = {name: value for name, value in record.items() if name.startswith(("eval_", "eval/"))}
+        named = {name: value for name, value in record.items() if name.startswith(MEASURED)}
         if named:
             found[record["step"]] = {**found.get(record["step"], {}), **named}
     if not found:

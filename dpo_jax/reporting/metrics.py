@@ -122,6 +122,8 @@ EVALUATED = (
 
 PREFIX = "eval_"
 """Before the name of what was measured on held-out data, in a record."""
+MEASURED = (PREFIX, "eval/")
+"""How the names begin of all that was measured on held-out data: of all sets together, and of each that has a name."""
 
 
 def recorded(metric: str, held_out: str = "") -> str:
@@ -132,7 +134,7 @@ def recorded(metric: str, held_out: str = "") -> str:
     """
     if held_out:
         return f"eval/{held_out}/{metric}"
-    return metric if metric.startswith((PREFIX, "eval/")) else PREFIX + metric
+    return metric if metric.startswith(MEASURED) else PREFIX + metric
 
 
 def held_out_of(name: str) -> tuple[str, str]:

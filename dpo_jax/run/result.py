@@ -18,6 +18,7 @@ from dpo_jax.model.decoder import Model
 from dpo_jax.model.weights import Weights
 from dpo_jax.page.render import PAGE
 from dpo_jax.reporting.journal import Journal, read_records, summary
+from dpo_jax.reporting.metrics import MEASURED
 from dpo_jax.run import adapted, continuing, output, sources, written
 from dpo_jax.run.best import Best, Watch, best_lines
 from dpo_jax.run.continuing import Past
@@ -76,8 +77,7 @@ class Ended(NamedTuple):
 def evaluations(folder: Path) -> dict[int, dict[str, float]]:
     """The evaluations of a run by step, from its records."""
     records = read_records(folder / "metrics.jsonl")
-    names = ("eval_", "eval/")
-    measured = [(r["step"], {name: value for name, value in r.items() if name.startswith(names)}) for r in records]
+    measured = [(r["step"], {name: value for name, value in r.items() if name.startswith(MEASURED)}) for r in records]
     return {step: metrics for step, metrics in measured if metrics}
 
 

@@ -21,7 +21,7 @@ from dpo_jax.config.run import Run
 from dpo_jax.errors import UserError, short
 from dpo_jax.files import digest_of, write_whole
 from dpo_jax.reporting.journal import METRICS_FILE, read_records
-from dpo_jax.reporting.metrics import BETTER, held_out_of
+from dpo_jax.reporting.metrics import BETTER, MEASURED, held_out_of
 from dpo_jax.run import output
 from dpo_jax.settings import COMMAND_LINE
 
@@ -276,15 +276,13 @@ def result_of(point: Point, code: int) -> Result:
     for record in read_records(file) if file.exists() else []:
         late = best and record["step"] > best["step"]
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
-        metrics |= {name: value for name, value in numbers.items() if not (late and name.startswith(HELD_OUT))}
+        metrics |= {name: value for name, value in numbers.items() if not (late and name.startswith(MEASURED))}
     return Result(point, metrics, _ended(code))
 
 
 PREFERRED = ("eval_win_rate", "eval_pass_rate", "eval_rewards/accuracies", "rewards/accuracies", "loss")
 """Metrics that say which run is best, where none is named: the first that every run has. A held-out loss is not among
 them, as the losses of different objectives have different units."""
-HELD_OUT = ("eval_", "eval/")
-"""How the names begin of what is measured on held-out data."""
 
 
 def metric_for(results: Sequence[Result], asked: str | None) -> str | None:
