@@ -189,8 +189,8 @@ def points(folder: Path, reference: Path, pairs: Path, size: Size, seed: int) ->
                 "optimizer.learning_rate": RATE,
                 "optimizer.schedule": "constant",
                 "optimizer.warmup_steps": size.steps[0],
-                "checkpoint.every": 4,
-                "checkpoint.keep_every": 4,
+                "checkpoint.every": size.steps[0],
+                "checkpoint.keep_every": size.steps[0],
                 "output": str(folder / name),
             }
             point = sweeping.Point(name, {}, tuple(words(settings, objective)), folder / name)
