@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from dpo_jax import trees
 from dpo_jax.errors import UserError
 from dpo_jax.logprobs.fused import HeadSplit, dividing
+from dpo_jax.processes.here import here
 from dpo_jax.trees import Params, Tree
 
 B = TypeVar("B")
@@ -247,6 +248,12 @@ def on_host(array: jax.Array) -> np.ndarray:
     return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
 
 
+def fetched(tree: Tree) -> Tree:
+    """All arrays of a tree on the host (`on_host`); those of one process in one go."""
+    alone = all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree))
+    return jax.device_get(tree) if alone else jax.tree.map(on_host, tree)
+
+
 OPTIONS: dict[str, dict[str, bool]] = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": True}}
 """What XLA is told where several devices of a platform share a step. It hides exchanges behind products by itself from
 Hopper on; on an A100, or a card below, all of them were waited for: of an 8B step on 8 L4 they were 45 %."""
@@ -293,6 +300,7 @@ class Compiled:
 
     def __call__(self, *args: Tree) -> Tree:
         """The function's result."""
+        here().moved()
         key = _signature(args)
         if key not in self._ready:
             self._ready[key] = self.lower(*args).compile()

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from dpo_jax.config import command as commands
 from dpo_jax.config import run as config
+from dpo_jax.processes import starting
+from dpo_jax.processes.here import here
 
 if TYPE_CHECKING:
     from dpo_jax.run.checkpoints import Saver
@@ -20,6 +22,7 @@ def main(argv: Sequence[str]) -> int:
     """Read the settings, then train; nothing heavy is imported before they are known to be right."""
     run = config.load(argv)
     commands.quiet_libraries()
+    starting.begin(run.distributed, config.same_everywhere(run))
     return train(run)
 
 
@@ -33,7 +36,7 @@ def train(run: config.Run) -> int:
     with output.opened(run) as folder:
         past = Past.of(folder)
         past.check_settings(run)
-        if result.is_finished(run, past):
+        if here().decide("whether the run is finished", lambda: result.is_finished(run, past)):
             return result.show(run, folder, "this run is finished already")
         sources.check_export(run.export)
         compile_cache.use(run.model.compile_cache)
@@ -70,18 +73,18 @@ def advance(trainer: "Trainer", state: "State", recorder: "Recorder", saver: "Sa
     elif first == last:
         recorder.evaluate(last, state)
     recorder.start()
-    with Interrupts() as interrupts:
+    with Interrupts(trainer.mesh) as interrupts:
         for made in trainer.placed_batches(first, until):
             state, metrics = trainer.step(state, made.value)
             step = made.step + 1
             recorder.take(step, metrics, waited=made.waited)
             better = recorder.evaluate(step, state)
-            ends = step == last or recorder.gave_up
-            saved = saver.save(step, state, recorder, at_once=better or ends or interrupts.asked is not None)
+            ends, stop = step == last or recorder.gave_up, interrupts.agreed()
+            saved = saver.save(step, state, recorder, at_once=bool(better or ends or stop))
             if ends:
                 break
-            if saved and interrupts.asked:
-                return state, interrupts.asked
+            if saved and stop:
+                return state, stop
     recorder.end(state)
     return state, None
 

@@ -14,6 +14,8 @@ from typing import NoReturn
 
 from dpo_jax.errors import UserError, printable, redacted
 from dpo_jax.files import refusal
+from dpo_jax.processes import starting
+from dpo_jax.processes.watch import RETRY
 from dpo_jax.settings import COMMAND_LINE
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -25,7 +27,8 @@ def command(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
 
     What a user did wrong, and what the machine refuses to do with a file, is printed on stderr, one line `error: ...`
     for each problem, and gives exit code 2; Ctrl-C gives 130, SIGTERM and SIGHUP 75 (try again), a reader of our output
-    that went away 141. Anything else is our fault and keeps its traceback.
+    that went away 141. Anything else is our fault and keeps its traceback. Where the process is one of several of a
+    run, the others end with it, and a fault gives 76: try again.
     """
 
     @functools.wraps(main)
@@ -34,30 +37,39 @@ def command(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
         try:
             with _told_to_end():
                 code = main(sys.argv[1:] if argv is None else argv) or 0
+                starting.end()
             sys.stdout.flush()
             return code
-        except _Ended as ended:
-            print(f"stopped by {signal.Signals(ended.number).name}; run the same command again", file=sys.stderr)
+        except BaseException as error:
+            code = _said(error)
+            starting.end_early(error, RETRY if code is None else code)
+            if code is None:
+                raise
+            return code
+
+    return wrapped
+
+
+def _said(error: BaseException) -> int | None:
+    """Say what ended a command, and give its exit code; None, and nothing is said, where that is our fault."""
+    match error:
+        case _Ended():
+            print(f"stopped by {signal.Signals(error.number).name}; run the same command again", file=sys.stderr)
             return 75
-        except UserError as error:
+        case UserError():
             for line in str(error).splitlines():
                 print(f"error: {printable(redacted(line))}", file=sys.stderr)
             return 2
-        except KeyboardInterrupt:
+        case KeyboardInterrupt():
             print("stopped from the keyboard", file=sys.stderr)
             return 130
-        except BrokenPipeError:
-            if not _reader_left():
-                raise
+        case BrokenPipeError() if _reader_left():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
             return 141
-        except OSError as error:
-            if (line := refusal(error)) is None:
-                raise
+        case OSError() if not isinstance(error, BrokenPipeError) and (line := refusal(error)) is not None:
             print(f"error: {printable(redacted(line))}", file=sys.stderr)
             return 2
-
-    return wrapped
+    return None
 
 
 def _open_standard_streams() -> None:

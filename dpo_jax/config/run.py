@@ -17,6 +17,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+import dpo_jax
 from dpo_jax.config.elsewhere import FOREIGN
 from dpo_jax.config.rules import ADAPTER_RATE, IGNORED, RULES, best_problem, only_merged
 from dpo_jax.data.settings import BatchSettings, DataSettings
@@ -27,6 +28,7 @@ from dpo_jax.hf.settings import ExportSettings
 from dpo_jax.model.settings import AdapterSettings, MeshSettings, ModelSettings
 from dpo_jax.objectives import terms
 from dpo_jax.objectives.settings import ObjectiveSettings, as_written
+from dpo_jax.processes.settings import DistributedSettings
 from dpo_jax.reporting.settings import AlarmSettings, LogSettings
 from dpo_jax.settings import COMMAND_LINE, GivenSettings, Section, allowed
 from dpo_jax.training.settings import CheckpointSettings, OptimizerSettings, ReferenceSettings, fitting_mode
@@ -43,6 +45,7 @@ class Run(Section):
     reference: ReferenceSettings = ReferenceSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     mesh: MeshSettings = MeshSettings()
+    distributed: DistributedSettings = DistributedSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log: LogSettings = LogSettings()
@@ -159,6 +162,7 @@ KEEPS_MATHEMATICS = frozenset(
     evaluation.judge_call_budget checkpoint.every checkpoint.keep
     checkpoint.keep_every checkpoint.best
     checkpoint.allow_change log.every log.report log.tensorboard log.loggers log.token_statistics log.max_nonfinite
+    distributed.coordinator distributed.processes distributed.process distributed.timeout distributed.start_timeout
     output alarms.enabled alarms.chosen_drift alarms.kl export.dtype export.rounding export.align_eos export.kind
     export.push export.private
     """.split()
@@ -340,8 +344,9 @@ def _help(command: str, options: Sequence[str], sections: Collection[str]) -> st
 
 
 def dump(run: Run) -> dict[str, Any]:
-    """The settings as plain JSON values, less those that this run ignores: `Run.model_validate(dump(run)) == run`."""
-    settings = run.model_dump(mode="json")
+    """The settings as plain JSON values, less those that this run ignores, and less how its processes find
+    each other; but for that, `Run.model_validate(dump(run)) == run`."""
+    settings = run.model_dump(mode="json", exclude={"distributed"})
     objective = {key: value for key, value in settings["objective"].items() if value is not None}
     settings["objective"] = {"mixture": objective["mixture"]} if "mixture" in objective else objective
     for key, ignores, _ in IGNORED:
@@ -353,6 +358,14 @@ def dump(run: Run) -> dict[str, Any]:
     if not run.model.freeze:
         settings["model"].pop("freeze")
     return settings
+
+
+def same_everywhere(run: Run) -> dict[str, Any]:
+    """What all processes of a run must have been started with: every setting by its name, and the version."""
+    own = ("distributed.coordinator", "distributed.process")
+    settings = {key: _get(run, key) for key in FIELDS if key not in own}
+    plain = json.loads(json.dumps(settings, default=lambda value: value.model_dump(mode="json")))
+    return {**plain, "version of dpo_jax": dpo_jax.__version__}
 
 
 def from_dump(settings: Mapping[str, Any], origin: str) -> Run:

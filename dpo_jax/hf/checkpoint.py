@@ -30,6 +30,7 @@ from dpo_jax.hf.tensors import DTYPES, TensorInfo, Tensors, local_folder, member
 from dpo_jax.model.decoder import Model, abstract_params
 from dpo_jax.model.quantised import Kind
 from dpo_jax.model.spec import DecoderSpec
+from dpo_jax.processes.here import here
 from dpo_jax.trees import Tree
 
 # ---------------------------------------------------------------------------------------------- in
@@ -207,7 +208,7 @@ def save_hf(
     if source.quantised:
         config = without_quantisation(config or read_json(origin, "config.json"))
     export = _Export(model.spec, trees.paths(model.params), source, claims, shards.by_file(infos), config)
-    if jax.process_index() != 0:
+    if not here().owns:
         for name in (name for part in export.files.values() for name in part):
             _fetch(export, name, infos[name].dtype)
         return None

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
+from dpo_jax import sharding
 from dpo_jax.data.batch import Batch
 from dpo_jax.data.batches import Batches
 from dpo_jax.data.encoded import Encoded
@@ -59,7 +60,7 @@ def look(
     parts: list[Pairs] = []
     totals: dict[str, np.ndarray] = {}
     for step in range(batches.steps):
-        pairs, means = jax.device_get(collect(weights, place(batches.at(step))))
+        pairs, means = sharding.fetched(collect(weights, place(batches.at(step))))
         parts.append(jax.tree.map(lambda leaf, real=pairs.real: leaf[real], pairs))
         for name, mean in means.items():
             totals[name] = totals.get(name, np.zeros(2)) + np.asarray([mean.total, mean.count], np.float64)
@@ -143,7 +144,7 @@ def token_logprobs(
     values = np.full(encoded.num_scored, np.nan, np.float32)
     for step in range(batches.steps):
         batch = batches.at(step)
-        scored = np.asarray(jax.device_get(score(params, place(batch))))
+        scored = sharding.on_host(score(params, place(batch)))
         for micro, shard in np.argwhere((batch.ids >= 0).any(axis=-1)).tolist():
             where = scored_places(batch.ids[micro, shard], encoded)
             values[where] = scored[micro, shard, : len(where)]

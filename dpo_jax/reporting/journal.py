@@ -32,6 +32,7 @@ from rich.text import Text
 
 from dpo_jax.errors import UserError, one_line, printable, redacted
 from dpo_jax.files import naming, write_whole
+from dpo_jax.processes.here import here
 from dpo_jax.reporting.metrics import OLD_NAMES, PREFIX, TERMINAL, in_a_line, recorded, table
 from dpo_jax.reporting.notes import Notes, Page
 from dpo_jax.reporting.settings import LogSettings
@@ -388,6 +389,7 @@ class Journal:
 
     def phase(self, text: str) -> None:
         """Say what is being done: `compiling`, `reference log-probabilities 3/10`."""
+        here().doing(text)
         self._terminal.phase(text)
 
     def step(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:

@@ -18,7 +18,9 @@ from dpo_jax.model.adapters import folded
 from dpo_jax.model.decoder import Model, abstract_params
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights
+from dpo_jax.processes.here import here
 from dpo_jax.run.policy import Policy
+from dpo_jax.sharding import fetched
 from dpo_jax.trees import Params
 
 
@@ -39,7 +41,8 @@ def trained_on(policy: Policy, weights: Weights) -> factors.Adapter:
     """The adapter that was trained, by the tensors of the base's folder; also what of the model was trained whole."""
     assert policy.adapter is not None
     entries, leaves = policy.entries, trees.paths(weights.params)
-    own = {path: np.asarray(leaf) for path, leaf in trees.paths(weights.trained).items() if "/lora/" in path}
+    trained = trees.paths(fetched(weights.trained))
+    own = {path: leaf for path, leaf in trained.items() if "/lora/" in path}
     found = folders.to_factors(policy.adapter, own, entries)
     whole = {entry.name: entry.of(leaves).astype(np.float32) for entry in entries if _is_whole(policy, entry)}
     return factors.Adapter(found, {entry.name: entry for entry in entries}, whole, dropout=policy.dropout)
@@ -56,6 +59,8 @@ def _is_whole(policy: Policy, entry: TensorEntry) -> bool:
 def write_adapter(policy: Policy, weights: Weights, target: Path, text: Text, *, replace: bool = False) -> None:
     """Write the factors as a PEFT folder; raises as `peft_export.write_adapter`."""
     adapter, base = trained_on(policy, weights), opened(policy.folder)
+    if not here().owns:
+        return
     peft_export.write_adapter(
         target,
         adapter,
@@ -87,5 +92,7 @@ def write_merged(
     scheme = scheme_of(policy.spec, policy.folder, source.spare)
     claims = claim(policy.spec, source.infos, str(policy.folder), scheme)
     view = merged.Merged(source, trained_on(policy, weights), claims, "float32")
+    if not here().owns:
+        return None
     how = {"dtype": dtype, "card": text.card, "extra_files": text.files, "replace": replace}
     return str(merge.write_merged(target, view, policy.spec, scheme, **how))

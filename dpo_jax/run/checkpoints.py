@@ -10,6 +10,7 @@ import jax
 from dpo_jax.config.run import Run
 from dpo_jax.errors import UserError
 from dpo_jax.model.weights import Weights
+from dpo_jax.processes.here import here
 from dpo_jax.reporting.journal import METRICS_FILE, Journal
 from dpo_jax.run.best import Best
 from dpo_jax.run.output import CHECKPOINTS, record_of
@@ -65,8 +66,10 @@ class Saver:
         The best checkpoint so far is kept, however old. Returns whether it was saved.
         """
         due = step % self._every == 0 or at_once
+        self._checkpoints.check()
         if due:
             recorder.flush()
+            here().doing(f"saving after step {step}")
             recorder.journal.sync()
             watch = recorder.watch
             watched = {} if watch is None else watch.record()

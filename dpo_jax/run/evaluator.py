@@ -22,6 +22,7 @@ from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.mixture import as_measured
 from dpo_jax.preference import heldout
 from dpo_jax.preference.loss import TrainingObjective, evaluate_batch
+from dpo_jax.processes.here import here
 from dpo_jax.reporting.metrics import recorded
 from dpo_jax.run.judging import AgainstStart
 from dpo_jax.run.seen import keep_rewards
@@ -161,8 +162,9 @@ class Evaluator:
             mesh=self._mesh,
         )
         path = folder / "answers" / f"{step}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        write_whole(path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+        if here().owns:
+            path.parent.mkdir(exist_ok=True)
+            write_whole(path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
         judged = {} if prompts.judge is None else prompts.judge(prompts.questions, answers, folder, step)
         return {"pass_rate": winrate.pass_rate(answers), **judged}
 

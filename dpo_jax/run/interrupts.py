@@ -1,17 +1,26 @@
-"""Signals that ask a run to stop."""
+"""Signals that ask a run to stop, on any of its processes."""
 
+import functools
 import signal
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dpo_jax import sharding
 from dpo_jax.config.command import ENDING
+from dpo_jax.processes.here import here
 
 
 class Interrupts:
     """Ctrl-C, SIGTERM and SIGHUP ask the loop to stop after the step it is in; a second Ctrl-C stops at once."""
 
-    def __init__(self):
-        """Nothing has been asked yet."""
+    def __init__(self, mesh: Mesh | None = None):
+        """Nothing has been asked yet; `mesh` is that of a run of several processes."""
         self.asked: int | None = None
+        self._mesh, self._under_way = mesh if here().count > 1 else None, None
 
     def __enter__(self) -> "Interrupts":
         """Listen."""
@@ -25,7 +34,29 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def agreed(self) -> int | None:
+        """The signal after which the run stops now, on all of its processes; every one of them asks once a step.
+
+        With several processes it is the answer to what they knew a step before, so that nobody waits for it.
+        """
+        if self._mesh is None:
+            return self.asked
+        before, self._under_way = self._under_way, _largest(self._mesh, self.asked or 0)
+        return None if before is None else int(before) or None
+
     def _ask(self, number: int, frame: Any) -> None:
         if self.asked is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = number
+
+
+def _largest(mesh: Mesh, number: int) -> jax.Array:
+    """The largest of what the processes say; it is under way when this returns."""
+    split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    said = jax.make_array_from_callback((mesh.size,), split, lambda index: np.full(1, number, np.int32))
+    return _reduced(mesh)(said)
+
+
+@functools.cache
+def _reduced(mesh: Mesh) -> Any:
+    return jax.jit(jnp.max, out_shardings=sharding.replicated(mesh))

@@ -13,6 +13,7 @@ from dpo_jax.config.run import Run
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.errors import UserError, redacted, redacted_values
 from dpo_jax.files import LOCK, locked, write_whole
+from dpo_jax.processes.here import Failure, here
 from dpo_jax.training import manifest
 
 RUN_FILE, MODEL, ADAPTER, CHECKPOINTS = "run.json", "model", "adapter", "checkpoints"
@@ -37,7 +38,26 @@ def opened(run: Run) -> Iterator[Path]:
     Raises:
       UserError: it belongs to something else, or to a run that is still going on.
     """
-    folder = Path(run.output)
+    folder, place = Path(run.output), here()
+    with contextlib.ExitStack() as held:
+        place.decide("output", lambda: _hold(folder, held))
+        if not place.shares("output folder", folder):
+            raise UserError(
+                f"output: {folder} is not the same folder on all {place.count} hosts, and all write checkpoints; "
+                "name a folder on a disk that they share"
+            )
+        place.on_failure = lambda failure: _mark_failed(folder, failure)
+        yield folder
+
+
+def _mark_failed(folder: Path, failure: Failure) -> None:
+    """Write down in `run.json` why the run of several processes ended."""
+    if (folder / RUN_FILE).exists():
+        mark(folder, failed=failure._asdict())
+
+
+def _hold(folder: Path, held: contextlib.ExitStack) -> None:
+    """Lock the output folder for as long as `held`, and sweep it; raises as `opened`."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output: {folder} is a file; name a folder")
     names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
@@ -46,10 +66,9 @@ def opened(run: Run) -> Iterator[Path]:
         raise UserError(
             f"output: {folder} holds other things ({sorted(strangers)[0]}, ...); name a new or empty folder"
         )
-    with locked(folder, "output"):
-        _sweep(folder)
-        _sweep(folder / "cache")
-        yield folder
+    held.enter_context(locked(folder, "output"))
+    _sweep(folder)
+    _sweep(folder / "cache")
 
 
 def _sweep(folder: Path) -> None:
@@ -139,8 +158,9 @@ def record_of(run: Run, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file in one move; no secret stands in it."""
-    write_whole(path, redacted(json.dumps(value, indent=2, ensure_ascii=False)) + "\n")
+    """Write a file in one move, if this process is the one that writes; no secret stands in it."""
+    if here().owns:
+        write_whole(path, redacted(json.dumps(value, indent=2, ensure_ascii=False)) + "\n")
 
 
 def mark(folder: Path, **more: Any) -> None:

@@ -1,6 +1,7 @@
 """What a run computes with: read from its settings and folders in order, before and after there are weights."""
 
 import dataclasses
+import functools
 import platform
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights
 from dpo_jax.page.keeping import Page
 from dpo_jax.preference.loss import TrainingObjective
+from dpo_jax.processes.here import here
 from dpo_jax.reporting.journal import Journal
 from dpo_jax.run import models, output, result
 from dpo_jax.run.attention_choice import attention_for
@@ -69,11 +71,12 @@ class Job:
         mesh = models.make_mesh(run.mesh, run.model)
         terms, length, scores = run.objective.terms, run.data.max_length, run.objective.trains_reward_model
         settings = {"model": run.model, "reference": run.reference, "max_length": length, "scalar_head": scores}
-        first = find_models(*named, SIDE_FILES, adapter=run.adapter)
+        place = here()
+        first = place.in_turn("models", lambda: find_models(*named, SIDE_FILES, adapter=run.adapter))
         models.check_models(first, mesh, **settings)  # before gigabytes are downloaded
         if run.adapter.path is None:
             policy_of(run, first, mesh)
-        sources = find_models(*named, adapter=run.adapter)
+        sources = place.in_turn("weights", lambda: find_models(*named, adapter=run.adapter))
         tokenizer = load_tokenizer(sources.policy, run.data.template)
         sources = sources.resized(run.model, tokenizer)
         ending = models.check_ending(sources, tokenizer, run.export, scalar_head=scores)
@@ -81,7 +84,9 @@ class Job:
         for line in [*models.notes(sources, ending, run.export), *adapter_notes(run, policy)]:
             print(line)
         cache, date = output.cache_folder(run.data, folder), output.template_date(folder)
-        data = read_data(run.data, tokenizer, cache, print, date=date, seed=run.seed)
+        shared = place.shares("data.cache", cache)
+        read = functools.partial(read_data, run.data, tokenizer, cache, print, date=date, seed=run.seed)
+        data = place.in_turn("data", read, shared=shared)
         output.write_json(folder / "data.json", data.report)
         data = data.examples(terms, length)
         steps = number_of_steps(data.train.num_pairs, run.batch.pairs, steps=run.steps, epochs=run.epochs)
@@ -115,7 +120,7 @@ class Job:
         """The journal of a command that `began` then; what it has of steps after the checkpoint `start` is dropped."""
         after = -1 if start is None else start
         how = {
-            "process": jax.process_index(),
+            "process": here().process,
             "began": began,
             "page": Page(self.folder) if self.run.log.report else None,
         }
@@ -146,7 +151,7 @@ class Job:
             lambda objective: Trainer(objective, weights, batches, reference, self.mesh, **how),
             objective,
             run.model.remat,
-            room_of(self.mesh),
+            min(here().everyone("room", room_of(self.mesh)), key=lambda room: room or 0),
         )
 
     def evaluator(self, objective: TrainingObjective, weights: Weights, reference: Reference) -> Evaluator:
@@ -206,6 +211,7 @@ class Job:
           UserError: it would not be the run that the folder holds.
         """
         facts = result.facts(self.sources, self.data, self.steps)
+        here().same("what the run is made of differs", facts)
         for line in past.check_facts(self.run, facts, self.data.train):
             print(line)
         output.record_run(self.run, self.folder, facts, machine=machine_of(self.mesh))

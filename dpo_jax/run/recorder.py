@@ -13,6 +13,7 @@ from dpo_jax.data.batches import pair_tokens
 from dpo_jax.errors import UserError
 from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import TrainingObjective
+from dpo_jax.processes.here import here
 from dpo_jax.reporting.health import Alarms
 from dpo_jax.reporting.journal import Journal, read_records
 from dpo_jax.reporting.overfitting import HELD_OUT
@@ -109,6 +110,7 @@ class Recorder:
 
     def take(self, step: int, metrics: dict[str, jax.Array], *, waited: float) -> None:
         """Take over the metrics of step (from 1), which `waited` for its batch; those before are written now."""
+        here().doing(f"step {step}", step=True)
         self._waited += waited
         self.flush()
         self._pending = (step, metrics)
@@ -135,6 +137,7 @@ class Recorder:
         if not self._evaluator.due(step, last):
             return False
         self.flush()
+        here().doing(f"evaluating after step {step}")
         weights = self._trainer.weights(state)
         when = {"progress": (step - 1) / max(last - 1, 1), "moved": state.get("reference")}
         as_written = step == last or self.watch is not None

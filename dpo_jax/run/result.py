@@ -1,5 +1,6 @@
 """What a run leaves: the exported folder, the table of before and after, and how to go on."""
 
+import functools
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from dpo_jax.hf.ending import Ending, aligned
 from dpo_jax.model.decoder import Model
 from dpo_jax.model.weights import Weights
 from dpo_jax.page.render import PAGE
+from dpo_jax.processes.here import here
 from dpo_jax.reporting.journal import Journal, read_records, summary
 from dpo_jax.reporting.metrics import MEASURED
 from dpo_jax.run import adapted, continuing, output, sources, written
@@ -104,7 +106,7 @@ def export(
     card["notes"] = [*card["notes"], *best_lines(ended.best, ended.stopped, evaluations(folder))]
     for kind in run.export_kinds:
         target = folder / output.EXPORTS[kind]
-        _make_way(target, journal)
+        here().decide("a place for the export", functools.partial(_make_way, target, journal))
         said |= write(kind, run, policy, weights, target, adapted.Text(card, files, run.model.path), replace=True)
     output.mark(folder, finished=True, exported=exported_as(run), **said)
 
@@ -212,7 +214,7 @@ def show(run: Run, folder: Path, word: str) -> int:
     print(f"{word}: {where}, the record in {folder / 'metrics.jsonl'}{page}", flush=True)
     pushed = known.get("pushed", {})
     if run.export.push is not None and run.export.push not in pushed:
-        url = sources.send(run.export, folder / output.EXPORTS[kinds[0]])
+        url = here().decide("push", lambda: sources.send(run.export, folder / output.EXPORTS[kinds[0]]))
         output.mark(folder, pushed={**pushed, run.export.push: url})
         print(f"pushed: {url}")
     return 0

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from dpo_jax.files import write_whole
+from dpo_jax.processes.here import here
 
 FOLDER = "evaluations"
 
@@ -20,7 +20,7 @@ def keep_rewards(folder: Path, step: int, rewards: Mapping[str, Mapping[str, np.
         for name, sides in rewards.items()
         for side, values in sides.items()
     }
-    if not arrays or jax.process_index() != 0:
+    if not arrays or not here().owns:
         return
     (folder / FOLDER).mkdir(exist_ok=True)
     file = io.BytesIO()

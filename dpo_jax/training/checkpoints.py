@@ -29,10 +29,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from dpo_jax.errors import UserError
 from dpo_jax.files import REMEDIES, move_aside, write_whole
+from dpo_jax.processes.here import here
 from dpo_jax.training.manifest import MANIFEST, damage_of, seal, steps_of
 from dpo_jax.training.settings import CheckpointSettings
 from dpo_jax.trees import Tree, paths
@@ -41,7 +41,7 @@ _SEALED = "sealed"
 _LEFT_OVER = re.compile(r"[0-9]+\.(removed|orbax-checkpoint-tmp.*)")
 # Orbax's default is 1200. When one host cannot write, the others learn it only after this long.
 _TIMEOUT_SECONDS = 600
-_NONE, _REFUSED = -1, -2
+_NONE = -1
 
 
 class Checkpoints:
@@ -63,13 +63,13 @@ class Checkpoints:
             raise UserError(f"checkpoint folder {folder} is not a path; use a local or mounted folder")
         self.folder = Path(folder).absolute()
         self._settings = settings
-        self._say = say if jax.process_index() == 0 else _silent
+        self._say = say if here().owns else _silent
         self._good: set[int] = set()
         self._pending: Future[None] | None = None
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
+            if here().owns:
                 _remove_leftovers(self.folder)
             self._manager = ocp.CheckpointManager(self.folder, options=_options())
         for name in ("absl", "asyncio"):
@@ -88,7 +88,7 @@ class Checkpoints:
         self.wait()
         if step in self._good:
             return
-        self._agreed(lambda: self._make_way(step))
+        here().decide("checkpoint", lambda: self._make_way(step))
         items = {
             "state": ocp.args.StandardSave(state),
             "leaves": ocp.args.JsonSave(_leaves(state)),
@@ -108,7 +108,7 @@ class Checkpoints:
           UserError: there were finished steps, and none of them can be used.
         """
         self.wait()
-        found = self._agreed(self._newest_usable)
+        found = here().decide("newest checkpoint", self._newest_usable)
         if found == _NONE:
             return None
         self._good.add(found)
@@ -157,6 +157,11 @@ class Checkpoints:
                 self._manager.wait_until_finished()
             raise
 
+    def check(self) -> None:
+        """With several processes: raise at once if the last save failed, since the others wait for this one."""
+        if here().count > 1 and self._pending is not None and self._pending.done():
+            self.wait()
+
     def close(self) -> None:
         """Finish the last save and release the threads."""
         try:
@@ -182,7 +187,7 @@ class Checkpoints:
         """Behind training: wait for the commit, seal it, and only then remove old steps."""
         with self._writing(step):
             self._manager.wait_until_finished()
-            if jax.process_index() == 0:
+            if here().owns:
                 seal(self.folder / str(step))
                 write_whole(self.folder / _SEALED, f"{step}\n")
                 self._remove_old(step, also)
@@ -239,21 +244,6 @@ class Checkpoints:
             self._say(f"{path} is not a checkpoint and in the way; renamed to {move_aside(path, 'stray').name}")
         return step
 
-    def _agreed(self, decide: Callable[[], int]) -> int:
-        """Process 0's decision, on every process; if it refuses, all refuse."""
-        if jax.process_count() == 1:
-            return decide()
-        outcome, refusal = _REFUSED, None
-        if jax.process_index() == 0:
-            try:
-                outcome = decide()
-            except UserError as error:
-                refusal = error
-        outcome = int(multihost_utils.broadcast_one_to_all(np.int64(outcome)))
-        if outcome == _REFUSED:
-            raise refusal or UserError(f"process 0 refuses checkpoint folder {self.folder}; its message says why")
-        return outcome
-
     def _require_usable(self, step: int) -> None:
         if step not in self._good:
             if damage := damage_of(self.folder / str(step)):
@@ -285,7 +275,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if step is not None and jax.process_index() == 0:
+            if step is not None and here().owns:
                 # Orbax leaves the space of a failed save to the next run; a full disk needs it now.
                 for partial in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
                     shutil.rmtree(partial, ignore_errors=True)

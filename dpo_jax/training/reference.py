@@ -9,6 +9,7 @@ import numpy as np
 
 from dpo_jax.data.encode import Encoded
 from dpo_jax.files import digest_of, write_whole
+from dpo_jax.processes.here import here
 
 VERSION = "4"
 """Changed whenever the same weights and tokens would give other numbers."""
@@ -50,14 +51,14 @@ def cached(folder: Path, key: str, tokens: int, compute: Callable[[], np.ndarray
       ValueError: `compute` returned a value that is not finite, or not one per scored token.
     """
     path = folder / f"reference-{key[:40]}.bin"
-    values = _read(path, tokens)
-    if values is not None:
-        return values
+    known = _read(path, tokens)
+    if here().all_of("cached reference", known is not None) and known is not None:
+        return known
     values = np.asarray(compute(), np.float32)
     if values.shape != (tokens,) or not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())
         raise ValueError(f"the reference gave {bad} non-finite log-probabilities of {values.shape}")
-    _write(path, values)
+    here().in_turn("reference kept", lambda: _write(path, values) if _read(path, tokens) is None else None)
     return values
 
 
