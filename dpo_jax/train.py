@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dpo_jax.training.step import State
 
 
-@commands.command
+@commands.command_of_hosts
 def main(argv: Sequence[str]) -> int:
     """Read the settings, then train; nothing heavy is imported before they are known to be right."""
     run = config.load(argv)

@@ -22,7 +22,15 @@ ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasatt
 """Signals that ask a process to end. The last one is of a terminal that is closed, and no signal of Windows."""
 
 
-def command(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
+Main = Callable[[Sequence[str]], int | None]
+
+
+def command_of_hosts(main: Main) -> Callable[..., int]:
+    """As `command`, of one that several processes run together."""
+    return command(main, alone=False)
+
+
+def command(main: Main, *, alone: bool = True) -> Callable[..., int]:
     """Make `main(argv)` a command: `sys.exit(main())`.
 
     What a user did wrong, and what the machine refuses to do with a file, is printed on stderr, one line `error: ...`
@@ -35,6 +43,8 @@ def command(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
     def wrapped(argv: Sequence[str] | None = None) -> int:
         _open_standard_streams()
         try:
+            if alone:
+                starting.check_alone()
             with _told_to_end():
                 code = main(sys.argv[1:] if argv is None else argv) or 0
                 starting.end()

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from dpo_jax.errors import UserError
 
@@ -26,6 +26,7 @@ ENDED = "ended"
 """Key of the first failure of any process."""
 
 
+@runtime_checkable
 class Store(Protocol):
     """What is used of JAX's distributed client."""
 
@@ -47,7 +48,7 @@ class Stage(NamedTuple):
 
     name: str
     since: float
-    limit: float | None
+    limit: int | None
     """Seconds that it may take; None while it waits for others, who have limits of their own."""
 
 
@@ -68,7 +69,7 @@ class Here:
     """This process, among those of its run."""
 
     def __init__(
-        self, store: Store | None = None, process: int = 0, count: int = 1, *, timeout: float = 300, slow: float = 1800
+        self, store: Store | None = None, process: int = 0, count: int = 1, *, timeout: int = 300, slow: int = 1800
     ):
         """Process `process` of `count`. A step may take `timeout` seconds, anything else `slow`."""
         self._store, self.process, self.count = store, process, count
@@ -77,7 +78,9 @@ class Here:
         self._calls: dict[str, int] = {}
         self.stage = Stage("starting", time.monotonic(), slow)
         self.numbers: dict[str, float] = {}
-        """What the other processes may know of this one: seconds, bytes."""
+        """What process 0 may know of this one: seconds, bytes."""
+        self.heard: dict[int, dict[str, float]] = {}
+        """On process 0, the `numbers` of each process as it last told them."""
         self.on_failure: Callable[[Failure], None] | None = None
         self._leaving = threading.Lock()
 
@@ -234,9 +237,13 @@ class Here:
         except Exception:
             return None
 
+    def leaves(self) -> bool:
+        """Whether it is the caller that ends this process; False if another thread does so already."""
+        return self._leaving.acquire(blocking=False)
+
     def recorded(self, failure: Failure) -> None:
-        """Let the owner of the output folder write down why the run ended; once."""
-        if self.owns and self.on_failure is not None and self._leaving.acquire(blocking=False):
+        """Let the owner of the output folder write down why the run ended."""
+        if self.owns and self.on_failure is not None:
             with contextlib.suppress(Exception):  # whatever happens, this process ends now
                 self.on_failure(failure)
 

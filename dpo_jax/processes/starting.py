@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Mapping
 
 from dpo_jax.errors import UserError, one_line, printable, redacted
+from dpo_jax.files import refusal
 from dpo_jax.processes import places
 from dpo_jax.processes.here import Here, here, stand
 from dpo_jax.processes.places import Place
@@ -52,6 +53,21 @@ def begin(settings: DistributedSettings, same: Mapping[str, object], variables: 
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     now.same("the processes of this run differ", same)
     return now
+
+
+def check_alone(variables: Mapping[str, str] = os.environ) -> None:
+    """Whether a command that knows nothing of other processes is the only one that was started.
+
+    Raises:
+      UserError: it is one of several.
+    """
+    place = places.place_of(DistributedSettings(), variables)
+    count = variables.get("SLURM_STEP_NUM_TASKS", "1") if place is None else str(place.processes)
+    if count != "1":
+        raise UserError(
+            f"this command is one process, and {count} were started; start one of them (of the commands, only "
+            "dpo_jax.train runs on several hosts)"
+        )
 
 
 def _connect(place: Place, settings: DistributedSettings) -> None:
@@ -157,8 +173,8 @@ def end_early(error: BaseException, code: int) -> None:
     if place.count == 1:
         return
     why = _why(error) if code == RETRY else _said(error)
-    if code == RETRY:
-        traceback.print_exception(error)
+    if code == RETRY and place.failure() is None and not why.startswith("process"):
+        traceback.print_exception(error)  # else it is the other one's fault
     failure = place.failed(code, why)
     if failure.process != place.process:
         print(f"error: {failure.line()}", file=sys.stderr, flush=True)
@@ -167,7 +183,8 @@ def end_early(error: BaseException, code: int) -> None:
 
 def _said(error: BaseException) -> str:
     """An error in a line."""
-    line = str(error).partition("\n")[0] if isinstance(error, UserError) else one_line(error)
+    known = str(error).partition("\n")[0] if isinstance(error, UserError) else None
+    line = known or (refusal(error) if isinstance(error, OSError) else None) or one_line(error)
     return printable(redacted(line))[:300]
 
 

@@ -4,6 +4,7 @@ What the runtime notices by itself is a process that is dead or has been stopped
 a process that hangs is noticed too, whoever it is that it keeps waiting, and each process ends with the cause.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -17,6 +18,8 @@ from dpo_jax.processes.here import Failure, Here
 BEAT_SECONDS = 1.0
 RETRY = 76
 """Exit code of a process that ends because of another one, or of a fault that may pass: run the same command again."""
+STAYS_SECONDS = 3.0
+"""How long process 0 is still there once it has told why it ends."""
 LOST_SECONDS = 5.0
 """How long the store of process 0 may not answer."""
 
@@ -28,6 +31,7 @@ class Beat(NamedTuple):
     stage: str
     waits: bool
     """Whether it waits for another process."""
+    numbers: dict[str, float]
 
 
 class Watch:
@@ -98,8 +102,6 @@ class Watch:
         stage, now = self._place.stage, time.monotonic()
         if stage.limit is None or now - stage.since <= stage.limit:
             return None
-        print(f"{stage.name}: {now - stage.since:.0f} s without an end; all threads:", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(all_threads=True)
         setting = "distributed.timeout" if stage.limit == self._place.timeout else "distributed.start_timeout"
         why = f"{stage.name} has taken more than {stage.limit:.0f} s ({setting})"
         if now - self._answered > LOST_SECONDS:
@@ -117,11 +119,12 @@ class Watch:
 
     def _beats(self) -> dict[int, Beat]:
         found = self._place.store.key_value_dir_get("beats/")
-        return {int(key.rsplit("/", 1)[-1]): Beat(*json.loads(value)[:3]) for key, value in found}
+        return {int(key.rsplit("/", 1)[-1]): Beat(*json.loads(value)) for key, value in found}
 
     def _others(self) -> Failure | None:
         """Of process 0: one that is not heard of any more, or all that wait for each other."""
         now, place, beats = time.monotonic(), self._place, self._beats()
+        place.heard = {process: beat.numbers for process, beat in beats.items()}
         for process, beat in beats.items():
             if process not in self._heard or self._heard[process][0].number != beat.number:
                 self._heard[process] = (beat, now)
@@ -148,13 +151,27 @@ class Watch:
 
 
 def leave_at_once(place: Here, failure: Failure, code: int | None = None) -> None:
-    """End this process with what is to be said, and without waiting for any other."""
+    """End this process with what is to be said, and without waiting for any other to end.
+
+    Process 0 stays for a moment, as the others hear of the failure from its store.
+    """
+    if not place.leaves():
+        threading.Event().wait()
     if code is None:
         print(f"error: {failure.line()}", file=sys.stderr, flush=True)
+    _show_what_hangs(place)
     place.recorded(failure)
+    if place.owns:
+        time.sleep(STAYS_SECONDS)
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(Exception):
             stream.flush()
-        except Exception:
-            pass
     os._exit(failure.code if code is None else code)
+
+
+def _show_what_hangs(place: Here) -> None:
+    """Where all threads are, if this process has been at one thing for long: it may be what the others waited for."""
+    late = time.monotonic() - place.stage.since
+    if place.stage.limit is not None and late > 0.8 * place.timeout:
+        print(f"{place.stage.name}: for {late:.0f} s, all threads:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(all_threads=True)

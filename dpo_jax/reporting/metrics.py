@@ -53,6 +53,10 @@ METRICS: dict[str, str] = {
     "unjudged": "questions of which the judge said nothing that can be understood",
     "step_seconds": "wall time of the step",
     "input_wait": "share of the step's wall time that went into waiting for the next batch",
+    "hosts/slowest": "of several processes, the one with the most seconds of its own between two steps",
+    "hosts/own_seconds": "its seconds of its own, in which the devices may have waited for it",
+    "hosts/input_wait": "longest wait of a process for its next batch, in seconds",
+    "hosts/memory_bytes": "most memory in use of a process, in bytes",
     "time_to_first_step": "seconds from the start of the command to the end of its first step, once",
     "pairs_per_second": "pairs per second of wall time",
     "tokens_per_second": "token slots per second of wall time",
@@ -60,7 +64,10 @@ METRICS: dict[str, str] = {
 }
 """Every metric and what it is."""
 
-TIME_FIELDS = (*"step_seconds input_wait time_to_first_step pairs_per_second tokens_per_second memory_bytes".split(),)
+TIME_FIELDS = (
+    *"step_seconds input_wait time_to_first_step pairs_per_second tokens_per_second memory_bytes".split(),
+    *"hosts/slowest hosts/own_seconds hosts/input_wait hosts/memory_bytes".split(),
+)
 """What two runs of the same mathematics may differ in (`eval_` forms too); everything else in a record is the same."""
 
 TERMINAL = (

@@ -69,6 +69,8 @@ class Job:
             check_judge(run.evaluation.judging)
         named = run.model, run.reference, output.recorded(folder)
         mesh = models.make_mesh(run.mesh, run.model)
+        if here().count > 1:
+            print(processes_line(mesh))
         terms, length, scores = run.objective.terms, run.data.max_length, run.objective.trains_reward_model
         settings = {"model": run.model, "reference": run.reference, "max_length": length, "scalar_head": scores}
         place = here()
@@ -216,6 +218,15 @@ class Job:
             print(line)
         output.record_run(self.run, self.folder, facts, machine=machine_of(self.mesh))
         return facts
+
+
+def processes_line(mesh: jax.sharding.Mesh) -> str:
+    """How many processes and hosts a run of several has, and its devices."""
+    hosts = here().everyone("hosts", here().host)
+    return (
+        f"{len(hosts)} processes on {len(set(hosts))} host{'s' * (len(set(hosts)) > 1)}, {mesh.size} devices "
+        f"({jax.local_device_count()} of process 0)"
+    )
 
 
 def machine_of(mesh: jax.sharding.Mesh) -> dict[str, str]:

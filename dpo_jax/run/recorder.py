@@ -15,6 +15,7 @@ from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.processes.here import here
 from dpo_jax.reporting.health import Alarms
+from dpo_jax.reporting.hosts import SlowHost, host_metrics
 from dpo_jax.reporting.journal import Journal, read_records
 from dpo_jax.reporting.overfitting import HELD_OUT
 from dpo_jax.reporting.settings import AlarmSettings
@@ -65,7 +66,7 @@ class Recorder:
         self._cut = train.truncated[train.chosen] | (not single and train.truncated[train.rejected])
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._seen = self._batches.total_before(after, self._lengths)
-        self._is_first, self._once = True, {}
+        self._is_first, self._once, self._slow = True, {}, SlowHost()
         self.restart_clock()
 
     def begin(self, weights: Weights) -> State:
@@ -165,9 +166,11 @@ class Recorder:
         """
         if self._pending is None:
             return
+        own = time.perf_counter() - self._clock
         step, metrics = self._pending[0], {k: float(v) for k, v in jax.device_get(self._pending[1]).items()}
         self._pending = None
         seconds, waited = time.perf_counter() - self._clock, self._waited
+        here().numbers = {"own": own, "waited": waited, "memory": memory_in_use()}
         self.restart_clock()
         consecutive_nonfinite = metrics.pop("nonfinite_streak")
         metrics = counted(self._objective, metrics)
@@ -189,8 +192,11 @@ class Recorder:
                     "pairs_per_second": len(pairs) / seconds,
                     "tokens_per_second": tokens / seconds,
                     "memory_bytes": memory_in_use(),
+                    **host_metrics(here().heard),
                 },
             )
+            if (line := self._slow.line(here().heard, seconds)) is not None:
+                self.journal.note(line)
             self._once = {}
             for line in self._alarms.take(step, _watched(self._objective, metrics)) if self._alarms else ():
                 self.journal.note(line)

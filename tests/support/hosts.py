@@ -36,9 +36,7 @@ class Hosts:
             command = [sys.executable, *(word.replace("{process}", str(process)) for word in words)]
             with (logs / f"{process}.log").open("wb") as log:
                 self.all.append(
-                    subprocess.Popen(
-                        command, env={**os.environ, **own, **(environment or {})}, stdout=log, stderr=log
-                    )
+                    subprocess.Popen(command, env={**os.environ, **own, **(environment or {})}, stdout=log, stderr=log)
                 )
 
     def said(self, process: int = 0) -> str:

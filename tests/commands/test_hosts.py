@@ -1,0 +1,257 @@
+"""A training run of several processes: the numbers of one, one owner of the output folder, and ends that all share."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+
+from dpo_jax.files import file_digest
+from dpo_jax.processes.watch import RETRY
+from dpo_jax.reporting.journal import read_records
+from tests.support.hosts import Hosts
+from tests.support.tiers import night
+from tests.support.tiny_folders import write_folder
+from tests.support.tiny_rows import byte_tokenizer, user, write, yes_or_no
+
+SECONDS = 20
+"""Of `distributed.timeout`; far more than a step takes, as a test machine may be busy."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model folder, and files of pairs and questions."""
+    root = tmp_path_factory.mktemp("world")
+    tokenizer = byte_tokenizer()
+    ends = {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    write_folder(root / "model", num_hidden_layers=2, **ends)
+    tokenizer.save_pretrained(str(root / "model"))
+    rows = yes_or_no(20)
+    write(root / "train.jsonl", *rows[:14])
+    write(root / "eval.jsonl", *rows[14:])
+    write(root / "answers.jsonl", {"prompt": [user("Say 3")], "good": "."})
+    return root
+
+
+def words(world, output, *more):
+    given = {
+        "model.path": world / "model",
+        "data.train": world / "train.jsonl",
+        "data.eval": world / "eval.jsonl",
+        "evaluation.answers": world / "answers.jsonl",
+        "evaluation.max_new_tokens": 4,
+        "batch.pairs": 4,
+        "batch.micro_tokens": 256,
+        "steps": 6,
+        "optimizer.learning_rate": 1e-3,
+        "optimizer.warmup_steps": 0,
+        "checkpoint.every": 2,
+        "evaluation.every": 3,
+        "log.tensorboard": False,
+        "log.report": False,
+        "distributed.timeout": SECONDS,
+        "distributed.start_timeout": 300,
+        "output": output,
+    }
+    return [*(f"{key}={value}" for key, value in given.items()), *more]
+
+
+def trained(world, output, *more, processes=2, devices=1):
+    hosts = Hosts(
+        ["-m", "dpo_jax.train", *words(world, output, *more)],
+        output.with_suffix(".logs"),
+        processes=processes,
+        devices=devices,
+    )
+    return hosts.ends(), hosts
+
+
+def weights(output, kind="model"):
+    return {path.name: file_digest(path) for path in sorted((output / kind).glob("*.safetensors"))}
+
+
+def steps_of(output):
+    path = output / "metrics.jsonl"
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def test_two_processes_give_the_bytes_and_the_losses_of_one(world, tmp_path):
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    assert trained(world, alone, processes=1, devices=2)[0] == [0]
+    codes, hosts = trained(world, both)
+    assert codes == [0, 0], hosts.said(0)
+    assert weights(both) == weights(alone) != {}
+    assert losses(both) == losses(alone)
+    assert json.loads((both / "run.json").read_text())["machine"]["processes"] == "2"
+    assert "done" in hosts.said(0) and "step" not in hosts.said(1)
+
+
+def losses(output):
+    return {record["step"]: record["loss"] for record in read_records(output / "metrics.jsonl") if "loss" in record}
+
+
+@night
+def test_one_sigterm_stops_all_and_the_same_command_goes_on(world, tmp_path):
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    assert trained(world, alone, "steps=40", processes=1, devices=2)[0] == [0]
+    again = ["-m", "dpo_jax.train", *words(world, both, "steps=40")]
+    hosts = Hosts(again, tmp_path / "logs")
+    assert hosts.until(lambda: steps_of(both) > 5), hosts.said(0)
+    second = Hosts(again, tmp_path / "second")  # another job of the same output
+    assert second.ends() == [2, 2]
+    assert all("is in use by another run" in second.said(process) for process in (0, 1))
+    hosts.send(1, signal.SIGTERM)
+    assert hosts.ends() == [75, 75], hosts.said(0)
+    assert "stopped and saved after step" in hosts.said(0)
+    codes, hosts = trained(world, both, "steps=40")
+    assert codes == [0, 0], hosts.said(0)
+    assert weights(both) == weights(alone)
+    assert losses(both) == losses(alone)
+
+
+@night
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("adapter.rank=4",),
+        ("adapter.rank=4", "export.kind=both"),
+        ("reference.mode=live",),
+        ("reference.update_every=2",),
+        ("mesh.tensor=2",),
+        ("mesh.context=2",),
+        ("checkpoint.best=eval_loss", "evaluation.patience=1"),
+        ("evaluation.judge=rule",),
+        ("model.freeze=[blocks/0/.*]",),
+        ("optimizer.name=adafactor",),
+    ],
+)
+def test_each_way_of_training_gives_the_bytes_of_one_process(world, tmp_path, more):
+    assert trained(world, tmp_path / "alone", *more, processes=1, devices=2)[0] == [0]
+    codes, hosts = trained(world, tmp_path / "both", *more)
+    assert codes == [0, 0], hosts.said(0)
+    for kind in ("model", "adapter"):
+        assert weights(tmp_path / "both", kind) == weights(tmp_path / "alone", kind)
+
+
+@night
+def test_checkpoints_go_on_in_other_layouts(world, tmp_path):
+    """Restored equal: the first loss after it is that of the layout that made the checkpoint. Reductions over other
+    groups of devices are in another order, so it is equal to float32's precision, and not in its bits."""
+    layouts = [(1, 4), (2, 2), (4, 1), (2, 1), (1, 1)]
+    output, how = tmp_path / "run", ("steps=20", "optimizer.schedule=constant", "checkpoint.every=4")
+    assert trained(world, tmp_path / "whole", *how, processes=1, devices=4)[0] == [0]
+    for number, (processes, devices) in enumerate(layouts, 1):
+        hosts = Hosts(
+            ["-m", "tests.support.faulty", "refuse", "0", str(4 * number + 2), *words(world, output, *how)],
+            tmp_path / str(number),
+            processes=processes,
+            devices=devices,
+        )
+        codes = hosts.ends()
+        assert codes == [2 if number < len(layouts) else 0] * processes, hosts.said(0)
+        assert number == 1 or f"resumed after step {4 * (number - 1)}" in hosts.said(0)
+    lost = losses(tmp_path / "whole"), losses(output)
+    assert lost[0].keys() == lost[1].keys()
+    np.testing.assert_allclose([*lost[1].values()], [*lost[0].values()], rtol=2e-4, atol=1e-6)
+
+
+def faulty(world, tmp_path, kind, process, step=20):
+    output = tmp_path / "run"
+    more = ("steps=400", "checkpoint.every=10", "evaluation.every=1000", "log.every=1")
+    hosts = Hosts(
+        ["-m", "tests.support.faulty", kind, str(process), str(step), *words(world, output, *more)], tmp_path / "logs"
+    )
+    return output, hosts
+
+
+def failed(output):
+    return json.loads((output / "run.json").read_text()).get("failed", {})
+
+
+@night
+@pytest.mark.parametrize(
+    "kind, process, code, cause",
+    [
+        ("raise", 1, RETRY, "ValueError: the wheel came off"),
+        ("raise", 0, RETRY, "ValueError: the wheel came off"),
+        ("refuse", 1, 2, "a file went away"),
+        ("refuse", 0, 2, "a file went away"),
+        ("full", 1, 2, "No space left on device"),
+        ("full", 0, 2, "No space left on device"),
+        ("hang", 1, RETRY, "has taken more than 20 s (distributed.timeout)"),
+        ("hang", 0, RETRY, "has taken more than 20 s (distributed.timeout)"),
+    ],
+)
+def test_what_ends_one_process_ends_all_with_its_cause(world, tmp_path, kind, process, code, cause):
+    output, hosts = faulty(world, tmp_path, kind, process)
+    assert hosts.ends() == [code, code], hosts.said(0)
+    assert cause in failed(output)["why"] and failed(output)["process"] == process
+    assert all(cause in hosts.said(number) for number in (0, 1))
+    if kind == "hang":  # with the stack of the thread that hangs
+        assert "misbehave" in hosts.said(process)
+
+
+@night
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_is_gone_or_stopped_ends_the_others(world, tmp_path, number):
+    output = tmp_path / "run"
+    hosts = Hosts(
+        ["-m", "dpo_jax.train", *words(world, output, "steps=400", "evaluation.every=1000")], tmp_path / "logs"
+    )
+    assert hosts.until(lambda: steps_of(output) > 5), hosts.said(0)
+    hosts.send(1, number)
+    assert hosts.until(lambda: hosts.all[0].poll() is not None)
+    hosts.send(1, signal.SIGCONT)
+    assert hosts.ends()[0] == RETRY, hosts.said(0)
+    assert "process 1" in failed(output)["why"]
+    codes, hosts = trained(world, output, "steps=12", "checkpoint.allow_change=[steps]")
+    assert codes == [0, 0], hosts.said(0)
+
+
+@night
+@pytest.mark.parametrize("who", [(0,), (0, 1)])
+def test_sigterm_to_the_first_or_to_all_saves_one_step_and_ends_all(world, tmp_path, who):
+    output = tmp_path / "run"
+    hosts = Hosts(
+        ["-m", "dpo_jax.train", *words(world, output, "steps=400", "evaluation.every=1000")], tmp_path / "logs"
+    )
+    assert hosts.until(lambda: steps_of(output) > 5), hosts.said(0)
+    for process in who:
+        hosts.send(process, signal.SIGTERM)
+    assert hosts.ends() == [75, 75], hosts.said(0)
+    assert "stopped and saved after step" in hosts.said(0)
+
+
+@night
+def test_a_slow_process_is_named(world, tmp_path):
+    output, hosts = faulty(world, tmp_path, "slow", 1, step=5)
+    assert hosts.until(lambda: "process 1 keeps the others waiting" in hosts.said(0)), hosts.said(0)
+    hosts.close()
+
+
+@night
+def test_processes_that_were_not_started_alike_are_refused(world, tmp_path):
+    again = words(world, tmp_path / "run", "seed={process}")
+    hosts = Hosts(["-m", "dpo_jax.train", *again], tmp_path / "logs")
+    assert hosts.ends() == [2, 2]
+    assert all("seed is 0 on process 0" in hosts.said(process) for process in (0, 1))
+    assert not (tmp_path / "run").exists()
+
+
+@night
+def test_an_output_folder_that_is_not_shared_is_refused(world, tmp_path):
+    again = words(world, "run", "log.every=1")
+    hosts = Hosts(["-c", OWN_FOLDER, str(tmp_path), *again], tmp_path / "logs")
+    assert hosts.ends() == [2, 2]
+    assert all("is not the same folder on all" in hosts.said(process) for process in (0, 1))
+
+
+OWN_FOLDER = """
+import os, sys
+from pathlib import Path
+own = Path(sys.argv[1]) / os.environ["JAX_PROCESS_ID"]
+own.mkdir()
+os.chdir(own)
+from dpo_jax import train
+sys.exit(train.main(sys.argv[2:]))
+"""
