@@ -10,7 +10,6 @@ from dpo_jax.files import file_digest
 from dpo_jax.processes.watch import RETRY
 from dpo_jax.reporting.journal import read_records
 from tests.support.hosts import Hosts
-from tests.support.tiers import night
 from tests.support.tiny_folders import write_folder
 from tests.support.tiny_rows import byte_tokenizer, user, write, yes_or_no
 
@@ -90,7 +89,7 @@ def losses(output):
     return {record["step"]: record["loss"] for record in read_records(output / "metrics.jsonl") if "loss" in record}
 
 
-@night
+@pytest.mark.nightly
 def test_one_sigterm_stops_all_and_the_same_command_goes_on(world, tmp_path):
     alone, both = tmp_path / "alone", tmp_path / "both"
     assert trained(world, alone, "steps=40", processes=1, devices=2)[0] == [0]
@@ -109,7 +108,7 @@ def test_one_sigterm_stops_all_and_the_same_command_goes_on(world, tmp_path):
     assert losses(both) == losses(alone)
 
 
-@night
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "more",
     [
@@ -133,7 +132,7 @@ def test_each_way_of_training_gives_the_bytes_of_one_process(world, tmp_path, mo
         assert weights(tmp_path / "both", kind) == weights(tmp_path / "alone", kind)
 
 
-@night
+@pytest.mark.nightly
 def test_checkpoints_go_on_in_other_layouts(world, tmp_path):
     """Restored equal: the first loss after it is that of the layout that made the checkpoint. Reductions over other
     groups of devices are in another order, so it is equal to float32's precision, and not in its bits."""
@@ -168,7 +167,7 @@ def failed(output):
     return json.loads((output / "run.json").read_text()).get("failed", {})
 
 
-@night
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "kind, process, code, cause",
     [
@@ -191,7 +190,7 @@ def test_what_ends_one_process_ends_all_with_its_cause(world, tmp_path, kind, pr
         assert "misbehave" in hosts.said(process)
 
 
-@night
+@pytest.mark.nightly
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_process_that_is_gone_or_stopped_ends_the_others(world, tmp_path, number):
     output = tmp_path / "run"
@@ -208,7 +207,7 @@ def test_a_process_that_is_gone_or_stopped_ends_the_others(world, tmp_path, numb
     assert codes == [0, 0], hosts.said(0)
 
 
-@night
+@pytest.mark.nightly
 @pytest.mark.parametrize("who", [(0,), (0, 1)])
 def test_sigterm_to_the_first_or_to_all_saves_one_step_and_ends_all(world, tmp_path, who):
     output = tmp_path / "run"
@@ -222,14 +221,14 @@ def test_sigterm_to_the_first_or_to_all_saves_one_step_and_ends_all(world, tmp_p
     assert "stopped and saved after step" in hosts.said(0)
 
 
-@night
+@pytest.mark.nightly
 def test_a_slow_process_is_named(world, tmp_path):
     output, hosts = faulty(world, tmp_path, "slow", 1, step=5)
     assert hosts.until(lambda: "process 1 keeps the others waiting" in hosts.said(0)), hosts.said(0)
     hosts.close()
 
 
-@night
+@pytest.mark.nightly
 def test_processes_that_were_not_started_alike_are_refused(world, tmp_path):
     again = words(world, tmp_path / "run", "seed={process}")
     hosts = Hosts(["-m", "dpo_jax.train", *again], tmp_path / "logs")
@@ -238,7 +237,7 @@ def test_processes_that_were_not_started_alike_are_refused(world, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@night
+@pytest.mark.nightly
 def test_an_output_folder_that_is_not_shared_is_refused(world, tmp_path):
     again = words(world, "run", "log.every=1")
     hosts = Hosts(["-c", OWN_FOLDER, str(tmp_path), *again], tmp_path / "logs")

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.tiers import night
 from tests.support.tiny_folders import write_folder
 from tests.support.tiny_rows import byte_tokenizer, write, yes_or_no
 
@@ -61,8 +60,8 @@ def stand_ins(tmp_path, monkeypatch):
     """Commands of a cluster, in place of those that are not here."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "python").symlink_to(sys.executable)
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "ssh": SSH}.items():
+    python = f'#!/bin/bash\nexec {sys.executable} "$@"\n'
+    for name, text in {"python": python, "srun": SRUN, "scontrol": SCONTROL, "ssh": SSH}.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -89,7 +88,7 @@ def ran(command, **more):
     return done.returncode, done.stdout + done.stderr
 
 
-@night
+@pytest.mark.nightly
 def test_slurm(config, stand_ins, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", str(free_port() - (65535 - 2**12 + 1)))  # JAX makes the port of it
     code, said = ran(["bash", LAUNCH / "slurm.sbatch", config, f"output={tmp_path / 'run'}"])
@@ -108,7 +107,7 @@ def test_slurm_queues_again_what_stopped_or_lost_a_host(stand_ins, tmp_path, mon
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
 
 
-@night
+@pytest.mark.nightly
 def test_ssh(config, stand_ins, tmp_path, monkeypatch):
     monkeypatch.setenv("PORT", str(free_port()))
     code, said = ran([LAUNCH / "ssh.sh", "127.0.0.1 127.0.0.2", config, f"output={tmp_path / 'a run'}"])
@@ -129,7 +128,7 @@ def together(commands, environments):
     return said
 
 
-@night
+@pytest.mark.nightly
 def test_skypilot(config, stand_ins, tmp_path):
     task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
     own = {"SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.2", "SKYPILOT_NUM_NODES": str(task["num_nodes"])}
@@ -139,7 +138,7 @@ def test_skypilot(config, stand_ins, tmp_path):
     is_one_run_of_two(tmp_path / "run", said)
 
 
-@night
+@pytest.mark.nightly
 def test_jobset(config, stand_ins, tmp_path):
     jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
     pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
