@@ -35,12 +35,15 @@ class Store(Protocol):
 
     def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str:
         """The value, once there is one; raises DEADLINE_EXCEEDED."""
+        ...
 
     def key_value_try_get(self, key: str) -> str:
         """The value; raises NOT_FOUND."""
+        ...
 
     def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
         """All keys that begin like this, with their values."""
+        ...
 
 
 class Stage(NamedTuple):
