@@ -141,8 +141,9 @@ FOREIGN = {
         ),
         ("activation_offloading enable_activation_offloading", "model.remat=offload keeps less on the device"),
         (
-            "gradient_checkpointing_kwargs activation_checkpointing_kwargs use_reentrant_gc use_unsloth_gc "
-            "selective_checkpointing disable_gradient_checkpointing layer_offloading ac_mode ac_option",
+            "gradient_checkpointing_kwargs use_gradient_checkpointing activation_checkpointing_kwargs "
+            "use_reentrant_gc use_unsloth_gc selective_checkpointing disable_gradient_checkpointing "
+            "layer_offloading ac_mode ac_option",
             "not needed: model.remat says what the backward pass keeps, and finds by itself what fits",
         ),
         (
@@ -387,11 +388,16 @@ FOREIGN = {
             "loss_watchdog_threshold loss_watchdog_patience",
             "alarms say when a run looks unhealthy; log.max_nonfinite stops one that is broken",
         ),
-        ("benchmark ignore_warnings verbose is_debug overwrite_model_dir", "not needed here"),
+        (
+            "benchmark random_state full_finetuning fast_inference max_lora_rank ignore_warnings verbose is_debug "
+            "overwrite_model_dir",
+            "not needed here",
+        ),
     )
     for name in names.split()
 }
 """The name elsewhere -> our key, or what to do instead. `name_*` stands for all names that begin so."""
+BEGINNINGS = [name[:-1] for name in FOREIGN if name.endswith("_*")]
 
 
 def answer_to(name: str) -> str | None:
@@ -403,5 +409,5 @@ def answer_to(name: str) -> str | None:
     name = name.lower()
     if name in FOREIGN:
         return FOREIGN[name]
-    begun = [known for known in FOREIGN if known.endswith("_*") and name.startswith(known[:-1])]
-    return FOREIGN[max(begun, key=len)] if begun else None
+    begun = [first for first in BEGINNINGS if name.startswith(first)]
+    return FOREIGN[f"{max(begun, key=len)}*"] if begun else None

@@ -4,7 +4,6 @@ from typing import Any
 
 from dpo_jax.config.bridge.conversion import Conversion
 from dpo_jax.config.bridge.trainers import AXOLOTL, FACTORY, TORCHTUNE
-from dpo_jax.config.bridge.values import VALUES
 
 SHAPE = ("lora_r", "lora_alpha", "lora_target_modules", "lora_target_linear", "lora_target_parameters", "use_dora")
 SHAPE += ("use_rslora", "lora_modules_to_save", "lora_layers_to_transform", "lora_rank_pattern", "lora_alpha_pattern")
@@ -69,9 +68,8 @@ def _shape(c: Conversion) -> None:
         c.put("adapter.alpha", float(c.get("lora_alpha")), "lora_alpha")
     value, names = _targets(c)
     c.put("adapter.targets", value, *names)
-    saved = c.get("lora_modules_to_save")
-    if saved is not None:
-        found = VALUES["adapter.modules_to_save"](saved)
+    found = c.words("lora_modules_to_save")
+    if found:
         known = tuple(LEAVES[name] for name in found if name in LEAVES)
         if known and len(known) == len(found):
             c.put("adapter.modules_to_save", known, "lora_modules_to_save")
@@ -90,15 +88,14 @@ def _targets(c: Conversion) -> tuple[Any, tuple[str, ...]]:
     names = [name for name in ("lora_target_modules", "lora_target_parameters") if c.get(name) not in (None, (), "")]
     found: list[str] = []
     for name in names:
-        value = c.get(name)
-        found += [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
+        found += c.words(name)
     if found in (["all"], ["all-linear"]):
         return "all-linear", tuple(names)
     return tuple(found) if found else "default", tuple(names)
 
 
 def _tuned_targets(c: Conversion) -> tuple[str, ...]:
-    names = ["o_proj" if name == "output_proj" else str(name) for name in c.get("model.lora_attn_modules", ())]
+    names = ["o_proj" if name == "output_proj" else str(name) for name in c.words("model.lora_attn_modules")]
     names += ["gate_proj", "up_proj", "down_proj"] if c.flag("model.apply_lora_to_mlp") else []
     names += ["lm_head"] if c.flag("model.apply_lora_to_output") else []
     if "phi" in str(c.get("model._component_", "")):

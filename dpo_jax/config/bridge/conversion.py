@@ -1,6 +1,7 @@
 """What becomes of each key of a config: a line of ours, a reason why it is left out, or a question."""
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,7 +9,21 @@ from dpo_jax.config.bridge.source import Computed, Config, Given
 from dpo_jax.config.bridge.trainers import Trainer
 from dpo_jax.config.elsewhere import answer_to
 from dpo_jax.config.run import FIELDS
+from dpo_jax.errors import UserError, short
+from dpo_jax.settings import SCALARS
 
+NUMBERS = frozenset(
+    """
+    learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm warmup_steps warmup_ratio max_steps
+    num_train_epochs max_steps_per_epoch per_device_train_batch_size gradient_accumulation_steps batch_size max_length
+    tensor_parallel_size context_parallel_size beta label_smoothing ld_alpha f_alpha_divergence_coef discopop_tau
+    simpo_gamma cpo_alpha orpo_alpha rpo_alpha pref_ftx pref_bco_weight loss.gamma desirable_weight undesirable_weight
+    center_rewards_coefficient ref_model_sync_steps ref_model_mixup_alpha lora_r lora_alpha lora_dropout
+    loraplus_lr_ratio eval_steps evals_per_epoch save_steps logging_steps early_stopping_patience test_split_size
+    max_samples seed save_total_limit router_aux_loss_coef
+    """.split()
+)
+"""Names whose values are numbers."""
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -57,12 +72,27 @@ class Conversion:
             elif name in self.known:
                 self.left[given.key] = f"{self.known[name].key} says the same"
             else:
-                self.known[name] = given
+                self.known[name] = self._as_number(given) if name in NUMBERS else given
         for name, value in self.trainer.default(self.method).items():
             computed = any(self.trainer.names.get(key, key) == name for key in self.asked_keys())
             if value is not None and name not in self.known and not computed:
                 self.known[name] = Given(name, value)
                 self.standard.add(name)
+
+    def _as_number(self, given: Given) -> Given:
+        """The key with its value as a number, whole if it is, as TRL reads texts.
+
+        Raises:
+          UserError: it is none.
+        """
+        text = str(given.value)
+        read = next((read for form, read in SCALARS[2:4] if re.fullmatch(form, text)), None)
+        if read is None:
+            place = f"{short(self.config.file)}:{given.line}" if given.line else short(self.config.file)
+            raise UserError(f"{place}: {short(given.key)}: {short(text)}: must be a number; correct it there")
+        value = read(text)
+        whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e15
+        return dataclasses.replace(given, value=int(value) if whole else value)
 
     def asked_keys(self) -> list[str]:
         """Keys whose values only a run of the script could tell."""
@@ -71,8 +101,8 @@ class Conversion:
     def _ask_of(self, given: Given, name: str) -> None:
         ours = meaning_of(name) or meaning_of(given.key) or ""
         self.left[given.key] = f"is computed there: {given.value.text}"
-        if ours in FIELDS:
-            self.asked[ours] = f"{given.key} is computed there ({given.value.text})"
+        key = ours if ours in FIELDS else given.key
+        self.asked[key] = f"{given.key} is computed there ({short(given.value.text)})"
 
     def __contains__(self, name: str) -> bool:
         """Whether a key has a value, be it a default."""
@@ -81,6 +111,13 @@ class Conversion:
     def get(self, name: str, default: Any = None) -> Any:
         """A key's value."""
         return self.known[name].value if name in self.known else default
+
+    def words(self, name: str) -> list[str]:
+        """A key's value as a list of texts; a text may hold several, with commas."""
+        value = self.get(name)
+        if value is None or isinstance(value, str):
+            return [word.strip() for word in (value or "").split(",") if word.strip()]
+        return [str(item) for item in value] if isinstance(value, tuple) else [str(value)]
 
     def flag(self, name: str) -> bool:
         """Whether a key is on."""

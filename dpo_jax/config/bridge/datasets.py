@@ -36,8 +36,7 @@ def where(
 ) -> tuple[str, ...]:
     """A data set as our settings name it: files, or NAME:CONFIGURATION:SPLIT."""
     if files:
-        found = files.values() if isinstance(files, Mapping) else [files] if isinstance(files, str) else files
-        return tuple(str(file) for file in found)
+        return tuple(map(str, files)) if isinstance(files, tuple) else (str(files),)
     if Path(name).suffix in (".json", ".jsonl", ".csv", ".parquet"):
         return (name,)
     split = str(split or "train")
@@ -112,8 +111,8 @@ def _trl(c: Conversion) -> None:
 
 def _one(c: Conversion) -> None:
     name, files = str(c.get("dataset_name")), c.get("data_files")
-    names = ("dataset_name", "dataset_config", "dataset_train_split", "data_files")
-    files = files if name in LOADERS else None
+    names = ("dataset_name", "dataset_config", "dataset_train_split", "data_files", "data_files.train")
+    files = files or c.get("data_files.train") if name in LOADERS else None
     found = where(name, c.get("dataset_config"), c.get("dataset_train_split"), files)
     _put(c, "data.train", list(found), *names)
     if c.get("eval_dataset_name") and c.get("eval_dataset_name") not in LOADERS:
@@ -125,7 +124,8 @@ def _one(c: Conversion) -> None:
             None if c.is_given("dataset_test_split") else f"{c.trainer.name} takes the split test where none is named"
         )
         if files:
-            return
+            held = c.get("data_files.test")
+            return _put(c, "data.eval", [str(held)] if held else [], "data_files.test")
         _put(c, "data.eval", list(where(name, c.get("dataset_config"), split)), "dataset_test_split", note=note)
     c.leave(HELD, "dataset_test_split")
 
@@ -149,15 +149,14 @@ def _mixture(c: Conversion, mixed: list[tuple[Item, list[str]]]) -> None:
 
 def _mixer(c: Conversion, mixer: list[str]) -> None:
     """The handbook's older form: data sets with shares, and splits of them all: train ones first, then test ones."""
-    splits = c.get("dataset_splits", ("train", "test"))
-    splits = (splits,) if isinstance(splits, str) else splits
-    configurations = c.get("dataset_configs", ())
+    splits = c.words("dataset_splits") or ["train", "test"]
+    configurations = c.words("dataset_configs")
     train, held = [], []
     for number, key in enumerate(mixer):
         name, share = key.removeprefix("dataset_mixer."), c.get(key)
         configuration = configurations[number] if number < len(configurations) else None
         for split in splits:
-            if "train" in str(split):
+            if "train" in split:
                 train += where(name, configuration, split, share=share)
             else:
                 held += where(name, configuration, split)
@@ -227,10 +226,9 @@ def _factory(c: Conversion) -> None:
     mappings: list[Columns] = []
     kinds: list[str] = []
     for name, key in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
-        given = c.get(name)
-        entries = given.split(",") if isinstance(given, str) else list(given or ())
+        entries = c.words(name)
         sources = []
-        for entry in (str(one).strip() for one in entries):
+        for entry in entries:
             source, columns = _entry(c, entry, known, key)
             kinds.append(_kind(known.get(entry, FACTORY_SETS.get(entry))))
             sources += source

@@ -62,15 +62,16 @@ def _name(c: Conversion) -> str:
 
 
 def _dpo(c: Conversion) -> None:
-    names = c.get("loss_type", "sigmoid")
-    names = [names] if isinstance(names, str) else list(names)
+    names = c.words("loss_type") or ["sigmoid"]
     if c.trainer is AXOLOTL and c.get("rl") == "ipo":
         names = ["ipo"]
-    names = [_ours(c, str(name)) for name in names]
+    names = [_ours(c, name) for name in names]
     if names[0] in ("orpo", "simpo") and c.trainer is FACTORY:
         return _of_factory(c, names[0])
-    weights = c.get("loss_weights") or [1.0] * len(names)
-    blocks = [_block(c, name, float(weight)) for name, weight in zip(names, weights, strict=False)]
+    weights = c.get("loss_weights") or (1.0,) * len(names)
+    if not isinstance(weights, tuple) or len(weights) != len(names) or not all(map(is_number, weights)):
+        raise UserError(f"{_place(c, 'loss_weights')}: loss_weights: must be as many numbers as there are losses")
+    blocks = [_block(c, name, float(weight)) for name, weight in zip(names, weights, strict=True)]
     sft, bco = c.get("rpo_alpha") or c.get("pref_ftx") or 0.0, c.get("pref_bco_weight") or 0.0
     if bco:
         blocks = [{**block, "weight": block["weight"] / (1 + bco)} for block in blocks]
@@ -79,6 +80,11 @@ def _dpo(c: Conversion) -> None:
         blocks.append({"name": "sft", "weight": float(sft)})
     smoothed = "sigmoid" in names and c.get("label_smoothing") and c.trainer not in (FACTORY, TORCHTUNE)
     _put(c, blocks, note=SMOOTHED if smoothed else PER_ANSWER if sft and c.trainer is FACTORY else None)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _of_factory(c: Conversion, name: str) -> None:

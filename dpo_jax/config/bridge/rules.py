@@ -11,6 +11,7 @@ from dpo_jax.config.bridge.objectives import objective
 from dpo_jax.config.bridge.source import Config
 from dpo_jax.config.bridge.trainers import AXOLOTL, FACTORY, TORCHTUNE, Trainer
 from dpo_jax.config.bridge.values import VALUES
+from dpo_jax.config.elsewhere import answer_to
 from dpo_jax.config.run import FIELDS
 from dpo_jax.hf.settings import REPOSITORY
 
@@ -61,8 +62,8 @@ def batch(c: Conversion) -> None:
     """batch.pairs, of all devices together."""
     each, times = c.get("per_device_train_batch_size", 1), c.get("gradient_accumulation_steps", 1)
     if c.trainer is AXOLOTL and c.is_given("batch_size") and not c.is_given("gradient_accumulation_steps"):
-        times = max(int(c.get("batch_size")) // int(each), 1)
-    shared = [int(c.get(name, 1) or 1) for name in ("tensor_parallel_size", "context_parallel_size")]
+        times = max(int(c.get("batch_size") // max(each, 1)), 1)
+    shared = [max(int(c.get(name, 1)), 1) for name in ("tensor_parallel_size", "context_parallel_size")]
     devices = c.devices or c.config.devices
     if devices is None and "single_device" in c.config.file:
         devices = 1
@@ -133,6 +134,9 @@ def _optimizer(c: Conversion) -> None:
     if not any(part in name.lower() for part, _ in OPTIMIZERS):
         note = f"{name} is not there; a rate for adamw is another one"
     c.put("optimizer.name", ours, "optim", note=note)
+    for key, setting in (("weight_decay", "optimizer.weight_decay"), ("max_grad_norm", "optimizer.clip_norm")):
+        if key in c:
+            c.put(setting, c.get(key) or (None if key == "max_grad_norm" else 0.0), key)
     unused = {"adamw": (), "lion": ("adam_epsilon",), "adafactor": ("adam_epsilon", "adam_beta1", "adam_beta2")}[ours]
     c.leave(f"{ours} does not use it", *unused)
 
@@ -179,7 +183,7 @@ def evaluation(c: Conversion) -> None:
         c.leave(what, "eval_steps", "eval_strategy", "evals_per_epoch", *BEST)
         return
     if per_epoch:
-        c.put("evaluation.every", _epochs(Fraction(1, int(per_epoch))), "evals_per_epoch")
+        c.put("evaluation.every", _epochs(1 / Fraction(str(per_epoch))), "evals_per_epoch")
     elif how == "epoch":
         c.put("evaluation.every", "1 epoch", "eval_strategy")
     elif isinstance(every, float) and 0 < every < 1:
@@ -357,8 +361,8 @@ def _by_name(c: Conversion, name: str, key: str) -> None:
     if answer is None:
         c.asked[key] = "is not known here, and left out"
         c.left[key] = "is not known here"
-    elif answer not in FIELDS:
-        c.left[key] = answer
+    elif answer not in FIELDS or ("." in name and answer_to(name) is None):
+        c.left[key] = answer  # what a whole block is called says nothing of the keys in it
     elif answer in c.lines:
         c.left[key] = f"{answer} is said by {', '.join(one.key for one in c.lines[answer].origins) or 'another key'}"
     else:

@@ -28,7 +28,10 @@ LORA = {
 }
 """Arguments of PEFT's LoraConfig that go by other names in configs."""
 PEFT_DEFAULTS = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
-OBJECTS = "args model train_dataset eval_dataset tokenizer processing_class data_collator callbacks peft_config"
+OBJECTS = tuple(
+    "args model ref_model train_dataset eval_dataset tokenizer processing_class data_collator callbacks "
+    "peft_config".split()
+)
 """Arguments of a trainer that are objects of the script, read where they are made."""
 
 
@@ -112,37 +115,42 @@ def _value(node: ast.AST, constants: Mapping[str, Any]) -> Any:
 def _settings(name: str, call: ast.Call, constants: Mapping[str, Any]) -> Iterator[Given]:
     """The keys of configs that one call stands for."""
     arguments = {word.arg: _value(word.value, constants) for word in call.keywords if word.arg}
-    first = _value(call.args[0], constants) if call.args else None
-    line = call.lineno
-
-    def given(values: Mapping[str, Any]) -> Iterator[Given]:
-        for key, value in values.items():
-            yield from flattened(key, value, lines.get(key, line))
-
     lines = {word.arg: word.value.lineno for word in call.keywords if word.arg}
+    positions = [_value(argument, constants) for argument in call.args]
+    for key, value in _values(name, positions, arguments).items():
+        yield from flattened(key, value, lines.get(key, call.lineno))
+
+
+def _values(name: str, positions: list[Any], arguments: dict[str, Any]) -> Mapping[str, Any]:
+    """What a call says, under the names that configs have."""
+    first = positions[0] if positions else None
     if name in CONFIGS or name == "TrainingArguments":
-        yield from given(arguments if first is None else {"output_dir": first, **arguments})
-    elif name == "LoraConfig":
-        yield from given(
-            {"use_peft": True, **PEFT_DEFAULTS, **{LORA.get(key, key): arguments[key] for key in arguments}}
-        )
-    elif name == "get_peft_model" and "r" in arguments:
+        return arguments if first is None else {"output_dir": first, **arguments}
+    if name == "LoraConfig" or (name == "get_peft_model" and "r" in arguments):
         found = {LORA.get(key, key): value for key, value in arguments.items() if key not in OBJECTS}
-        yield from given({"use_peft": True, **PEFT_DEFAULTS, **found})
-    elif name == "BitsAndBytesConfig":
-        yield from given(arguments)
-    elif name in TRAINERS:
-        yield from given(_of_trainer(arguments))
-    elif name == "load_dataset" and isinstance(first, str):
-        yield from given(_of_data(call, first, arguments, constants))
-    elif name.endswith("Model.from_pretrained") and isinstance(first := arguments.pop("model_name", first), str):
-        known = {"revision": "model_revision", "torch_dtype": "torch_dtype", "dtype": "dtype"}
-        yield from given({"model_name_or_path": first} | {known.get(key, key): arguments[key] for key in arguments})
+        return {"use_peft": True, **PEFT_DEFAULTS, **found}
+    if name == "BitsAndBytesConfig":
+        return arguments
+    if name in TRAINERS:
+        return _of_trainer(arguments)
+    if name == "load_dataset" and isinstance(first, str):
+        return _of_data(first, arguments.pop("name", positions[1] if len(positions) > 1 else None), arguments)
+    return _of_model(name, positions, arguments) if name.endswith(".from_pretrained") else {}
+
+
+def _of_model(name: str, positions: list[Any], arguments: dict[str, Any]) -> Mapping[str, Any]:
+    if name.startswith("PeftModel.") and len(positions) > 1:
+        return {"use_peft": True, "adapter_name_or_path": positions[1]}
+    first = arguments.pop("model_name", positions[0] if positions else None)
+    if "Model" not in name or not isinstance(first, str):
+        return {}
+    renamed = {("model_revision" if key == "revision" else key): value for key, value in arguments.items()}
+    return {"adapter_name_or_path" if name.startswith("AutoPeft") else "model_name_or_path": first, **renamed}
 
 
 def _of_trainer(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What is set at a trainer itself: the model by name, and, in old scripts, settings of the method."""
-    found = {key: value for key, value in arguments.items() if key not in (*OBJECTS.split(), "ref_model")}
+    found = {key: value for key, value in arguments.items() if key not in OBJECTS}
     if isinstance(arguments.get("model"), str):
         found["model_name_or_path"] = arguments["model"]
     if isinstance(arguments.get("ref_model"), str):
@@ -150,12 +158,11 @@ def _of_trainer(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _of_data(call: ast.Call, first: str, arguments: Mapping[str, Any], constants: Mapping[str, Any]) -> dict[str, Any]:
-    second = _value(call.args[1], constants) if len(call.args) > 1 else arguments.get("name")
-    found = {"dataset_name": first, "dataset_config": second, "dataset_train_split": arguments.get("split")}
-    rest = {f"load_dataset.{key}": value for key, value in arguments.items() if key not in ("name", "split")}
+def _of_data(first: str, configuration: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    split = arguments.get("split")
+    if str(split or "").startswith(("test", "valid", "eval", "dev")):
+        return {"eval_dataset_name": first, "eval_dataset_config": configuration, "eval_dataset_split": split}
+    found = {"dataset_name": first, "dataset_config": configuration, "dataset_train_split": split}
+    rest = {f"load_dataset.{key}": value for key, value in arguments.items() if key != "split"}
     found |= {"data_files": rest.pop("load_dataset.data_files")} if "load_dataset.data_files" in rest else {}
-    split = str(arguments.get("split") or "")
-    if split.startswith(("test", "valid", "eval", "dev")):
-        return {"eval_dataset_name": first, "eval_dataset_config": second, "eval_dataset_split": split}
     return {key: value for key, value in found.items() if value is not None} | rest

@@ -209,7 +209,7 @@ TORCHTUNE = Trainer(
             "warmup_steps": 0,
             "num_train_epochs": 1,
             "gradient_accumulation_steps": 1,
-            "max_grad_norm": None,
+            "max_grad_norm": 0,
             "optim": "torch.optim.AdamW",
             "lora_dropout": 0.0,
         },

@@ -10,7 +10,7 @@ from dpo_jax.config.run import FIELDS
 
 def loggers(value: Any) -> Any:
     """Of the services in `report_to` those that there are; TensorBoard's files are written anyway."""
-    names = [value] if isinstance(value, str) else list(value)
+    names = [value] if isinstance(value, str) else list(value) if isinstance(value, tuple) else []
     kind = next(one for one in typing.get_args(FIELDS["log.loggers"].annotation) if one is not Ellipsis)
     known = tuple(name for name in names if name in typing.get_args(kind))
     rest = [name for name in names if name not in (*known, "none", "tensorboard", "all")]
@@ -35,14 +35,6 @@ def _flag(value: Any) -> Any:
     return True if text in TRUE else False if text in FALSE else value
 
 
-def _list(value: Any) -> Any:
-    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
-
-
-def _clip(value: Any) -> Any:
-    return None if value in (0, 0.0) else value
-
-
 def _when(
     there: Callable[[Any], bool], why: str, change: Callable[[Any], Any] = lambda value: value
 ) -> Callable[[Any], Any]:
@@ -65,7 +57,6 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "data.workers": _when(lambda value: isinstance(value, int), "not needed: data.workers is chosen here"),
     "data.shuffle": _flag,
     "data.first": _whole,
-    "optimizer.clip_norm": _clip,
     "log.every": _steps,
     "log.loggers": loggers,
     "reference.mode": _when(
@@ -77,7 +68,6 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "checkpoint.keep": _when(lambda value: isinstance(value, int) and value > 0, "checkpoint.keep has a default of 2"),
     "adapter.rslora": _flag,
     "adapter.dora": _flag,
-    "adapter.modules_to_save": _list,
     "mesh.data": _when(lambda value: value not in (0, 1), "1 is the default"),
     "mesh.fsdp": _when(lambda value: value not in (0, 1), "all devices that the other axes leave is the default"),
     "mesh.tensor": _when(lambda value: value not in (0, 1), "1 is the default"),
