@@ -391,7 +391,7 @@ FOREIGN = {
         (
             "benchmark random_state full_finetuning fast_inference max_lora_rank ignore_warnings verbose is_debug "
             "overwrite_model_dir",
-            "not needed here",
+            "not needed: it says nothing of how a run goes here",
         ),
     )
     for name in names.split()
