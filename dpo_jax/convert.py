@@ -134,7 +134,9 @@ def _config(argv: Sequence[str]) -> int:
         "Rewrite a config of TRL, Axolotl, LLaMA-Factory, torchtune or the alignment handbook as one of ours: a YAML "
         "file that says of each line where it came from and what differs, and of each key that was left out why.",
     )
-    parser.add_argument("file", help="YAML or JSON; a Python script that calls TRL; or a shell script with its command")
+    parser.add_argument(
+        "file", help="YAML or JSON; a Python script or notebook that calls TRL; or a shell script with its command"
+    )
     parser.add_argument(
         "settings", nargs="*", metavar="section.key=value", help="settings of ours, in place of those of the file"
     )

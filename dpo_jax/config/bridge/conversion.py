@@ -64,7 +64,7 @@ class Conversion:
     def __post_init__(self) -> None:
         """Sort the keys by what is known of them."""
         for given in self.config.given.values():
-            name = self.trainer.names.get(given.key, given.key)
+            name = self.name_of(given.key)
             if given.value is None:
                 self.left[given.key] = "empty there"
             elif isinstance(given.value, Computed):
@@ -74,10 +74,14 @@ class Conversion:
             else:
                 self.known[name] = self._as_number(given) if name in NUMBERS else given
         for name, value in self.trainer.default(self.method).items():
-            computed = any(self.trainer.names.get(key, key) == name for key in self.asked_keys())
+            computed = any(self.name_of(key) == name for key in self.asked_keys())
             if value is not None and name not in self.known and not computed:
                 self.known[name] = Given(name, value)
                 self.standard.add(name)
+
+    def name_of(self, key: str) -> str:
+        """TRL's name of a key of the file."""
+        return self.trainer.names.get(key, key)
 
     def _as_number(self, given: Given) -> Given:
         """The key with its value as a number, whole if it is, as TRL reads texts.

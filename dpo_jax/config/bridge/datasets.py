@@ -57,8 +57,9 @@ def _put_columns(c: Conversion, mappings: list[Columns], kinds: list[str], *name
     framed = next((kind for kind in kinds if kind.startswith(FRAMED)), None)
     if needed:
         c.put("data.columns", needed[0], *names, note=FRAME.format(framed) if framed else None)
-        if other := next((mapping for mapping in mappings if mapping != needed[0]), None):
-            c.asked["data.columns"] = ONE_MAPPING.format(other or "none")
+        others = [mapping for mapping in mappings if mapping != needed[0]]
+        if others:
+            c.asked["data.columns"] = ONE_MAPPING.format(others[0] or "none")
     if any(kind.startswith(CHATTED) for kind in kinds):
         c.put("data.as_chat", True, *names)
 

@@ -69,13 +69,16 @@ def batch(c: Conversion) -> None:
         devices = 1
     if devices is None:
         c.asked["--devices"] = "the number of devices is not in the file and taken as 1; give --devices N"
+    unknown = {"per_device_train_batch_size", "gradient_accumulation_steps"} & {*map(c.name_of, c.asked_keys())}
     parts = [each, times, max((devices or 1) // (shared[0] * shared[1]), 1)]
-    if all(isinstance(part, int) for part in parts):
+    if all(isinstance(part, int) for part in parts) and not unknown:
         said = f"{each} on each device x {times} accumulated x {parts[2]} device{'s' * (parts[2] != 1)}"
         names = ("per_device_train_batch_size", "gradient_accumulation_steps", "batch_size")
         c.put("batch.pairs", parts[0] * parts[1] * parts[2], *names, note=said)
     else:
-        c.asked["batch.pairs"] = "what a step holds on all devices together is not said in numbers"
+        c.asked["batch.pairs"] = (
+            f"{', '.join(sorted(unknown)) or 'the batch'} is computed there, so a step's pairs are not known"
+        )
 
 
 def length(c: Conversion) -> None:
@@ -121,9 +124,9 @@ def schedule(c: Conversion) -> None:
             "optimizer.warmup_fraction", float(share), "warmup_ratio", note="at most 100 steps there" if most else None
         )
     c.leave("the other warm-up decides", "warmup_steps", "warmup_ratio")
-    c.put("optimizer.learning_rate", c.get("learning_rate"), "learning_rate")
-    if c.get("learning_rate") is None:
-        c.lines.pop("optimizer.learning_rate")
+    if c.get("learning_rate") is not None:
+        c.put("optimizer.learning_rate", c.get("learning_rate"), "learning_rate")
+    else:
         c.asked.setdefault("optimizer.learning_rate", "the file gives no learning rate, and there is none by default")
 
 

@@ -1,6 +1,7 @@
 """What a Python script gives TRL: the arguments of `DPOConfig(...)` and its relatives, read with `ast`."""
 
 import ast
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,6 +34,20 @@ OBJECTS = tuple(
     "peft_config".split()
 )
 """Arguments of a trainer that are objects of the script, read where they are made."""
+
+
+def notebook_text(file: str, text: str) -> str:
+    """The code of a notebook's cells, without commands to the notebook itself.
+
+    Raises:
+      UserError: it is no notebook.
+    """
+    try:
+        cells = [cell["source"] for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+        lines = "\n".join("".join(cell) for cell in cells).splitlines()
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise UserError(f"{short(file)}: is no notebook that can be read; save it again, or as NAME.py") from None
+    return "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in lines)
 
 
 def script_config(file: str, text: str) -> Config:
@@ -115,6 +130,10 @@ def _value(node: ast.AST, constants: Mapping[str, Any]) -> Any:
 def _settings(name: str, call: ast.Call, constants: Mapping[str, Any]) -> Iterator[Given]:
     """The keys of configs that one call stands for."""
     arguments = {word.arg: _value(word.value, constants) for word in call.keywords if word.arg}
+    for word in call.keywords:
+        if word.arg is None:  # DPOConfig(**these)
+            these = _value(word.value, constants)
+            arguments |= these if isinstance(these, dict) else {f"**{ast.unparse(word.value)}": these}
     lines = {word.arg: word.value.lineno for word in call.keywords if word.arg}
     positions = [_value(argument, constants) for argument in call.args]
     for key, value in _values(name, positions, arguments).items():

@@ -103,11 +103,13 @@ def config_of(file: str) -> Config:
       UserError: it cannot be read, or says nothing of a training run.
     """
     from dpo_jax.config.bridge.command_line import command_config
-    from dpo_jax.config.bridge.script import script_config
+    from dpo_jax.config.bridge.script import notebook_text, script_config
 
     suffix = Path(file).suffix.lower()
     if suffix == ".py":
         return script_config(file, text_of(file))
+    if suffix == ".ipynb":
+        return script_config(file, notebook_text(file, text_of(file)))
     if suffix in (".sh", ".bash", ".txt", ".slurm", ".sbatch"):
         return command_config(file, text_of(file))
     return yaml_config(file)

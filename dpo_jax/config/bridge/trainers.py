@@ -54,6 +54,7 @@ TRANSFORMERS = {
     "weight_decay": 0.0,
     "optim": "adamw_torch_fused",
     "eval_strategy": "no",
+    "output_dir": "trainer_output",
 }
 """Defaults of transformers' TrainingArguments."""
 PAIRS = {"beta": 0.1, "disable_dropout": True}
@@ -64,7 +65,6 @@ _TRL = {
         "lora_r": 16,
         "lora_alpha": 32,
         "lora_dropout": 0.05,
-        "output_dir": "trained",
     },
     "dpo": {**PAIRS, "learning_rate": 1e-6, "loss_type": "sigmoid", "truncation_mode": "keep_start"},
     "kto": {**PAIRS, "learning_rate": 1e-6, "loss_type": "kto", "desirable_weight": 1.0, "undesirable_weight": 1.0},
@@ -122,6 +122,7 @@ AXOLOTL = Trainer(
     {
         "": {
             **TRANSFORMERS,
+            "learning_rate": None,
             "lr_scheduler_type": "cosine",
             "warmup_ratio": 0.03,
             "warmup_steps": None,

@@ -16,6 +16,8 @@ from dpo_jax.errors import UserError, printable, redacted, short
 from dpo_jax.settings import COMMAND_LINE, GivenSettings
 
 WIDTH = 110
+NEEDED = ("model.path", "data.train", "model.freeze", "optimizer.learning_rate", "objective.beta", "batch.pairs")
+"""Settings for which no default of ours may stand in where a file does not say what they were."""
 INSTEAD = {
     "steps": ("epochs",),
     "epochs": ("steps",),
@@ -44,9 +46,7 @@ def settings_of(c: Conversion, overrides: GivenSettings) -> GivenSettings:
         for other in INSTEAD.get(key, ("objective",) if key.startswith("objective.") else ()):
             found.values.pop(other, None)
         found.values[key], found.where[key] = value, COMMAND_LINE
-    missing = [
-        key for key in ("model.path", "data.train", "model.freeze") if key in c.asked and key not in found.values
-    ]
+    missing = [key for key in NEEDED if key in c.asked and key not in found.values]
     if missing:
         lines = [f"{found.origin}: {key}: {c.asked[key]}; give {key}=VALUE behind the file" for key in missing]
         raise UserError("\n".join(lines))

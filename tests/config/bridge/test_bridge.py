@@ -176,6 +176,8 @@ REFUSED = {
     "no method": ("n.yaml", BASE + "dataset_name: d\nlearning_rate: 1e-6\n", "give --method"),
     "no model": ("n/dpo.yaml", "dataset_name: d\nbeta: 0.1\n", "model.path=VALUE"),
     "no data": ("dpo.yaml", BASE + "beta: 0.1\n", "data.train=VALUE"),
+    "no rate": ("a.yml", "base_model: m\nrl: dpo\ndatasets: [{path: d}]\n", "optimizer.learning_rate=VALUE"),
+    "no notebook": ("n.ipynb", "{}", "is no notebook"),
     "a layer count": (
         "f.yaml",
         BASE + "stage: sft\nfinetuning_type: freeze\ndataset: identity\n",
@@ -233,6 +235,42 @@ def test_the_command_prints_and_never_overwrites(capsys):
     assert convert.main(["config", file]) == 0 and "asked: --devices: " in capsys.readouterr().err
     for wrong in (["--devices", "0"], ["seed"], ["sed=3"], ["--method", "ppo"]):
         assert convert.main(["config", file, *wrong]) == 2
+
+
+def test_what_a_script_computes_is_asked_for_and_never_guessed():
+    call = "DPOTrainer(model='m', args=DPOConfig({}), train_dataset=load_dataset('d'))"
+    start = "from trl import DPOConfig, DPOTrainer\nSETTINGS = dict(beta=0.3)\nOURS = {'beta': 0.3}\n"
+    needed = {
+        "learning_rate=rate * 2, output_dir='o'": "optimizer.learning_rate",
+        "beta=b, output_dir='o'": "objective.beta",
+        "per_device_train_batch_size=n // 2, output_dir='o'": "batch.pairs",
+    }
+    for arguments, key in needed.items():
+        file = write("s.py", f"{start}{call.format(arguments)}\n")
+        with pytest.raises(UserError, match=f"{key}: .*is computed there.*give {key}=VALUE"):
+            written.rewritten(file, told())
+        assert "3  # given with the command" in written.rewritten(file, told(f"{key}=3"))[0]
+    text, asked = written.rewritten(write("s.py", f"{start}{call.format('**OURS')}\n"), told(), devices=1)
+    assert "beta: 0.3  # beta (line" in text and asked == []
+    _, asked = written.rewritten(write("s.py", f"{start}{call.format('**SETTINGS, seed=1')}\n"), told(), devices=1)
+    assert len(asked) == 1 and "SETTINGS is computed there" in asked[0]
+
+
+def test_a_notebook_is_its_code():
+    public = next(public for public in PUBLIC if public.name == "quick.py")
+    sources = (["!pip install trl\n", "%cd /x\n"], public.text)
+    cells = [{"cell_type": "markdown", "source": ["DPOConfig("]}]
+    cells += [{"cell_type": "code", "source": source} for source in sources]
+    file = write("n.ipynb", json.dumps({"cells": cells}))
+    run = config.load([write("o.yaml", written.rewritten(file, told())[0])])
+    assert run.objective.name == "kto" and run.model.path == "org/base-7b"
+
+
+def test_data_sets_that_need_different_columns_are_asked_about():
+    sets = "[{path: a, type: chatml.intel}, {path: b, type: chatml.ultra}]"
+    text = f"base_model: m\nrl: dpo\nlearning_rate: 1e-6\ndatasets: {sets}\n"
+    _, asked = written.rewritten(write("c.yaml", text), told(), devices=1)
+    assert [line.partition(":")[0] for line in asked] == ["data.columns"]
 
 
 def test_nothing_of_a_script_runs():
