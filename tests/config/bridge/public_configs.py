@@ -115,8 +115,8 @@ TRL_YAML = [
     ),
     trl(
         "kto",
-        {"objective.name": "kto", "objective.desirable_weight": 1.33, "optimizer.warmup_fraction": 0.1},
-        {"desirable_weight": 1.33, "undesirable_weight": 1.0, "warmup_steps": 0.1, "lr_scheduler_type": "cosine"},
+        {"objective.name": "kto", "objective.desirable_weight": 1.33, "optimizer.warmup_fraction": 0.07},
+        {"desirable_weight": 1.33, "undesirable_weight": 1.0, "warmup_steps": 0.07, "lr_scheduler_type": "cosine"},
     ),
     trl(
         "simpo",
@@ -516,7 +516,7 @@ AXOLOTL_YAML = [
     axolotl(
         "simpo",
         {"objective.blocks": [{"name": "simpo", "beta": 2.0, "gamma": 0.8}, {"name": "sft", "weight": 1.0}]},
-        {"rl": "simpo", "rl_beta": 2.0, "simpo_gamma": 0.8},
+        {"rl": "simpo", "rl_beta": 2.0, "trl": {"beta": 2.0}, "simpo_gamma": 0.8},
     ),
     axolotl(
         "simpo-alone",
