@@ -1,5 +1,5 @@
 """Hugging Face folders in and out: `python -m dpo_jax.convert export SOURCE TARGET`, `merge BASE ADAPTER TARGET`,
-`check FOLDER`, `push FOLDER ID`.
+`check FOLDER`, `push FOLDER ID`; and `config FILE`, which rewrites another trainer's config as one of ours.
 
 An export has the tensors, files and tokenizer of its source, read back and verified before the folder stands. Weights
 are changed only by `--dtype`, which rounds them to nearest even; those that are packed (4 bits and the like) become
@@ -8,12 +8,16 @@ were trained in.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dpo_jax.config.bridge.trainers import METHODS
 from dpo_jax.config.command import Parser, command, quiet_libraries
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, printable, redacted, short
+from dpo_jax.files import write_whole
+from dpo_jax.settings import GivenSettings
 
 
 def _export(argv: Sequence[str]) -> int:
@@ -124,25 +128,69 @@ def _push(argv: Sequence[str]) -> int:
     return 0
 
 
+def _config(argv: Sequence[str]) -> int:
+    parser = Parser(
+        "convert config",
+        "Rewrite a config of TRL, Axolotl, LLaMA-Factory, torchtune or the alignment handbook as one of ours: a YAML "
+        "file that says of each line where it came from and what differs, and of each key that was left out why.",
+    )
+    parser.add_argument(
+        "file", help="YAML or JSON; a Python script or notebook that calls TRL; or a shell script with its command"
+    )
+    parser.add_argument(
+        "settings", nargs="*", metavar="section.key=value", help="settings of ours, in place of those of the file"
+    )
+    parser.add_argument("--devices", type=int, metavar="N", help="GPUs that it ran on; a step's batch is that of all")
+    parser.add_argument("--method", choices=METHODS, help="what it trains, where the file does not say")
+    parser.add_argument("--output", metavar="FILE", help="file to write, which must not exist yet (default: print)")
+    options = parser.parse_intermixed_args(argv)
+    if options.devices is not None and options.devices < 1:
+        raise UserError(f"--devices {options.devices}: a whole number above zero is wanted")
+
+    from dpo_jax.config.bridge.written import rewritten
+
+    overrides = GivenSettings()
+    for setting in options.settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UserError(f"{short(setting)}: settings behind the file are written section.key=value")
+        overrides.override(key, value)
+    target = None if options.output is None else Path(options.output)
+    if target is not None and os.path.lexists(target):
+        raise UserError(f"--output {short(str(target))}: is there already; name another file")
+    text, asked = rewritten(options.file, overrides, method=options.method, devices=options.devices)
+    if target is None:
+        print(text, end="")
+    else:
+        write_whole(target, text)
+        print(f"wrote {printable(str(target))}")
+    for line in asked:
+        print(f"asked: {printable(redacted(line))}", file=sys.stderr)
+    return 0
+
+
 ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {
     "export": _export,
     "merge": _merge,
     "check": _check,
     "push": _push,
+    "config": _config,
 }
 
 
 @command
 def main(argv: Sequence[str]) -> int:
     """The command."""
-    parser = Parser("convert", "Read, write, compare and upload Hugging Face model folders; see ACTION --help.")
+    parser = Parser(
+        "convert", "Read, write, compare and upload Hugging Face model folders, and rewrite configs; see ACTION --help."
+    )
     parser.add_argument(
         "action",
         choices=ACTIONS,
         metavar="ACTION",
         help="export SOURCE TARGET: write a folder again, verified; merge BASE ADAPTER TARGET: write a model with an "
         "adapter in it; check FOLDER: compare a folder with its export; "
-        "push FOLDER REPO_ID: upload a folder",
+        "push FOLDER REPO_ID: upload a folder; config FILE: rewrite another trainer's config as one of ours",
     )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of the action")
     options = parser.parse_args(argv)

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 import dpo_jax
-from dpo_jax.config.elsewhere import FOREIGN
+from dpo_jax.config.elsewhere import answer_to
 from dpo_jax.config.rules import ADAPTER_RATE, IGNORED, RULES, best_problem, only_merged
 from dpo_jax.data.settings import BatchSettings, DataSettings
 from dpo_jax.errors import UserError, nearest, printable, redacted, short
@@ -215,7 +215,7 @@ def _advice(key: str) -> str:
         return f"{parent} takes {allowed(FIELDS[parent])}, not a block"
     if same := [known for known in FIELDS if known.rsplit(".", 1)[-1] == name]:
         return f"no such setting; did you mean {' or '.join(same)}?"
-    if answer := FOREIGN.get(name.lower()):
+    if answer := answer_to(name):
         return f"no such setting; here it is {answer}" if answer in FIELDS else f"no such setting; {answer}"
     by_name = {known.rsplit(".", 1)[-1]: known for known in FIELDS}
     near = nearest(key[:80], FIELDS, 0.7) or by_name.get(nearest(name[:80], by_name, 0.7) or "")
@@ -246,7 +246,12 @@ def _problem(source: GivenSettings, key: str, remedy: str) -> str:
     return f"{source.where[key]}: {key}: {_shown(source.values[key])}: {remedy}"
 
 
-def _validated(source: GivenSettings) -> Run:
+def validated(source: GivenSettings) -> Run:
+    """The run that settings describe; `source.values` changes on the way.
+
+    Raises:
+      UserError: one line for each thing that is wrong, each with the place it came from.
+    """
     for block in BLOCKS:
         source.gather(block)
     nested: dict[str, Any] = {section: {} for section in SECTIONS}
@@ -312,7 +317,7 @@ def load(
             else:
                 source.override(key, value if equals else rest.pop(0))
     taken(source)
-    run = _validated(source)
+    run = validated(source)
     if shows:
         sys.exit(print(redacted(yaml.safe_dump(dump(run), sort_keys=False)), end=""))
     return run

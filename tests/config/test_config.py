@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -398,11 +399,24 @@ def test_several_contradictions_are_said_at_once(good):
     assert [line.split(": ")[1] for line in lines] == ["steps", "output", "objective.beta"]
 
 
-@pytest.mark.parametrize("name", [name for name in FOREIGN if name not in {key.split(".")[-1] for key in FIELDS}])
-def test_names_from_elsewhere_lead_to_ours(good, name):
-    (line,) = problems(good, f"{name}=1")
-    assert FOREIGN[name] in FIELDS or len(FOREIGN[name]) > 20
-    assert FOREIGN[name] in line
+KNOWN_NAMES = {key.split(".")[-1] for key in FIELDS}
+ONE_OF_EACH = {answer: name for name, answer in FOREIGN.items() if name not in KNOWN_NAMES}
+
+
+@pytest.mark.parametrize("answer", ONE_OF_EACH)
+def test_names_from_elsewhere_lead_to_ours(good, answer):
+    (line,) = problems(good, f"{ONE_OF_EACH[answer].replace('*', 'a')}=1")
+    assert answer in FIELDS or len(answer) > 20
+    assert answer in line
+
+
+def test_what_a_name_from_elsewhere_means_is_a_setting_that_there_is():
+    """An answer of the form section.key is one of ours, and settings that advice names exist."""
+    for answer in set(FOREIGN.values()):
+        assert answer in FIELDS or " " in answer
+        sections = "|".join({key.split(".")[0] for key in FIELDS if "." in key})
+        named = re.findall(rf"\b((?:{sections})\.[a-z_0-9]+)\b", answer)
+        assert [key for key in named if key not in FIELDS and key != "metrics.jsonl"] == []
 
 
 SECRETS = ("hf_abcdefghijklmnopqrstuvwxyz", "ghp_abcdefghijklmnopqrstuvwxyz", "https://me:hunter2@host/x", "swordfish")
