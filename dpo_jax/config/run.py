@@ -242,7 +242,12 @@ def _problem(source: GivenSettings, key: str, remedy: str) -> str:
     return f"{source.where[key]}: {key}: {_shown(source.values[key])}: {remedy}"
 
 
-def _validated(source: GivenSettings) -> Run:
+def validated(source: GivenSettings) -> Run:
+    """The run of what is given.
+
+    Raises:
+      UserError: one line for each thing that is wrong.
+    """
     for block in BLOCKS:
         source.gather(block)
     nested: dict[str, Any] = {section: {} for section in SECTIONS}
@@ -308,7 +313,7 @@ def load(
             else:
                 source.override(key, value if equals else rest.pop(0))
     taken(source)
-    run = _validated(source)
+    run = validated(source)
     if shows:
         sys.exit(print(redacted(yaml.safe_dump(dump(run), sort_keys=False)), end=""))
     return run

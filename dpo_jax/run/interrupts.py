@@ -1,13 +1,17 @@
 """Signals that ask a run to stop."""
 
 import signal
+import threading
 from typing import Any
 
 from dpo_jax.config.command import ENDING
 
 
 class Interrupts:
-    """Ctrl-C, SIGTERM and SIGHUP ask the loop to stop after the step it is in; a second Ctrl-C stops at once."""
+    """Ctrl-C, SIGTERM and SIGHUP ask the loop to stop after the step it is in; a second Ctrl-C stops at once.
+
+    Python lets the main thread alone listen, so a loop in another thread is not asked.
+    """
 
     def __init__(self):
         """Nothing has been asked yet."""
@@ -15,9 +19,10 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         """Listen."""
+        here = threading.current_thread() is threading.main_thread()
         # a signal that is ignored, as SIGHUP is under nohup, stays so
         ending = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, *ending)}
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, *ending) if here}
         return self
 
     def __exit__(self, *_: Any) -> None:
