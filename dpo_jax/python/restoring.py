@@ -15,18 +15,19 @@ CACHE = ("jax_enable_compilation_cache", "jax_compilation_cache_dir")
 @contextlib.contextmanager
 def restored() -> Iterator[None]:
     """For the while libraries are quiet; afterwards all is as it was: settings of jax and its cache of programs, the
-    environment, filters and levels of logs, the hook for errors that nobody can raise."""
+    environment, handlers, filters and levels of logs, the hook for errors that nobody can raise."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
     settings, environment = dict(jax.config.values), dict(os.environ)
     logs = {name: _state(logging.getLogger(name)) for name in {*CHATTY, "asyncio", *(name for name, _ in FILTERS)}}
-    hook = sys.unraisablehook
+    hook, handlers = sys.unraisablehook, list(logging.root.handlers)
     try:
         quiet_libraries()
         yield
     finally:
         sys.unraisablehook = hook
+        logging.root.handlers[:] = handlers  # absl gives the root one with its first line, where it has none
         for name, (level, filters) in logs.items():
             logger = logging.getLogger(name)
             logger.filters[:] = filters
