@@ -30,12 +30,20 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def written(notebook: dict[str, Any]) -> str:
-    """A notebook as a file has it here: without what differs from machine to machine, and from day to day."""
+    """A notebook as a file has it here: without what differs from machine to machine, such as warnings of packages, and
+    with what was printed in one piece."""
     cells = [
-        {**cell, "metadata": {}, "outputs": cell["outputs"]} if "outputs" in cell else cell
-        for cell in notebook["cells"]
+        {**cell, "metadata": {}} | ({"outputs": shown(cell)} if "outputs" in cell else {}) for cell in notebook["cells"]
     ]
     return json.dumps({**notebook, "cells": cells, "metadata": METADATA}, indent=1, ensure_ascii=False) + "\n"
+
+
+def shown(cell: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a cell shows: its results, and all that it printed before them."""
+    streams = [output for output in cell["outputs"] if output["output_type"] == "stream" and output["name"] == "stdout"]
+    lines = "".join("".join(output["text"]) for output in streams).splitlines(keepends=True)
+    printed = [{"name": "stdout", "output_type": "stream", "text": lines}] if lines else []
+    return printed + [output for output in cell["outputs"] if output["output_type"] != "stream"]
 
 
 def run(path: Path) -> None:
@@ -53,7 +61,8 @@ def run(path: Path) -> None:
 
 def main(names: Sequence[str]) -> None:
     """Run those that are named, or all."""
-    shutil.rmtree(WRITTEN, ignore_errors=True)
+    for name in names or [""]:
+        shutil.rmtree(WRITTEN / name, ignore_errors=True)
     for path in sorted(FOLDER.glob("*.ipynb")):
         if not names or path.stem in names:
             print(path.name, flush=True)

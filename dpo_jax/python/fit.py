@@ -42,12 +42,12 @@ def fit(
     Args:
       model: folder or hub id of the model.
       train: preferences: a file, a folder, a hub data set, several of them; or rows in memory (dicts, a
-        `datasets.Dataset`, an iterator), in any layout that a file may have. Rows are kept in `output/rows`, so that
-        the run can be had again.
+        `datasets.Dataset`, an iterator, or lists by column), in any layout that a file may have. Rows are kept in
+        `output/rows`, so that the run can be had again.
       evaluate: held-out preferences in the same forms, or several such sets by name.
       config: YAML files that are read first.
       on_step: called as `on_step(step, metrics)` after each step, a step late, as metrics come from the device then.
-        What it raises ends the run, which can be gone on with, and is raised here.
+        What it raises ends the run, which can be gone on with, and is raised here. A finished run calls nobody.
       on_evaluation: called as `on_evaluation(step, metrics)` after each evaluation; so is what this raises.
       verbose: whether to print what the command prints; False prints nothing.
       **settings: every setting of `python -m dpo_jax.train --help`: a section as a mapping
@@ -61,22 +61,22 @@ def fit(
       UserError: a ValueError with a line for each thing that is wrong.
       KeyboardInterrupt: Ctrl-C, or a notebook's stop button. The run has been saved.
     """
-    sources = {"data.train": train, "data.eval": evaluate}
-    run = _run_of(model, sources, [config] if isinstance(config, str | os.PathLike) else config, settings)
+    files = [config] if isinstance(config, str | os.PathLike) else config
+    run = _run_of(model, (train, evaluate), [os.fspath(file) for file in files], settings)
     with contextlib.ExitStack() as stack:
         told = [_told(call, sys.stdout) for call in (on_step, on_evaluation)]
         if not verbose:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         stack.enter_context(_restored())
-        code = _train(run, sources, told)
+        code = _train(run, (train, evaluate), told)
     if code:  # stopped by a signal, which is for whoever listens to it outside, now that the run is saved
         signal.raise_signal(signal.SIGINT if code == 130 else signal.SIGTERM)
     return Result(run.output)
 
 
-def _run_of(model: Any, sources: Mapping[str, Any], files: Sequence[str | os.PathLike], given: dict[str, Any]) -> Run:
+def _run_of(model: Any, data: tuple[Any, Any], files: Sequence[str], given: Mapping[str, Any]) -> Run:
     """The run of all arguments; rows are not read before everything else is right."""
-    problems, given = [], dict(given)
+    (train, evaluate), problems, given = data, [], dict(given)
     if model is not None:
         given["model"] = model
     if not isinstance(model, str | os.PathLike | Mapping | None):
@@ -85,8 +85,12 @@ def _run_of(model: Any, sources: Mapping[str, Any], files: Sequence[str | os.Pat
             f"fit: model: is of type {type(model).__name__}; give a folder or hub id: dpo_jax.save_hf, or "
             "save_pretrained of transformers (of the tokenizer too), makes a folder"
         )
-    given |= {key: _named(value) for key, value in sources.items() if value is not None}
-    return keywords.run_of(given, [os.fspath(file) for file in files], origin="fit", problems=problems)
+    if train is not None:
+        given["data.train"] = _named(train)
+    if evaluate is not None:
+        sets = {name: _named(inner) for name, inner in _sets(evaluate).items()}
+        given["data.eval"] = sets.get("", sets)
+    return keywords.run_of(given, files, origin="fit", problems=problems)
 
 
 def _told(call: OnRecord | None, stdout: Any) -> OnRecord | None:
@@ -107,48 +111,45 @@ def _restored() -> contextlib.AbstractContextManager[None]:
     return restored()
 
 
-def _train(run: Run, sources: Mapping[str, Any], calls: Sequence[OnRecord | None]) -> int:
+def _train(run: Run, data: tuple[Any, Any], calls: Sequence[OnRecord | None]) -> int:
     from dpo_jax.run import output
     from dpo_jax.run.recorder import Listener
     from dpo_jax.train import train
 
-    if any(map(_holds_rows, sources.values())):
+    if any(map(rows.are_rows, (data[0], *_sets(data[1]).values()))):
         with output.opened(run) as folder:
-            run = _with_rows(run, sources, folder)
+            run = _with_rows(run, *data, folder)
     return train(run, Listener(*calls, lines=STEP_LINES))
 
 
 # ---------------------------------------------------------------------------------------------- rows
 
 
-def _holds_rows(source: Any) -> bool:
-    return any(map(rows.are_rows, source.values())) if isinstance(source, Mapping) else rows.are_rows(source)
+def _sets(source: Any) -> dict[str, Any]:
+    """Held-out data by the name of the set; "" is the only one."""
+    return {str(name): inner for name, inner in source.items()} if isinstance(source, Mapping) else {"": source}
 
 
 def _named(source: Any) -> Any:
     """What is given as paths, with a name in the place of rows."""
-    if isinstance(source, Mapping):
-        return {str(name): _named(inner) for name, inner in source.items()}
     return "rows" if rows.are_rows(source) else source
 
 
-def _with_rows(run: Run, sources: Mapping[str, Any], folder: Path) -> Run:
+def _with_rows(run: Run, train: Any, evaluate: Any, folder: Path) -> Run:
     """The run over files of the rows, in its folder; files of other rows that no run names any more are removed."""
     from dpo_jax.run import output
 
-    place, train, evaluate = folder / output.ROWS, sources["data.train"], sources["data.eval"]
+    place = folder / output.ROWS
     found: dict[str, Any] = {}
-    if _holds_rows(train):
+    if rows.are_rows(train):
         found["train"] = str(rows.keep(train, place, "train"))
-    if isinstance(evaluate, Mapping):
-        kept = {
-            name: str(rows.keep(inner, place, f"evaluate-{name}"))
-            for name, inner in evaluate.items()
-            if rows.are_rows(inner)
-        }
-        found["eval"] = {**run.data.eval_sets, **kept}
-    elif rows.are_rows(evaluate):
-        found["eval"] = str(rows.keep(evaluate, place, "evaluate"))
+    kept = {
+        name: str(rows.keep(inner, place, f"evaluate-{name}".rstrip("-")))
+        for name, inner in _sets(evaluate).items()
+        if rows.are_rows(inner)
+    }
+    if kept:
+        found["eval"] = {**run.data.eval_sets, **kept} if "" not in kept else kept[""]
     named = json.dumps([found, output.recorded(folder).get("settings", {}).get("data", {})])
     for file in place.glob("*.jsonl"):
         if file.name not in named:

@@ -4,18 +4,41 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 from dpo_jax.config.command import CHATTY, FILTERS, quiet_libraries
 
+_inside = threading.Lock(), contextlib.ExitStack(), [0]
+"""What is restored when the last of those leaves that are inside at a time, and how many these are."""
 CACHE = ("jax_enable_compilation_cache", "jax_compilation_cache_dir")
 
 
 @contextlib.contextmanager
 def restored() -> Iterator[None]:
-    """For the while libraries are quiet; afterwards all is as it was: settings of jax and its cache of programs, the
-    environment, handlers, filters and levels of logs, the hook for errors that nobody can raise."""
+    """For the while libraries are quiet, and jax has 32 bits as in a command; afterwards all is as it was: settings of
+    jax and its cache of programs, the environment, handlers, filters and levels of logs, the hook for errors that
+    nobody can raise.
+
+    Threads may be inside at a time, and calls inside each other: the last that leaves restores what the first found.
+    """
+    lock, stack, count = _inside
+    with lock:
+        count[0] += 1
+        if count[0] == 1:
+            stack.enter_context(_restored())
+    try:
+        yield
+    finally:
+        with lock:
+            count[0] -= 1
+            if count[0] == 0:
+                stack.close()
+
+
+@contextlib.contextmanager
+def _restored() -> Iterator[None]:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
@@ -24,6 +47,7 @@ def restored() -> Iterator[None]:
     hook, handlers = sys.unraisablehook, list(logging.root.handlers)
     try:
         quiet_libraries()
+        jax.config.update("jax_enable_x64", False)
         yield
     finally:
         sys.unraisablehook = hook

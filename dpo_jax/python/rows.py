@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,12 @@ def are_rows(source: Any) -> bool:
     return not (named and source)
 
 
-def keep(rows: Iterable[Any], folder: Path, what: str) -> Path:
+def keep(rows: Any, folder: Path, what: str) -> Path:
     """Write rows as JSON Lines into a folder, and return the file.
 
     Args:
-      rows: mappings from column to value: dicts, a `datasets.Dataset`, an iterator, which is read once.
+      rows: mappings from column to value: dicts, a `datasets.Dataset`, an iterator, which is read once; or lists by
+        column, as `Dataset.from_dict` takes them.
       folder: where to; it is made if need be.
       what: how the file's name begins, and what the messages say that the rows are.
 
@@ -59,13 +60,12 @@ def keep(rows: Iterable[Any], folder: Path, what: str) -> Path:
     return path
 
 
-def _lines(rows: Iterable[Any], what: str) -> Iterator[bytes]:
+def _lines(rows: Any, what: str) -> Iterator[bytes]:
     for number, row in enumerate(_each(rows, what), 1):
         if not isinstance(row, Mapping):
             raise UserError(
                 f"{what}: row {number} is of type {type(row).__name__}, not a dict of columns such as "
-                '{"prompt": ..., "chosen": ..., "rejected": ...}; of a DataFrame give frame.to_dict("records"), of a '
-                "DatasetDict one of its splits"
+                '{"prompt": ..., "chosen": ..., "rejected": ...}; of a DataFrame give frame.to_dict("records")'
             )
         try:
             text = json.dumps(dict(row), ensure_ascii=False, default=_plain)
@@ -77,17 +77,29 @@ def _lines(rows: Iterable[Any], what: str) -> Iterator[bytes]:
             yield json.dumps(dict(row), default=_plain).encode() + b"\n"
 
 
-def _each(rows: Iterable[Any], what: str) -> Iterator[Any]:
+def _each(rows: Any, what: str) -> Iterator[Any]:
     if isinstance(rows, Mapping):
-        raise UserError(
-            f"{what}: is a {type(rows).__name__}, and rows are a list of dicts, one for each row; give that"
-        )
+        return _of_columns(rows, what)
     try:
         return iter(rows)
     except TypeError:
         raise UserError(
             f"{what}: is of type {type(rows).__name__}; give a path, or rows: dicts, a datasets.Dataset, an iterator"
         ) from None
+
+
+def _of_columns(columns: Mapping[str, Any], what: str) -> Iterator[dict[str, Any]]:
+    """Rows of lists by column, as `Dataset.from_dict` takes them."""
+    lengths = {name: len(values) if isinstance(values, list | tuple) else None for name, values in columns.items()}
+    if None in lengths.values():
+        raise UserError(
+            f"{what}: is a {type(columns).__name__} whose {short(next(iter(columns)))!r} is no list; give rows, lists "
+            "by column, or of a DatasetDict one of its splits"
+        )
+    if len(set(lengths.values())) > 1:
+        said = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise UserError(f"{what}: columns must be of the same length: {short(said)}")
+    return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
 
 
 def _plain(value: Any) -> Any:

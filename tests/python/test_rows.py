@@ -33,6 +33,15 @@ def test_a_list_a_data_set_and_an_iterator_are_the_same_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [path.name for path in files]
 
 
+def test_lists_by_column_are_rows(tmp_path):
+    columns = {"prompt": ["a", "b"], "chosen": ["yes", "no"], "rejected": ["no", "yes"]}
+    kept = values(rows.keep(columns, tmp_path, "train"))
+    assert kept == [
+        {"prompt": "a", "chosen": "yes", "rejected": "no"},
+        {"prompt": "b", "chosen": "no", "rejected": "yes"},
+    ]
+
+
 def test_other_rows_are_another_file(tmp_path):
     assert rows.keep([GOOD], tmp_path, "train") != rows.keep([GOOD, GOOD], tmp_path, "train")
 
@@ -57,7 +66,8 @@ def test_half_a_character_is_left_to_the_reader_to_name(tmp_path):
         ([GOOD, {"prompt": datetime.date(2026, 1, 1)}], "row 2 cannot be written as JSON (TypeError: date is neither"),
         ([{("a", "b"): 1}], "row 1 cannot be written as JSON"),
         (7, "is of type int; give a path, or rows"),
-        ({"prompt": ["a"], "chosen": ["b"]}, "is a dict, and rows are a list of dicts"),
+        ({"prompt": ["a"], "chosen": ["b", "c"]}, "columns must be of the same length: prompt has 1, chosen has 2"),
+        ({"train": datasets.Dataset.from_list([GOOD])}, "is a dict whose 'train' is no list; give rows, lists"),
     ],
 )
 def test_what_is_no_row_is_refused_and_nothing_is_left(tmp_path, given, said):
