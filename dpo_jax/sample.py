@@ -197,27 +197,17 @@ def _names(models: "Sequence[Adapted]") -> list[str]:
 
 def _decoding(options: argparse.Namespace, tokenizer: Any) -> "Decoding":
     """What the command line says, and where it says nothing, generation_config.json, if that wants tokens drawn."""
-    from dpo_jax.evaluation.generate import Decoding, check
-    from dpo_jax.evaluation.winrate import stop_tokens
-    from dpo_jax.hf.tensors import SIDE_FILES, local_folder
-    from dpo_jax.hf.tokenizer import generation_settings
+    from dpo_jax.evaluation.models import decoding_of
 
-    folder = generation_settings(local_folder(options.folder, SIDE_FILES), tokenizer)
-    usual = folder.temperature if folder.do_sample and not options.greedy else 0.0
-    temperature = usual if options.temperature is None else options.temperature
-    ignored = [name for name, value in (("--top-p", options.top_p), ("--top-k", options.top_k)) if value is not None]
-    if temperature == 0 and ignored:
-        raise UserError(f"{COMMAND_LINE}: {ignored[0]}: greedy decoding draws nothing; give --temperature too")
-    own = (folder.top_p, folder.top_k) if folder.do_sample and temperature else (1.0, 0)
-    decoding = Decoding(
+    return decoding_of(
+        options.folder,
+        tokenizer,
         max_new_tokens=options.max_new_tokens,
-        temperature=temperature,
-        top_p=own[0] if options.top_p is None else options.top_p,
-        top_k=own[1] if options.top_k is None else options.top_k,
-        stop=stop_tokens(options.folder, tokenizer),
+        temperature=0.0 if options.greedy else options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        named=lambda name: f"{COMMAND_LINE}: --{name.replace('_', '-')}",
     )
-    check(decoding)
-    return decoding
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ Imports neither jax nor transformers.
 """
 
 import dataclasses
+import numbers
+import os
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,12 +161,35 @@ class GivenSettings:
             inside[name] = value
         self.values[block], self.where[block] = found, where
 
+    def give(self, key: str, value: Any, where: str) -> None:
+        """Take over a Python value, or every value of a mapping; a list becomes a tuple, a path text, a number of NumPy
+        one of Python."""
+        if isinstance(value, Mapping):
+            for name, inner in value.items():
+                self.give(f"{key}.{name}" if key else str(name), inner, where)
+            return
+        self.values.pop(key, None)
+        self.values[key], self.where[key] = _as_setting(value), where
+
     def override(self, key: str, text: str) -> None:
         """Take over `key=text` of the command line."""
         try:
             self.put(_parse(text, None), key.replace("-", "_"), COMMAND_LINE)
         except UserError as error:
             self.unreadable.append(f"{COMMAND_LINE}: {short(key)}: {error}; quote the value")
+
+
+def _as_setting(value: Any) -> Any:
+    """A value of a program as YAML would have it."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | list | tuple | Mapping):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _as_setting(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(map(_as_setting, value))
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _near_files(file: str) -> str:

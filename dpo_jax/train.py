@@ -12,7 +12,7 @@ from dpo_jax.processes.here import here
 
 if TYPE_CHECKING:
     from dpo_jax.run.checkpoints import Saver
-    from dpo_jax.run.recorder import Recorder
+    from dpo_jax.run.recorder import Listener, Recorder
     from dpo_jax.run.trainer import Trainer
     from dpo_jax.training.step import State
 
@@ -26,8 +26,11 @@ def main(argv: Sequence[str]) -> int:
     return train(run)
 
 
-def train(run: config.Run) -> int:
-    """The whole job. Running it again goes on where it stopped; exit code 0 when done, 75 or 130 when stopped early."""
+def train(run: config.Run, listener: "Listener | None" = None) -> int:
+    """The whole job. Running it again goes on where it stopped; exit code 0 when done, 75 or 130 when stopped early.
+
+    The `listener` hears of each step and evaluation.
+    """
     began = time.perf_counter()
     from dpo_jax.run import checkpoints, compile_cache, output, result, sources
     from dpo_jax.run.continuing import Past
@@ -50,6 +53,8 @@ def train(run: config.Run) -> int:
             evaluator = job.evaluator(objective, weights, reference)
             watch = job.watch(saver, journal)
             recorder = job.recorder(trainer, evaluator, journal, after=saver.start or 0, watch=watch)
+            if listener is not None:
+                recorder.tell(listener)
             state = saver.restored(trainer, weights, journal) or recorder.begin(weights)
             del weights
             state, stopped = advance(trainer, state, recorder, saver)

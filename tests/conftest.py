@@ -62,6 +62,7 @@ COMPILING = (
     "page",
     "planning",
     "preference",
+    "python",
     "reporting/test_alarms.py",
     "run",
     "test_limits.py",

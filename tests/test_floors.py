@@ -20,7 +20,7 @@ FLOORS = (
     ("page",),
     ("run",),
     ("train", "evaluate", "sample", "convert", "preview", "doctor", "plan", "winrate", "sweep", "report"),
-    ("collect", "rounds"),
+    ("collect", "rounds", "python"),
 )
 BASE = FLOORS[0]
 ARRAYS = {f"objectives.{name}" for name in ("pairwise", "stepwise", "metrics", "mixture")} | {
@@ -36,6 +36,7 @@ HELP = {
     "config.command",
     "config.rounds",
     "config.elsewhere",
+    "config.keywords",
 }
 NUMERIC = {"jax", "jaxtyping", "numpy"}
 FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch", "tensorflow"}

@@ -137,12 +137,28 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{COMMAND_LINE}: {message}; see {self.prog} --help")
 
 
+CHATTY = ("absl", "orbax", "jax", "datasets", "httpx", "httpx2", "filelock")
+"""Loggers of libraries of which warnings and errors are wanted only."""
+
+
 def quiet_libraries() -> None:
     """Keep the chatter of libraries out of a command's output; their errors and warnings about the run stay."""
-    for name in ("absl", "orbax", "jax", "datasets", "httpx", "httpx2", "filelock"):
+    for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")  # a log wants no bars
-    # tokamax tells of every shape that its tables of kernel settings do not have, in lines of 900 characters
-    logging.getLogger("absl").addFilter(lambda record: not record.getMessage().startswith("Autotuning cache miss"))
-    # transformers resets its own level when it is imported, but keeps filters; torch is not needed here
-    logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
+    for name, kept in FILTERS:
+        logging.getLogger(name).addFilter(kept)
+
+
+def _no_cache_misses(record: logging.LogRecord) -> bool:
+    """tokamax tells of every shape that its tables of kernel settings do not have, in lines of 900 characters."""
+    return not record.getMessage().startswith("Autotuning cache miss")
+
+
+def _no_word_on_pytorch(record: logging.LogRecord) -> bool:
+    """It is not needed here. transformers resets its own level when it is imported, but keeps filters."""
+    return "PyTorch was not found" not in record.getMessage()
+
+
+FILTERS = (("absl", _no_cache_misses), ("transformers", _no_word_on_pytorch))
+"""What else of libraries' logs is left out, by logger."""

@@ -141,7 +141,15 @@ def _object(value: object) -> Mapping[str, Any]:
 
 def _prompt(row: Mapping[str, Any]) -> Prompt:
     value = need(row, "prompt")
-    value = conversation(value, "prompt") if isinstance(value, str) else value
+    return prompt_of(conversation(value, "prompt") if isinstance(value, str) else value)
+
+
+def prompt_of(value: Any) -> Prompt:
+    """A text, or a list of messages, as a prompt.
+
+    Raises:
+      BadRow: it is neither, or holds what no tokenizer takes.
+    """
     prompt = value if isinstance(value, str) else messages_of(value, "prompt")
     text_notes(list(texts_of(prompt)))
     return prompt

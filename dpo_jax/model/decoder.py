@@ -45,6 +45,10 @@ class Model:
     spec: DecoderSpec
     params: Params
 
+    def logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Logits of ordinary rows, float32: `[:, t]` is the prediction of token t + 1 from tokens 0..t."""
+        return logits(self.spec, self.params, tokens)
+
 
 @dataclasses.dataclass(frozen=True)
 class Execution:

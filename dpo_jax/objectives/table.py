@@ -5,7 +5,7 @@ pairwise.py) and a row, here or in a script of your own that then calls `dpo_jax
 
     def mine(pairs, *, beta, slack):
         gap = beta * (pairs.policy_chosen - pairs.policy_rejected)
-        return Outcome(losses=jax.nn.relu(slack - gap), margins=gap)
+        return LossOutput(losses=jax.nn.relu(slack - gap), margins=gap)
 
     OBJECTIVES["mine"] = Objective(
         value=mine,
@@ -71,7 +71,7 @@ class Objective:
     """A row of the table.
 
     Attributes:
-      value: `(pairs, **settings) -> Outcome`, or module and name of such a function, "pairwise.sigmoid".
+      value: `(pairs, **settings) -> LossOutput`, or module and name of such a function, "pairwise.sigmoid".
       equation: the loss of one pair, in the letters of pairwise.py.
       paper: where it comes from.
       when: what it is for, in a few words.
@@ -109,7 +109,7 @@ class Objective:
 
     @property
     def function(self) -> Callable[..., Any]:
-        """`(pairs, **settings) -> Outcome`."""
+        """`(pairs, **settings) -> LossOutput`."""
         if callable(self.value):
             return self.value
         module, _, name = self.value.partition(".")

@@ -4,11 +4,13 @@ Nothing that a user or a model wrote is in a figure: titles, units and legends a
 imported when the first figure is drawn.
 """
 
+import functools
 import hashlib
 import io
 import math
 import re
 from collections.abc import Callable, Sequence
+from importlib import resources
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
@@ -102,16 +104,44 @@ def draw(plot: Plot, number: int) -> str:
         left, bottom = 50 / WIDTH, 38 / HEIGHT
         axes = figure.add_axes((left, bottom, 1 - left - 12 / WIDTH, 1 - bottom - 10 / HEIGHT), facecolor="none")
         for part in plot.parts:
-            _add_line(axes, part) if isinstance(part, Line) else _add_bars(axes, part)
-        _dress(axes, plot)
+            _add(axes, part, colour_of)
+        _dress(axes, plot, colour_of)
         file = io.StringIO()
         FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
     return _inlined(file.getvalue(), {part.colour for part in plot.parts}, number, f"{plot.title}, {plot.unit}")
 
 
-def _add_line(axes: Any, line: Line) -> None:
+@functools.cache
+def light_colours() -> dict[str, str]:
+    """The page's colours by name, in light."""
+    style = resources.files("dpo_jax.page").joinpath("style.css").read_text("utf-8")
+    return dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", style.partition("@media")[0]))
+
+
+def fill(figure: Any, plots: Sequence[Plot], across: int = 3) -> None:
+    """Draw plots side by side into a figure of Matplotlib, so many across, with their titles and legends."""
+    colour = light_colours().__getitem__
+    rows = math.ceil(len(plots) / across)
+    figure.set_size_inches(WIDTH / 72 * min(across, len(plots)), (HEIGHT + 40) / 72 * rows)
+    figure.set_layout_engine("constrained")
+    for number, plot in enumerate(plots, 1):
+        axes = figure.add_subplot(rows, min(across, len(plots)), number)
+        for part in plot.parts:
+            _add(axes, part, colour)
+        _dress(axes, plot, colour)
+        axes.set_title(f"{plot.title}, {plot.unit}" if plot.unit else plot.title, fontsize=FONT, color=colour("text"))
+        axes.legend(fontsize=FONT - 2, frameon=False, labelcolor=colour("text"))
+
+
+def _add(axes: Any, part: Line | Bars, tone: Callable[[str], str]) -> None:
+    if isinstance(part, Line):
+        _add_line(axes, part, tone(part.colour))
+    else:
+        _add_bars(axes, part, tone(part.colour))
+
+
+def _add_line(axes: Any, line: Line, colour: str) -> None:
     steps, mean, low, high = line.curve
-    colour = colour_of(line.colour)
     edges = line.band or ((low, high) if line.curve.is_thinned else None)
     if edges is not None:
         axes.fill_between(steps, *edges, color=colour, alpha=0.16, linewidth=0)
@@ -122,32 +152,32 @@ def _add_line(axes: Any, line: Line) -> None:
     lone = not line.marked and points == 1
     how |= {"marker": "o", "markersize": 3} if lone else {}
     how |= {} if line.marked else {"linestyle": DASHES[line.dash % len(DASHES)]}
-    axes.plot(steps, mean, color=colour, linewidth=1.6, markeredgewidth=0, **how)
+    axes.plot(steps, mean, color=colour, linewidth=1.6, markeredgewidth=0, label=line.label, **how)
 
 
-def _add_bars(axes: Any, bars: Bars) -> None:
-    colour = colour_of(bars.colour)
+def _add_bars(axes: Any, bars: Bars, colour: str) -> None:
     if bars.filled:
         axes.stairs(bars.counts, bars.edges, fill=True, color=colour, alpha=0.35, linewidth=0)
-    axes.stairs(bars.counts, bars.edges, color=colour, linewidth=1.4, linestyle="-" if bars.filled else (0, (4, 2)))
+    style = "-" if bars.filled else (0, (4, 2))
+    axes.stairs(bars.counts, bars.edges, color=colour, linewidth=1.4, linestyle=style, label=bars.label)
 
 
-def _dress(axes: Any, plot: Plot) -> None:
+def _dress(axes: Any, plot: Plot, tone: Callable[[str], str]) -> None:
     """Axes without a box, a faint grid, few numbers."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(INK["grid"])
-    axes.grid(axis="y", color=INK["grid"], linewidth=0.8)
+    axes.spines["bottom"].set_color(tone("grid"))
+    axes.grid(axis="y", color=tone("grid"), linewidth=0.8)
     axes.set_axisbelow(True)
     for rule in plot.rules:
-        axes.axhline(rule, color=INK["muted"], linewidth=0.9, linestyle=(0, (1, 2)))
-    axes.tick_params(length=0, colors=INK["muted"], labelcolor=INK["muted"], pad=4)
+        axes.axhline(rule, color=tone("muted"), linewidth=0.9, linestyle=(0, (1, 2)))
+    axes.tick_params(length=0, colors=tone("muted"), labelcolor=tone("muted"), pad=4)
     whole = all(isinstance(part, Line) for part in plot.parts)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole))
     axes.xaxis.set_major_formatter(FuncFormatter(_short_number(axes.get_xlim())))
-    axes.set_xlabel(plot.across, color=INK["muted"], labelpad=3)
+    axes.set_xlabel(plot.across, color=tone("muted"), labelpad=3)
     if plot.bounds is not None:
         axes.set_ylim(*plot.bounds)
     if whole and _spread(plot) > LOGARITHMIC:

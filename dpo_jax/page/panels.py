@@ -104,10 +104,10 @@ SLOW = ("pairs_per_second",)
 """Metrics whose first record includes compiling."""
 
 
-def plots(run: RunFolder) -> list[Plot]:
-    """The curves of a run, training beside held-out."""
+def plots(run: RunFolder, metrics: Sequence[str] = ()) -> list[Plot]:
+    """The curves of a run, training beside held-out: those of some metrics, or all."""
     found = []
-    for panel in (*PANELS, *_terms(run)):
+    for panel in dict.fromkeys(map(_panel_of, metrics)) or (*PANELS, *_terms(run)):
         parts = [] if panel.unless and run.curve(panel.unless) else list(_lines(run, panel))
         if any(np.nanmax(part.curve.high) > panel.least for part in parts):
             start = run.held_out("loss").first if panel.title == "Loss" else math.nan
@@ -115,6 +115,12 @@ def plots(run: RunFolder) -> list[Plot]:
             rules = panel.rules + ((start,) if math.isfinite(start) else ())
             found.append(Plot(panel.title, panel.unit, parts, rules, bounds=panel.bounds, about=panel.about))
     return found
+
+
+def _panel_of(metric: str) -> Panel:
+    """The figure that a metric is in; one of its own if it is in none."""
+    found = (panel for panel in PANELS if any(series.metric == metric for series in panel.series))
+    return next(found, Panel(metric, "", (Series(metric),)))._replace(unless="", least=-math.inf)
 
 
 def _terms(run: RunFolder) -> Iterator[Panel]:

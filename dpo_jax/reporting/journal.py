@@ -40,7 +40,7 @@ from dpo_jax.reporting.settings import LogSettings
 METRICS_FILE = "metrics.jsonl"
 
 PLAIN_LINES = 200
-"""Most step lines of a run on a terminal that cannot redraw."""
+"""Most step lines of a run on a terminal that cannot redraw, unless it is told otherwise."""
 
 
 class Writer(Protocol):
@@ -220,9 +220,13 @@ class PlainTerminal:
 
     def __init__(self, console: Console, total_steps: int, every: int):
         """Show at most about `PLAIN_LINES` steps of the run, and the first and the last."""
-        self._console, self._total, self._phase = console, total_steps, ""
-        self._every = every * math.ceil(total_steps / (PLAIN_LINES * every))
+        self._console, self._total, self._phase, self._recorded = console, total_steps, "", every
+        self.at_most(PLAIN_LINES)
         self._first: tuple[int, float] | None = None
+
+    def at_most(self, lines: int) -> None:
+        """Show at most about so many steps, and the first and the last."""
+        self._every = self._recorded * math.ceil(self._total / (lines * self._recorded))
 
     def phase(self, text: str) -> None:
         """Say what begins. A phase that only counts on (`reference 3/10`) says nothing new."""
@@ -386,6 +390,11 @@ class Journal:
     def due(self, step: int) -> bool:
         """Whether a step (1, 2, ... total) is to be recorded: the first, the last, and each `log.every` steps."""
         return step in (1, self._total) or step % self._every == 0
+
+    def at_most(self, lines: int) -> None:
+        """Show about so many steps at most, where each is a line."""
+        if isinstance(self._terminal, PlainTerminal):
+            self._terminal.at_most(lines)
 
     def phase(self, text: str) -> None:
         """Say what is being done: `compiling`, `reference log-probabilities 3/10`."""

@@ -2,6 +2,7 @@
 
 import functools
 import signal
+import threading
 from typing import Any
 
 import jax
@@ -15,7 +16,10 @@ from dpo_jax.processes.here import here
 
 
 class Interrupts:
-    """Ctrl-C, SIGTERM and SIGHUP ask the loop to stop after the step it is in; a second Ctrl-C stops at once."""
+    """Ctrl-C, SIGTERM and SIGHUP ask the loop to stop after the step it is in; a second Ctrl-C stops at once.
+
+    Python lets the main thread alone listen, so a loop in another thread is not asked.
+    """
 
     def __init__(self, mesh: Mesh | None = None):
         """Nothing has been asked yet; `mesh` is that of a run of several processes."""
@@ -24,9 +28,10 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         """Listen."""
+        is_main = threading.current_thread() is threading.main_thread()
         # a signal that is ignored, as SIGHUP is under nohup, stays so
         ending = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, *ending)}
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, *ending) if is_main}
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -19,12 +19,14 @@ from dpo_jax.training import manifest
 RUN_FILE, MODEL, ADAPTER, CHECKPOINTS = "run.json", "model", "adapter", "checkpoints"
 COLLECTED = "collected"
 """Folder of the data that a round was trained on (`python -m dpo_jax.rounds`)."""
+ROWS = "rows"
+"""Folder of the rows that `fit` was given in memory."""
 EXPORTS = {"merged": MODEL, "adapter": ADAPTER}
 """Folder of each kind of result (`Run.export_kinds`)."""
 OURS = frozenset(
     {LOCK, RUN_FILE, "metrics.jsonl", CHECKPOINTS, MODEL, ADAPTER, "cache", "data.json", "answers", "verdicts"}
     | {"evaluations", "report.html", "notes.jsonl"}
-    | {"tensorboard", "wandb", "wandb_run", "trackio", COLLECTED}
+    | {"tensorboard", "wandb", "wandb_run", "trackio", COLLECTED, ROWS}
 )
 """What a run's folder holds."""
 LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|\.(model|adapter)\.(tmp|old)-\d+")
@@ -69,6 +71,7 @@ def _hold(folder: Path, held: contextlib.ExitStack) -> None:
     held.enter_context(locked(folder, "output"))
     _sweep(folder)
     _sweep(folder / "cache")
+    _sweep(folder / ROWS)
 
 
 def _sweep(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from dpo_jax.processes.here import here
 from dpo_jax.reporting.health import Alarms
 from dpo_jax.reporting.hosts import SlowHost, host_metrics
 from dpo_jax.reporting.journal import Journal, read_records
+from dpo_jax.reporting.metrics import recorded
 from dpo_jax.reporting.overfitting import HELD_OUT
 from dpo_jax.reporting.settings import AlarmSettings
 from dpo_jax.run.best import Watch
@@ -37,6 +38,22 @@ class Checks(NamedTuple):
     first_step: FirstStep
     alarms: Alarms | None
     max_nonfinite: int
+
+
+class Listener(NamedTuple):
+    """Whoever called, from Python, who wants to hear of each step and of each evaluation; what it raises ends the run.
+
+    Every process of a run calls it: `on_step(step, metrics)` with the metrics of a record, whether it is written or
+    not, and `on_evaluation(step, metrics)` after that of the same step, by the names that `metrics.recorded` gives.
+    """
+
+    on_step: Callable[[int, dict[str, float]], object] | None = None
+    on_evaluation: Callable[[int, dict[str, float]], object] | None = None
+    lines: int | None = None
+    """Steps that are shown at most, where each is a line."""
+
+
+NOBODY = Listener()
 
 
 class Recorder:
@@ -66,8 +83,14 @@ class Recorder:
         self._cut = train.truncated[train.chosen] | (not single and train.truncated[train.rejected])
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._seen = self._batches.total_before(after, self._lengths)
-        self._is_first, self._once, self._slow = True, {}, SlowHost()
+        self._is_first, self._once, self._listener, self._slow = True, {}, NOBODY, SlowHost()
         self.restart_clock()
+
+    def tell(self, listener: Listener) -> None:
+        """Tell somebody of each step and evaluation from now on."""
+        self._listener = listener
+        if listener.lines is not None:
+            self.journal.at_most(listener.lines)
 
     def begin(self, weights: Weights) -> State:
         """The state before the first step, whose weights are measured if there is anything to measure."""
@@ -153,6 +176,8 @@ class Recorder:
 
     def _write_evaluation(self, step: int, found: dict[str, float]) -> None:
         self.journal.evaluation(step, found)
+        if self._listener.on_evaluation is not None:
+            self._listener.on_evaluation(step, {recorded(name): float(value) for name, value in found.items()})
         for line in self._evaluator.told():
             self.journal.note(line)
         for line in self._alarms.take(step, {HELD_OUT: found.get("loss")}) if self._alarms else ():
@@ -177,24 +202,23 @@ class Recorder:
         pairs = self._batches.pairs_of(step - 1)
         tokens = int(self._lengths[pairs].sum())  # as TRL counts them: the prompt once for each completion
         self._seen += tokens
+        record = metrics | {
+            "epoch": step * self._batches.pairs / self._data.train.num_pairs,
+            "num_tokens": self._seen,
+            "truncated": int(self._cut[pairs].sum()),
+            "dropped": self._data.dropped,
+            "step_seconds": seconds,
+            "input_wait": waited / seconds,
+            **self._once,
+            "pairs_per_second": len(pairs) / seconds,
+            "tokens_per_second": tokens / seconds,
+            "memory_bytes": memory_in_use(),
+            **host_metrics(here().heard),
+        }
+        if self._listener.on_step is not None:
+            self._listener.on_step(step, dict(record))
         if self.journal.due(step):
-            self.journal.step(
-                step,
-                metrics
-                | {
-                    "epoch": step * self._batches.pairs / self._data.train.num_pairs,
-                    "num_tokens": self._seen,
-                    "truncated": int(self._cut[pairs].sum()),
-                    "dropped": self._data.dropped,
-                    "step_seconds": seconds,
-                    "input_wait": waited / seconds,
-                    **self._once,
-                    "pairs_per_second": len(pairs) / seconds,
-                    "tokens_per_second": tokens / seconds,
-                    "memory_bytes": memory_in_use(),
-                    **host_metrics(here().heard),
-                },
-            )
+            self.journal.step(step, record)
             if (line := self._slow.line(here().heard, seconds)) is not None:
                 self.journal.note(line)
             self._once = {}

@@ -1,0 +1,1 @@
+"""From Python: a whole run, and its parts, as functions."""

@@ -1,0 +1,65 @@
+"""`fit` twenty times in one process: nothing piles up, and every run has the bits of the command."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.support import fits
+from tests.support.tiny_folders import write_folder
+from tests.support.tiny_rows import byte_tokenizer, write, yes_or_no
+
+WARM = 8
+"""Runs until each model has been trained under each objective."""
+PILES = 48 << 20
+"""Bytes by which what a process holds may differ between the last rounds: what the allocator keeps or gives back. A
+run's weights, states and programs that were kept would be more in each of twelve runs."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root, tokenizer = tmp_path_factory.mktemp("again"), byte_tokenizer()
+    ends = {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    for family, more in (("llama", {}), ("qwen3", {"head_dim": 8})):
+        write_folder(root / family, family, num_hidden_layers=2, **ends, **more)
+        tokenizer.save_pretrained(str(root / family))
+    write(root / "train.jsonl", *yes_or_no(12))
+    return root
+
+
+def python(world, *arguments):
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(world / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], capture_output=True, text=True, check=True, env=environment, cwd=ROOT
+    )
+
+
+@pytest.mark.nightly
+def test_twenty_runs_hold_no_more_than_eight_and_are_the_commands(world):
+    lines = [json.loads(line) for line in python(world, "tests.support.fits", str(world)).stdout.splitlines()]
+    assert len(lines) == fits.TIMES
+    for name, room in (("rss", PILES), ("regions", 40), ("files", 0), ("threads", 0)):
+        warm, rest = [line[name] for line in lines[WARM - 2 : WARM + 2]], [line[name] for line in lines[-4:]]
+        assert max(rest) <= max(warm) + room, (name, [line[name] for line in lines])
+    found = {(line["model"], line["objective"]): line["digest"] for line in lines}
+    assert all(found[line["model"], line["objective"]] == line["digest"] for line in lines) and len(found) == 8
+    words = [f"{key}={value}" for key, value in fits.SETTINGS.items()] + [f"data.train={world / 'train.jsonl'}"]
+
+    def trained(point):
+        model, objective = point
+        output = world / f"{model}-{objective}"
+        more = [f"model.path={world / model}", f"objective.name={objective}", f"output={output}"]
+        python(world, "dpo_jax.train", *words, *more)
+        return fits.file_digest(output / "model" / "model.safetensors")
+
+    with ThreadPoolExecutor(2) as pool:
+        assert dict(zip(found, pool.map(trained, found), strict=True)) == found

@@ -1,0 +1,205 @@
+"""`fit` is the command: the same bits, the same going on; and it leaves the process as it found it."""
+
+import json
+import logging
+import os
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import Result, fit, train
+from dpo_jax.errors import UserError
+from dpo_jax.files import file_digest
+from dpo_jax.reporting.journal import read_records
+from tests.support.tiny_folders import write_folder
+from tests.support.tiny_rows import byte_tokenizer, write, yes_or_no
+
+STEPS = 4
+ROWS = yes_or_no(14)
+SETTINGS = {
+    "objective": "sigmoid",
+    "beta": 0.2,
+    "steps": STEPS,
+    "batch": {"pairs": 4, "micro_tokens": 256},
+    "max_length": 64,
+    "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0},
+    "log": {"every": 2},
+    "evaluation.every": 2,
+    "checkpoint.every": 1,
+}
+WORDS = [
+    "objective.name=sigmoid",
+    "objective.beta=0.2",
+    f"steps={STEPS}",
+    "batch={pairs: 4, micro_tokens: 256}",
+    "data.max_length=64",
+    "optimizer={learning_rate: 1e-3, warmup_steps: 0}",
+    "log.every=2",
+    "evaluation.every=2",
+    "checkpoint.every=1",
+]
+
+
+class Enough(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    tokenizer = byte_tokenizer()
+    ends = {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    write_folder(root / "model", num_hidden_layers=2, **ends)
+    tokenizer.save_pretrained(str(root / "model"))
+    write(root / "train.jsonl", *ROWS[:10])
+    write(root / "eval.jsonl", *ROWS[10:])
+    return root
+
+
+def fitted(world, output, rows=None, **more):
+    given = {"train": ROWS[:10] if rows is None else rows, "evaluate": iter(ROWS[10:]), "output": output}
+    return fit(world / "model", **(given | SETTINGS | more))
+
+
+def state():
+    """What a function must leave as it was."""
+    names = [None, *("absl orbax jax datasets httpx httpx2 filelock asyncio transformers".split())]
+    loggers = [logging.getLogger(name) for name in names]
+    return {
+        "jax": {name: str(value) for name, value in jax.config.values.items()},
+        "environment": dict(os.environ),
+        "logs": [(log.level, list(log.filters), log.propagate, log.disabled) for log in loggers],
+        "root": list(logging.root.handlers),
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
+        "hooks": (sys.excepthook, sys.unraisablehook, sys.stdout, sys.stderr),
+        "random": np.random.get_state()[1].tolist(),  # that of Python is drawn from by beartype, which checks tests
+        "folder": os.getcwd(),
+    }
+
+
+@pytest.fixture(scope="module")
+def heard(world):
+    """A run in a thread that is not the main one, whoever called being told of everything, where somebody has set jax
+    to 64 bits."""
+    jax.config.update("jax_enable_x64", True)
+    steps, evaluations, before = [], [], state()
+    calls = {"on_step": lambda *said: steps.append(said), "on_evaluation": lambda *said: evaluations.append(said)}
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(fitted, world, world / "heard", **calls).result()
+    assert state() == before
+    jax.config.update("jax_enable_x64", False)
+    return result, steps, evaluations
+
+
+def weights(result):
+    return file_digest(result.model / "model.safetensors")
+
+
+def test_the_bits_are_those_of_the_command(world, heard):
+    files = [
+        f"model.path={world / 'model'}",
+        f"data.train={world / 'train.jsonl'}",
+        f"data.eval={world / 'eval.jsonl'}",
+    ]
+    assert train.main([*files, *WORDS, f"output={world / 'command'}"]) == 0
+    assert weights(heard[0]) == weights(Result(world / "command"))
+    assert heard[0].after == Result(world / "command").after
+
+
+def test_each_step_and_evaluation_is_told_whatever_is_written(heard):
+    result, steps, evaluations = heard
+    assert [step for step, _ in steps] == list(range(1, STEPS + 1))
+    assert [step for step, _ in evaluations] == [0, 2, STEPS]
+    told = dict(steps)
+    for record in read_records(result.folder / "metrics.jsonl"):
+        if "loss" in record:
+            assert told[record["step"]]["loss"] == record["loss"]
+    assert result.metrics["loss"].steps.tolist() == [1, 2, 4]
+    assert evaluations[-1][1]["eval_loss"] == result.after["eval_loss"]
+
+
+def test_a_result_says_what_came_of_it(heard):
+    result, _, _ = heard
+    assert result.finished and result.step == STEPS and result.model == result.folder / "model"
+    steps, losses = result.metrics["eval_loss"]
+    assert steps.tolist() == [0, 2, 4] and losses.dtype == np.float64
+    assert (result.before["eval_loss"], result.after["eval_loss"]) == (losses[0], losses[-1])
+    assert "finished" in repr(result) and "held-out loss" in repr(result)
+
+
+def test_a_result_draws_figures_that_a_notebook_shows(heard):
+    result, _, _ = heard
+    assert result.plot()._repr_png_().startswith(b"\x89PNG")
+    one, other = result.plot("loss", "eval_learning_rate").axes
+    assert one.get_title().startswith("Loss") and other.get_title().startswith("Learning rate")
+    labels = [line.get_label() for line in one.get_lines()]
+    assert "training" in labels and "held-out" in labels
+    with pytest.raises(UserError, match="los: no such metric was recorded; did you mean loss?"):
+        result.plot("los")
+
+
+def test_a_finished_run_comes_back_as_it_is(world, heard, capsys):
+    before = {path: path.read_bytes() for path in heard[0].folder.rglob("*") if path.is_file()}
+    again = fitted(world, world / "heard", on_step=lambda *_: pytest.fail("a finished run has no step"))
+    assert "finished already" in capsys.readouterr().out and again.after == heard[0].after
+    assert before == {path: path.read_bytes() for path in heard[0].folder.rglob("*") if path.is_file()}
+
+
+def test_other_rows_are_another_run_and_leave_no_file(world, heard):
+    with pytest.raises(UserError, match="holds a run whose digest of the training data"):
+        fitted(world, world / "heard", rows=ROWS[:9])
+    fitted(world, world / "heard", verbose=False)
+    assert len(list((world / "heard" / "rows").iterdir())) == 2
+
+
+def test_a_run_goes_on_after_ctrl_c_and_after_what_a_caller_raised(world, heard, capsys):
+    def stop(step, metrics):
+        print(f"heard {step}")
+        if step == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    def raise_enough(step, metrics):
+        if step == 3:
+            raise Enough
+
+    before = state()
+    with pytest.raises(KeyboardInterrupt):
+        fitted(world, world / "stopped", on_step=stop, verbose=False)
+    assert capsys.readouterr().out.splitlines() == ["heard 1"]  # and nothing but what the caller prints
+    assert not Result(world / "stopped").finished
+    with pytest.raises(Enough):
+        fitted(world, world / "stopped", on_step=raise_enough)
+    with pytest.raises(UserError, match="has not come to its end"):
+        _ = Result(world / "stopped").model
+    said = capsys.readouterr().out
+    assert "resumed after step 1" in said
+    assert weights(fitted(world, world / "stopped")) == weights(heard[0])
+    assert "resumed after step 2" in capsys.readouterr().out
+    assert state() == before
+
+
+def test_what_is_wrong_is_said_before_a_row_is_read_or_a_folder_made(world):
+    rows = iter(ROWS)
+    with pytest.raises(ValueError) as caught:
+        fit(object(), train=rows, evaluate=0.5, output=world / "none", beta=-1, stepz=3)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4 and all(line.startswith("fit: ") for line in lines)
+    assert "fit: model: is of type object; give a folder or hub id" in lines[0]
+    assert len(list(rows)) == len(ROWS) and not (world / "none").exists()
+
+
+def test_a_folder_of_other_things_gets_no_rows(world, tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="holds other things"):
+        fitted(world, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_rows_that_cannot_be_used_are_named_by_their_number(world, tmp_path):
+    with pytest.raises(UserError, match=r"rows/train-\w+\.jsonl:2: no 'rejected'"):
+        fitted(world, tmp_path / "bad", rows=[ROWS[0], {"prompt": "a", "chosen": "b"}], verbose=False)
+    assert json.loads((tmp_path / "bad" / "rows").glob("train-*").__next__().read_text().splitlines()[0]) == ROWS[0]

@@ -1,0 +1,100 @@
+"""The four log-probabilities of pairs are those of the plain formula, and answers those of the command."""
+
+import numpy as np
+import pytest
+
+from dpo_jax import dpo_loss, generate, load_hf, load_tokenizer, sample, score_pairs
+from dpo_jax.errors import UserError
+from tests.support.tiny_folders import write_folder
+from tests.support.tiny_rows import GOOD, byte_tokenizer, write, yes_or_no
+
+ROWS = yes_or_no(5)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root, tokenizer = tmp_path_factory.mktemp("models"), byte_tokenizer()
+    ends = {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    for name, layers in (("policy", 2), ("reference", 1)):
+        write_folder(root / name, num_hidden_layers=layers, **ends)
+        tokenizer.save_pretrained(str(root / name))
+    return root
+
+
+def by_hand(model, tokenizer, prompt, answer):
+    """Sum of the log-probabilities of an answer's tokens, from all logits, in float64."""
+    before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    whole = tokenizer.apply_chat_template([*prompt, *answer], return_dict=False)
+    whole = whole[: len(whole) - whole[::-1].index(tokenizer.convert_tokens_to_ids("<|im_end|>"))]  # its end is scored
+    logits = np.asarray(model.logits(np.array([whole], np.int32))[0], np.float64)
+    logps = (
+        logits
+        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - logits.max(-1, keepdims=True)
+    )
+    return sum(logps[place - 1, whole[place]] for place in range(len(before), len(whole)))
+
+
+def test_each_number_is_the_sum_over_its_answers_tokens(folders):
+    tokenizer = load_tokenizer(folders / "policy")
+    found = score_pairs(folders / "policy", folders / "reference", iter(ROWS), max_length=64)
+    models = [load_hf(folders / name) for name in ("policy", "reference")]
+    wanted = [
+        [by_hand(model, tokenizer, row["prompt"], row[side]) for row in ROWS]
+        for model in models
+        for side in ("chosen", "rejected")
+    ]
+    # float32 of about a hundred nats
+    np.testing.assert_allclose(np.stack(found), wanted, rtol=1e-5)
+    assert all(part.dtype == np.float32 for part in found)
+    in_memory = score_pairs(*models, ROWS, tokenizer=tokenizer)
+    np.testing.assert_allclose(np.stack(in_memory), wanted, rtol=1e-5)
+    assert dpo_loss(*found, beta=0.1).losses.shape == (len(ROWS),)
+
+
+def test_a_model_is_its_own_reference(folders):
+    found = score_pairs(folders / "policy", folders / "policy", ROWS, max_length=64)
+    assert (found[0] == found[2]).all() and (found[1] == found[3]).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "said"),
+    [
+        ([*ROWS, {"prompt": "a", "chosen": "b"}], {}, r":6: no 'rejected'"),
+        ([{"prompt": "Hi", "completion": "yes", "label": True}], {}, "has one answer; a pair has a chosen and a"),
+        ([{"prompt": "Hi" * 40, "chosen": "a" * 40, "rejected": "a" * 39 + "b"}], {"max_length": 24}, "leaves nothing"),
+        ([{**GOOD, "prompt": "long" * 30}], {}, "a row has 1.. tokens, and the model knows 64 positions"),
+        (ROWS, {"max_lenght": 64}, "score_pairs: data.max_lenght: no such setting; did you mean data.max_length"),
+        ([], {}, "holds no row"),
+    ],
+)
+def test_rows_whose_numbers_would_not_go_with_them_are_refused(folders, rows, more, said):
+    with pytest.raises(UserError, match=said):
+        score_pairs(folders / "policy", folders / "reference", rows, **more)
+
+
+def test_answers_are_those_of_the_command(folders, tmp_path, capsys):
+    texts = ["Say 3", "Say 44"]
+    found = generate(folders / "policy", texts, max_new_tokens=6)
+    asked = write(tmp_path / "asked.jsonl", *({"prompt": [{"role": "user", "content": text}]} for text in texts))
+    assert sample.main([str(folders / "policy"), "--prompts", str(asked), "--max-new-tokens", "6", "--json"]) == 0
+    assert [line.split('"answer": "')[1].split('", "finished"')[0] for line in capsys.readouterr().out.splitlines()]
+    model, tokenizer = load_hf(folders / "policy"), load_tokenizer(folders / "policy")
+    assert found == generate(model, texts, tokenizer=tokenizer, max_new_tokens=6)
+    assert found[0] == generate(model, texts[0], tokenizer=tokenizer, max_new_tokens=6)
+    assert found[0] == generate(model, [{"role": "user", "content": texts[0]}], tokenizer=tokenizer, max_new_tokens=6)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"temperatur": 1.0}, "temperatur: no such argument; give temperature"),
+        ({"top_p": 0.5}, "top_p: greedy decoding draws nothing; give a temperature too"),
+        ({"prompts": [3]}, "prompt 1: wrong type"),
+        ({"prompts": [""], "chat": False}, "prompt 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens = 0: must be at least 1"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(folders, given, said):
+    with pytest.raises(UserError, match=said):
+        generate(folders / "policy", **({"prompts": "Say 3"} | given))
