@@ -14,12 +14,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dpo_jax.config import run as config
 from dpo_jax.config.command import Parser, command, quiet_libraries
-from dpo_jax.config.run import Run
 from dpo_jax.files import GIB, size_text
+
+if TYPE_CHECKING:
+    from dpo_jax.config.run import Run
 
 PACKAGES = (
     "jax",
@@ -213,7 +214,7 @@ def _speed(device: dict[str, Any]) -> str:
     return f"{device['kind']}{memory}; matrix product {speed}"
 
 
-def fit(run: Run) -> dict[str, Any]:
+def fit(run: "Run") -> dict[str, Any]:
     """Bytes of a device that a run's step takes here, predicted by item and as the compiler has planned them.
 
     Raises:
@@ -238,7 +239,7 @@ def fit(run: Run) -> dict[str, Any]:
     }
 
 
-def _notes(run: Run, sources: Any) -> list[str]:
+def _notes(run: "Run", sources: Any) -> list[str]:
     """What training would say of the folder that it leaves; nothing where the tokenizer is not here."""
     from dpo_jax.hf.tokenizer import TOKENIZER_FILES, load_tokenizer
     from dpo_jax.run import models
@@ -271,13 +272,15 @@ def fit_lines(found: dict[str, Any]) -> list[str]:
 @command
 def main(argv: Sequence[str]) -> int:
     """Print what was found; 1 if something is broken, or if a run was given and does not fit."""
-    parser = Parser("doctor", "What this machine has, what it can do, and what stands in the way of a run.")
+    parser = Parser("doctor", settings=True)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     what = "where runs would be written (default: here), or a run's CONFIG.yaml: does it fit?"
     parser.add_argument("folder", nargs="?", default=Path(), type=Path, help=what)
     parser.add_argument("settings", nargs="*", help="with CONFIG.yaml: section.key=value ...")
     arguments = parser.parse_args(argv)
     path: Path = arguments.folder
+    from dpo_jax.config import run as config
+
     run = config.load([str(path), *arguments.settings], "doctor") if path.is_file() else None
     if run is None and arguments.settings:
         parser.error(f"{arguments.settings[0]}: belongs to a CONFIG.yaml, and {path} is none; leave it out")

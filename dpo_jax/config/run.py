@@ -17,6 +17,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from dpo_jax.config import completion
+from dpo_jax.config.console import COMMANDS, program
 from dpo_jax.config.elsewhere import FOREIGN
 from dpo_jax.config.rules import ADAPTER_RATE, IGNORED, RULES, best_problem, only_merged
 from dpo_jax.data.settings import BatchSettings, DataSettings
@@ -37,17 +39,17 @@ class Run(Section):
 
     model: ModelSettings
     data: DataSettings
-    batch: BatchSettings = BatchSettings()
-    objective: ObjectiveSettings = ObjectiveSettings()
-    adapter: AdapterSettings = AdapterSettings()
-    reference: ReferenceSettings = ReferenceSettings()
-    optimizer: OptimizerSettings = OptimizerSettings()
-    mesh: MeshSettings = MeshSettings()
-    evaluation: EvaluationSettings = EvaluationSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
-    log: LogSettings = LogSettings()
-    alarms: AlarmSettings = AlarmSettings()
-    export: ExportSettings = ExportSettings()
+    batch: BatchSettings = Field(default_factory=BatchSettings)
+    objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)
+    adapter: AdapterSettings = Field(default_factory=AdapterSettings)
+    reference: ReferenceSettings = Field(default_factory=ReferenceSettings)
+    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
+    mesh: MeshSettings = Field(default_factory=MeshSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
+    log: LogSettings = Field(default_factory=LogSettings)
+    alarms: AlarmSettings = Field(default_factory=AlarmSettings)
+    export: ExportSettings = Field(default_factory=ExportSettings)
     steps: int | None = Field(default=None, gt=0, description="length of the run in optimizer steps")
     epochs: float | None = Field(
         default=None, gt=0, description="length of the run in passes over the data (default: 1)"
@@ -290,6 +292,8 @@ def load(
     Raises:
       UserError: one line for each thing that is wrong.
     """
+    if completion.ASKED in os.environ:
+        completion.of_settings(options)
     source, shows, rest = GivenSettings(), False, list(argv)
     while rest:
         word = rest.pop(0)
@@ -316,7 +320,9 @@ def load(
 
 def _help(command: str, options: Sequence[str], sections: Collection[str]) -> str:
     lines = [
-        f"usage: python -m dpo_jax.{command} CONFIG.yaml ... [section.key=value ...]",
+        f"usage: {program(command)} {'[options] ' * bool(options)}CONFIG.yaml ... [section.key=value ...]",
+        "",
+        COMMANDS[command].says,
         *options,
         "",
         "Later files and overrides win. Values are YAML; relative paths are relative to the current directory.",
