@@ -11,13 +11,13 @@ import os
 import platform
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_jax.config.command import Parser, command, quiet_libraries
 from dpo_jax.files import GIB, size_text
+from dpo_jax.planning.machine import matmul_gflops, memory_of_a_device
 
 if TYPE_CHECKING:
     from dpo_jax.config.run import Run
@@ -36,7 +36,6 @@ PACKAGES = (
     "tensorboardX",
 )
 LITTLE_DISK = 20 * GIB
-MATMUL_SIZE = {"cpu": 1024}  # else 8192: an accelerator needs that much to be busy
 BF16_FAST_ON_CPU = (0, 12)  # the first jax whose CPU products in bfloat16 are faster than in float32
 
 
@@ -101,23 +100,6 @@ def devices() -> list[dict[str, Any]]:
         }
         for device in jax.local_devices()
     ]
-
-
-def matmul_gflops(device: Any, dtype: str, *, seconds: float = 0.2) -> float:
-    """Billions of operations per second of a compiled square matrix product, best of the calls made in `seconds`."""
-    import jax
-    import jax.numpy as jnp
-
-    size = MATMUL_SIZE.get(device.platform, 8192)
-    left = jax.device_put(jnp.ones((size, size), dtype), device)
-    product = jax.jit(jnp.matmul)
-    product(left, left).block_until_ready()
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        began = time.perf_counter()
-        product(left, left).block_until_ready()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best / 1e9
 
 
 def accelerators_present(root: Path = Path("/dev")) -> list[str]:
@@ -249,15 +231,6 @@ def _notes(run: "Run", sources: Any) -> list[str]:
     tokenizer, scores = load_tokenizer(sources.policy, run.data.template), run.objective.trains_reward_model
     end = models.check_ending(sources, tokenizer, run.export, scalar_head=scores)
     return models.notes(sources, end, run.export)
-
-
-def memory_of_a_device() -> int:
-    """Bytes that one device may use; CPU devices share the host's free memory evenly."""
-    import jax
-    import psutil
-
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return limit or psutil.virtual_memory().available // jax.local_device_count()
 
 
 def fit_lines(found: dict[str, Any]) -> list[str]:

@@ -160,7 +160,8 @@ KEEPS_MATHEMATICS = frozenset(
     evaluation.judge evaluation.judge_template evaluation.judge_model evaluation.judge_key_variable
     evaluation.judge_call_budget checkpoint.every checkpoint.keep
     checkpoint.keep_every checkpoint.best
-    checkpoint.allow_change log.every log.report log.tensorboard log.loggers log.token_statistics log.max_nonfinite
+    checkpoint.allow_change log.every log.report log.tensorboard log.loggers log.project log.name log.tags
+    log.token_statistics log.max_nonfinite
     output alarms.enabled alarms.chosen_drift alarms.kl export.dtype export.rounding export.align_eos export.kind
     export.push export.private
     """.split()

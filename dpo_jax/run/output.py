@@ -23,7 +23,7 @@ EXPORTS = {"merged": MODEL, "adapter": ADAPTER}
 OURS = frozenset(
     {LOCK, RUN_FILE, "metrics.jsonl", CHECKPOINTS, MODEL, ADAPTER, "cache", "data.json", "answers", "verdicts"}
     | {"evaluations", "report.html", "notes.jsonl"}
-    | {"tensorboard", "wandb", "wandb_run", "trackio", COLLECTED}
+    | {"tensorboard", "wandb", "wandb_run", "trackio", "trackio_run", "mlflow_run", COLLECTED}
 )
 """What a run's folder holds."""
 LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|\.(model|adapter)\.(tmp|old)-\d+")
@@ -38,6 +38,19 @@ def opened(run: Run) -> Iterator[Path]:
       UserError: it belongs to something else, or to a run that is still going on.
     """
     folder = Path(run.output)
+    check(folder)
+    with locked(folder, "output"):
+        _sweep(folder)
+        _sweep(folder / "cache")
+        yield folder
+
+
+def check(folder: Path) -> None:
+    """Whether a run may write there.
+
+    Raises:
+      UserError: it belongs to something else.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output: {folder} is a file; name a folder")
     names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
@@ -46,10 +59,6 @@ def opened(run: Run) -> Iterator[Path]:
         raise UserError(
             f"output: {folder} holds other things ({sorted(strangers)[0]}, ...); name a new or empty folder"
         )
-    with locked(folder, "output"):
-        _sweep(folder)
-        _sweep(folder / "cache")
-        yield folder
 
 
 def _sweep(folder: Path) -> None:
