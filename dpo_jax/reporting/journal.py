@@ -3,11 +3,12 @@
 Names are TRL's (`rewards/margins`, `logps/chosen`, ...); `eval_` stands before what was measured on held-out pairs.
 """
 
+import functools
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsFloat
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from dpo_jax.errors import UserError, one_line
 from dpo_jax.files import naming, write_whole
-from dpo_jax.reporting.loggers import SERVICES, About, Guarded, TensorBoard
+from dpo_jax.reporting.loggers import SERVICES, About, Guarded, Logger, TensorBoard
 from dpo_jax.reporting.metrics import OLD_NAMES, PREFIX, in_a_line, recorded
 from dpo_jax.reporting.notes import Notes, Page
 from dpo_jax.reporting.seen import Seen
@@ -151,9 +152,11 @@ class Journal:
         )
         name = settings.name or folder.resolve().name
         about = About(settings.project, name, settings.tags, background.settings, folder, resume_step >= 0)
-        makers = {service: lambda make=SERVICES[service]: make(about) for service in settings.loggers}
+        makers: dict[str, Callable[[], Logger]] = {
+            service: functools.partial(SERVICES[service], about) for service in settings.loggers
+        }
         if settings.tensorboard:
-            makers["TensorBoard"] = lambda: TensorBoard(folder, resume_step)
+            makers["TensorBoard"] = functools.partial(TensorBoard, folder, resume_step)
         self._loggers = [Guarded(service, make, self.note) for service, make in makers.items()]
         self._file = MetricsFile(folder, resume_step, measures_again=resume_step >= total_steps)
 

@@ -94,8 +94,7 @@ class TensorBoard:
         for number, row in enumerate(seen.answers[:SHOWN]):
             self._add(step, self._summary.text(f"answers/{number}", as_markdown(row)))
         for name, values in seen.rewards.items():
-            if len(values := values[abs(values) < math.inf]):  # nan is not less than anything
-                self._add(step, self._summary.histogram(name, values, "auto"))
+            self._add(step, self._summary.histogram(name, values, "auto"))
         self._writer.flush()
 
     def close(self) -> None:
@@ -111,7 +110,9 @@ class Wandb:
         self._module = _module("wandb")
         run = about.known("wandb") or uuid.uuid4().hex[:12]
         about.remember("wandb", run)
-        self._module.init(
+        # without a key it asks for one on a terminal, and would wait for ever
+        self._module.setup(settings=self._module.Settings(login_timeout=1))
+        begun = self._module.init(
             project=about.project,
             name=about.name,
             id=run,
@@ -120,8 +121,11 @@ class Wandb:
             dir=str(about.folder),
             resume="allow",
             allow_val_change=True,  # a run that goes on may have more steps
-            settings={"login_timeout": 1},  # a terminal would be asked for a key, and the run wait for ever
         )
+        if begun.disabled:
+            raise RuntimeError(
+                "it has no key; set WANDB_API_KEY, or WANDB_MODE=offline, or give the command wandb login"
+            )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send the finite metrics."""

@@ -16,7 +16,8 @@ class Seen(NamedTuple):
       file: of the answers, or None.
       answers: rows {"prompt", "answer", "good", ...}.
       rewards: float32 arrays in nats by name, each with the prefix of what is held out: `eval_rewards/chosen`, of a set
-        with a name `eval/NAME/rewards/chosen`; beside both their difference, `.../margins`.
+        with a name `eval/NAME/rewards/chosen`; beside both their difference, `.../margins`. Only finite ones: no
+        histogram takes others.
     """
 
     file: Path | None
@@ -49,4 +50,5 @@ def _rewards(path: Path) -> dict[str, Any]:
         named[start + side] = values
         if side == "chosen" and (other := found.get(name.removesuffix(side) + "rejected")) is not None:
             named |= {f"{start}margins": values - other} if other.shape == values.shape else {}
-    return named
+    finite = {name: values[np.isfinite(values)] for name, values in named.items()}
+    return {name: values for name, values in finite.items() if len(values)}

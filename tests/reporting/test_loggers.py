@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import os
+import struct
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ class Double:
     """A package with the functions of all services: it keeps what it is called with, and fails where it is told to."""
 
     def __init__(self, fails_at: str = "", error: BaseException | None = None):
-        self.fails_at, self.error = fails_at, error or RuntimeError("no\x1b[31m network")
+        self.fails_at, self.error, self.disabled = fails_at, error or RuntimeError("no\x1b[31m network"), False
         self.calls: list[tuple[str, tuple, dict]] = []
 
     def __getattr__(self, name):
@@ -37,7 +38,7 @@ class Double:
             self.calls.append((name, given, named))
             if name == self.fails_at:
                 raise self.error
-            return SimpleNamespace(info=SimpleNamespace(run_id=f"run{len(self.calls)}"))
+            return SimpleNamespace(disabled=self.disabled, info=SimpleNamespace(run_id=f"run{len(self.calls)}"))
 
         return call
 
@@ -220,11 +221,13 @@ def test_a_long_answer_is_cut_and_only_the_first_are_sent():
 SCRIPT = """
 import sys
 from pathlib import Path
+from rich.console import Console
 from dpo_jax.reporting.journal import Background
 from tests.support.journals import run
 from tests.reporting.test_loggers import log
 folder, service = Path(sys.argv[1]), sys.argv[2]
 how = {"log": log(service, project="kind", name="first", tags=("a", "b")), "background": Background({"steps": 20})}
+how["console"] = Console(width=200)
 run(folder, range(1, 8), **how)
 run(folder, range(6, 11), 5, **how)
 from dpo_jax.reporting.journal import read_records
@@ -241,6 +244,19 @@ def in_a_process(folder, service, code=SCRIPT, **environment):
     return done.stdout + done.stderr
 
 
+def wandb_records(file):
+    """Of an offline run: a log of LevelDB's kind in one block, whose records are protobufs."""
+    from wandb.proto import wandb_internal_pb2 as records
+
+    data, at = file.read_bytes(), 7
+    assert len(data) < 32768
+    while at < len(data):
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        assert kind == 1  # whole
+        yield records.Record.FromString(data[at + 7 : at + 7 + length])
+        at += 7 + length
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("service", SERVICES)
 def test_the_real_package_without_a_network_has_one_run_with_every_step(tmp_path, service):
@@ -251,7 +267,14 @@ def test_the_real_package_without_a_network_has_one_run_with_every_step(tmp_path
     name = (tmp_path / f"{service}_run").read_text()
     if service == "wandb":
         found = sorted((tmp_path / "wandb").glob(f"offline-run-*-{name}"))
-        assert 1 <= len(found) <= 2  # a folder of each process, in which they began in other seconds; of one run
+        assert 1 <= len(found) <= 2  # both parts began in one second, or not; they are of one run
+        records = [record for path in found for file in path.glob("*.wandb") for record in wandb_records(file)]
+        begun = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+        assert {(r.run_id, r.project, r.display_name, *r.tags) for r in begun} == {(name, "kind", "first", "a", "b")}
+        rows = [record.history for record in records if record.WhichOneof("record_type") == "history"]
+        sent = [{"".join(item.nested_key) or item.key: item.value_json for item in row.item} for row in rows]
+        assert [int(row["_step"]) for row in sent if "loss" in row] == [*range(1, 8), *range(6, 11)]
+        assert all(json.loads(row["loss"]) == metrics(int(row["_step"]))["loss"] for row in sent if "loss" in row)
         return
     if service == "mlflow":
         code = """
@@ -278,6 +301,14 @@ print(sorted({row["step"] for row in SQLiteStorage.get_logs("kind", name) if "lo
     assert str([*range(1, 11)]) in in_a_process(tmp_path, service, code)
 
 
+def test_a_wandb_that_disabled_itself_is_said_to_be_off(tmp_path, double):
+    kept, console = double(), terminal(200)
+    kept.disabled = True
+    run(tmp_path, range(1, 4), log=log("wandb"), console=console)
+    assert "warning: wandb is switched off: RuntimeError: it has no key; set WANDB_API_KEY" in console.file.getvalue()
+    assert kept.of("log") == []
+
+
 @pytest.mark.nightly
 def test_wandb_without_a_key_and_with_a_terminal_neither_asks_for_ever_nor_ends_the_run(tmp_path):
     pytest.importorskip("wandb")
@@ -297,4 +328,5 @@ def test_wandb_without_a_key_and_with_a_terminal_neither_asks_for_ever_nor_ends_
     except OSError:  # the other side was closed
         pass
     assert child.wait(timeout=300) == 0, said[-3000:]
+    assert said.count(b"warning: wandb is switched off: RuntimeError: it has no key; set WANDB_API_KEY") == 2
     assert len(read_records(tmp_path / "metrics.jsonl")) == 13
