@@ -73,7 +73,7 @@ def _say(line: str) -> None:
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser("collect", "Preferences out of a model's own answers, told apart by a judge.")
+    parser = Parser("collect")
     parser.add_argument("folder", help="model folder, or hub id; or that of an adapter, which names its base")
     parser.add_argument("--prompts", required=True, metavar="FILE", help='a row {"prompt": ...} for each prompt')
     add_judges(parser)

@@ -13,11 +13,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dpo_jax.config.bridge.trainers import METHODS
+from dpo_jax.config.bridge.methods import METHODS
 from dpo_jax.config.command import Parser, command, quiet_libraries
 from dpo_jax.errors import UserError, printable, redacted, short
 from dpo_jax.files import write_whole
-from dpo_jax.settings import GivenSettings
 
 
 def _export(argv: Sequence[str]) -> int:
@@ -148,6 +147,7 @@ def _config(argv: Sequence[str]) -> int:
         raise UserError(f"--devices {options.devices}: a whole number above zero is wanted")
 
     from dpo_jax.config.bridge.written import rewritten
+    from dpo_jax.settings import GivenSettings
 
     overrides = GivenSettings()
     for setting in options.settings:

@@ -11,15 +11,16 @@ import os
 import platform
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dpo_jax.config import run as config
 from dpo_jax.config.command import Parser, command, quiet_libraries
-from dpo_jax.config.run import Run
 from dpo_jax.files import GIB, size_text
+from dpo_jax.planning.machine import matmul_gflops, memory_of_a_device
+
+if TYPE_CHECKING:
+    from dpo_jax.config.run import Run
 
 PACKAGES = (
     "jax",
@@ -35,7 +36,6 @@ PACKAGES = (
     "tensorboardX",
 )
 LITTLE_DISK = 20 * GIB
-MATMUL_SIZE = {"cpu": 1024}  # else 8192: an accelerator needs that much to be busy
 BF16_FAST_ON_CPU = (0, 12)  # the first jax whose CPU products in bfloat16 are faster than in float32
 
 
@@ -100,23 +100,6 @@ def devices() -> list[dict[str, Any]]:
         }
         for device in jax.local_devices()
     ]
-
-
-def matmul_gflops(device: Any, dtype: str, *, seconds: float = 0.2) -> float:
-    """Billions of operations per second of a compiled square matrix product, best of the calls made in `seconds`."""
-    import jax
-    import jax.numpy as jnp
-
-    size = MATMUL_SIZE.get(device.platform, 8192)
-    left = jax.device_put(jnp.ones((size, size), dtype), device)
-    product = jax.jit(jnp.matmul)
-    product(left, left).block_until_ready()
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        began = time.perf_counter()
-        product(left, left).block_until_ready()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best / 1e9
 
 
 def accelerators_present(root: Path = Path("/dev")) -> list[str]:
@@ -213,7 +196,7 @@ def _speed(device: dict[str, Any]) -> str:
     return f"{device['kind']}{memory}; matrix product {speed}"
 
 
-def fit(run: Run) -> dict[str, Any]:
+def fit(run: "Run") -> dict[str, Any]:
     """Bytes of a device that a run's step takes here, predicted by item and as the compiler has planned them.
 
     Raises:
@@ -238,7 +221,7 @@ def fit(run: Run) -> dict[str, Any]:
     }
 
 
-def _notes(run: Run, sources: Any) -> list[str]:
+def _notes(run: "Run", sources: Any) -> list[str]:
     """What training would say of the folder that it leaves; nothing where the tokenizer is not here."""
     from dpo_jax.hf.tokenizer import TOKENIZER_FILES, load_tokenizer
     from dpo_jax.run import models
@@ -248,15 +231,6 @@ def _notes(run: Run, sources: Any) -> list[str]:
     tokenizer, scores = load_tokenizer(sources.policy, run.data.template), run.objective.trains_reward_model
     end = models.check_ending(sources, tokenizer, run.export, scalar_head=scores)
     return models.notes(sources, end, run.export)
-
-
-def memory_of_a_device() -> int:
-    """Bytes that one device may use; CPU devices share the host's free memory evenly."""
-    import jax
-    import psutil
-
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return limit or psutil.virtual_memory().available // jax.local_device_count()
 
 
 def fit_lines(found: dict[str, Any]) -> list[str]:
@@ -271,13 +245,15 @@ def fit_lines(found: dict[str, Any]) -> list[str]:
 @command
 def main(argv: Sequence[str]) -> int:
     """Print what was found; 1 if something is broken, or if a run was given and does not fit."""
-    parser = Parser("doctor", "What this machine has, what it can do, and what stands in the way of a run.")
+    parser = Parser("doctor", settings=True)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     what = "where runs would be written (default: here), or a run's CONFIG.yaml: does it fit?"
     parser.add_argument("folder", nargs="?", default=Path(), type=Path, help=what)
     parser.add_argument("settings", nargs="*", help="with CONFIG.yaml: section.key=value ...")
     arguments = parser.parse_args(argv)
     path: Path = arguments.folder
+    from dpo_jax.config import run as config
+
     run = config.load([str(path), *arguments.settings], "doctor") if path.is_file() else None
     if run is None and arguments.settings:
         parser.error(f"{arguments.settings[0]}: belongs to a CONFIG.yaml, and {path} is none; leave it out")

@@ -10,6 +10,10 @@ from typing import Any
 SECRET = re.compile(r"hf_\w{20,}|gh[pousr]_\w{20,}|sk-[\w-]{20,}|AKIA[A-Z0-9]{16}|(?<=://)[^/\s@]+(?=@)")
 
 
+COMMAND_LINE = "command line"
+"""Stands for the file in faults of what was given there."""
+
+
 class UserError(ValueError):
     """Something a user gave is wrong: one line that names the file, line or key, the value, and the remedy.
 

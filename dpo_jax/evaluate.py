@@ -202,9 +202,7 @@ def _adapted(options: Namespace) -> "Adapted":
 
 
 def _options(argv: Sequence[str]) -> Namespace:
-    parser = commands.Parser(
-        "evaluate", "Preference accuracy and reward margin of a model against a reference, or of a reward model."
-    )
+    parser = commands.Parser("evaluate")
     parser.add_argument(
         "model", metavar="MODEL", help="Hugging Face folder (or hub id) of the model, or of an adapter of one"
     )

@@ -11,15 +11,16 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo_jax.config import command as commands
-from dpo_jax.config import run as config
 from dpo_jax.config.command import Parser
-from dpo_jax.config.run import Run
 from dpo_jax.errors import UserError
 from dpo_jax.planning import compilers
 from dpo_jax.planning.chips import CHIPS, Chip
+
+if TYPE_CHECKING:
+    from dpo_jax.config.run import Run
 
 ON_CPU = "a CPU's compiler computes products of 16 bits in float32, so its temporaries are more than an accelerator's"
 
@@ -27,7 +28,7 @@ ON_CPU = "a CPU's compiler computes products of 16 bits in float32, so its tempo
 @commands.command
 def main(argv: Sequence[str]) -> int:
     """Read the settings, compile for virtual devices, and print the plan."""
-    parser = Parser("plan", "What a run will take on given devices: memory, operations, traffic, and time at best.")
+    parser = Parser("plan", settings=True)
     parser.add_argument("--devices", type=int, required=True, help="how many devices there will be, on all hosts")
     parser.add_argument("--hosts", type=int, help="hosts, or ICI domains (default: as few as the chip allows)")
     parser.add_argument("--chip", choices=list(CHIPS), default="h100", help="what a device is (default: h100)")
@@ -45,6 +46,8 @@ def main(argv: Sequence[str]) -> int:
     options, rest = parser.parse_known_args(argv)
     chip = CHIPS[options.chip]
     hosts = _hosts(parser, options, chip)
+    from dpo_jax.config import run as config
+
     run = _as_on_accelerators(config.load(rest, "plan"))
     commands.quiet_libraries()
     lengths, real = (options.prompt_tokens, options.completion_tokens), compilers.chosen(options.compiler, chip)
@@ -74,7 +77,7 @@ def _hosts(parser: Parser, options: argparse.Namespace, chip: Chip) -> int:
     return hosts
 
 
-def _as_on_accelerators(run: Run) -> Run:
+def _as_on_accelerators(run: "Run") -> "Run":
     """The run with the dtype that `auto` is on accelerators."""
     if run.model.compute_dtype != "auto":
         return run
@@ -82,7 +85,7 @@ def _as_on_accelerators(run: Run) -> Run:
 
 
 def make_plan(
-    run: Run,
+    run: "Run",
     devices: int,
     hosts: int,
     chip: Chip,
@@ -134,7 +137,7 @@ def make_plan(
     return found | made
 
 
-def _planned(run: Run, step: Any, data: str, hosts: int, chip: Chip) -> dict[str, Any]:
+def _planned(run: "Run", step: Any, data: str, hosts: int, chip: Chip) -> dict[str, Any]:
     """What is known before anything is compiled."""
     from dpo_jax import trees
     from dpo_jax.model.decoder import abstract_params

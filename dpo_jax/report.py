@@ -9,9 +9,7 @@ from dpo_jax.config import command as commands
 @commands.command
 def main(argv: Sequence[str]) -> int:
     """Read the arguments, draw, and print where the page is."""
-    parser = commands.Parser(
-        "report", "Draw the page of a run again, as report.html in its folder; of several runs one that compares them."
-    )
+    parser = commands.Parser("report")
     parser.add_argument("runs", metavar="RUN", nargs="+", help="output folder of a run")
     parser.add_argument("--output", metavar="FILE", help="of a comparison (default: comparison.html)")
     parser.add_argument("--title", default="Runs compared", help="of a comparison")

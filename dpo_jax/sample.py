@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dpo_jax.config.command import Parser, command, quiet_libraries
-from dpo_jax.errors import UserError
-from dpo_jax.settings import COMMAND_LINE
+from dpo_jax.errors import COMMAND_LINE, UserError
 
 if TYPE_CHECKING:
     from dpo_jax.evaluation.chat import Session
@@ -48,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser("sample", "Ask a model, or a model and its reference side by side.")
+    parser = Parser("sample")
     parser.add_argument("folder", help="model folder, or hub id; or that of an adapter, which names its base")
     parser.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter of the model: a folder, or hub id")
     parser.add_argument(

@@ -18,14 +18,19 @@ import yaml.composer
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
-from dpo_jax.errors import UserError, nearest, short
+from dpo_jax.errors import COMMAND_LINE, UserError, nearest, short
 
 
 class Section(BaseModel):
     """A frozen block of settings: unknown keys are refused, defaults are validated, nan and inf are not numbers."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        defer_build=True,
     )
 
 
@@ -90,7 +95,6 @@ def _parse(text: str, file: str | None = None) -> yaml.Node:
 
 
 SIZE_LIMIT = 1 << 20
-COMMAND_LINE = "command line"
 
 
 @dataclasses.dataclass

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 from dpo_jax.config import command as commands
 from dpo_jax.config import run as config
-from dpo_jax.errors import UserError
-from dpo_jax.settings import COMMAND_LINE
+from dpo_jax.errors import COMMAND_LINE, UserError
 
 if TYPE_CHECKING:
     from dpo_jax.run.sweeping import Axis, Result
@@ -31,11 +30,11 @@ OPTIONS = (
 @commands.command
 def main(argv: Sequence[str]) -> int:
     """Check the settings of every run, then train them; 0 if all are done, 1 if one failed, 75 if one was stopped."""
-    from dpo_jax.run import sweeping
-
     words, options = _options(argv)
     if not words or words[0] in ("-h", "--help"):
         config.load(["--help"], "sweep", options=OPTIONS)
+    from dpo_jax.run import sweeping
+
     axes, rest = sweeping.axes_of(words)
     run = sweeping.check(axes, rest)
     folder = Path(run.output)

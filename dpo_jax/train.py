@@ -16,14 +16,21 @@ if TYPE_CHECKING:
     from dpo_jax.run.trainer import Trainer
     from dpo_jax.training.step import State
 
+DRY_RUN = "--dry-run"
+
 
 @commands.command_of_hosts
 def main(argv: Sequence[str]) -> int:
     """Read the settings, then train; nothing heavy is imported before they are known to be right."""
-    run = config.load(argv)
+    words = [word for word in argv if word != DRY_RUN]
+    run = config.load(words, options=[f"  {DRY_RUN}  only say what the run would find and take: data, memory, hours"])
     commands.quiet_libraries()
-    starting.begin(run.distributed, config.same_everywhere(run))
-    return train(run)
+    if len(words) == len(argv):
+        starting.begin(run.distributed, config.same_everywhere(run))
+        return train(run)
+    from dpo_jax.run.dry_run import dry_run
+
+    return dry_run(run)
 
 
 def train(run: config.Run, listener: "Listener | None" = None) -> int:

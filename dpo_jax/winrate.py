@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_jax.config.command import Parser, command, quiet_libraries
 from dpo_jax.config.judges import add_judges, judges_of
-from dpo_jax.errors import UserError, printable
+from dpo_jax.errors import COMMAND_LINE, UserError, printable
 from dpo_jax.evaluation.judges import settings as judges
 from dpo_jax.files import digest_of, write_whole
-from dpo_jax.settings import COMMAND_LINE
 
 if TYPE_CHECKING:
     from dpo_jax.evaluation.contests import Answering
@@ -100,7 +99,7 @@ def compare(
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser("winrate", "How often a model's answers are better than another's, by one judge or several.")
+    parser = Parser("winrate")
     parser.add_argument("model", metavar="MODEL", help="folder of a model, an adapter or a run; a hub id; or `chosen`")
     parser.add_argument("base", metavar="BASE", help="the same of what it is compared with; or `chosen`, `rejected`")
     parser.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter of MODEL")

@@ -21,6 +21,7 @@ FLOORS = (
     ("run",),
     ("train", "evaluate", "sample", "convert", "preview", "doctor", "plan", "winrate", "sweep", "report"),
     ("collect", "rounds", "python"),
+    ("__main__",),
 )
 BASE = FLOORS[0]
 ARRAYS = {f"objectives.{name}" for name in ("pairwise", "stepwise", "metrics", "mixture")} | {
@@ -33,7 +34,10 @@ HELP = {
     "objectives.table",
     "objectives.terms",
     "config.run",
+    "__main__",
     "config.command",
+    "config.completion",
+    "config.console",
     "config.rounds",
     "config.elsewhere",
     "config.keywords",

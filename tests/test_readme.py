@@ -11,14 +11,14 @@ from dpo_jax.reporting.metrics import METRICS
 from tests.conftest import ROOT
 from tools import bench_table
 from tools.benching import records
-from tools.objectives_table import updated
+from tools.readme_tables import TABLES, updated
 
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_table_of_objectives_is_the_codes():
-    assert "| `sigmoid` |" in README
-    assert updated(README) == README, "run python tools/objectives_table.py"
+def test_the_tables_of_objectives_and_commands_are_the_codes():
+    assert all(README.count(f"<!-- {name} -->\n|") == 1 for name in TABLES)
+    assert updated(README) == README, "run python tools/readme_tables.py"
 
 
 @pytest.mark.parametrize("page", bench_table.PAGES)

@@ -10,13 +10,15 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from dpo_jax.errors import UserError, printable, redacted
+from dpo_jax.config import completion
+from dpo_jax.config.console import COMMANDS, program
+from dpo_jax.errors import COMMAND_LINE, UserError, printable, redacted
 from dpo_jax.files import refusal
-from dpo_jax.processes import starting
+from dpo_jax.processes.here import here
+from dpo_jax.processes.places import check_alone
 from dpo_jax.processes.watch import RETRY
-from dpo_jax.settings import COMMAND_LINE
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 """Signals that ask a process to end. The last one is of a terminal that is closed, and no signal of Windows."""
@@ -44,20 +46,29 @@ def command(main: Main, *, alone: bool = True) -> Callable[..., int]:
         _open_standard_streams()
         try:
             if alone:
-                starting.check_alone()
+                check_alone(os.environ)
             with _told_to_end():
                 code = main(sys.argv[1:] if argv is None else argv) or 0
-                starting.end()
+                _part()
             sys.stdout.flush()
             return code
         except BaseException as error:
             code = _said(error)
-            starting.end_early(error, RETRY if code is None else code)
+            _part(error, RETRY if code is None else code)
             if code is None:
                 raise
             return code
 
     return wrapped
+
+
+def _part(error: BaseException | None = None, code: int = 0) -> None:
+    """Part from the other processes of a run, if there are any: at its end, or with an error that ends them too."""
+    if here().count == 1:
+        return
+    from dpo_jax.processes import starting
+
+    starting.end() if error is None else starting.end_early(error, code)
 
 
 def _said(error: BaseException) -> int | None:
@@ -128,9 +139,18 @@ def _reader_left() -> bool:
 class Parser(argparse.ArgumentParser):
     """Arguments of a command that takes no `Run`; what is wrong with them is one line, as for settings."""
 
-    def __init__(self, command: str, description: str):
-        """For `python -m dpo_jax.COMMAND`."""
-        super().__init__(prog=f"python -m dpo_jax.{command}", description=description, allow_abbrev=False)
+    def __init__(self, command: str, description: str | None = None, *, settings: bool = False):
+        """Of a command; `description` is of a part of one, and `settings` says that it also takes those of a run."""
+        description = COMMANDS[command].says if description is None else description
+        super().__init__(prog=program(command), description=description, allow_abbrev=False)
+        self._settings, self._answers = settings, False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Read the arguments; or, where a shell asks for it, say how they may go on."""
+        if completion.ASKED in os.environ and not self._answers:
+            self._answers = True  # argcomplete reads the line with this very parser
+            completion.answer(self, settings=self._settings)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Refuse the arguments."""

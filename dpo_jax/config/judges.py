@@ -5,10 +5,9 @@ import json
 
 from pydantic import ValidationError
 
-from dpo_jax.errors import UserError, printable
+from dpo_jax.errors import COMMAND_LINE, UserError, printable
 from dpo_jax.evaluation.judges import settings as judges
 from dpo_jax.evaluation.judges.settings import JudgeSettings
-from dpo_jax.settings import COMMAND_LINE
 
 
 def add_judges(parser: argparse.ArgumentParser) -> None:

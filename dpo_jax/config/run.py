@@ -18,6 +18,8 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 import dpo_jax
+from dpo_jax.config import completion
+from dpo_jax.config.console import COMMANDS, program
 from dpo_jax.config.elsewhere import answer_to
 from dpo_jax.config.rules import ADAPTER_RATE, IGNORED, RULES, best_problem, only_merged
 from dpo_jax.data.settings import BatchSettings, DataSettings
@@ -39,18 +41,18 @@ class Run(Section):
 
     model: ModelSettings
     data: DataSettings
-    batch: BatchSettings = BatchSettings()
-    objective: ObjectiveSettings = ObjectiveSettings()
-    adapter: AdapterSettings = AdapterSettings()
-    reference: ReferenceSettings = ReferenceSettings()
-    optimizer: OptimizerSettings = OptimizerSettings()
-    mesh: MeshSettings = MeshSettings()
-    distributed: DistributedSettings = DistributedSettings()
-    evaluation: EvaluationSettings = EvaluationSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
-    log: LogSettings = LogSettings()
-    alarms: AlarmSettings = AlarmSettings()
-    export: ExportSettings = ExportSettings()
+    batch: BatchSettings = Field(default_factory=BatchSettings)
+    objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)
+    adapter: AdapterSettings = Field(default_factory=AdapterSettings)
+    reference: ReferenceSettings = Field(default_factory=ReferenceSettings)
+    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
+    mesh: MeshSettings = Field(default_factory=MeshSettings)
+    distributed: DistributedSettings = Field(default_factory=DistributedSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
+    log: LogSettings = Field(default_factory=LogSettings)
+    alarms: AlarmSettings = Field(default_factory=AlarmSettings)
+    export: ExportSettings = Field(default_factory=ExportSettings)
     steps: int | None = Field(default=None, gt=0, description="length of the run in optimizer steps")
     epochs: float | None = Field(
         default=None, gt=0, description="length of the run in passes over the data (default: 1)"
@@ -161,7 +163,8 @@ KEEPS_MATHEMATICS = frozenset(
     evaluation.judge evaluation.judge_template evaluation.judge_model evaluation.judge_key_variable
     evaluation.judge_call_budget checkpoint.every checkpoint.keep
     checkpoint.keep_every checkpoint.best
-    checkpoint.allow_change log.every log.report log.tensorboard log.loggers log.token_statistics log.max_nonfinite
+    checkpoint.allow_change log.every log.report log.tensorboard log.loggers log.project log.name log.tags
+    log.token_statistics log.max_nonfinite
     distributed.coordinator distributed.processes distributed.process distributed.timeout distributed.start_timeout
     output alarms.enabled alarms.chosen_drift alarms.kl export.dtype export.rounding export.align_eos export.kind
     export.push export.private
@@ -299,6 +302,8 @@ def load(
     Raises:
       UserError: one line for each thing that is wrong.
     """
+    if completion.ASKED in os.environ:
+        completion.of_settings(options)
     source, shows, rest = GivenSettings(), False, list(argv)
     while rest:
         word = rest.pop(0)
@@ -325,7 +330,9 @@ def load(
 
 def _help(command: str, options: Sequence[str], sections: Collection[str]) -> str:
     lines = [
-        f"usage: python -m dpo_jax.{command} CONFIG.yaml ... [section.key=value ...]",
+        f"usage: {program(command)} {'[options] ' * bool(options)}CONFIG.yaml ... [section.key=value ...]",
+        "",
+        COMMANDS[command].says,
         *options,
         "",
         "Later files and overrides win. Values are YAML; relative paths are relative to the current directory.",

@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dpo_jax.data.columns import problems_of
 from dpo_jax.errors import short
 from dpo_jax.settings import Section
 
@@ -132,6 +131,8 @@ class DataSettings(Section):
 
     @model_validator(mode="after")
     def _columns_are_known(self) -> "DataSettings":
+        from dpo_jax.data.columns import problems_of  # what reads rows is not for --help
+
         if problems := problems_of(self.columns or {}):
             raise ValueError("\n".join(f"data.columns: {problem}" for problem in problems))
         return self

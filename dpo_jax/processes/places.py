@@ -1,10 +1,12 @@
 """Which of how many processes this one is, as settings, variables of the environment or a launcher say it."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dpo_jax.errors import UserError
-from dpo_jax.processes.settings import DistributedSettings
+
+if TYPE_CHECKING:
+    from dpo_jax.processes.settings import DistributedSettings
 
 TOGETHER = "start all processes with what they need to find each other (srun passes it on), or one process alone"
 
@@ -66,13 +68,13 @@ SLURM = {
 """What JAX needs to know of a Slurm job."""
 
 
-def place_of(settings: DistributedSettings, variables: Mapping[str, str]) -> Place | None:
+def place_of(settings: "DistributedSettings", variables: Mapping[str, str]) -> Place | None:
     """The place that settings or variables of the environment give; None where neither do: then it is JAX's to say.
 
     Raises:
       UserError: they say one half of it, or two different things.
     """
-    found = next(filter(None, (_told_by(launcher, variables) for launcher in LAUNCHERS)), None)
+    found = _told(variables)
     if settings.coordinator is None or settings.processes is None or settings.process is None:
         return found
     given = Place(settings.coordinator, settings.processes, settings.process)
@@ -107,6 +109,26 @@ def _told_by(launcher: Launcher, variables: Mapping[str, str]) -> Place | None:
 def _first(names: tuple[str, ...], variables: Mapping[str, str]) -> str | None:
     """The value of the first variable that has one."""
     return next((variables[name] for name in names if variables.get(name)), None)
+
+
+def check_alone(variables: Mapping[str, str]) -> None:
+    """Whether a command that knows nothing of other processes is the only one that was started.
+
+    Raises:
+      UserError: it is one of several.
+    """
+    place = _told(variables)
+    count = variables.get("SLURM_STEP_NUM_TASKS", "1") if place is None else str(place.processes)
+    if count != "1":
+        raise UserError(
+            f"this command is one process, and {count} were started; start one of them (of the commands, only "
+            "dpo_jax.train runs on several hosts)"
+        )
+
+
+def _told(variables: Mapping[str, str]) -> Place | None:
+    """What the first launcher says that says something."""
+    return next(filter(None, (_told_by(launcher, variables) for launcher in LAUNCHERS)), None)
 
 
 def check_slurm(variables: Mapping[str, str]) -> None:

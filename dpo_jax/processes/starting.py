@@ -55,21 +55,6 @@ def begin(settings: DistributedSettings, same: Mapping[str, object], variables: 
     return now
 
 
-def check_alone(variables: Mapping[str, str] = os.environ) -> None:
-    """Whether a command that knows nothing of other processes is the only one that was started.
-
-    Raises:
-      UserError: it is one of several.
-    """
-    place = places.place_of(DistributedSettings(), variables)
-    count = variables.get("SLURM_STEP_NUM_TASKS", "1") if place is None else str(place.processes)
-    if count != "1":
-        raise UserError(
-            f"this command is one process, and {count} were started; start one of them (of the commands, only "
-            "dpo_jax.train runs on several hosts)"
-        )
-
-
 def _connect(place: Place, settings: DistributedSettings) -> None:
     """Start JAX's distributed runtime.
 

@@ -13,9 +13,12 @@ class LogSettings(Section):
     every: int = Field(default=1, gt=0, description="steps between records in metrics.jsonl")
     report: bool = Field(default=True, description="draw report.html, the page of the run, now and then and at the end")
     tensorboard: bool = Field(default=True, description="also write TensorBoard event files")
-    loggers: tuple[Literal["wandb", "trackio"], ...] = Field(
-        default=(), description="also send metrics to these services"
+    loggers: tuple[Literal["wandb", "trackio", "mlflow"], ...] = Field(
+        default=(), description="also send metrics, answers and settings to these services; one that fails is left out"
     )
+    project: str = Field(default="dpo_jax", description="project (or experiment) of the services that the run is in")
+    name: str | None = Field(default=None, description="its name there (default: that of the output folder)")
+    tags: tuple[str, ...] = Field(default=(), description="its tags there")
     token_statistics: bool = Field(
         default=True, description="measure entropy, mean logits and top-1 accuracy of the tokens"
     )

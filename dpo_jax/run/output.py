@@ -26,7 +26,7 @@ EXPORTS = {"merged": MODEL, "adapter": ADAPTER}
 OURS = frozenset(
     {LOCK, RUN_FILE, "metrics.jsonl", CHECKPOINTS, MODEL, ADAPTER, "cache", "data.json", "answers", "verdicts"}
     | {"evaluations", "report.html", "notes.jsonl"}
-    | {"tensorboard", "wandb", "wandb_run", "trackio", COLLECTED, ROWS}
+    | {"tensorboard", "wandb", "wandb_run", "trackio", "trackio_run", "mlflow_run", COLLECTED, ROWS}
 )
 """What a run's folder holds."""
 LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|\.(model|adapter)\.(tmp|old)-\d+")
@@ -60,6 +60,19 @@ def _mark_failed(folder: Path, failure: Failure) -> None:
 
 def _hold(folder: Path, held: contextlib.ExitStack) -> None:
     """Lock the output folder for as long as `held`, and sweep it; raises as `opened`."""
+    check(folder)
+    held.enter_context(locked(folder, "output"))
+    _sweep(folder)
+    _sweep(folder / "cache")
+    _sweep(folder / ROWS)
+
+
+def check(folder: Path) -> None:
+    """Whether a run may write there.
+
+    Raises:
+      UserError: it belongs to something else.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output: {folder} is a file; name a folder")
     names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
@@ -68,10 +81,6 @@ def _hold(folder: Path, held: contextlib.ExitStack) -> None:
         raise UserError(
             f"output: {folder} holds other things ({sorted(strangers)[0]}, ...); name a new or empty folder"
         )
-    held.enter_context(locked(folder, "output"))
-    _sweep(folder)
-    _sweep(folder / "cache")
-    _sweep(folder / ROWS)
 
 
 def _sweep(folder: Path) -> None:

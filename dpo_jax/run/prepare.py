@@ -9,8 +9,10 @@ from typing import Any
 import jax
 
 import dpo_jax
+from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
 from dpo_jax.data.arguments import dated
+from dpo_jax.errors import public
 from dpo_jax.evaluation.judges.opening import check_judge
 from dpo_jax.hf.ending import Ending
 from dpo_jax.hf.tensors import SIDE_FILES
@@ -20,7 +22,7 @@ from dpo_jax.model.weights import Weights
 from dpo_jax.page.keeping import Page
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.processes.here import here
-from dpo_jax.reporting.journal import Journal
+from dpo_jax.reporting.journal import Background, Journal
 from dpo_jax.run import models, output, result
 from dpo_jax.run.attention_choice import attention_for
 from dpo_jax.run.best import Watch, watch_of
@@ -124,9 +126,16 @@ class Job:
         how = {
             "process": here().process,
             "began": began,
-            "page": Page(self.folder) if self.run.log.report else None,
+            "background": self.background(),
         }
         return Journal(self.folder, self.steps, self.run.log, after, **how)
+
+    def background(self) -> Background:
+        """What a journal is told of the run; nothing in it describes this machine."""
+        run = self.run
+        every = steps_between(run.evaluation.every, self.data.train.num_pairs, run.batch.pairs)
+        settings = public(config.flat(config.dump(run)))
+        return Background(settings, every, Page(self.folder) if run.log.report else None)
 
     def reference(
         self, objective: TrainingObjective, weights: Weights, journal: Journal, *, resumes: bool

@@ -95,7 +95,7 @@ class Recorder:
     def begin(self, weights: Weights) -> State:
         """The state before the first step, whose weights are measured if there is anything to measure."""
         if self._evaluator.due(0, self._batches.steps):
-            self.journal.phase("evaluating")
+            self.journal.phase("compiling the evaluation, and evaluating")
             found = self._evaluator(weights, self.journal.folder, 0)
             if self.watch is not None:
                 self.watch.take(0, found)

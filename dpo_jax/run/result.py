@@ -19,8 +19,9 @@ from dpo_jax.model.decoder import Model
 from dpo_jax.model.weights import Weights
 from dpo_jax.page.render import PAGE
 from dpo_jax.processes.here import here
-from dpo_jax.reporting.journal import Journal, read_records, summary
+from dpo_jax.reporting.journal import Journal, read_records
 from dpo_jax.reporting.metrics import MEASURED
+from dpo_jax.reporting.terminal import summary
 from dpo_jax.run import adapted, continuing, output, sources, written
 from dpo_jax.run.best import Best, Watch, best_lines
 from dpo_jax.run.continuing import Past

@@ -18,12 +18,11 @@ from typing import Any, NamedTuple
 
 from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
-from dpo_jax.errors import UserError, short
+from dpo_jax.errors import COMMAND_LINE, UserError, short
 from dpo_jax.files import digest_of, write_whole
 from dpo_jax.reporting.journal import METRICS_FILE, read_records
 from dpo_jax.reporting.metrics import BETTER, MEASURED, held_out_of
 from dpo_jax.run import output
-from dpo_jax.settings import COMMAND_LINE
 
 RECORD = "sweep.json"
 """What a sweep's folder says of it."""

@@ -97,11 +97,14 @@ class Trainer:
 
     def compile(self, journal: Journal) -> None:
         """Compile the step for each shape of the run, one at a time for every `CORES_A_PROGRAM` cores."""
-        signatures = [self._arguments(batch) for batch in self.batches.dummies()]
+        dummies = list(self.batches.dummies())
+        signatures = [self._arguments(batch) for batch in dummies]
         began = time.perf_counter()
-        journal.phase(f"compiling 1/{len(signatures)}")
+        shapes = " and ".join(f"{rows} x {slots}" for rows, slots in (batch.tokens.shape[2:] for batch in dummies))
+        what, number = "compiling the training step", f"{len(dummies)} (rows x slots: {shapes})"
+        journal.phase(f"{what} 1/{number}")
         for done in self._step.prepare(signatures, workers=max(1, processes(None) // CORES_A_PROGRAM)):
-            journal.phase(f"compiling {min(done + 1, len(signatures))}/{len(signatures)}")
+            journal.phase(f"{what} {min(done + 1, len(dummies))}/{number}")
         journal.note(f"compiled in {time.perf_counter() - began:.1f} s")
 
     def lower(self, dummy: Any) -> jax.stages.Lowered:

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from dpo_jax import doctor
+from dpo_jax.planning import machine
 
 HEALTHY = {
     "versions": {"python": "3.12.1", "os": "Linux", **dict.fromkeys(doctor.PACKAGES, "1.0"), "jax": "0.12.0"},
@@ -85,14 +86,14 @@ def test_accelerators_are_seen_in_the_device_folder(tmp_path, monkeypatch):
 
 def test_speed_is_operations_over_seconds(monkeypatch):
     clock = iter([0.0, 0.0, 1.0, 3.0, 3.5, 3.5, 4.0, 9.0])  # start; then: time left? began, ended
-    monkeypatch.setattr(doctor, "MATMUL_SIZE", {"cpu": 100})
-    monkeypatch.setattr(doctor.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setitem(machine.MATMUL_SIZE, "cpu", 100)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
     # two products, of 2 and 0.5 seconds, of 2 x 100^3 operations each
-    assert doctor.matmul_gflops(jax.devices()[0], "float32", seconds=5.0) == pytest.approx(0.004)
+    assert machine.matmul_gflops(jax.devices()[0], "float32", seconds=5.0) == pytest.approx(0.004)
 
 
 def test_json_describes_this_machine(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(doctor, "MATMUL_SIZE", {"cpu": 64})
+    monkeypatch.setitem(machine.MATMUL_SIZE, "cpu", 64)
     code = doctor.main(["--json", str(tmp_path)])
     report = json.loads(capsys.readouterr().out)
     assert report["versions"]["jax"] == jax.__version__

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from dpo_jax import preview
+from dpo_jax.data import showing
 from dpo_jax.data.encode import collect
 from dpo_jax.data.settings import DataSettings
 from tests.support.bad_rows import BAD_ROWS
@@ -33,7 +34,7 @@ def shown(tmp_path, *rows, pairs=9, width=80, terminal=False, tokenizer=None, **
     encoded, report = collect(str(write(tmp_path / "rows.jsonl", *rows)), tokenizer, settings)
     colours = {"force_terminal": True, "color_system": "standard"} if terminal else {"color_system": None}
     console = Console(file=stream, width=width, highlight=False, markup=False, emoji=False, **colours)
-    preview.show(encoded, report, tokenizer, console, pairs=pairs, name="data.train")
+    showing.show(encoded, report, tokenizer, console, pairs=pairs, name="data.train")
     return stream.getvalue()
 
 
@@ -99,12 +100,12 @@ def test_pairs_and_completions_of_one_run_are_counted_apart(tmp_path):
     tokenizer = byte_tokenizer()
     paths = [write(tmp_path / "a.jsonl", GOOD), write(tmp_path / "b.jsonl", *[{"prompt": "p", "completion": "c"}] * 2)]
     encoded, report = collect([str(path) for path in paths], tokenizer, DataSettings(train="x"))
-    names = preview.chosen_names(encoded, report).tolist()
+    names = showing.chosen_names(encoded, report).tolist()
     assert names == ["chosen", "completion", "completion"]
-    heads = [str(next(preview.entry_texts(encoded, e, names[e], tokenizer, plain=True))).strip() for e in range(3)]
+    heads = [str(next(showing.entry_texts(encoded, e, names[e], tokenizer, plain=True))).strip() for e in range(3)]
     wanted = [("pair 1 of 1", "a.jsonl:1"), ("completion 1 of 2", "b.jsonl:1"), ("completion 2 of 2", "b.jsonl:2")]
     assert heads == [f"{what}, {tmp_path}/{where}" for what, where in wanted]
-    assert preview.histogram(encoded, "#")[0].split() == ["tokens", "prompt", "chosen", "rejected", "completion"]
+    assert showing.histogram(encoded, "#")[0].split() == ["tokens", "prompt", "chosen", "rejected", "completion"]
 
 
 @pytest.mark.parametrize("truncation", ["keep_completion", "keep_start", "keep_end"])
@@ -154,8 +155,8 @@ def test_a_narrow_terminal_is_not_overrun(tmp_path, width):
 def test_the_histogram_counts_every_pair_once_in_each_column(tmp_path):
     rows = [{"prompt": "p" * (1 + i % 7), "chosen": "c" * (1 + i), "rejected": "r" * (40 - i)} for i in range(40)]
     encoded, _ = collect(str(write(tmp_path / "rows.jsonl", *rows)), byte_tokenizer(), DataSettings(train="x"))
-    head, *lines = preview.histogram(encoded, "#")
-    assert head.split() == ["tokens", "prompt", "chosen", "rejected"] and len(lines) == preview.BINS
+    head, *lines = showing.histogram(encoded, "#")
+    assert head.split() == ["tokens", "prompt", "chosen", "rejected"] and len(lines) == showing.BINS
     counts = [[int(part.replace(",", "")) for part in re.findall(r"(?<=\s)[\d,]+(?!\S)", line)] for line in lines]
     assert [sum(column) for column in zip(*counts, strict=True)] == [40, 40, 40]
     assert max(map(len, lines)) <= 60

@@ -17,7 +17,7 @@ from dpo_jax import doctor, plan, sharding, trees
 from dpo_jax.config import run as config
 from dpo_jax.data.batches import Batches
 from dpo_jax.model.decoder import init_params
-from dpo_jax.planning import costs, estimate, exchanges, hlo, report
+from dpo_jax.planning import costs, estimate, exchanges, hlo, machine, report
 from dpo_jax.planning.chips import CHIPS
 from dpo_jax.planning.lengths import made_up
 from dpo_jax.run import models, program
@@ -381,7 +381,7 @@ def test_what_cannot_be_planned_is_refused(arguments, what, capsys):
 
 
 def test_the_doctor_says_whether_a_run_fits(small, capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "MATMUL_SIZE", {"cpu": 64})
+    monkeypatch.setitem(machine.MATMUL_SIZE, "cpu", 64)
     file = small.parent / "run.yaml"
     file.write_text(
         f"output: {small.parent / 'out'}\nmodel: {{path: {small}}}\ndata: {{train: no.jsonl, max_length: 64}}\n"

@@ -111,6 +111,6 @@ def test_tasks_of_a_slurm_step_that_cannot_find_each_other_are_refused(missing):
 
 @pytest.mark.parametrize("variables", [JAX, TORCH, SLURM])
 def test_a_command_of_one_process_is_not_started_twice(variables):
-    starting.check_alone({})
+    places.check_alone({})
     with pytest.raises(UserError, match="were started"):
-        starting.check_alone(variables)
+        places.check_alone(variables)

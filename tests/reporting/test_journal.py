@@ -12,34 +12,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from dpo_jax.errors import UserError
-from dpo_jax.reporting import journal
-from dpo_jax.reporting.journal import Journal, read_records, summary
+from dpo_jax.reporting.journal import Journal, read_records
 from dpo_jax.reporting.metrics import EVALUATED, METRICS, SUMMARY, TERMINAL, TIME_FIELDS
 from dpo_jax.reporting.settings import LogSettings
-
-FILE_ONLY = LogSettings(tensorboard=False)
-
-
-def metrics(step: int) -> dict[str, float]:
-    return {"loss": 0.7 / step, "rewards/accuracies": 0.5, "rewards/margins": -0.25, "num_tokens": 10 * step}
-
-
-def terminal(width: int = 80, **options) -> Console:
-    return Console(file=io.StringIO(), width=width, color_system=None, **options)
-
-
-def run(folder, steps: range, resume_step: int = -1, log: LogSettings = FILE_ONLY, console: Console | None = None):
-    """Steps of a run of 20, with an evaluation at the start and after every fifth."""
-    with Journal(folder, 20, log, resume_step, console=console or terminal()) as book:
-        if 1 in steps:
-            book.evaluation(0, {"loss": 0.7})
-        for step in steps:
-            book.step(step, metrics(step))
-            if step % 5 == 0:
-                book.evaluation(step, {"loss": 0.1})
-        if resume_step == 20:  # nothing is left but to measure, as for another dtype of the export
-            book.evaluation(20, {"loss": 0.1})
-    return (folder / "metrics.jsonl").read_bytes()
+from dpo_jax.reporting.terminal import summary
+from tests.support.journals import FILE_ONLY, metrics, run, terminal
 
 
 @settings(max_examples=30, deadline=None)
@@ -106,81 +83,6 @@ def test_other_processes_write_nothing(tmp_path):
 def test_time_fields_are_metrics():
     assert set(TIME_FIELDS) <= set(METRICS)
     assert {name for name, _, _ in (*TERMINAL, *SUMMARY, *EVALUATED)} <= set(METRICS)
-
-
-def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path):
-    from tensorboardX.proto import event_pb2
-
-    run(tmp_path, range(1, 8), log=LogSettings())
-    run(tmp_path, range(6, 10), resume_step=5, log=LogSettings())
-    shown: dict[int, float] = {}
-    for path in sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
-        data = path.read_bytes()
-        while data:
-            length = int.from_bytes(data[:8], "little")
-            event, data = event_pb2.Event.FromString(data[12 : 12 + length]), data[16 + length :]
-            if event.session_log.status == event_pb2.SessionLog.START and event.step:
-                shown = {step: value for step, value in shown.items() if step < event.step}
-            for value in event.summary.value:
-                if value.tag == "loss":
-                    assert event.step not in shown
-                    shown[event.step] = value.simple_value
-    assert sorted(shown) == list(range(1, 10))
-    np.testing.assert_allclose([shown[step] for step in range(1, 10)], [0.7 / step for step in range(1, 10)], rtol=1e-6)
-
-
-class Flaky:
-    """A service with wandb's functions that fails when told to."""
-
-    def __init__(self, fails_at: str):
-        self.fails_at, self.calls, self.sent = fails_at, [], []
-
-    def _call(self, name):
-        self.calls.append(name)
-        if self.fails_at == name:
-            raise RuntimeError("no\x1b[31m network")
-
-    def init(self, **options):
-        self.options = options
-        self._call("init")
-
-    def log(self, values, step):
-        self.sent.append((step, values))
-        self._call("log")
-
-    def finish(self):
-        self._call("finish")
-
-
-@pytest.mark.parametrize("fails_at", ["init", "log", "finish"])
-def test_a_service_that_fails_costs_one_warning_and_no_record(tmp_path, monkeypatch, fails_at):
-    service, console = Flaky(fails_at), terminal()
-    monkeypatch.setattr(journal.importlib, "import_module", lambda name: service)
-    run(tmp_path, range(1, 21), log=LogSettings(tensorboard=False, loggers=("wandb",)), console=console)
-    text = console.file.getvalue()
-    assert text.count("warning: wandb is switched off: RuntimeError: no\\x1b[31m network") == 1
-    assert service.calls.count(fails_at) == 1 and service.calls[-1] == fails_at
-    assert len(read_records(tmp_path / "metrics.jsonl")) == 25
-
-
-def test_a_service_gets_finite_metrics_and_its_own_run_again_on_resume(tmp_path, monkeypatch):
-    first, second = Flaky("nothing"), Flaky("nothing")
-    for service, steps, resume_step in ((first, range(1, 4), -1), (second, range(3, 5), 2)):
-        monkeypatch.setattr(journal.importlib, "import_module", lambda name, service=service: service)
-        run(tmp_path, steps, resume_step, LogSettings(tensorboard=False, loggers=("wandb",)))
-    assert first.options["id"] == second.options["id"]
-    assert [step for step, _ in second.sent] == [3, 4]
-    assert first.sent[-1] == (3, metrics(3))
-
-
-def test_a_service_that_is_not_installed_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    def missing(name):
-        raise ModuleNotFoundError(name)
-
-    monkeypatch.setattr(journal.importlib, "import_module", missing)
-    with pytest.raises(UserError, match=r"log.loggers: trackio: is not installed; pip install 'dpo_jax\[loggers\]'"):
-        Journal(tmp_path, 2, LogSettings(loggers=("trackio",)), console=terminal())
-    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def everything(console: Console, folder) -> str:
@@ -308,6 +210,6 @@ def test_nothing_measured_gives_no_summary():
 
 def test_an_accuracy_that_is_only_rounding_is_shown_as_tied(capsys):
     before = {"eval_rewards/accuracies": 0.0078, "eval_rewards/margins": 1e-7}
-    journal.summary(before, {"eval_rewards/accuracies": 0.9, "eval_rewards/margins": 0.5}, console=Console(width=80))
+    summary(before, {"eval_rewards/accuracies": 0.9, "eval_rewards/margins": 0.5}, console=Console(width=80))
     line = next(line for line in capsys.readouterr().out.splitlines() if "accuracy" in line)
     assert "tied" in line and "90.0%" in line and "0.8%" not in line

@@ -10,18 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.config.bridge.methods import METHODS
 from dpo_jax.config.bridge.source import Config
 from dpo_jax.errors import UserError, short
-
-METHODS = {
-    "dpo": "DPO",
-    "kto": "KTO",
-    "orpo": "ORPO",
-    "cpo": "CPO or SimPO",
-    "reward": "a reward model",
-    "sft": "supervised fine-tuning",
-}
-"""What can be converted, and what it is called."""
 
 
 @dataclasses.dataclass(frozen=True)
