@@ -227,7 +227,7 @@ def test_every_published_run_is_tried():
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name not in PUSHED)) for name in RUNS]
 )
-def test_a_recipe_runs_on_a_model_and_data_of_its_shape(name, tmp_path, monkeypatch):
+def test_a_recipe_runs_on_a_model_and_data_of_its_shape(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     family, row = RUNS[name]
     recipes.copy(name, tmp_path)
@@ -251,6 +251,7 @@ def test_a_recipe_runs_on_a_model_and_data_of_its_shape(name, tmp_path, monkeypa
     steps = [record for record in read_records(tmp_path / "out/metrics.jsonl") if "loss" in record]
     assert len(steps) == 2 and steps[-1]["loss"] is not None
     assert not steps[-1].get("dropped")  # every row of the shape is one that is read
+    assert ("used for all rows" in capsys.readouterr().out) == (name != "phi2_orca_qlora")  # all else are chats
     kinds = {"adapter": "adapter/adapter_config.json", "merged": "model/config.json"}
     assert all((tmp_path / "out" / kinds[kind]).is_file() for kind in given.export_kinds)
     report = json.loads((tmp_path / "out/model/config.json").read_text()) if "merged" in given.export_kinds else {}
