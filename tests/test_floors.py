@@ -19,7 +19,7 @@ FLOORS = (
     ("config",),
     ("page",),
     ("run",),
-    ("train", "evaluate", "sample", "convert", "preview", "doctor", "plan", "winrate", "sweep", "report"),
+    ("train", "evaluate", "sample", "convert", "preview", "doctor", "plan", "winrate", "sweep", "report", "recipes"),
     ("collect", "rounds", "python"),
     ("__main__",),
 )

@@ -5,12 +5,12 @@ for each program. The newest of those that are alike in workload, dtype, referen
 shown, whatever it says. Between the marks `growth` stand the newest measurements of how cost grows, between the marks
 `answers` how fast answers are written, between the marks
 `device` what tools/device_kit.py measured, between the marks `compiled` what tools/compilers.py found, and in README.md
-between the marks `speed` how much slower each other program was.
+between the marks `speed` how many times as fast as each other program in a sentence.
 """
 
 import argparse
-import re
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tools.benching import micro, records  # noqa: E402
 from tools.benching.compare import OURS, QUIET  # noqa: E402
 from tools.compiling import report as compiled  # noqa: E402
 from tools.device import report  # noqa: E402
+from tools.pages import replaced  # noqa: E402
 
 HEAD = (
     "| workload | program | pairs/s | CPU-s per pair | peak memory | first step after | dpo_jax is faster by | CPU | "
@@ -49,15 +50,18 @@ def table(found: Iterable[Mapping[str, Any]]) -> str:
 
 
 def summary(found: Iterable[Mapping[str, Any]]) -> str:
-    """The rows of the other programs, with their ratios alone."""
-    lines = [_joined(["workload", "program", "dpo_jax is faster by", "in CPU seconds", "commit"]), "|" + " --- |" * 5]
+    """How many times as fast as each other program, from the least ratio of its workloads to the greatest."""
+    ratios: dict[str, list[float]] = {}
     for record in _newest(found):
         for name, result in record["summary"].items():
             if name != OURS and "problem" not in result:
                 program = f"{name} {_version(record, name)}".strip()
-                ratios = [_ratio(result["ratio"]), f"{result['ratio_cpu']['median']:.2f}x"]
-                lines.append(_joined([_workload(record), program, *ratios, record["commit"]]))
-    return "\n".join(lines) + "\n"
+                ratios.setdefault(program, []).append(result["ratio"]["median"])
+    parts = []
+    for program, times in ratios.items():
+        ends = dict.fromkeys(f"{end:.1f}" for end in (min(times), max(times)))
+        parts.append(f"{' to '.join(ends)} times {program} ({len(times)} workload{'s' * (len(times) > 1)})")
+    return "\n".join(textwrap.wrap(f"{', '.join(parts)}.", 120, break_on_hyphens=False)) + "\n"
 
 
 def _newest(found: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -189,13 +193,7 @@ def updated(page: str, text: str, found: Iterable[Mapping[str, Any]]) -> str:
       UserError: it has no place for one.
     """
     found = list(found)
-    for name, written in PAGES[page].items():
-        block = re.compile(f"(<!-- {name} -->\n).*(<!-- /{name} -->)", re.DOTALL)
-        if not block.search(text):
-            raise UserError(f"{page} has no lines <!-- {name} --> and <!-- /{name} -->; put them where it goes")
-        table = written(found)
-        text = block.sub(lambda place, table=table: place[1] + table + place[2], text)
-    return text
+    return replaced(page, text, {name: written(found) for name, written in PAGES[page].items()})
 
 
 def main() -> int:

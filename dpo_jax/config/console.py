@@ -22,6 +22,7 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "train": Command("CONFIG.yaml [key=value]", "Train a model on preferences, and leave a Hugging Face folder."),
+    "recipes": Command("[NAME]", "The runs that come with the package: a list, or the settings of one."),
     "preview": Command("CONFIG.yaml [key=value]", "Show what a run would train on: rows, lengths, what was cut."),
     "plan": Command(
         "CONFIG.yaml --devices N",

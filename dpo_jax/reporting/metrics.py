@@ -6,63 +6,83 @@ be explained or shown.
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-METRICS: dict[str, str] = {
-    "loss": "mean objective of the step's pairs",
-    "grad_norm": "global norm of the gradient, before clipping",
-    "learning_rate": "rate of this step",
-    "epoch": "passes over the data so far",
-    "rewards/chosen": "mean of beta x (policy - reference) log-probability of chosen completions",
-    "rewards/rejected": "the same of rejected completions",
-    "rewards/accuracies": "share of pairs whose chosen reward is greater",
-    "rewards/margins": "mean of chosen reward - rejected reward",
-    "rewards/margins_p10": "10th percentile of the pairs' margins",
-    "rewards/margins_p50": "their median",
-    "rewards/margins_p90": "their 90th percentile",
-    "unrounded/rewards/margins": "held-out margin of the weights as trained, before they are rounded for the folder",
-    "logps/chosen": "mean summed log-probability of chosen completions",
-    "logps/rejected": "the same of rejected completions",
-    "logps/accuracies": "share of pairs whose chosen completion is the more likely one",
-    "drift/chosen": "mean of policy - reference log-probability of chosen completions, in nats",
-    "drift/rejected": "the same of rejected completions",
-    "gradient_weight": "mean weight that DPO's gradient gives a pair: 0.5 at the start, 0 for pairs that are learned",
-    "objective/NAME": "mean loss of one term of the objective, before its weight in the sum",
-    "objective/NAME_margin": "mean of what that term makes grow",
-    "objective/kto_baseline": "KTO's baseline: how far the policy has moved from the reference, in nats",
-    "beta": "beta of this step, where it is scheduled",
-    "aux_loss": "load-balancing loss of the experts, before its weight",
-    "skipped_steps": "steps so far that were not finite and changed nothing",
-    "loss_scale": "in float16, what the loss is multiplied by before it is differentiated",
-    "logits/chosen": "mean logit over chosen completion tokens and the vocabulary",
-    "logits/rejected": "the same over rejected completion tokens",
-    "entropy": "mean entropy of the next token, over completion tokens",
-    "mean_token_accuracy": "share of chosen completion tokens that are the most likely token",
-    "num_tokens": "tokens seen so far",
-    "lengths/chosen": "mean tokens of a chosen completion",
-    "lengths/rejected": "mean tokens of a rejected completion",
-    "kl": "estimated divergence of the policy from the reference, in nats per token",
-    "truncated": "pairs of the step of which a part was cut",
-    "dropped": "rows of the data that could not be used",
-    "eval/NAME/METRIC": "a metric of one set of held-out data, where these have names (`data.eval`)",
-    "pass_rate": "share of held-out questions that were answered well",
-    "win_rate": "share of those answers that `evaluation.judge` prefers to the model's at the start; ties are half",
-    "win_rate_low": "lower end of its 95 % interval (Wilson)",
-    "win_rate_high": "its upper end",
-    "tie_rate": "share of those answers that are no better and no worse, or of which both orders say different things",
-    "unjudged": "questions of which the judge said nothing that can be understood",
-    "step_seconds": "wall time of the step",
-    "input_wait": "share of the step's wall time that went into waiting for the next batch",
-    "hosts/slowest": "of several processes, the one with the most seconds of its own between two steps",
-    "hosts/own_seconds": "its seconds of its own, in which the devices may have waited for it",
-    "hosts/input_wait": "longest wait of a process for its next batch, in seconds",
-    "hosts/memory_bytes": "most memory in use of a process, in bytes",
-    "time_to_first_step": "seconds from the start of the command to the end of its first step, once",
-    "pairs_per_second": "pairs per second of wall time",
-    "tokens_per_second": "token slots per second of wall time",
-    "memory_bytes": "most bytes in use on one device",
+
+class Metric(NamedTuple):
+    """What a metric is, and its unit; a log-probability is a natural logarithm, so that its unit is the nat."""
+
+    means: str
+    unit: str
+
+
+METRICS: dict[str, Metric] = {
+    "loss": Metric("mean objective of the step's pairs", "as the objective"),
+    "grad_norm": Metric("global norm of the gradient, before clipping", "loss per unit of weight"),
+    "learning_rate": Metric("rate of this step", "none"),
+    "epoch": Metric("passes over the data so far", "passes"),
+    "rewards/chosen": Metric("mean of beta x (policy - reference) log-probability of chosen completions", "nats"),
+    "rewards/rejected": Metric("the same of rejected completions", "nats"),
+    "rewards/accuracies": Metric("share of pairs whose chosen reward is greater", "0 to 1"),
+    "rewards/margins": Metric("mean of chosen reward - rejected reward", "nats"),
+    "rewards/margins_p10": Metric("10th percentile of the pairs' margins", "nats"),
+    "rewards/margins_p50": Metric("their median", "nats"),
+    "rewards/margins_p90": Metric("their 90th percentile", "nats"),
+    "unrounded/rewards/margins": Metric(
+        "held-out margin of the weights as trained, before they are rounded for the folder", "nats"
+    ),
+    "logps/chosen": Metric("mean summed log-probability of chosen completions", "nats"),
+    "logps/rejected": Metric("the same of rejected completions", "nats"),
+    "logps/accuracies": Metric("share of pairs whose chosen completion is the more likely one", "0 to 1"),
+    "drift/chosen": Metric("mean of policy - reference log-probability of chosen completions", "nats"),
+    "drift/rejected": Metric("the same of rejected completions", "nats"),
+    "gradient_weight": Metric(
+        "mean weight that DPO's gradient gives a pair: 0.5 at the start, 0 for pairs that are learned", "0 to 1"
+    ),
+    "objective/NAME": Metric(
+        "mean loss of one term of the objective, before its weight in the sum", "as the objective"
+    ),
+    "objective/NAME_margin": Metric("mean of what that term makes grow", "as the objective"),
+    "objective/kto_baseline": Metric("KTO's baseline: how far the policy has moved from the reference", "nats"),
+    "beta": Metric("beta of this step, where it is scheduled", "none"),
+    "aux_loss": Metric("load-balancing loss of the experts, before its weight", "none"),
+    "skipped_steps": Metric("steps so far that were not finite and changed nothing", "steps"),
+    "loss_scale": Metric("in float16, what the loss is multiplied by before it is differentiated", "none"),
+    "logits/chosen": Metric("mean logit over chosen completion tokens and the vocabulary", "none"),
+    "logits/rejected": Metric("the same over rejected completion tokens", "none"),
+    "entropy": Metric("mean entropy of the next token, over completion tokens", "nats per token"),
+    "mean_token_accuracy": Metric("share of chosen completion tokens that are the most likely token", "0 to 1"),
+    "num_tokens": Metric("tokens seen so far", "tokens"),
+    "lengths/chosen": Metric("mean tokens of a chosen completion", "tokens"),
+    "lengths/rejected": Metric("mean tokens of a rejected completion", "tokens"),
+    "kl": Metric("estimated divergence of the policy from the reference", "nats per token"),
+    "truncated": Metric("pairs of the step of which a part was cut", "pairs"),
+    "dropped": Metric("rows of the data that could not be used", "rows"),
+    "eval/NAME/METRIC": Metric(
+        "a metric of one set of held-out data, where these have names (`data.eval`)", "the metric's"
+    ),
+    "pass_rate": Metric("share of held-out questions that were answered well", "0 to 1"),
+    "win_rate": Metric(
+        "share of those answers that `evaluation.judge` prefers to the model's at the start; ties are half", "0 to 1"
+    ),
+    "win_rate_low": Metric("lower end of its 95 % interval (Wilson)", "0 to 1"),
+    "win_rate_high": Metric("its upper end", "0 to 1"),
+    "tie_rate": Metric(
+        "share of those answers that are no better and no worse, or of which both orders say different things", "0 to 1"
+    ),
+    "unjudged": Metric("questions of which the judge said nothing that can be understood", "questions"),
+    "step_seconds": Metric("wall time of the step", "seconds"),
+    "input_wait": Metric("share of the step's wall time that went into waiting for the next batch", "0 to 1"),
+    "hosts/slowest": Metric("of several processes, the one with the most time of its own between two steps", "none"),
+    "hosts/own_seconds": Metric("its time of its own, in which the devices may have waited for it", "seconds"),
+    "hosts/input_wait": Metric("longest wait of a process for its next batch", "seconds"),
+    "hosts/memory_bytes": Metric("most memory in use of a process", "bytes"),
+    "time_to_first_step": Metric("seconds from the start of the command to the end of its first step, once", "seconds"),
+    "pairs_per_second": Metric("pairs per second of wall time", "pairs per second"),
+    "tokens_per_second": Metric("token slots per second of wall time", "tokens per second"),
+    "memory_bytes": Metric("most bytes in use on one device", "bytes"),
 }
-"""Every metric and what it is."""
+"""Every metric, what it is and in what unit; `python tools/pages.py` writes configs/METRICS.md of it."""
 
 TIME_FIELDS = (
     *"step_seconds input_wait time_to_first_step pairs_per_second tokens_per_second memory_bytes".split(),

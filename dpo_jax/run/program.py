@@ -116,9 +116,9 @@ def data_for(
     names = (run.data.train,) if isinstance(run.data.train, str) else run.data.train
     if lengths == (None, None) and all(map(is_here, names)):
         return read_data(run, sources), OWN_DATA, run
-    if data_of(run.objective.terms) not in ("pairs", "chosen"):
+    if data_of(run.objective.terms) == "rankings":
         raise UserError(
-            f"objective.name: {run.objective.name} takes no pairs, and made-up data are pairs; give data.train files "
+            f"objective.name: {run.objective.name} takes rankings, and made-up data are pairs; give data.train files "
             "that are here"
         )
     prompt, completion = lengths[0] or PROMPT_TOKENS, lengths[1] or COMPLETION_TOKENS

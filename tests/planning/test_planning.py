@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from dpo_jax import doctor, plan, sharding, trees
 from dpo_jax.config import run as config
 from dpo_jax.data.batches import Batches
+from dpo_jax.errors import UserError
 from dpo_jax.model.decoder import init_params
 from dpo_jax.planning import costs, estimate, exchanges, hlo, machine, report
 from dpo_jax.planning.chips import CHIPS
@@ -203,6 +204,21 @@ def test_made_up_lengths_are_those_that_are_asked_for():
     assert encoded.completion_length.mean() == pytest.approx(46, rel=0.03)
     assert encoded.sequence_lengths().max() <= 1024
     assert np.median(encoded.prompt_length) == pytest.approx(98, abs=3)
+
+
+@pytest.mark.parametrize(("name", "examples"), [("sigmoid", 48), ("sft", 48), ("reward", 48), ("kto", 96)])
+def test_made_up_pairs_are_for_every_objective_that_pairs_can_be_for(small, name, examples):
+    run = run_of(small, f"objective.name={name}")
+    encoded, what, planned = program.data_for(run, program.find_config(run, models.make_mesh(run.mesh, run.model)))
+    assert what.startswith("made up") and planned.steps == 6
+    assert encoded.num_pairs == examples  # 8 of each of 6 steps; kto takes a pair as two answers
+
+
+def test_rankings_are_not_made_up(small):
+    run = run_of(small, "objective.name=plackett_luce")
+    sources = program.find_config(run, models.make_mesh(run.mesh, run.model))
+    with pytest.raises(UserError, match="plackett_luce takes rankings, .*give data.train files"):
+        program.data_for(run, sources)
 
 
 # ---------------------------------------------------------------------------------------------- bytes

@@ -301,8 +301,9 @@ def test_the_readme_is_written_between_its_marks():
 def test_the_summary_has_the_newest_ratio_of_each_who_agrees():
     wrong = run_of("wrong", seconds=0.1, losses=(LN2, 0.68, 0.72, 0.65))
     old, new = record([run_of(), run_of("trl", seconds=4.0)]), record([run_of(), run_of("trl", seconds=3.0), wrong])
-    _, _, *rows = bench_table.summary([old, new]).splitlines()
-    assert [row.split(" | ")[1:3] for row in rows] == [["trl 1.2", "3.00x (3.00 to 3.00)"]]
+    assert bench_table.summary([old, new]) == "3.0 times trl 1.2 (1 workload).\n"
+    other = record([run_of(), run_of("trl", seconds=5.0)], dtype="bfloat16")
+    assert bench_table.summary([new, other]) == "3.0 to 5.0 times trl 1.2 (2 workloads).\n"
 
 
 def micro_record(seconds, **changes):
