@@ -6,6 +6,7 @@ Needs `pip install '.[notebooks]'`: a Jupyter kernel runs them, so that what is 
 wrote into runs/notebooks before is removed first, since a run that is finished would show nothing.
 """
 
+import importlib
 import json
 import shutil
 import sys
@@ -48,9 +49,7 @@ def shown(cell: dict[str, Any]) -> list[dict[str, Any]]:
 
 def run(path: Path) -> None:
     """Run a notebook in its own folder and write it again, with its outputs."""
-    import nbclient
-    import nbformat
-
+    nbclient, nbformat = (importlib.import_module(name) for name in ("nbclient", "nbformat"))  # of the extra alone
     notebook = nbformat.reads(path.read_text("utf-8"), as_version=4)
     client = nbclient.NotebookClient(
         notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
