@@ -162,17 +162,17 @@ def test_mostly_empty_prompts_are_refused_unless_the_layout_is_given(tmp_path):
         (
             {"instruction": "a", "input": "", "output": ["b", "c"]},
             "columns input, instruction, output fit no layout; the nearest is ranked, with prompt, completions or "
-            "responses, and with ranks or scores: write data.columns={prompt: [instruction, input], completions: "
-            "output}",
+            "responses, and with ranks, scores, best or strength: write data.columns={prompt: [instruction, input], "
+            "completions: output, ranks: COLUMN}, where COLUMN stands for a name of yours",
         ),
         (
             {"prompt": "a", "answers": [{"answer": "b", "rank": 1}], "turns": 1},
-            "the nearest is ranked, with prompt, completions or responses, and with ranks or scores: write "
-            "data.columns={completions: answers}",
+            "the nearest is ranked, with prompt, completions or responses, and with ranks, scores, best or strength: "
+            "write data.columns={completions: answers.answer, ranks: answers.rank}",
         ),
         (
             {"prompt": "a", "response": "b", "helpfulness": 3},
-            "is completion, with prompt, completion: write data.columns={completion: response}",
+            "is scored, with prompt, completion, score: write data.columns={completion: response, score: helpfulness}",
         ),
         (
             ASKED,
