@@ -101,11 +101,12 @@ _ROLES = {"prompter": True, "user": True, "human": True, "assistant": False, "gp
 def tree(rows: Iterable[Row], read: Read) -> Iterator[Row]:
     """Ranked rows of messages: a question with all before it, and the answers to it that have a rank.
 
-    The messages of a tree have the same `message_tree_id` and stand together; without one, a tree begins at a message
-    without parent. A row may also hold a whole tree, as `prompt` with `replies` inside `replies`.
+    The messages of a tree have the same `message_tree_id` and stand together (those that come later are bad rows);
+    without one, a tree begins at a message without parent. A row may also hold a whole tree, as `prompt` with `replies`
+    inside `replies`.
 
     Raises:
-      UserError: the messages of a tree are not together, or more than MOST.
+      UserError: a tree has more than MOST messages.
     """
     held: list[_Message] = []
     last, done = None, set()
@@ -116,12 +117,13 @@ def tree(rows: Iterable[Row], read: Read) -> Iterator[Row]:
         value: Any = row.value
         name = value.get("message_tree_id") or (None if value.get("parent_id") else value.get("message_id"))
         if name is not None and name != last:
-            yield from _answers(held)
-            held, last = [], name
             mark = hashlib.blake2b(str(name).encode("utf-8", "replace"), digest_size=8).digest()
             if mark in done:
-                apart = f"messages of tree {clean(str(name), 60)} stand apart"
-                raise UserError(f"{_place(row)}: {apart}; sort the rows by message_tree_id")
+                apart = f"messages of tree {clean(str(name), 60)} stand apart; sort the rows by message_tree_id"
+                yield row._replace(value=BadRow("duplicate key", apart))
+                continue
+            yield from _answers(held)
+            held, last = [], name
             done.add(mark)
         try:
             held.append(_message(row, value))

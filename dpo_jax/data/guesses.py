@@ -81,10 +81,9 @@ def unread_preference(row: Mapping[str, Any], layout: RowLayout) -> str | None:
         mapping = {name: found for name, found in _mapping(row, other) if name != "prompt"}
         half = other.name == "pair" and any(found == [name] for name, found in mapping.items())
         if half or all(mapping.values()):
-            guesses = {name: found or ["COLUMN"] for name, found in _mapping(row, other) if found != [name]}
             return (
                 f"columns {listed(row)} seem to hold a preference, of layout {other.name}, and would be read as one "
-                f"answer to learn; write {_written(guesses)}, or data.layout={layout.name}"
+                f"answer to learn; write {_advised(row, other)}, or data.layout={layout.name}"
             )
     return None
 
@@ -110,13 +109,11 @@ def _begins_with(row: Mapping[str, Any], prompt: object) -> bool:
 def no_layout(row: Mapping[str, Any]) -> str:
     """What to say of a file whose rows fit no layout: their columns, the nearest layout, and the mapping to write."""
     layout = max((LAYOUTS[name] for name in _ORDER), key=lambda layout: _likeness(row, layout))
-    guesses = {name: found or ["COLUMN"] for name, found in _mapping(row, layout) if found != [name]}
     groups = ", ".join(" or ".join(names) for names in layout.columns if names is not PREFERENCES)
     also = ", and with ranks, scores, best or strength" if PREFERENCES in layout.columns else ""
-    means = ", where COLUMN stands for a name of yours" if ["COLUMN"] in guesses.values() else ""
     return (
         f"columns {listed(row)} fit no layout; the nearest is {layout.name}, with {groups}{also}: write "
-        f"{_written(guesses)}{means}, or rename them"
+        f"{_advised(row, layout)}, or rename them"
     )
 
 
@@ -219,6 +216,13 @@ def _is_list(value: object) -> bool:
 
 def _is_turns(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _advised(row: Mapping[str, Any], layout: RowLayout) -> str:
+    """The mapping that makes the row one of the layout, as far as its columns can be guessed."""
+    guesses = {name: found or ["COLUMN"] for name, found in _mapping(row, layout) if found != [name]}
+    means = ", where COLUMN stands for a name of yours" if ["COLUMN"] in guesses.values() else ""
+    return f"{_written(guesses)}{means}"
 
 
 def _written(columns: Mapping[str, list[str]]) -> str:

@@ -140,8 +140,6 @@ def _read_pair(row: Mapping[str, Any]) -> Answers:
 
 
 def _read_implicit(row: Mapping[str, Any]) -> Answers:
-    if "prompt" in row:
-        raise BadRow("wrong type", "this row has a prompt, the file's first rows had none; set data.layout=pair")
     chosen, rejected = need(row, "chosen"), need(row, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
         _not_equal(chosen, rejected)

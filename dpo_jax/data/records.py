@@ -11,7 +11,7 @@ from dpo_jax.data.columns import Columns, missing, renamed, replaced
 from dpo_jax.data.gathering import GATHERERS
 from dpo_jax.data.guesses import no_layout, unread_preference, unread_prompt
 from dpo_jax.data.known import KnownSet, recognised
-from dpo_jax.data.layouts import LAYOUTS, Record, detect, detected, to_record, unused_columns
+from dpo_jax.data.layouts import LAYOUTS, Record, RowLayout, detect, detected, to_record, unused_columns
 from dpo_jax.data.messages import BadRow, texts_of
 from dpo_jax.data.readers import Row, value_of
 from dpo_jax.data.report import Report, clean
@@ -170,8 +170,8 @@ def read_record(row: Row, stretch: Stretch, rules: RowRules) -> Record | BadRow:
         value = _object(value_of(row)) if stretch.gathered else _named(value_of(row), rules, stretch.known)
         found = LAYOUTS[stretch.layout] if stretch.layout else detect(value)
         columns = columns_of(rules, stretch.known)
-        if rules.layout == "auto" and not stretch.gathered and (problem := unread_prompt(value, found, columns)):
-            raise BadRow("prompt not read", problem)
+        if rules.layout == "auto" and not stretch.gathered:
+            _check_prompt(value, found, columns)
         record = to_record(value, found, file=row.file, line=row.line, as_chat=rules.as_chat)
         parts = (record.prompt, record.completions, record.tools, record.chat_template_kwargs)
         notes = text_notes([text for part in parts for text in texts_of(part)])
@@ -180,6 +180,14 @@ def read_record(row: Row, stretch: Stretch, rules: RowRules) -> Record | BadRow:
         return error
     except RecursionError:
         return BadRow("nested too deep", "objects inside objects")
+
+
+def _check_prompt(value: dict[str, Any], layout: RowLayout, columns: Columns) -> None:
+    """Refuse a row whose prompt stands where its detected layout does not look."""
+    if layout.name == "implicit" and "prompt" in value:
+        raise BadRow("wrong type", "this row has a prompt, the file's first rows had none; set data.layout=pair")
+    if problem := unread_prompt(value, layout, columns):
+        raise BadRow("prompt not read", problem)
 
 
 def _object(value: object) -> dict[str, Any]:

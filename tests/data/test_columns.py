@@ -195,6 +195,29 @@ def test_rows_of_no_layout_are_refused_once_with_the_mapping_to_write(tmp_path, 
     assert said.startswith(f"{tmp_path}/rows.jsonl:2: ") and words in said and len(said) < len(str(tmp_path)) + 400
 
 
+@pytest.mark.parametrize(
+    ("row", "layout", "mapping"),
+    [
+        ({"prompt": "a", "messages": HI + YO, "rejected": "b"}, "messages", "{chosen: COLUMN}"),
+        ({"prompt": "a", "completion": "b", "rejected": "c"}, "completion", "{chosen: COLUMN}"),
+        ({"prompt": "a", "messages": HI + YO, "good": "b", "bad": "c"}, "messages", "{chosen: good, rejected: bad}"),
+        ({"prompt": "a", "completion": "b", "liked": True}, "completion", "{label: liked}"),
+        (
+            {"messages": HI, "output_a": "b", "output_b": "c", "winner": 1},
+            "messages",
+            "{prompt: messages, completions: [output_a, output_b], best: winner}",
+        ),
+    ],
+)
+def test_half_a_preference_is_not_learned_as_one_answer(tmp_path, row, layout, mapping):
+    said = refused(tmp_path, row)
+    assert said.startswith(f"{tmp_path}/rows.jsonl:1: columns ") and "seem to hold a preference" in said
+    means = ", where COLUMN stands for a name of yours" if "COLUMN" in mapping else ""
+    assert said.endswith(f"write data.columns={mapping}{means}, or data.layout={layout}")
+    if row.get("messages") != HI:
+        assert read(tmp_path, row, layout=layout)[0].num_pairs == 1
+
+
 def test_the_mapping_that_is_advised_works(tmp_path):
     assert read(tmp_path, ASKED, columns=MAPPED)[0].num_pairs == 1
     turns = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yo"}]

@@ -89,6 +89,14 @@ def test_a_tie_and_a_lone_answer_stop_nothing_and_too_few_preferences_are_refuse
             encode(str(write(tmp_path / "rows.jsonl", *kept)), byte_tokenizer(bos=True), settings())
 
 
+def test_what_is_said_of_all_rows_is_said_of_those_that_prefer_something(tmp_path):
+    tie = [{**SCORED, "completion": c} for c in "ab"]
+    ranked = {"prompt": "q", "completions": ["a", "b"], "scores": [1, 2], "weight": 0}
+    files = [str(write(tmp_path / "tie.jsonl", *tie)), str(write(tmp_path / "weightless.jsonl", ranked))]
+    with pytest.raises(UserError, match="all rows, as .*weightless.jsonl:1: weight is 0"):
+        encode(files, byte_tokenizer(bos=True), settings())
+
+
 def test_first_counts_the_rows_of_the_file(tmp_path):
     path = write(tmp_path / "rows.jsonl", *[{**SCORED, "completion": str(n), "score": n} for n in range(4)])
     for first, completions in ((1, 0), (2, 2), (3, 3), (4, 4), (5, 4), (6, 6), (9, 8)):
@@ -236,11 +244,17 @@ def test_a_message_that_cannot_be_used_says_why(change, kind, words):
     assert [one[0]["content"] for one in ranked["completions"]] == ["No", "Well"]
 
 
-def test_messages_of_a_tree_that_stand_apart_are_refused():
+def test_messages_of_a_tree_that_stand_apart_are_bad_rows(tmp_path):
     there = [{**message, "message_tree_id": "t"} for message in TREE]
-    other = {**TREE[0], "message_id": "o", "message_tree_id": "o"}
-    with pytest.raises(UserError, match="f:4: messages of tree t stand apart; sort the rows by message_tree_id"):
-        list(tree(rows_of([*there[:2], other, there[2]]), same))
+    other = [{**m, "message_id": f"{m['message_id']}2", "parent_id": m["parent_id"] and "q2"} for m in TREE]
+    other = [{**message, "message_tree_id": "o"} for message in other]
+    apart = [*there, *other[:2], {**there[2], "message_id": "z", "rank": 3}, other[2]]
+    ranked, kinds = outcomes(tree(rows_of(apart), same))
+    assert len(ranked) == 2 and kinds == {"duplicate key": 1}
+    with pytest.raises(
+        UserError, match="1 of 7 rows are bad .*rows.jsonl:6: messages of tree t stand apart; sort the rows"
+    ):
+        encode(str(write(tmp_path / "rows.jsonl", *apart)), byte_tokenizer(), settings())
 
 
 def test_without_the_name_of_a_tree_one_begins_at_each_first_question():

@@ -177,6 +177,16 @@ def test_what_the_run_says_goes_before_what_is_known(tmp_path):
     assert len(alone) == 6 and "known" not in report.files[str(path)]
 
 
+def test_a_prompt_that_is_not_in_the_conversations_can_be_left_unread(tmp_path):
+    shape = SHAPES[1]
+    path = write(tmp_path / "rows.jsonl", *({**row, "prompt": "A title"} for row in shape.rows()))
+    with pytest.raises(UserError, match="3 prompt not a prefix .*data.layout=implicit does not read it"):
+        encode(str(path), byte_tokenizer(), settings())
+    report = Report()
+    assert pairs(records(path, layout="implicit", report=report)) == shape.expected()
+    assert "prompt" in report.files[str(path)]["unused"]
+
+
 @pytest.mark.parametrize("as_chat", [False, True])
 def test_hh_rlhf_is_text_or_a_chat_as_the_run_says(tmp_path, as_chat):
     shape = next(shape for shape in SHAPES if shape.name.startswith("Anthropic"))
