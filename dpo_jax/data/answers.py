@@ -135,7 +135,8 @@ def _conversations_with(prompt: str, named: Mapping[str, Messages]) -> Answers:
     texts = [message.get("content", "").strip() for message in messages if message["role"] == "user"]
     if prompt.strip() not in texts:
         what = "chosen and rejected share" if ends else "the conversation has before its answer"
-        raise BadRow("prompt not a prefix", f"prompt is none of the user's messages that {what}")
+        remedy = "; data.layout=implicit does not read it" if tuple(named) == ("chosen", "rejected") else ""
+        raise BadRow("prompt not a prefix", f"prompt is none of the user's messages that {what}{remedy}")
     return Answers(messages, tuple(conversation[end:] for conversation in conversations))
 
 

@@ -1,7 +1,8 @@
-"""Turns from texts (`data.as_chat`): dialogues as hh-rlhf writes them, and plain prompts with their answers.
+"""Turns from texts (`data.as_chat`): dialogues as hh-rlhf and HelpSteer write them, plain prompts and answers.
 
-"\\n\\nHuman: Hi?\\n\\nAssistant:" / " Yo"   ->   user "Hi?" / assistant "Yo"
-"Hi?"                          / " Yo"   ->   user "Hi?" / assistant "Yo"
+"\\n\\nHuman: Hi?\\n\\nAssistant:"                            / " Yo"  ->   user "Hi?" / assistant "Yo"
+"Hi?\\n<extra_id_1>Assistant\\nYo\\n<extra_id_1>User\\nSo?" / "Well" ->   user "Hi?", assistant "Yo", user "So?" / ...
+"Hi?"                                                     / " Yo"  ->   user "Hi?" / assistant "Yo"
 """
 
 import re
@@ -10,6 +11,8 @@ from dpo_jax.data.answers import MARKER, Answers
 from dpo_jax.data.messages import BadRow, Messages, Part
 
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_TAGS = {"User": "Human", "Assistant": "Assistant"}
+_TAG = re.compile(r"\s*<extra_id_1>(User|Assistant)\n")
 _TURN = re.compile(r"(?:\A|\n\n)[ \t]*(Human|Assistant):")
 
 
@@ -29,7 +32,7 @@ def in_turns(answers: Answers, *, splits: bool) -> Answers:
             "wrong type", "data.as_chat: no dialogue of Human: and Assistant:, so where the prompt ends is not known"
         )
     if turns is None:
-        return _with(answers, [_message("Human", answers.prompt)], [_plain(text) for text in answers.completions])
+        return _with(answers, _tagged(answers.prompt), [_plain(text) for text in answers.completions])
     if turns[-1] == _message("Assistant", ""):  # opened for the answer
         turns = turns[:-1]
     return _with(answers, turns, [_answer(text) for text in answers.completions])
@@ -49,6 +52,13 @@ def _turns(text: str) -> Messages | None:
     if parts[0] or len(parts) < 3:
         return None
     return [_message(speaker, said.strip()) for speaker, said in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def _tagged(text: str) -> Messages:
+    """The turns of a prompt that tags all but its first one; all of it, where it has no tags."""
+    first, *rest = _TAG.split(text)
+    later = [_message(_TAGS[speaker], said) for speaker, said in zip(rest[::2], rest[1::2], strict=True)]
+    return [_message("Human", first), *later]
 
 
 def _plain(text: Part) -> Messages:

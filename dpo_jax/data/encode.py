@@ -63,7 +63,7 @@ class Part(NamedTuple):
 def encode_rows(rules: EncodingRules, stretch: Stretch) -> Part:
     """The rows of a stretch as token ids. A pure function, which may be called in any process."""
     report, builder, sightings = Report(), Builder(stretch.rows[0].file), []
-    records = [_read(row, stretch.layout, rules) for row in stretch.rows]
+    records = [_read(row, stretch, rules) for row in stretch.rows]
     tokens = iter(tokenize([record for record in records if isinstance(record, Record)], rules.coder))
     for row, record in zip(stretch.rows, records, strict=True):
         where = {"file": row.file, "line": row.line}
@@ -82,8 +82,8 @@ def encode_rows(rules: EncodingRules, stretch: Stretch) -> Part:
     return Part(stretch.rows[0].file, builder.build(), report, sightings)
 
 
-def _read(row: Row, layout: str | None, rules: EncodingRules) -> Record | BadRow:
-    record = read_record(row, layout, rules.rows)
+def _read(row: Row, stretch: Stretch, rules: EncodingRules) -> Record | BadRow:
+    record = read_record(row, stretch, rules.rows)
     return record if isinstance(record, BadRow) else shortened(record, rules.max_characters, rules.truncation)
 
 

@@ -26,7 +26,7 @@ from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.errors import UserError, redacted
 from dpo_jax.files import write_whole
 
-VERSION = 6
+VERSION = 7
 """Part of the cache's key. Raise it with every change of this package that changes token ids or the report."""
 
 

@@ -6,8 +6,13 @@
     sharegpt   conversations, chosen, rejected                 turns of {"from", "value"}, as every layout takes them
     openai     input, preferred_output, non_preferred_output   OpenAI's preference format
     tokenized  prompt_ids, chosen_ids, rejected_ids            token ids, used as they are
-    ranked     prompt, completions (or responses),             several answers, each with a rank (1 is best) or a
-               ranks or scores                                 score (higher is better)
+    ranked     prompt, completions (or responses), and         several answers, each with a rank (the least is best) or
+               ranks, scores, best or strength                 a score (the greatest is); or which is best, counted from
+                                                               0; or how much better the second of two is than the first
+    scored     prompt, completion, score                       one answer and its score; rows that follow each other and
+                                                               have the same prompt are one ranked row
+    tree       message_id, parent_id, text, role, rank         one message of a tree of them; the answers to a message
+                                                               are one ranked row
     unpaired   prompt, completion, label                       one answer, desirable (true, 1) or not (false, 0)
     completion prompt, completion                              one answer to learn
     messages   messages                                        a conversation whose last answer is to be learned
@@ -135,8 +140,6 @@ def _read_pair(row: Mapping[str, Any]) -> Answers:
 
 
 def _read_implicit(row: Mapping[str, Any]) -> Answers:
-    if "prompt" in row:
-        raise BadRow("wrong type", "this row has a prompt, the file's first rows had none; set data.layout=pair")
     chosen, rejected = need(row, "chosen"), need(row, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
         _not_equal(chosen, rejected)
@@ -188,6 +191,8 @@ def _read_tokenized(row: Mapping[str, Any]) -> Answers:
 
 
 RANKS, SCORES = ("ranks", "ranking", "rank"), ("scores", "ratings", "rating", "score")
+PREFERENCES = (*RANKS, *SCORES, "best", "strength")
+"""Columns that say which of several answers is better, of which a row has one."""
 
 
 def _read_ranked(row: Mapping[str, Any]) -> Answers:
@@ -197,25 +202,43 @@ def _read_ranked(row: Mapping[str, Any]) -> Answers:
     if not isinstance(values, list):
         raise BadRow("wrong type", f"{column} is {type_name(values)}, not a list of completions")
     better = _preference(row, len(values))
-    order = tuple((i, j) for i in range(len(values)) for j in range(len(values)) if better[i] > better[j])
+    kept = sorted(better)
+    order = tuple((i, j) for i, a in enumerate(kept) for j, b in enumerate(kept) if better[a] > better[b])
     if not order:
-        raise BadRow("no preference", f"no completion of the {len(values)} is better than another")
-    answers = against(prompt, values, [f"{column}[{index}]" for index in range(len(values))])
-    ties = len(values) * (len(values) - 1) // 2 - len(order)
-    notes = answers.notes + ((("tie in a ranked row", f"{ties} pairs of completions rank the same"),) if ties else ())
-    return answers._replace(order=order, notes=notes)
+        raise BadRow("no preference", f"no completion of the {len(kept)} is better than another")
+    answers = against(prompt, [values[index] for index in kept], [f"{column}[{index}]" for index in kept])
+    ties, without = len(kept) * (len(kept) - 1) // 2 - len(order), len(values) - len(kept)
+    notes = (("tie in a ranked row", f"{ties} pairs of completions rank the same"),) if ties else ()
+    notes += (("completion without a rank", f"{without} of {len(values)} left out"),) if without else ()
+    return answers._replace(order=order, notes=answers.notes + notes)
 
 
-def _preference(row: Mapping[str, Any], count: int) -> list[float]:
-    given = [name for name in (*RANKS, *SCORES) if row.get(name) is not None]
+def _preference(row: Mapping[str, Any], count: int) -> dict[int, float]:
+    """How good each completion is, by its index, without those of which the row does not say it."""
+    given = [name for name in PREFERENCES if row.get(name) is not None]
     if len(given) != 1:
-        what = f"both {given[0]} and {given[1]}" if given else f"none of {', '.join((*RANKS, *SCORES))}"
+        what = f"both {given[0]} and {given[1]}" if given else f"none of {', '.join(PREFERENCES)}"
         raise BadRow("wrong type" if given else "missing column", f"{what}; give exactly one")
-    values = row[given[0]]
+    name = given[0]
+    if name == "best":
+        return {index: float(index == _index(row, count)) for index in range(count)}
+    if name == "strength":
+        if count != 2:
+            raise BadRow("wrong type", f"strength compares two completions, and there are {count}")
+        return {0: 0.0, 1: number(row[name], name)}
+    values = row[name]
     if not isinstance(values, list) or len(values) != count:
-        raise BadRow("wrong type", f"{given[0]} is not a list of {count} numbers, one per completion")
-    sign = -1.0 if given[0] in RANKS else 1.0
-    return [sign * number(value, f"{given[0]}[{index}]") for index, value in enumerate(values)]
+        raise BadRow("wrong type", f"{name} is not a list of {count} numbers, one per completion")
+    sign = -1.0 if name in RANKS else 1.0
+    named = {index: value for index, value in enumerate(values) if value is not None}
+    return {index: sign * number(value, f"{name}[{index}]") for index, value in named.items()}
+
+
+def _index(row: Mapping[str, Any], count: int) -> int:
+    best = number(row["best"], "best")
+    if best not in range(count):
+        raise BadRow("wrong type", f"best is {best:g}; the completions are 0 to {count - 1}")
+    return int(best)
 
 
 def _read_single(row: Mapping[str, Any]) -> Answers:
@@ -229,7 +252,10 @@ def _read_messages(row: Mapping[str, Any]) -> Answers:
     return Answers(conversation[:end], (conversation[end:],), SINGLE)
 
 
-_WITHOUT_PAIRS = ("system", "tools", "chat_template_kwargs", "weight")
+TREE = ("message_tree_id", "deleted", "review_result")
+"""What else the messages of a tree may say."""
+_OF_PROMPT = ("system", "tools", "chat_template_kwargs")
+_WITHOUT_PAIRS = (*_OF_PROMPT, "weight")
 
 LAYOUTS = {
     layout.name: layout
@@ -237,10 +263,12 @@ LAYOUTS = {
         RowLayout("openai", (("input",), ("preferred_output", "non_preferred_output")), _read_openai),
         RowLayout("sharegpt", (("conversations",), ("chosen",), ("rejected",)), _read_sharegpt),
         RowLayout("tokenized", (("prompt_ids",), ("chosen_ids",), ("rejected_ids",)), _read_tokenized),
-        RowLayout("ranked", (("prompt",), ("completions", "responses")), _read_ranked, (*COMMON, *RANKS, *SCORES)),
+        RowLayout("tree", (("message_id",), ("parent_id",), ("text",), ("role",), ("rank",)), _read_ranked, TREE),
+        RowLayout("ranked", (("prompt",), ("completions", "responses"), PREFERENCES), _read_ranked),
         RowLayout("pair", (("prompt",), ("chosen",), ("rejected",)), _read_pair),
         RowLayout("implicit", (("chosen",), ("rejected",)), _read_implicit),
         RowLayout("unpaired", (("prompt",), ("completion",), ("label",)), _read_single, _WITHOUT_PAIRS, hard_label),
+        RowLayout("scored", (("prompt",), ("completion",), ("score",)), _read_ranked, _OF_PROMPT),
         RowLayout("completion", (("prompt",), ("completion",)), _read_single, _WITHOUT_PAIRS, no_label),
         RowLayout("messages", (("messages",),), _read_messages, _WITHOUT_PAIRS, no_label),
     )

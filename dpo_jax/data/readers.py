@@ -37,6 +37,8 @@ class Row(NamedTuple):
     value: object
     """What the row holds, or the BadRow that says why it cannot be read; bytes are JSON that was not parsed yet."""
     notes: tuple[tuple[str, str], ...] = ()
+    count: int = 1
+    """Rows of the file that it is made of (see gathering.py)."""
 
 
 Reader = Callable[[Path, str], Iterator[Row]]

@@ -9,7 +9,7 @@ from dpo_jax.errors import UserError, printable
 EXAMPLES = 5
 """Rows that are named for each class; all are counted."""
 
-BAD, TOO_LONG, NOTED = "bad", "too long", "noted"
+BAD, TOO_LONG, UNRANKED, NOTED = "bad", "too long", "without preference", "noted"
 WEIGHTLESS, REVERSED, NO_PROMPT = "weight of 0", "reversed pair", "no prompt"
 RENDERED, AS_TEXT = "rendered text", "rendered text, kept as text"
 LEFT_OUT = "left out by the chat template"
@@ -39,7 +39,6 @@ KINDS = {
     "identical completions": BAD,
     "prompts differ": BAD,
     "prompt not a prefix": BAD,
-    "no preference": BAD,
     "label out of range": BAD,
     "lone surrogate": BAD,
     "NUL character": BAD,
@@ -51,6 +50,14 @@ KINDS = {
     "overlong prompt": TOO_LONG,
     "identical after truncation": TOO_LONG,
     "nothing scored after truncation": TOO_LONG,
+    # The row is sound but prefers nothing; it is left out and stops nothing.
+    "no preference": UNRANKED,
+    "no rank or score": UNRANKED,
+    "only answer to its prompt": UNRANKED,
+    "question without ranked answers": UNRANKED,
+    "deleted message": UNRANKED,
+    "message that failed review": UNRANKED,
+    "missing parent": UNRANKED,
     # The row is used, and this is worth knowing.
     "byte-order mark": NOTED,
     "conversation as JSON text": NOTED,
@@ -64,6 +71,7 @@ KINDS = {
     "not scored: others' words": NOTED,
     "prompt repeated in a completion": NOTED,
     "tie in a ranked row": NOTED,
+    "completion without a rank": NOTED,
     "pair left out of a ranked row": NOTED,
     "completion of several turns": NOTED,
     "prompt tokens not a prefix": NOTED,
@@ -92,13 +100,16 @@ def clean(text: str, limit: int = 200) -> str:
 class Report:
     """Counts of one pass over the data.
 
-    `rows` read = `kept` + `bad` + `too_long`. A row of a ranked layout counts as kept while one of its pairs is.
+    `rows` read = `kept` + `bad` + `too_long` + `unranked` + `joined`. A row of a ranked layout counts as kept while one
+    of its pairs is.
 
     Attributes:
+      unranked: rows that are sound and prefer nothing: ties, answers without a rank or without another.
+      joined: rows that are part of another row's ranking (see gathering.py).
       pairs: pairs of completions in the rows that are kept.
       singles: rows that are kept and have one completion; `undesirable` of them are so.
       files: by file: its layout and whether it was detected, its rows, the columns that nothing reads, rows whose
-        rendered text stays text.
+        rendered text stays text; the known data set that it is of, if it is of one, and the mapping from there.
       counts: rows (or pairs, for classes that speak of pairs) by class.
       examples: `file:line: reason` of the first rows of each class.
       lengths: tokens of prompts, chosen, rejected, single completions and whole sequences: min, median, p90, p99, max,
@@ -114,6 +125,8 @@ class Report:
     kept: int = 0
     bad: int = 0
     too_long: int = 0
+    unranked: int = 0
+    joined: int = 0
     pairs: int = 0
     singles: int = 0
     undesirable: int = 0
@@ -138,12 +151,10 @@ class Report:
             examples.append(f"{clean(file, 400)}:{line}: {clean(reason)}")
 
     def drop(self, kind: str, reason: str, *, file: str, line: int) -> None:
-        """Count one row that is left out, for a reason that makes it bad or too long."""
+        """Count one row that is left out, for a reason that makes it bad, too long, or without preference."""
         self.add(kind, reason, file=file, line=line)
-        if KINDS[kind] == BAD:
-            self.bad += 1
-        else:
-            self.too_long += 1
+        count = {BAD: "bad", TOO_LONG: "too_long", UNRANKED: "unranked"}[KINDS[kind]]
+        setattr(self, count, getattr(self, count) + 1)
 
     def note(self, notes: Iterable[tuple[str, str]], *, file: str, line: int) -> None:
         """Count what is unusual about one row that is used."""
@@ -152,7 +163,8 @@ class Report:
 
     def merge(self, part: "Report") -> None:
         """Take over what was counted of further rows, which come after those that were counted here."""
-        for name in ("rows", "kept", "bad", "too_long", "pairs", "singles", "undesirable", "templated", "texts"):
+        rows = ("rows", "kept", "bad", "too_long", "unranked", "joined")
+        for name in (*rows, "pairs", "singles", "undesirable", "templated", "texts"):
             setattr(self, name, getattr(self, name) + getattr(part, name))
         for kind, count in part.counts.items():
             self.counts[kind] = self.counts.get(kind, 0) + count
@@ -172,11 +184,15 @@ class Report:
         """The report as plain text."""
         share = f" ({self.bad / self.rows:.2%})" if self.bad else ""
         head = f"{self.rows:,} rows read: {self.kept:,} kept ({self._contents()}), {self.bad:,} bad{share}, "
-        lines = [f"{head}{self.too_long:,} too long"]
+        more = f", {self.unranked:,} without preference" if self.unranked else ""
+        more += f", {self.joined:,} joined with others into ranked rows" if self.joined else ""
+        lines = [f"{head}{self.too_long:,} too long{more}"]
         for name, about in self.files.items():
             unused = f"; columns not used: {clean(', '.join(about['unused']))}" if about["unused"] else ""
-            lines.append(f"{clean(name, 400)}: {about['rows']:,} rows, layout {about['layout'] or 'unknown'}{unused}")
-        for effect in (BAD, TOO_LONG, NOTED):
+            known = f"; known as {about['known']}" if "known" in about else ""
+            layout = f"layout {about['layout'] or 'unknown'}"
+            lines.append(f"{clean(name, 400)}: {about['rows']:,} rows, {layout}{known}{unused}")
+        for effect in (BAD, TOO_LONG, UNRANKED, NOTED):
             for kind in sorted(self._of(effect), key=lambda kind: -self.counts[kind]):
                 lines.append(f"{effect}: {kind}: {self.counts[kind]:,}")
                 lines += [f"  {example}" for example in self.examples.get(kind, [])]
@@ -225,7 +241,7 @@ class Report:
                 f"{max_bad_fraction:.2%}): {self._largest(BAD)}; correct the rows or raise data.max_bad_fraction"
             )
         for name, about in self.files.items():
-            if 2 * about.get("as_text", 0) > about["rows"]:
+            if 2 * about.get("as_text", 0) > about["rows"] - about.get("joined", 0):
                 raise UserError(
                     f"{clean(name, 400)}: {about['as_text']:,} of {about['rows']:,} rows hold texts that a chat "
                     "template rendered already, whose marks would be plain text; set data.control_tokens=tokens to "
@@ -233,19 +249,23 @@ class Report:
                 )
         if not self.kept:
             where = ", ".join(clean(name, 400) for name in self.files) or "the data"
-            what = self._largest(BAD, TOO_LONG) if self.rows else "there are no rows"
+            what = self._largest(BAD, TOO_LONG, UNRANKED) if self.rows else "there are no rows"
             remedy = "raise data.max_length" if self.too_long > self.bad else "give at least one usable row"
+            if self.unranked > self.bad + self.too_long:
+                remedy = "give answers to one prompt in rows that follow each other, with ranks or scores that differ"
             raise UserError(f"0 rows left of {self.rows:,} in {where}: {what}; {remedy}")
 
         for kind, consequence in WHOLLY.items():
-            if self.counts.get(kind, 0) >= self.rows - self.bad > 0:
+            if self.counts.get(kind, 0) >= self.rows - self.bad - self.unranked - self.joined > 0:
                 raise UserError(f"all rows, as {self.examples[kind][0]}: {consequence}")
 
     def _check_prompts(self) -> None:
         """Refuse data of a detected layout most of whose prompts are empty: the prompts must stand somewhere else."""
         empty = [kind for kind in (NO_PROMPT, "empty prompt") if self.counts.get(kind)]
         count = sum(self.counts[kind] for kind in empty)
-        if 2 * count > self.rows and any(about.get("detected") for about in self.files.values()):
+        if 2 * count > self.rows - self.unranked - self.joined and any(
+            about.get("detected") for about in self.files.values()
+        ):
             raise UserError(
                 f"{count:,} of {self.rows:,} prompts are empty (first: {self.examples[empty[0]][0]}); name the "
                 "prompt's column with data.columns={prompt: COLUMN}, or, if they are to be so, set data.layout"

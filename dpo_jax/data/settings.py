@@ -8,8 +8,20 @@ from pydantic import Field, field_validator, model_validator
 from dpo_jax.errors import short
 from dpo_jax.settings import Section
 
-LAYOUTS = ("pair", "implicit", "sharegpt", "openai", "tokenized", "ranked", "unpaired", "completion", "messages")
-"""Names of the row layouts, as `data.layout` takes them (see records.py)."""
+LAYOUTS = (
+    "pair",
+    "implicit",
+    "sharegpt",
+    "openai",
+    "tokenized",
+    "ranked",
+    "scored",
+    "tree",
+    "unpaired",
+    "completion",
+    "messages",
+)
+"""Names of the row layouts, as `data.layout` takes them (see layouts.py)."""
 
 SET_NAME = "[A-Za-z0-9_]{1,40}"
 """What a set of `data.eval` may be called."""
@@ -41,12 +53,24 @@ class DataSettings(Section):
         "data.eval: which ones follows from the seed and the prompt",
     )
     layout: Literal[
-        "auto", "pair", "implicit", "sharegpt", "openai", "tokenized", "ranked", "unpaired", "completion", "messages"
+        "auto",
+        "pair",
+        "implicit",
+        "sharegpt",
+        "openai",
+        "tokenized",
+        "ranked",
+        "scored",
+        "tree",
+        "unpaired",
+        "completion",
+        "messages",
     ] = Field(default="auto", description="layout of the rows; auto detects it for each file and reports it")
     columns: dict[str, str | tuple[str, ...]] | None = Field(
         default=None,
         description="columns of the files that go by other names, as {prompt: question, chosen: good, rejected: bad}; "
-        "texts of several columns, as in {prompt: [instruction, input]}, are joined by a line break",
+        "texts of several columns, as in {prompt: [instruction, input]}, are joined by a line break, and answers of "
+        "several are a list; {completions: answers.text, ranks: answers.rank} reads fields of objects",
     )
     as_chat: bool = Field(
         default=False,

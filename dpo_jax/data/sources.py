@@ -6,8 +6,8 @@ A source is one of:
     FOLDER, FOLDER:SPLIT,                   files of rows; the splits are those that `datasets` sees: by the `configs`
     FOLDER:CONFIGURATION:SPLIT              of README.md or the names of the files; of several one is to be named
     FOLDER, FOLDER:SPLIT                    what `datasets` saved; SPLIT is `train` unless given
-    NAME, NAME:SPLIT,                       a data set of the Hub; SPLIT is `train` unless given, and may be a slice:
-    NAME:CONFIGURATION:SPLIT                `train[:100]`
+    NAME, NAME:SPLIT,                       a data set of the Hub; SPLIT is `train`, or what known.py says of the set,
+    NAME:CONFIGURATION:SPLIT                unless given, and may be a slice: `train[:100]`
 """
 
 import re
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.data.known import split_of
 from dpo_jax.data.readers import SUFFIXES, Row, arrow_rows, is_named_as_rows, reader_of, value_of
 from dpo_jax.data.report import clean
 from dpo_jax.errors import UserError, nearest, one_line
@@ -59,7 +60,7 @@ def _open(source: str) -> list[SourceTable]:
     hub = _hub_parts(source)
     if hub is None:
         raise UserError(f"{clean(source)}: no such file or folder{_near(path)}")
-    return [_hub(source, hub["name"], hub["configuration"], hub["split"] or "train")]
+    return [_hub(source, hub["name"], hub["configuration"], hub["split"])]
 
 
 def _local_folder(source: str) -> tuple[Path, str | None] | None:
@@ -183,11 +184,13 @@ def _saved(path: Path, source: str, split: str | None) -> SourceTable:
     return _dataset(found[split or "train"], source)
 
 
-def _hub(source: str, name: str, configuration: str | None, split: str) -> SourceTable:
+def _hub(source: str, name: str, configuration: str | None, split: str | None) -> SourceTable:
     import datasets
 
+    usual, folder = split_of(name, configuration)
+    inside: dict[str, Any] = {"data_dir": folder} if folder else {}
     try:
-        found = datasets.load_dataset(name, configuration, split=split)
+        found = datasets.load_dataset(name, None if folder else configuration, split=split or usual, **inside)
     # Network, Hub and parser each have errors of their own; the user needs the source and the cause.
     except Exception as error:
         cause = clean((str(error).splitlines() or [type(error).__name__])[0])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.config import run as config
-from dpo_jax.data.report import BAD, KINDS, NOTED, TOO_LONG
+from dpo_jax.data.report import BAD, KINDS, NOTED, TOO_LONG, UNRANKED
 from dpo_jax.files import size_text
 from dpo_jax.page.folder import RunFolder
 from dpo_jax.page.texts import count, duration, number, published
@@ -106,14 +106,16 @@ def data_tables(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _data_table(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
-    numbers = {key: report[key] for key in ("rows", "kept", "pairs", "singles", "bad", "too_long") if key in report}
+    names = ("rows", "kept", "pairs", "singles", "bad", "too_long", "unranked", "joined")
+    numbers = {key: report[key] for key in names if key in report}
     for part, inner in report.items():
         if isinstance(inner, Mapping) and part in ("train", "held_out"):  # of data.eval_fraction
             numbers |= {
                 f"{key} {'held out' if part == 'held_out' else 'trained on'}": value for key, value in inner.items()
             }
     counts, examples = report.get("counts") or {}, report.get("examples") or {}
-    effects = {BAD: "left out: bad", TOO_LONG: "left out: too long", NOTED: "used, and noted"}
+    left_out = {effect: f"left out: {effect}" for effect in (BAD, TOO_LONG, UNRANKED)}
+    effects = {**left_out, NOTED: "used, and noted"}
     classes = [
         (effects.get(KINDS.get(kind, NOTED), ""), kind, count(many), [published(row) for row in examples.get(kind, ())])
         for kind, many in counts.items()

@@ -77,7 +77,7 @@ def read_data(
         parts = split(train, settings.eval_fraction, seed)
         say(parts.line())
         train, held_out, tables["data.eval_fraction"] = parts.train, {"": parts.held_out}, parts.counts()
-    return Data(train, held_out, report.bad + report.too_long, tables)
+    return Data(train, held_out, report.bad + report.too_long + report.unranked, tables)
 
 
 def examples(encoded: Encoded, terms: tuple[Term, ...], max_length: int) -> Encoded:

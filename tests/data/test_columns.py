@@ -162,17 +162,17 @@ def test_mostly_empty_prompts_are_refused_unless_the_layout_is_given(tmp_path):
         (
             {"instruction": "a", "input": "", "output": ["b", "c"]},
             "columns input, instruction, output fit no layout; the nearest is ranked, with prompt, completions or "
-            "responses, and with ranks or scores: write data.columns={prompt: [instruction, input], completions: "
-            "output}",
+            "responses, and with ranks, scores, best or strength: write data.columns={prompt: [instruction, input], "
+            "completions: output, ranks: COLUMN}, where COLUMN stands for a name of yours",
         ),
         (
             {"prompt": "a", "answers": [{"answer": "b", "rank": 1}], "turns": 1},
-            "the nearest is ranked, with prompt, completions or responses, and with ranks or scores: write "
-            "data.columns={completions: answers}",
+            "the nearest is ranked, with prompt, completions or responses, and with ranks, scores, best or strength: "
+            "write data.columns={completions: answers.answer, ranks: answers.rank}",
         ),
         (
             {"prompt": "a", "response": "b", "helpfulness": 3},
-            "is completion, with prompt, completion: write data.columns={completion: response}",
+            "is scored, with prompt, completion, score: write data.columns={completion: response, score: helpfulness}",
         ),
         (
             ASKED,
@@ -193,6 +193,29 @@ def test_mostly_empty_prompts_are_refused_unless_the_layout_is_given(tmp_path):
 def test_rows_of_no_layout_are_refused_once_with_the_mapping_to_write(tmp_path, row, words):
     said = refused(tmp_path, b"{", *[row] * 9)
     assert said.startswith(f"{tmp_path}/rows.jsonl:2: ") and words in said and len(said) < len(str(tmp_path)) + 400
+
+
+@pytest.mark.parametrize(
+    ("row", "layout", "mapping"),
+    [
+        ({"prompt": "a", "messages": HI + YO, "rejected": "b"}, "messages", "{chosen: COLUMN}"),
+        ({"prompt": "a", "completion": "b", "rejected": "c"}, "completion", "{chosen: COLUMN}"),
+        ({"prompt": "a", "messages": HI + YO, "good": "b", "bad": "c"}, "messages", "{chosen: good, rejected: bad}"),
+        ({"prompt": "a", "completion": "b", "liked": True}, "completion", "{label: liked}"),
+        (
+            {"messages": HI, "output_a": "b", "output_b": "c", "winner": 1},
+            "messages",
+            "{prompt: messages, completions: [output_a, output_b], best: winner}",
+        ),
+    ],
+)
+def test_half_a_preference_is_not_learned_as_one_answer(tmp_path, row, layout, mapping):
+    said = refused(tmp_path, row)
+    assert said.startswith(f"{tmp_path}/rows.jsonl:1: columns ") and "seem to hold a preference" in said
+    means = ", where COLUMN stands for a name of yours" if "COLUMN" in mapping else ""
+    assert said.endswith(f"write data.columns={mapping}{means}, or data.layout={layout}")
+    if row.get("messages") != HI:
+        assert read(tmp_path, row, layout=layout)[0].num_pairs == 1
 
 
 def test_the_mapping_that_is_advised_works(tmp_path):

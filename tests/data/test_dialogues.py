@@ -37,6 +37,12 @@ def test_every_turn_of_a_dialogue_is_one():
     assert record.completions == (YO, [*NO, user("Why?"), assistant("Because.")])
 
 
+def test_tagged_turns_of_a_prompt_are_turns():
+    record = one({**GOOD, "prompt": "Hi?\nYou?\n\n<extra_id_1>Assistant\nYo <extra_id_1>.\n<extra_id_1>User\nSo?\n"})
+    assert record.prompt == [user("Hi?\nYou?"), assistant("Yo <extra_id_1>."), user("So?\n")]
+    assert record.completions == ([assistant("yes")], [assistant("no")])
+
+
 def test_other_layouts_of_texts_become_turns_too():
     ranked = one({"prompt": ASKED, "completions": ["Yo", "No"], "ranks": [1, 2]})
     assert ranked.prompt == HI and ranked.completions == (YO, NO)

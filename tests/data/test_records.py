@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_jax.data.encode import collect, encode
-from dpo_jax.data.layouts import Record, detect, to_record
+from dpo_jax.data.layouts import detect, to_record
 from dpo_jax.data.messages import BadRow
-from dpo_jax.data.records import RowRules, read_record, stretches
-from dpo_jax.data.report import BAD, KINDS, NOTED, TOO_LONG, Report
+from dpo_jax.data.report import BAD, KINDS, NOTED, TOO_LONG, UNRANKED, Report
 from dpo_jax.data.settings import LAYOUTS as NAMES
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.data.sources import read_rows, tables
 from dpo_jax.errors import UserError
 from tests.support.bad_rows import BAD_ROWS
+from tests.support.encoding import records
 from tests.support.tiny_rows import (
     CHAT,
     CHATML,
@@ -31,29 +31,15 @@ from tests.support.tiny_rows import (
     NO,
     OPENAI,
     RANKED,
+    SCORED,
     SHAREGPT,
+    TREE,
     UNPAIRED,
     YO,
     assistant,
     byte_tokenizer,
     write,
 )
-
-
-def records(*paths, report=None, first=None, **how) -> list[Record]:
-    report, rules = report or Report(), RowRules(**how)
-    opened = tables([str(path) for path in paths])
-    found = []
-    for stretch in stretches(opened, rules=rules, first=first, report=report, size=2):
-        for row in stretch.rows:
-            record = read_record(row, stretch.layout, rules)
-            report.note(row.notes, file=row.file, line=row.line)
-            if isinstance(record, BadRow):
-                report.drop(record.kind, record.reason, file=row.file, line=row.line)
-            else:
-                found.append(record)
-    return found
-
 
 # ------------------------------------------------------------------------------------------------ bad rows
 
@@ -303,12 +289,13 @@ COLUMNS += [
     "system",
     "tools",
 ]
-COLUMNS += ["chat_template_kwargs", "weight", "margin", "completion", "messages", "label"]
+COLUMNS += ["chat_template_kwargs", "weight", "margin", "completion", "messages", "label", "score", "best", "strength"]
+COLUMNS += ["parent_id", "role", "text", "rank", "deleted"]
 
 
 def malformed(generator: random.Random) -> bytes:
     """A row of a random layout with some columns replaced, and now and then some bytes."""
-    rows = [GOOD, CHAT, IDS, RANKED, OPENAI, SHAREGPT, IMPLICIT, UNPAIRED, COMPLETION, MESSAGES, {}]
+    rows = [GOOD, CHAT, IDS, RANKED, OPENAI, SHAREGPT, IMPLICIT, UNPAIRED, COMPLETION, MESSAGES, SCORED, *TREE, {}]
     row = {**generator.choice(rows), **{generator.choice(COLUMNS): generator.choice(VALUES) for _ in range(3)}}
     data = bytearray(json.dumps(row).encode())
     for _ in range(generator.choice([0, 0, 0, 1, 3])):
@@ -324,8 +311,9 @@ def test_no_malformed_row_escapes_and_the_counts_add_up(tmp_path, tokenizer, lay
     path = write(tmp_path / "rows.jsonl", *(malformed(generator) for _ in range(1500)))
     settings = SETTINGS.model_copy(update={"layout": layout})
     encoded, report = collect(str(path), tokenizer, settings)
-    assert report.rows == 1500 == report.kept + report.bad + report.too_long
-    for effect, total in ((BAD, report.bad), (TOO_LONG, report.too_long)):
+    counted = report.kept + report.bad + report.too_long + report.unranked + report.joined
+    assert report.rows == 1500 == counted
+    for effect, total in ((BAD, report.bad), (TOO_LONG, report.too_long), (UNRANKED, report.unranked)):
         assert sum(count for kind, count in report.counts.items() if KINDS[kind] == effect) == total
     assert (encoded.num_units, encoded.num_pairs) == (report.kept, report.pairs + report.singles)
     assert encoded.single.sum() == report.singles >= report.undesirable == (encoded.label[encoded.single] == 0).sum()

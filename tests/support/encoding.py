@@ -7,8 +7,12 @@ import numpy as np
 
 from dpo_jax.data.encode import collect
 from dpo_jax.data.encoded import Encoded
+from dpo_jax.data.layouts import Record
+from dpo_jax.data.messages import BadRow
+from dpo_jax.data.records import RowRules, read_record, stretches
 from dpo_jax.data.report import Report
 from dpo_jax.data.settings import DataSettings
+from dpo_jax.data.sources import tables
 from tests.support.tiny_rows import write
 
 
@@ -18,6 +22,21 @@ def settings(**changes) -> DataSettings:
 
 def encoded_rows(folder: Path, tokenizer, *rows, **changes) -> tuple[Encoded, Report]:
     return collect(str(write(folder / "rows.jsonl", *rows)), tokenizer, settings(**changes))
+
+
+def records(*paths, report=None, first=None, **how) -> list[Record]:
+    report, rules = report or Report(), RowRules(**how)
+    opened = tables([str(path) for path in paths])
+    found = []
+    for stretch in stretches(opened, rules=rules, first=first, report=report, size=2):
+        for row in stretch.rows:
+            record = read_record(row, stretch, rules)
+            report.note(row.notes, file=row.file, line=row.line)
+            if isinstance(record, BadRow):
+                report.drop(record.kind, record.reason, file=row.file, line=row.line)
+            else:
+                found.append(record)
+    return found
 
 
 def assert_equal(one: tuple[Encoded, Report], other: tuple[Encoded, Report]) -> None:

@@ -50,6 +50,12 @@ GOOD = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}
 CHAT = {"prompt": HI, "chosen": YO, "rejected": NO}
 IDS = {"prompt_ids": [70], "chosen_ids": [71], "rejected_ids": [72]}
 RANKED = {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]}
+SCORED = {"prompt": "p", "completion": "a", "score": 1}
+TREE = [  # of one question, which is answered twice
+    {"message_id": "q", "parent_id": None, "role": "prompter", "text": "Hi?", "rank": None},
+    {"message_id": "n", "parent_id": "q", "role": "assistant", "text": "No", "rank": 1},
+    {"message_id": "y", "parent_id": "q", "role": "assistant", "text": "Yo", "rank": 0},
+]
 OPENAI = {"input": {"messages": HI}, "preferred_output": YO, "non_preferred_output": NO}
 SHAREGPT = {
     "conversations": [{"from": "human", "value": "Hi?"}],

@@ -11,7 +11,7 @@ from dpo_jax.data.encode import encode
 from dpo_jax.data.layouts import Record
 from dpo_jax.data.messages import BadRow
 from dpo_jax.data.readers import Row
-from dpo_jax.data.records import RowRules, read_record
+from dpo_jax.data.records import RowRules, Stretch, read_record
 from dpo_jax.data.report import AS_TEXT, LEFT_OUT
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.data.sources import tables
@@ -78,7 +78,7 @@ def _ours(case: Case, coder: Codec, folder: Path) -> Tokens | BadRow:
     row = Row("rows", 1, json.dumps(case.row).encode())
     if case.parquet:
         row = _through_parquet(case, folder)
-    record = read_record(row, None, RowRules())
+    record = read_record(row, Stretch(None, [row]), RowRules())
     return tokenize([record], coder)[0] if isinstance(record, Record) else record
 
 
