@@ -12,7 +12,7 @@ import dpo_jax
 from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
 from dpo_jax.data.arguments import dated
-from dpo_jax.errors import public
+from dpo_jax.errors import UserError, public
 from dpo_jax.evaluation.judges.opening import check_judge
 from dpo_jax.hf.ending import Ending
 from dpo_jax.hf.tensors import SIDE_FILES
@@ -71,6 +71,7 @@ class Job:
             check_judge(run.evaluation.judging)
         named = run.model, run.reference, output.recorded(folder)
         mesh = models.make_mesh(run.mesh, run.model)
+        _check_processes()
         if here().count > 1:
             print(processes_line(mesh))
         terms, length, scores = run.objective.terms, run.data.max_length, run.objective.trains_reward_model
@@ -227,6 +228,15 @@ class Job:
             print(line)
         output.record_run(self.run, self.folder, facts, machine=machine_of(self.mesh))
         return facts
+
+
+def _check_processes() -> None:
+    """Refuse processes that JAX knows of and the run does not: each would take itself for the only one."""
+    if jax.process_count() != here().count:
+        raise UserError(
+            f"JAX was told of {jax.process_count()} processes before the run began; leave jax.distributed.initialize to "
+            "python -m dpo_jax.train, which calls it"
+        )
 
 
 def processes_line(mesh: jax.sharding.Mesh) -> str:
