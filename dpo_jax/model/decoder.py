@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
@@ -45,9 +46,9 @@ class Model:
     spec: DecoderSpec
     params: Params
 
-    def logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    def logits(self, tokens: Int[Array, "B T"] | Int[np.ndarray, "B T"]) -> Float[Array, "B T V"]:
         """Logits of ordinary rows, float32: `[:, t]` is the prediction of token t + 1 from tokens 0..t."""
-        return logits(self.spec, self.params, tokens)
+        return logits(self.spec, self.params, jnp.asarray(tokens))
 
 
 @dataclasses.dataclass(frozen=True)

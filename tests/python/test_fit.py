@@ -156,6 +156,7 @@ def test_other_rows_are_another_run_and_leave_no_file(world, heard):
     assert len(list((world / "heard" / "rows").iterdir())) == 2
 
 
+@pytest.mark.nightly
 def test_a_run_goes_on_after_ctrl_c_and_after_what_a_caller_raised(world, heard, capsys):
     def stop(step, metrics):
         print(f"heard {step}")

@@ -62,8 +62,11 @@ def test_a_model_is_its_own_reference(folders):
     [
         ([*ROWS, {"prompt": "a", "chosen": "b"}], {}, r":6: no 'rejected'"),
         ([{"prompt": "Hi", "completion": "yes", "label": True}], {}, "has one answer; a pair has a chosen and a"),
-        ([{"prompt": "Hi" * 40, "chosen": "a" * 40, "rejected": "a" * 39 + "b"}], {"max_length": 24}, "leaves nothing"),
-        ([{**GOOD, "prompt": "long" * 30}], {}, "a row has 1.. tokens, and the model knows 64 positions"),
+        (
+            [GOOD, {"prompt": "Hi" * 40, "chosen": "a" * 40, "rejected": "a" * 39 + "b"}],
+            {"max_length": 24},
+            "leaves nothing",
+        ),
         (ROWS, {"max_lenght": 64}, "score_pairs: data.max_lenght: no such setting; did you mean data.max_length"),
         ([], {}, "holds no row"),
     ],
@@ -89,7 +92,7 @@ def test_answers_are_those_of_the_command(folders, tmp_path, capsys):
     ("given", "said"),
     [
         ({"temperatur": 1.0}, "temperatur: no such argument; give temperature"),
-        ({"top_p": 0.5}, "top_p: greedy decoding draws nothing; give a temperature too"),
+        ({"temperature": 0.0, "top_p": 0.5}, "top_p: greedy decoding draws nothing; give a temperature too"),
         ({"prompts": [3]}, "prompt 1: wrong type"),
         ({"prompts": [""], "chat": False}, "prompt 1"),
         ({"max_new_tokens": 0}, "max_new_tokens = 0: must be at least 1"),
