@@ -234,8 +234,8 @@ def _check_processes() -> None:
     """Refuse processes that JAX knows of and the run does not: each would take itself for the only one."""
     if jax.process_count() != here().count:
         raise UserError(
-            f"JAX was told of {jax.process_count()} processes before the run began; leave jax.distributed.initialize to "
-            "python -m dpo_jax.train, which calls it"
+            f"JAX was told of {jax.process_count()} processes before the run began; leave jax.distributed.initialize "
+            "to dpo_jax.train, which calls it"
         )
 
 
