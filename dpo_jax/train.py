@@ -91,12 +91,13 @@ def advance(trainer: "Trainer", state: "State", recorder: "Recorder", saver: "Sa
             step = made.step + 1
             recorder.take(step, metrics, waited=made.waited)
             better = recorder.evaluate(step, state)
-            ends, stop = step == last or recorder.gave_up, interrupts.agreed()
-            saved = saver.save(step, state, recorder, at_once=bool(better or ends or stop))
+            ends = step == last or recorder.gave_up
+            interrupts.agree()
+            saved = saver.save(step, state, recorder, at_once=bool(better or ends or interrupts.stop))
             if ends:
                 break
-            if saved and stop:
-                return state, stop
+            if saved and interrupts.stop:
+                return state, interrupts.stop
     recorder.end(state)
     return state, None
 

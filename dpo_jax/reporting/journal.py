@@ -156,10 +156,10 @@ class Journal:
         makers: dict[str, Callable[[], Logger]] = {
             service: functools.partial(SERVICES[service], about) for service in settings.loggers
         }
-        if settings.tensorboard:
-            makers["TensorBoard"] = functools.partial(TensorBoard, folder, resume_step)
         self._loggers = [Guarded(service, make, self.note) for service, make in makers.items()]
         self._file = MetricsFile(folder, resume_step, measures_again=resume_step >= total_steps)
+        if settings.tensorboard:  # after the file, which may be refused
+            self._loggers.append(Guarded("TensorBoard", functools.partial(TensorBoard, folder, resume_step), self.note))
 
     def __enter__(self) -> "Journal":
         """The journal itself."""

@@ -24,6 +24,7 @@ class Interrupts:
     def __init__(self, mesh: Mesh | None = None):
         """Nothing has been asked yet; `mesh` is that of a run of several processes."""
         self.asked: int | None = None
+        self._agreed: int | None = None
         self._mesh, self._under_way = mesh if here().count > 1 else None, None
 
     def __enter__(self) -> "Interrupts":
@@ -39,15 +40,19 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def agreed(self) -> int | None:
-        """The signal after which the run stops now, on all of its processes; every one of them asks once a step.
+    @property
+    def stop(self) -> int | None:
+        """The signal after which the run stops now; of several processes the one that they agreed on."""
+        return self.asked if self._mesh is None else self._agreed
 
-        With several processes it is the answer to what they knew a step before, so that nobody waits for it.
+    def agree(self) -> None:
+        """Agree with the other processes on whether to stop; every one of them calls once a step.
+
+        It is by what they knew a step before, so that nobody waits for it.
         """
-        if self._mesh is None:
-            return self.asked
-        before, self._under_way = self._under_way, _largest(self._mesh, self.asked or 0)
-        return None if before is None else int(before) or None
+        if self._mesh is not None:
+            before, self._under_way = self._under_way, _largest(self._mesh, self.asked or 0)
+            self._agreed = None if before is None else int(before) or None
 
     def _ask(self, number: int, frame: Any) -> None:
         if self.asked is not None and number == signal.SIGINT:
