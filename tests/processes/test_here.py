@@ -191,6 +191,20 @@ def test_processes_that_all_wait_for_each_other_end(clock):
     assert found is not None and "wait for each other" in found.why
 
 
+def test_processes_that_wait_for_one_that_works_or_for_others_by_turns_go_on(clock):
+    store = Store()
+    first, second = (Here(store, process, 2, slow=20, timeout=1000) for process in (0, 1))
+    watches = [Watch(first), Watch(second)]
+    with first._waiting("process 1 (data)"):
+        for clock.seconds in (0.0, 21.0, 42.0):  # the second one tokenises, and is late by its own limit alone
+            assert watches[1]._look() is None and watches[0]._look() is None
+    for turn in range(4):
+        with first._waiting("process 1"), second._waiting(f"process 0 (turn {turn})"):
+            for _ in range(2):
+                clock.seconds += 15.0
+                assert watches[1]._look() is None and watches[0]._look() is None
+
+
 def test_a_failure_survives_the_store():
     failure = Failure(3, "node", 2, 'a "quoted" line')
     assert Failure(*json.loads(json.dumps(failure))) == failure
