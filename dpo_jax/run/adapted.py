@@ -20,7 +20,7 @@ from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights
 from dpo_jax.processes.here import here
 from dpo_jax.run.policy import Policy
-from dpo_jax.sharding import fetched
+from dpo_jax.sharding import on_host
 from dpo_jax.trees import Params
 
 
@@ -41,10 +41,11 @@ def trained_on(policy: Policy, weights: Weights) -> factors.Adapter:
     """The adapter that was trained, by the tensors of the base's folder; also what of the model was trained whole."""
     assert policy.adapter is not None
     entries, leaves = policy.entries, trees.paths(weights.params)
-    trained = trees.paths(fetched(weights.trained))
-    own = {path: leaf for path, leaf in trained.items() if "/lora/" in path}
+    own = {path: on_host(leaf) for path, leaf in trees.paths(weights.trained).items() if "/lora/" in path}
     found = folders.to_factors(policy.adapter, own, entries)
-    whole = {entry.name: entry.of(leaves).astype(np.float32) for entry in entries if _is_whole(policy, entry)}
+    kept = [entry for entry in entries if _is_whole(policy, entry)]
+    held = {path: on_host(leaves[path]) for path in dict.fromkeys(part.leaf for entry in kept for part in entry.parts)}
+    whole = {entry.name: entry.of(held).astype(np.float32) for entry in kept}
     return factors.Adapter(found, {entry.name: entry for entry in entries}, whole, dropout=policy.dropout)
 
 

@@ -10,8 +10,7 @@ from dpo_jax.files import file_digest
 from dpo_jax.processes.watch import RETRY
 from dpo_jax.reporting.journal import read_records
 from tests.support.hosts import Hosts
-from tests.support.tiny_folders import write_folder
-from tests.support.tiny_rows import byte_tokenizer, user, write, yes_or_no
+from tests.support.worlds import write_world
 
 SECONDS = 20
 """Of `distributed.timeout`; far more than a step takes, as a test machine may be busy."""
@@ -20,16 +19,7 @@ SECONDS = 20
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A model folder, and files of pairs and questions."""
-    root = tmp_path_factory.mktemp("world")
-    tokenizer = byte_tokenizer()
-    ends = {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    write_folder(root / "model", num_hidden_layers=2, **ends)
-    tokenizer.save_pretrained(str(root / "model"))
-    rows = yes_or_no(20)
-    write(root / "train.jsonl", *rows[:14])
-    write(root / "eval.jsonl", *rows[14:])
-    write(root / "answers.jsonl", {"prompt": [user("Say 3")], "good": "."})
-    return root
+    return write_world(tmp_path_factory.mktemp("world"), 14, 6)
 
 
 def words(world, output, *more):
@@ -114,6 +104,7 @@ def test_one_sigterm_stops_all_and_the_same_command_goes_on(world, tmp_path):
     [
         ("adapter.rank=4",),
         ("adapter.rank=4", "export.kind=both"),
+        ("adapter.rank=4", "adapter.modules_to_save=[.*norm/scale, embed/embedding]"),
         ("reference.mode=live",),
         ("reference.update_every=2",),
         ("mesh.tensor=2",),

@@ -1,0 +1,28 @@
+"""What a whole run needs, as small as it can be: a model's folder with its tokenizer, pairs, and a question."""
+
+from pathlib import Path
+from typing import Any
+
+from tests.support.tiny_folders import write_folder
+from tests.support.tiny_rows import byte_tokenizer, user, write, yes_or_no
+
+
+def write_model(
+    folder: Path, family: str = "llama", dtype: str = "float32", *, tokenizer: Any = None, **changes: Any
+) -> Any:
+    """A folder of a model that knows 300 tokens, with a tokenizer of single bytes or another; returns the tokenizer."""
+    tokenizer = tokenizer or byte_tokenizer()
+    ends = {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    write_folder(folder, family, dtype, **ends, **changes)
+    tokenizer.save_pretrained(str(folder))
+    return tokenizer
+
+
+def write_world(root: Path, trained: int, held_out: int) -> Path:
+    """A model of two layers, files of so many pairs to train on and of so many others, and one of a question."""
+    write_model(root / "model", num_hidden_layers=2)
+    rows = yes_or_no(trained + held_out)
+    write(root / "train.jsonl", *rows[:trained])
+    write(root / "eval.jsonl", *rows[trained:])
+    write(root / "answers.jsonl", {"prompt": [user("Say 3")], "good": "."})
+    return root
