@@ -28,23 +28,10 @@ sys.path.insert(0, str(ROOT))
 from dpo_jax.files import file_digest  # noqa: E402
 from dpo_jax.reporting.journal import read_records  # noqa: E402
 from tests.support.hosts import Hosts  # noqa: E402
-from tests.support.tiny_folders import write_folder  # noqa: E402
-from tests.support.tiny_rows import byte_tokenizer, user, write, yes_or_no  # noqa: E402
+from tests.support.worlds import write_world  # noqa: E402
 
 GRACE = 10
 """Seconds beside the timeout in which all processes must be gone."""
-
-
-def make_world(root: Path) -> None:
-    """A small model, pairs and questions."""
-    tokenizer = byte_tokenizer()
-    ends = {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    write_folder(root / "model", num_hidden_layers=2, **ends)
-    tokenizer.save_pretrained(str(root / "model"))
-    rows = yes_or_no(60)
-    write(root / "train.jsonl", *rows[:48])
-    write(root / "eval.jsonl", *rows[48:])
-    write(root / "answers.jsonl", {"prompt": [user("Say 3")], "good": "."})
 
 
 def words(root: Path, output: Path, timeout: int) -> list[str]:
@@ -103,7 +90,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         root = options.work or Path(temporary)
         root.mkdir(parents=True, exist_ok=True)
-        make_world(root)
+        write_world(root, 48, 12)
         return kill(root, options.kills, options.processes, options.timeout, random.Random(options.seed))
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.tiny_folders import write_folder
-from tests.support.tiny_rows import byte_tokenizer, write, yes_or_no
+from tests.support.tiny_rows import write, yes_or_no
+from tests.support.worlds import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "configs" / "launch"
@@ -40,9 +40,7 @@ exec bash -c "$*"
 def config(tmp_path_factory):
     """A small run, as a file of settings without an output."""
     root = tmp_path_factory.mktemp("world")
-    tokenizer = byte_tokenizer()
-    write_folder(root / "model", num_hidden_layers=1, vocab_size=300, eos_token_id=tokenizer.eos_token_id)
-    tokenizer.save_pretrained(str(root / "model"))
+    write_model(root / "model", num_hidden_layers=1)
     write(root / "train.jsonl", *yes_or_no(8))
     settings = {
         "model": {"path": str(root / "model")},

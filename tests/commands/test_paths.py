@@ -12,8 +12,8 @@ import pytest
 
 from dpo_jax import train
 from tests.support.tiers import by_day
-from tests.support.tiny_folders import write_folder
-from tests.support.tiny_rows import byte_tokenizer, write, yes_or_no
+from tests.support.tiny_rows import write, yes_or_no
+from tests.support.worlds import write_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,10 +21,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("paths")
-    tokenizer = byte_tokenizer()
-    ends = {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    write_folder(root / "model", "llama", num_hidden_layers=2, **ends)
-    tokenizer.save_pretrained(str(root / "model"))
+    write_model(root / "model", "llama", num_hidden_layers=2)
     write(root / "train.jsonl", *yes_or_no(8))
     return root
 

@@ -10,18 +10,15 @@ import time
 import pytest
 
 from dpo_jax import sweep
-from tests.support.tiny_folders import write_folder
-from tests.support.tiny_rows import byte_tokenizer, write, yes_or_no
+from tests.support.tiny_rows import write, yes_or_no
+from tests.support.worlds import write_model
 
 pytestmark = pytest.mark.nightly
 
 
 @pytest.fixture
 def arguments(tmp_path):
-    tokenizer = byte_tokenizer()
-    ends = {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    write_folder(tmp_path / "model", "llama", "bfloat16", num_hidden_layers=2, **ends)
-    tokenizer.save_pretrained(str(tmp_path / "model"))
+    write_model(tmp_path / "model", "llama", "bfloat16", num_hidden_layers=2)
     rows = yes_or_no(24)
     write(tmp_path / "train.jsonl", *rows[:16])
     write(tmp_path / "eval.jsonl", *rows[16:])

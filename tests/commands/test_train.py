@@ -22,7 +22,8 @@ from dpo_jax.training import reference as references
 from dpo_jax.training.checkpoints import Checkpoints
 from tests.support.tiers import night
 from tests.support.tiny_folders import write_folder
-from tests.support.tiny_rows import assistant, byte_tokenizer, user, write, yes_or_no
+from tests.support.tiny_rows import assistant, user, write
+from tests.support.worlds import write_world
 
 STEPS = 6
 
@@ -30,15 +31,7 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A model folder and files of pairs, the second of them held out."""
-    root = tmp_path_factory.mktemp("world")
-    tokenizer = byte_tokenizer()
-    ends = {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    write_folder(root / "model", num_hidden_layers=2, **ends)
-    tokenizer.save_pretrained(str(root / "model"))
-    rows = yes_or_no(20)
-    write(root / "train.jsonl", *rows[:14])
-    write(root / "eval.jsonl", *rows[14:])
-    write(root / "answers.jsonl", {"prompt": [user("Say 3")], "good": "."})
+    root = write_world(tmp_path_factory.mktemp("world"), 14, 6)
     ranked = [
         {"prompt": f"Say {n}", "completions": ["yes", "no " * (n % 4 + 1), "perhaps"], "ranks": [1, 3, 2]}
         for n in range(1, 13)

@@ -14,8 +14,8 @@ from dpo_jax.reporting.journal import Journal, read_records
 from dpo_jax.reporting.metrics import TIME_FIELDS
 from dpo_jax.training import loss_scale
 from tests.support.tiers import by_day, by_pairs
-from tests.support.tiny_folders import write_folder
-from tests.support.tiny_rows import byte_tokenizer, write, yes_or_no
+from tests.support.tiny_rows import write, yes_or_no
+from tests.support.worlds import write_model
 
 STEPS = 4
 WEIGHTS = "model.safetensors"
@@ -24,10 +24,7 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("again")
-    tokenizer = byte_tokenizer()
-    ends = {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    write_folder(root / "model", "llama", "bfloat16", num_hidden_layers=2, **ends)
-    tokenizer.save_pretrained(str(root / "model"))
+    write_model(root / "model", "llama", "bfloat16", num_hidden_layers=2)
     rows = yes_or_no(24)
     write(root / "train.jsonl", *rows[:16])
     write(root / "grown.jsonl", *rows[:20])

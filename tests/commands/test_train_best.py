@@ -13,8 +13,8 @@ from dpo_jax.reporting.journal import Journal, read_records
 from dpo_jax.run import result
 from dpo_jax.training.checkpoints import Checkpoints
 from tests.support.tiers import night
-from tests.support.tiny_folders import write_folder
-from tests.support.tiny_rows import byte_tokenizer, write, yes_or_no
+from tests.support.tiny_rows import write, yes_or_no
+from tests.support.worlds import write_model
 from tools import kill_resume
 
 STEPS, BEST, LAST = 8, 2, 6
@@ -25,10 +25,7 @@ STEPS, BEST, LAST = 8, 2, 6
 def world(tmp_path_factory):
     """A model in bfloat16, pairs to train on, others like them, and others that prefer what is rejected here."""
     root = tmp_path_factory.mktemp("world")
-    tokenizer = byte_tokenizer()
-    ends = {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    write_folder(root / "model", num_hidden_layers=1, dtype="bfloat16", **ends)
-    tokenizer.save_pretrained(str(root / "model"))
+    write_model(root / "model", num_hidden_layers=1, dtype="bfloat16")
     rows = yes_or_no(24)
     write(root / "train.jsonl", *rows[:14])
     write(root / "alike.jsonl", *rows[14:18])

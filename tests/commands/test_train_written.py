@@ -10,8 +10,8 @@ from dpo_jax import convert, evaluate, train
 from dpo_jax.hf import tensors
 from dpo_jax.reporting.journal import read_records
 from dpo_jax.run import written
-from tests.support.tiny_folders import write_folder
-from tests.support.tiny_rows import byte_tokenizer, write, yes_or_no
+from tests.support.tiny_rows import write, yes_or_no
+from tests.support.worlds import write_model
 
 UNROUNDED = "eval_unrounded/rewards/margins"
 
@@ -20,10 +20,7 @@ UNROUNDED = "eval_unrounded/rewards/margins"
 def world(tmp_path_factory):
     """A folder whose tensors are bfloat16, and pairs."""
     root = tmp_path_factory.mktemp("written")
-    tokenizer = byte_tokenizer()
-    ends = {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    write_folder(root / "model", "llama", "bfloat16", num_hidden_layers=2, **ends)
-    tokenizer.save_pretrained(str(root / "model"))
+    write_model(root / "model", "llama", "bfloat16", num_hidden_layers=2)
     rows = yes_or_no(20)
     write(root / "train.jsonl", *rows[:14])
     write(root / "eval.jsonl", *rows[14:])

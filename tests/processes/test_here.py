@@ -226,9 +226,8 @@ def test_the_slow_process_is_named_once_it_has_been_slow_for_a_while():
     assert not any(SlowHost().line(heard, 10.0) for _ in range(3 * SAID_AFTER))
 
 
-@pytest.mark.parametrize("count", [1])
-def test_a_process_alone_agrees_with_itself(count, tmp_path):
-    place = Here(None, 0, count)
+def test_a_process_alone_agrees_with_itself(tmp_path):
+    place = Here()
     assert place.decide("x", lambda: object) is object
     assert place.everyone("x", 3) == [3] and place.all_of("x", True) and place.shares("x", tmp_path)
     assert place.in_turn("x", lambda: 4) == 4

@@ -10,8 +10,8 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.support import fits
-from tests.support.tiny_folders import write_folder
-from tests.support.tiny_rows import byte_tokenizer, write, yes_or_no
+from tests.support.tiny_rows import write, yes_or_no
+from tests.support.worlds import write_model
 
 WARM = 8
 """Runs until each model has been trained under each objective."""
@@ -22,11 +22,9 @@ run's weights, states and programs that were kept would be more in each of twelv
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    root, tokenizer = tmp_path_factory.mktemp("again"), byte_tokenizer()
-    ends = {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    root = tmp_path_factory.mktemp("again")
     for family, more in (("llama", {}), ("qwen3", {"head_dim": 8})):
-        write_folder(root / family, family, num_hidden_layers=2, **ends, **more)
-        tokenizer.save_pretrained(str(root / family))
+        write_model(root / family, family, num_hidden_layers=2, **more)
     write(root / "train.jsonl", *yes_or_no(12))
     return root
 

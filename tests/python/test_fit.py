@@ -15,8 +15,8 @@ from dpo_jax import Result, fit, train
 from dpo_jax.errors import UserError
 from dpo_jax.files import file_digest
 from dpo_jax.reporting.journal import read_records
-from tests.support.tiny_folders import write_folder
-from tests.support.tiny_rows import byte_tokenizer, write, yes_or_no
+from tests.support.tiny_rows import write, yes_or_no
+from tests.support.worlds import write_model
 
 STEPS = 4
 ROWS = yes_or_no(14)
@@ -51,10 +51,7 @@ class Enough(Exception):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
-    tokenizer = byte_tokenizer()
-    ends = {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    write_folder(root / "model", num_hidden_layers=2, **ends)
-    tokenizer.save_pretrained(str(root / "model"))
+    write_model(root / "model", num_hidden_layers=2)
     write(root / "train.jsonl", *ROWS[:10])
     write(root / "eval.jsonl", *ROWS[10:])
     return root

@@ -5,19 +5,17 @@ import pytest
 
 from dpo_jax import dpo_loss, generate, load_hf, load_tokenizer, sample, score_pairs
 from dpo_jax.errors import UserError
-from tests.support.tiny_folders import write_folder
-from tests.support.tiny_rows import GOOD, byte_tokenizer, write, yes_or_no
+from tests.support.tiny_rows import GOOD, write, yes_or_no
+from tests.support.worlds import write_model
 
 ROWS = yes_or_no(5)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    root, tokenizer = tmp_path_factory.mktemp("models"), byte_tokenizer()
-    ends = {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    root = tmp_path_factory.mktemp("models")
     for name, layers in (("policy", 2), ("reference", 1)):
-        write_folder(root / name, num_hidden_layers=layers, **ends)
-        tokenizer.save_pretrained(str(root / name))
+        write_model(root / name, num_hidden_layers=layers)
     return root
 
 

@@ -9,18 +9,15 @@ from dpo_jax.evaluation.winrate import prompt_tokens
 from dpo_jax.run import output
 from dpo_jax.run.continuing import Past
 from dpo_jax.run.prepare import Job
-from tests.support.tiny_folders import write_folder
 from tests.support.tiny_rows import CHATML, byte_tokenizer, user, write, yes_or_no
+from tests.support.worlds import write_model
 
 DATED = "{{ strftime_now('%d %b %Y') }} " + CHATML
 
 
 @pytest.fixture
 def run(tmp_path):
-    tokenizer = byte_tokenizer(template=DATED)
-    ends = {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    write_folder(tmp_path / "model", num_hidden_layers=1, **ends)
-    tokenizer.save_pretrained(str(tmp_path / "model"))
+    write_model(tmp_path / "model", num_hidden_layers=1, tokenizer=byte_tokenizer(template=DATED))
     asked = write(tmp_path / "answers.jsonl", {"prompt": [user("Say 3")], "good": "."})
     return Run.model_validate(
         {

@@ -8,18 +8,15 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.support.tiny_folders import write_folder
-from tests.support.tiny_rows import byte_tokenizer, write, yes_or_no
+from tests.support.tiny_rows import write, yes_or_no
+from tests.support.worlds import write_model
 
 
 @pytest.mark.nightly
 @pytest.mark.skipif(shutil.which("cc") is None, reason="the library that counts file operations wants a C compiler")
 def test_killed_and_full_runs_end_with_the_same_bits(tmp_path):
     """At a few of the operations of each kind of file: data, metrics, checkpoints, the export."""
-    tokenizer = byte_tokenizer()
-    ends = {"vocab_size": 300, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    write_folder(tmp_path / "model", "llama", num_hidden_layers=2, **ends)
-    tokenizer.save_pretrained(str(tmp_path / "model"))
+    write_model(tmp_path / "model", "llama", num_hidden_layers=2)
     rows = write(tmp_path / "train.jsonl", *yes_or_no(8))
     run = tmp_path / "run.yaml"
     run.write_text(
