@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -96,11 +97,12 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         yield
 
 
-def sweep(folder: Path) -> None:
-    """Remove what `write_whole` had begun when its process was killed; the folder is held by this one."""
+def sweep(folder: Path, names: re.Pattern[str] = LEFT_OVER) -> None:
+    """Remove what had been begun when its process was killed, by `write_whole` or under other `names`; the folder is
+    held by this process."""
     for entry in list(folder.iterdir()) if folder.is_dir() else []:
-        if LEFT_OVER.fullmatch(entry.name):
-            entry.unlink()
+        if names.fullmatch(entry.name):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def move_aside(path: Path, why: str) -> Path:

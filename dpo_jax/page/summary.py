@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from dpo_jax.evaluation.statistics import sign_test, wilson
 from dpo_jax.page.folder import Answers, RunFolder
-from dpo_jax.reporting.metrics import MEASURED, by_set, shown, table
+from dpo_jax.reporting.metrics import by_set, evaluations_in, shown, table
 
 LIKELY = 0.05
 """Chance of as large a difference between equals, above which it says nothing."""
@@ -38,11 +38,7 @@ def results(run: RunFolder) -> list[tuple[str, str, str]]:
 def measured(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
     """The first evaluation, and that of what is exported: of the best step, or of the newest. The first is empty where
     there is no other."""
-    found: dict[int, dict[str, Any]] = {}
-    for record in run.records:
-        named = {name: value for name, value in record.items() if name.startswith(MEASURED)}
-        if named:
-            found[record["step"]] = {**found.get(record["step"], {}), **named}
+    found = evaluations_in(run.records)
     if not found:
         return {}, {}
     after = run.best if run.best in found else max(found)

@@ -16,6 +16,12 @@ from dpo_jax.processes.watch import LOST_SECONDS, RETRY, Watch, leave_at_once
 
 _watch: list[Watch] = []
 
+MARKS = {
+    *("SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri", "PMIX_SERVER_URI2", "OMPI_COMM_WORLD_SIZE", "KUBERNETES_SERVICE_HOST"),
+    *("TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES", "TPU_SKIP_MDS_QUERY", "MEGASCALE_COORDINATOR_ADDRESS"),
+}
+"""Variables without which JAX need not be asked, so that a run of one process begins at once."""
+
 
 def begin(settings: DistributedSettings, same: Mapping[str, object], variables: Mapping[str, str] = os.environ) -> Here:
     """Find the other processes of this run, if it has any; to be called before JAX looks for devices.
@@ -90,7 +96,7 @@ def _found_by_jax(settings: DistributedSettings, variables: Mapping[str, str]) -
     Raises:
       UserError: it sees a cluster and cannot read what it says.
     """
-    if not any(name in variables for name in _MARKS):
+    if not MARKS & variables.keys():
         return None
     from jax._src import clusters
 
@@ -112,17 +118,6 @@ def _found_by_jax(settings: DistributedSettings, variables: Mapping[str, str]) -
             "give distributed.coordinator, distributed.processes and distributed.process"
         ) from error
     return Place(*found, devices, kind.__name__)
-
-
-_MARKS = (
-    "SLURM_JOB_ID",
-    "OMPI_MCA_orte_hnp_uri",
-    "PMIX_SERVER_URI2",
-    "OMPI_COMM_WORLD_SIZE",
-    "KUBERNETES_SERVICE_HOST",
-)
-_MARKS += ("TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES", "TPU_SKIP_MDS_QUERY", "MEGASCALE_COORDINATOR_ADDRESS")
-"""Variables without which JAX need not be asked, so that a run of one process begins at once."""
 
 
 def _own_devices(kind, variables: Mapping[str, str]) -> tuple[int, ...] | None:

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dpo_jax.errors import UserError, nearest, short
 from dpo_jax.page.folder import EXPORTS, Curve, RunFolder, read
-from dpo_jax.reporting.metrics import MEASURED, held_out_of, table
+from dpo_jax.reporting.metrics import evaluations_in, held_out_of, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,11 +83,7 @@ class Result:
         return figure
 
     def _before_and_after(self) -> tuple[dict[str, float], dict[str, float]]:
-        measured: dict[int, dict[str, Any]] = {}
-        for record in self._run.records:
-            found = {name: value for name, value in record.items() if name.startswith(MEASURED)}
-            if found:
-                measured[record["step"]] = found
+        measured = evaluations_in(self._run.records)
         if not measured:
             return {}, {}
         return measured[min(measured)], measured.get(self._run.best or max(measured), {})

@@ -5,7 +5,7 @@ be explained or shown.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 
@@ -151,6 +151,15 @@ PREFIX = "eval_"
 """Before the name of what was measured on held-out data, in a record."""
 MEASURED = (PREFIX, "eval/")
 """How the names begin of all that was measured on held-out data: of all sets together, and of each that has a name."""
+
+
+def evaluations_in(records: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    """What was measured on held-out data, by step, of the records of a run."""
+    found: dict[int, dict[str, Any]] = {}
+    for record in records:
+        if named := {name: value for name, value in record.items() if name.startswith(MEASURED)}:
+            found[record["step"]] = {**found.get(record["step"], {}), **named}
+    return found
 
 
 def recorded(metric: str, held_out: str = "") -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.errors import UserError, redacted, redacted_values
-from dpo_jax.files import LOCK, locked, write_whole
+from dpo_jax.files import LEFT_OVER as HALF_WRITTEN
+from dpo_jax.files import LOCK, locked, sweep, write_whole
 from dpo_jax.processes.here import Failure, here
 from dpo_jax.training import manifest
 
@@ -29,7 +29,7 @@ OURS = frozenset(
     | {"tensorboard", "wandb", "wandb_run", "trackio", "trackio_run", "mlflow_run", COLLECTED, ROWS}
 )
 """What a run's folder holds."""
-LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|\.(model|adapter)\.(tmp|old)-\d+")
+LEFT_OVER = re.compile(rf"{HALF_WRITTEN.pattern}|\.(model|adapter)\.(tmp|old)-\d+")
 """Names of what a run was writing when it was killed: files before they are moved into place, and the export."""
 
 
@@ -50,6 +50,7 @@ def opened(run: Run) -> Iterator[Path]:
             )
         place.on_failure = lambda failure: _mark_failed(folder, failure)
         yield folder
+        place.on_failure = None  # of an error it is still to be told
 
 
 def _mark_failed(folder: Path, failure: Failure) -> None:
@@ -62,9 +63,8 @@ def _hold(folder: Path, held: contextlib.ExitStack) -> None:
     """Lock the output folder for as long as `held`, and sweep it; raises as `opened`."""
     check(folder)
     held.enter_context(locked(folder, "output"))
-    _sweep(folder)
-    _sweep(folder / "cache")
-    _sweep(folder / ROWS)
+    for held_too in (folder, folder / "cache", folder / ROWS):
+        sweep(held_too, LEFT_OVER)
 
 
 def check(folder: Path) -> None:
@@ -81,13 +81,6 @@ def check(folder: Path) -> None:
         raise UserError(
             f"output: {folder} holds other things ({sorted(strangers)[0]}, ...); name a new or empty folder"
         )
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a run that was killed left half-written; the folder is locked."""
-    for entry in list(folder.iterdir()) if folder.is_dir() else []:
-        if LEFT_OVER.fullmatch(entry.name):
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def has_steps(folder: Path) -> bool:

@@ -20,7 +20,7 @@ from dpo_jax.model.weights import Weights
 from dpo_jax.page.render import PAGE
 from dpo_jax.processes.here import here
 from dpo_jax.reporting.journal import Journal, read_records
-from dpo_jax.reporting.metrics import MEASURED
+from dpo_jax.reporting.metrics import evaluations_in
 from dpo_jax.reporting.terminal import summary
 from dpo_jax.run import adapted, continuing, output, sources, written
 from dpo_jax.run.best import Best, Watch, best_lines
@@ -79,9 +79,7 @@ class Ended(NamedTuple):
 
 def evaluations(folder: Path) -> dict[int, dict[str, float]]:
     """The evaluations of a run by step, from its records."""
-    records = read_records(folder / "metrics.jsonl")
-    measured = [(r["step"], {name: value for name, value in r.items() if name.startswith(MEASURED)}) for r in records]
-    return {step: metrics for step, metrics in measured if metrics}
+    return evaluations_in(read_records(folder / "metrics.jsonl"))
 
 
 def before_and_after(folder: Path, best: Best | None = None) -> tuple[dict[str, float], dict[str, float]]:

@@ -41,7 +41,6 @@ _SEALED = "sealed"
 _LEFT_OVER = re.compile(r"[0-9]+\.(removed|orbax-checkpoint-tmp.*)")
 # Orbax's default is 1200. When one host cannot write, the others learn it only after this long.
 _TIMEOUT_SECONDS = 600
-_NONE = -1
 
 
 class Checkpoints:
@@ -109,9 +108,8 @@ class Checkpoints:
         """
         self.wait()
         found = here().decide("newest checkpoint", self._newest_usable)
-        if found == _NONE:
-            return None
-        self._good.add(found)
+        if found is not None:
+            self._good.add(found)
         return found
 
     def restore(self, step: int, abstract_state: Tree) -> tuple[Tree, dict[str, Any]]:
@@ -203,7 +201,7 @@ class Checkpoints:
             self._good.discard(step)
             _remove(self.folder / str(step))
 
-    def _newest_usable(self) -> int:
+    def _newest_usable(self) -> int | None:
         for step, path in steps_of(self.folder):
             if not (path / MANIFEST).exists():
                 if _unfinished(path):
@@ -220,7 +218,7 @@ class Checkpoints:
                 f"no checkpoint in {self.folder} can be used, though the run had saved some; put one back, or delete "
                 "this folder or choose another output to start from the beginning"
             )
-        return _NONE
+        return None
 
     def _say_lost(self, *, newer_than: int) -> None:
         """Say that a newer step was sealed here and is no more, under its name or beside it."""
@@ -230,7 +228,7 @@ class Checkpoints:
             if sealed > newer_than and not known:
                 self._say(f"checkpoint {self.folder / str(sealed)} was saved and is gone; step {newer_than} is used")
 
-    def _make_way(self, step: int) -> int:
+    def _make_way(self, step: int) -> None:
         """Clear the name of a step that is about to be saved; what is not ours is moved, never deleted."""
         path = self.folder / str(step)
         if (path / MANIFEST).exists():
@@ -242,7 +240,6 @@ class Checkpoints:
             _remove(path)
         elif os.path.lexists(path):
             self._say(f"{path} is not a checkpoint and in the way; renamed to {move_aside(path, 'stray').name}")
-        return step
 
     def _require_usable(self, step: int) -> None:
         if step not in self._good:
