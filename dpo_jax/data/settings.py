@@ -1,14 +1,15 @@
 """Settings of the data and of the batches made from it."""
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from dpo_jax.errors import short
 from dpo_jax.settings import Section
 
-LAYOUTS = (
+Layout = Literal[
+    "auto",
     "pair",
     "implicit",
     "sharegpt",
@@ -20,8 +21,10 @@ LAYOUTS = (
     "unpaired",
     "completion",
     "messages",
-)
-"""Names of the row layouts, as `data.layout` takes them (see layouts.py)."""
+]
+"""What `data.layout` takes."""
+LAYOUTS = get_args(Layout)[1:]
+"""Names of the row layouts (see layouts.py)."""
 
 SET_NAME = "[A-Za-z0-9_]{1,40}"
 """What a set of `data.eval` may be called."""
@@ -52,20 +55,9 @@ class DataSettings(Section):
         description="hold out about this share of the prompts of data.train, with all their answers, in place of "
         "data.eval: which ones follows from the seed and the prompt",
     )
-    layout: Literal[
-        "auto",
-        "pair",
-        "implicit",
-        "sharegpt",
-        "openai",
-        "tokenized",
-        "ranked",
-        "scored",
-        "tree",
-        "unpaired",
-        "completion",
-        "messages",
-    ] = Field(default="auto", description="layout of the rows; auto detects it for each file and reports it")
+    layout: Layout = Field(
+        default="auto", description="layout of the rows; auto detects it for each file and reports it"
+    )
     columns: dict[str, str | tuple[str, ...]] | None = Field(
         default=None,
         description="columns of the files that go by other names, as {prompt: question, chosen: good, rejected: bad}; "

@@ -102,8 +102,6 @@ CHOSEN = (
     {"chosen": "accepted", "rejected": "refused"},
 )
 """Near misses of rows whose answers are chosen and rejected."""
-PROMPTED = ({"prompt": "question"}, CHOSEN[0], CHOSEN[2])
-"""The same, where the prompt is a column of its own that answers do not repeat."""
 SINGLE = ({"completion": "response"}, {"completion": "answer", "prompt": "instruction"}, {"label": "desirable"})
 
 BINARIZED = {"score_chosen": 8.5, "score_rejected": 4.0}
