@@ -16,20 +16,18 @@ from dpo_jax.errors import redacted
 from dpo_jax.evaluation.judges.opening import check_judge
 from dpo_jax.files import size_text
 from dpo_jax.hf.tensors import SIDE_FILES
-from dpo_jax.hf.tokenizer import load_tokenizer
 from dpo_jax.model.decoder import abstract_params
 from dpo_jax.planning import costs, machine
 from dpo_jax.planning.report import fit_line, scaled, table
 from dpo_jax.reporting.journal import METRICS_FILE, read_records
 from dpo_jax.run import continuing, models, output, program, result, sources
 from dpo_jax.run.continuing import Past
-from dpo_jax.run.data import Data, check_tokens, length_line, number_of_steps, read_data
+from dpo_jax.run.data import Data, check_tokens, read_data
 from dpo_jax.run.evaluator import is_at, read_prompts, steps_between
 from dpo_jax.run.fitting import room_of
-from dpo_jax.run.policy import adapter_notes, policy_of
+from dpo_jax.run.prepare import Start, steps_over
 from dpo_jax.run.program import PlannedStep
 from dpo_jax.run.sources import Sources
-from dpo_jax.training.optimizer import check_warmup
 from dpo_jax.training.reference import data_digest
 
 MEASURED = 50
@@ -70,14 +68,9 @@ def _read(run: Run, folder: Path, mesh: jax.sharding.Mesh, cache: Path) -> tuple
         check_judge(run.evaluation.judging)
     length, scores, terms = run.data.max_length, run.objective.trains_reward_model, run.objective.terms
     found = sources.find_models(run.model, run.reference, output.recorded(folder), SIDE_FILES, adapter=run.adapter)
-    tokenizer = load_tokenizer(found.policy, run.data.template)
-    found = found.resized(run.model, tokenizer)
     how = {"model": run.model, "reference": run.reference, "max_length": length, "scalar_head": scores}
     models.check_models(found, mesh, **how)
-    ending = models.check_ending(found, tokenizer, run.export, scalar_head=scores)
-    policy = policy_of(run, found, mesh)
-    for line in [*models.notes(found, ending, run.export), *adapter_notes(run, policy)]:
-        print(line)
+    found, tokenizer, _, policy = Start.of(run, found, mesh)
     data = read_data(run.data, tokenizer, cache, _say_of_data, date=output.template_date(folder), seed=run.seed)
     data = data.examples(terms, length)
     check_tokens(data, policy.spec.vocab_size, tokenizer)
@@ -95,12 +88,9 @@ def _say_of_data(line: str) -> None:
 
 def _length(run: Run, data: Data, found: Sources, past: Past) -> int:
     """Steps of the run, which may go on with these data and this length."""
-    pairs = data.train.num_pairs
-    steps = number_of_steps(pairs, run.batch.pairs, steps=run.steps, epochs=run.epochs)
-    check_warmup(run.optimizer, steps)
-    print(length_line(pairs, run.batch.pairs, steps))
-    facts = {continuing.STEPS: steps, continuing.PAIRS: pairs, continuing.DATA: data_digest(data.train)}
-    for line in past.check_facts(run, {**found.facts(), **facts}, data.train):
+    steps, train = steps_over(run, data), data.train
+    facts = {continuing.STEPS: steps, continuing.PAIRS: train.num_pairs, continuing.DATA: data_digest(train)}
+    for line in past.check_facts(run, {**found.facts(), **facts}, train):
         print(line)
     if past.step is not None:
         print(f"goes on after step {past.step:,}")

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -40,6 +40,40 @@ from dpo_jax.run.sources import Sources, find_models
 from dpo_jax.run.trainer import Trainer
 from dpo_jax.run.written import Merging, Rounding
 from dpo_jax.training.optimizer import check_warmup
+
+
+class Start(NamedTuple):
+    """What a run starts from, as the folders of its models say it: no weights are read."""
+
+    sources: Sources
+    tokenizer: Any
+    ending: Ending | None
+    policy: Policy
+
+    @classmethod
+    def of(cls, run: Run, sources: Sources, mesh: jax.sharding.Mesh) -> "Start":
+        """Look at the folders, and say what is to be known of them.
+
+        Raises:
+          UserError: they are not as they must be.
+        """
+        tokenizer = load_tokenizer(sources.policy, run.data.template)
+        sources = sources.resized(run.model, tokenizer)
+        scores = run.objective.trains_reward_model
+        ending = models.check_ending(sources, tokenizer, run.export, scalar_head=scores)
+        policy = policy_of(run, sources, mesh)
+        for line in [*models.notes(sources, ending, run.export), *adapter_notes(run, policy)]:
+            print(line)
+        return cls(sources, tokenizer, ending, policy)
+
+
+def steps_over(run: Run, data: Data) -> int:
+    """Steps of a run over these data, which are said; raises as `number_of_steps` and `check_warmup`."""
+    pairs = data.train.num_pairs
+    steps = number_of_steps(pairs, run.batch.pairs, steps=run.steps, epochs=run.epochs)
+    check_warmup(run.optimizer, steps)
+    print(length_line(pairs, run.batch.pairs, steps))
+    return steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,21 +116,14 @@ class Job:
         if run.adapter.path is None:
             policy_of(run, first, mesh)
         sources = place.in_turn("weights", lambda: find_models(*named, adapter=run.adapter))
-        tokenizer = load_tokenizer(sources.policy, run.data.template)
-        sources = sources.resized(run.model, tokenizer)
-        ending = models.check_ending(sources, tokenizer, run.export, scalar_head=scores)
-        policy = policy_of(run, sources, mesh)
-        for line in [*models.notes(sources, ending, run.export), *adapter_notes(run, policy)]:
-            print(line)
+        sources, tokenizer, ending, policy = Start.of(run, sources, mesh)
         cache, date = output.cache_folder(run.data, folder), output.template_date(folder)
         shared = place.shares("data.cache", cache)
         read = functools.partial(read_data, run.data, tokenizer, cache, print, date=date, seed=run.seed)
         data = place.in_turn("data", read, shared=shared)
         output.write_json(folder / "data.json", data.report)
         data = data.examples(terms, length)
-        steps = number_of_steps(data.train.num_pairs, run.batch.pairs, steps=run.steps, epochs=run.epochs)
-        check_warmup(run.optimizer, steps)
-        print(length_line(data.train.num_pairs, run.batch.pairs, steps))
+        steps = steps_over(run, data)
         tokenizer = dated(tokenizer, date=data.date).tokenizer
         arguments, judge = run.data.chat_template_kwargs, against_start(run.evaluation, folder, mesh)
         prompts = read_prompts(run.evaluation, sources.policy, tokenizer, arguments, judge)
