@@ -79,7 +79,8 @@ def _connect(place: Place, settings: DistributedSettings) -> None:
             local_device_ids=place.devices,
             cluster_detection_method="deactivate",
             initialization_timeout=settings.start_timeout,
-            heartbeat_timeout_seconds=settings.timeout + 5,  # the watch is there before it, and says more
+            # JAX beats twice in this time, and so may miss a process after half of it: the watch is to say so before.
+            heartbeat_timeout_seconds=2 * settings.timeout + 20,
             shutdown_timeout_seconds=settings.timeout,
         )
     except Exception as error:

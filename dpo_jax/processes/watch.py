@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dpo_jax.processes.here import Failure, Here
@@ -44,7 +45,8 @@ class Watch:
         self._answered = time.monotonic()
         self._moved: tuple[Any, float] = (None, time.monotonic())
         self._threads = [
-            threading.Thread(target=run, name=run.__name__, daemon=True) for run in (self._beat, self._guard)
+            threading.Thread(target=self._watch, args=(look,), name=look.__name__, daemon=True)
+            for look in (self._look, self._late)
         ]
 
     def start(self) -> None:
@@ -65,21 +67,19 @@ class Watch:
         after = self._beats()
         return sorted(process for process, beat in after.items() if before.get(process) == beat)
 
-    def _beat(self) -> None:
+    def _watch(self, look: Callable[[], Failure | None]) -> None:
+        """Look again and again, and end the process when there is a failure."""
         while not self._stopped.wait(BEAT_SECONDS):
             try:
-                failure = self._look()
-                self._answered = time.monotonic()
-            except Exception:  # of whatever kind; the other thread sees how long there has been no answer
+                failure = look()
+            except Exception:  # of whatever kind the store raises; how long there has been no answer is looked at too
                 continue
             if failure is not None and not self._stopped.is_set():
                 leave_at_once(self._place, failure)
 
-    def _guard(self) -> None:
-        while not self._stopped.wait(BEAT_SECONDS):
-            failure = self._too_long() or self._unanswered()
-            if failure is not None and not self._stopped.is_set():
-                leave_at_once(self._place, failure)
+    def _late(self) -> Failure | None:
+        """What this process does, or an answer of process 0, has taken too long."""
+        return self._too_long() or self._unanswered()
 
     def _look(self) -> Failure | None:
         """Say that this process lives; why the run ended, if it did."""
@@ -87,7 +87,9 @@ class Watch:
         self._number += 1
         beat = [self._number, stage.name, stage.limit is None, place.numbers]
         place.store.key_value_set(f"beats/{place.process}", json.dumps(beat), allow_overwrite=True)
-        return place.failure() or (self._others() if place.owns else None)
+        failure = place.failure() or (self._others() if place.owns else None)
+        self._answered = time.monotonic()
+        return failure
 
     def _unanswered(self) -> Failure | None:
         """Process 0 does not answer any more."""

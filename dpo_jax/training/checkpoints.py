@@ -21,6 +21,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,6 +42,8 @@ _SEALED = "sealed"
 _LEFT_OVER = re.compile(r"[0-9]+\.(removed|orbax-checkpoint-tmp.*)")
 # Orbax's default is 1200. When one host cannot write, the others learn it only after this long.
 _TIMEOUT_SECONDS = 600
+_PARTING_SECONDS = 5.0
+"""How long a process of several that ends with an error waits for its last save: who it would end with may be gone."""
 
 
 class Checkpoints:
@@ -174,12 +177,18 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close; a failed last save is raised, unless something else went wrong before: then it is only said."""
+        if kind is not None and here().count > 1 and self._hangs():
+            return  # the process ends now: see `processes.starting.end_early`
         try:
             self.close()
         except UserError as error:
             if kind is None:
                 raise
             self._say(str(error))
+
+    def _hangs(self) -> bool:
+        """Whether the last save does not come to an end."""
+        return self._pending is not None and not futures.wait([self._pending], _PARTING_SECONDS).done
 
     def _finish(self, step: int, also: int | None) -> None:
         """Behind training: wait for the commit, seal it, and only then remove old steps."""

@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dpo_jax.errors import UserError
+from dpo_jax.processes.here import Here
 from dpo_jax.training.checkpoints import Checkpoints
 from dpo_jax.training.manifest import newest_record
 from dpo_jax.training.settings import CheckpointSettings
@@ -346,6 +348,22 @@ def test_an_error_inside_the_block_is_not_hidden_by_a_failed_save(tmp_path, monk
         checkpoints.save(1, a_state(1), {})
         raise ZeroDivisionError
     assert "No space left" in said[0]
+
+
+def test_an_error_in_one_of_several_processes_does_not_wait_for_a_save_that_the_others_never_end(tmp_path, monkeypatch):
+    # Whoever was to end it too may be gone, and all are to hear at once why.
+    monkeypatch.setattr("dpo_jax.training.checkpoints._PARTING_SECONDS", 0.1)
+    goes_on = threading.Event()
+    checkpoints = opened(tmp_path)
+    finish = checkpoints._finish
+    monkeypatch.setattr(checkpoints, "_finish", lambda *given: (goes_on.wait(), finish(*given)))
+    with pytest.raises(RuntimeError, match="our own"), checkpoints:
+        checkpoints.save(1, a_state(1), {})
+        monkeypatch.setattr("dpo_jax.training.checkpoints.here", lambda: Here(process=1, count=2))
+        raise RuntimeError("our own")
+    monkeypatch.undo()
+    goes_on.set()
+    checkpoints.close()
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
