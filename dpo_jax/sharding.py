@@ -168,6 +168,14 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
+def own_shards(mesh: Mesh) -> tuple[int, ...] | None:
+    """Numbers of the parts of a batch that this process's devices have; None if there is no other process."""
+    if jax.process_count() == 1:
+        return None
+    places = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch_shards(mesh),))
+    return tuple(sorted({index[0].start or 0 for index in places.values()}))
+
+
 def token_shards(mesh: Mesh) -> int:
     """Parts that the slots of a batch are split into, tensor left aside."""
     return batch_shards(mesh) * mesh.shape["context"]
@@ -234,24 +242,40 @@ def batch_shardings(batch: B, mesh: Mesh) -> B:
 
 
 def place(batch: B, mesh: Mesh) -> B:
-    """A batch of host arrays on its devices; each process holds the whole batch and hands over its own part."""
+    """A batch of host arrays on its devices. Each process holds what its `own_shards` have of it."""
+    own = own_shards(mesh) or range(batch_shards(mesh))
 
     def put(leaf, sharding):
         leaf = np.asarray(leaf)
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+        if not leaf.ndim:
+            return jax.make_array_from_callback((), sharding, lambda _: leaf)
+        each = leaf.shape[1] // len(own)  # of a shard
+
+        def of_device(index):
+            at = each * own.index((index[1].start or 0) // each)
+            return leaf[:, at : at + each]
+
+        return jax.make_array_from_callback(
+            (leaf.shape[0], each * batch_shards(mesh), *leaf.shape[2:]), sharding, of_device
+        )
 
     return jax.tree.map(put, batch, batch_shardings(batch, mesh))
 
 
 def on_host(array: jax.Array) -> np.ndarray:
     """All of an array, also of one whose parts lie with several processes; every one of them calls."""
-    return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array if _is_here(array) else multihost_utils.process_allgather(array, tiled=True))
 
 
 def fetched(tree: Tree) -> Tree:
     """All arrays of a tree on the host (`on_host`); those of one process in one go."""
-    alone = all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree))
+    alone = all(map(_is_here, jax.tree.leaves(tree)))
     return jax.device_get(tree) if alone else jax.tree.map(on_host, tree)
+
+
+def _is_here(array: jax.Array | np.ndarray) -> bool:
+    """Whether this process holds all of an array."""
+    return not isinstance(array, jax.Array) or array.is_fully_addressable
 
 
 OPTIONS: dict[str, dict[str, bool]] = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": True}}

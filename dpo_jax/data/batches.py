@@ -18,7 +18,7 @@ from dpo_jax.data.batch import Batch
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.examples import first_completions
 from dpo_jax.data.filling import PromptGroups, fill, trees_of
-from dpo_jax.data.packing import PackingPlan, RowGroups, RowShape, choose_shapes, plan
+from dpo_jax.data.packing import PackingPlan, RowGroups, RowShape, choose_shapes, part, plan
 
 T = TypeVar("T")
 SAMPLED_STEPS = 32
@@ -31,6 +31,10 @@ COMPILE_STEPS = 3
 """Steps that a further shape must save in a run, as it has to be compiled too."""
 
 
+def _spread(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return np.full(shape, value)
+
+
 @dataclasses.dataclass
 class Batches:
     """All steps of a run over one data set.
@@ -39,6 +43,7 @@ class Batches:
       encoded: the data.
       pairs: pairs per step.
       shards: devices that split the batch.
+      own: numbers of the shards whose arrays are made, ascending; None: all. A process of several makes its own.
       steps: how many steps there are.
       order: "shuffled" in each epoch; "file", the data's own in each epoch; or "length", every pair once, units of like
         length together, where the last step may hold fewer pairs.
@@ -63,6 +68,7 @@ class Batches:
     max_shapes: int = 8
     reference: np.ndarray | None = None
     rankings: bool = False
+    own: tuple[int, ...] | None = None
     _orders: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False)
     _plans: dict[int, list[PackingPlan]] = dataclasses.field(default_factory=dict, init=False, repr=False)
     # The loop asks for the pairs of a step while a thread makes the batches of later ones.
@@ -82,13 +88,19 @@ class Batches:
         return int(epochs * values.sum() + values[self._epoch(epochs)[:rest]].sum())
 
     def at(self, step: int) -> Batch:
-        """The batch of a step; the same for the same seed, data, and number of shards, whenever it is asked for."""
+        """The batch of a step, or what `own` has of it.
+
+        It is the same for the same seed, data, and number of shards, whenever it is asked for.
+        """
         pairs, planned = self.pairs_of(step), self._plan(step)
         used = int(planned.micro.max(initial=-1)) + 1
         depth = self.depth
         while depth < used:
             depth *= 2
-        batch = self._dummy(depth, planned.shape, used)
+        shards = self.shards
+        if self.own is not None:
+            shards, planned = len(self.own), part(planned, self.own)
+        batch = self._dummy((depth, shards), planned.shape, used)
         noise = self._noise(step)[: len(pairs)]
         fill(batch, planned, self._trees, self.encoded, pairs, noise, reference=self.reference, first=self._first)
         return batch
@@ -104,12 +116,13 @@ class Batches:
         return dataclasses.replace(self, order="length", steps=steps, max_shapes=2)
 
     def dummies(self) -> list[Batch]:
-        """An empty batch of each shape that the run's steps come in, to compile for before training begins."""
+        """An empty batch of each shape that the run's steps come in, of all shards, to compile for before training
+        begins. It takes no memory, and nothing can be written into it."""
         shapes = self.shapes
         if self.steps <= CHECKED_STEPS:
             used = {self._plan(step).shape for step in range(self.steps)}
             shapes = tuple(shape for shape in shapes if shape in used)
-        return [self._dummy(self.depth, shape, 0) for shape in shapes]
+        return [self._dummy((self.depth, self.shards), shape, 0, np.broadcast_to) for shape in shapes]
 
     @functools.cached_property
     def shapes(self) -> tuple[RowShape, ...]:
@@ -216,12 +229,14 @@ class Batches:
     def _first(self) -> np.ndarray:
         return first_completions(self.encoded)
 
-    def _dummy(self, depth: int, shape: RowShape, used: int) -> Batch:
+    def _dummy(
+        self, lead: tuple[int, int], shape: RowShape, used: int, spread: Callable[..., np.ndarray] = _spread
+    ) -> Batch:
+        """An empty batch of `lead` micro-batches and shards; `spread` makes an array of a value and a shape."""
         completions, pairs = self._room
-        lead = (depth, self.shards)
 
         def filled(*shape: int, value: int | float = 0, dtype: DTypeLike = np.int32) -> np.ndarray:
-            return np.full(lead + shape, value, dtype)
+            return spread(np.asarray(value, dtype), lead + shape)
 
         slots = [filled(shape.rows, shape.length) for _ in range(4)]
         return Batch(

@@ -247,6 +247,15 @@ def plan(
     return plans
 
 
+def part(whole: PackingPlan, shards: Sequence[int]) -> PackingPlan:
+    """What these shards (ascending) have of a step; they are numbered from 0 in it."""
+    place = np.searchsorted(shards, whole.shard)
+    mine = np.asarray([*shards, -1])[place] == whole.shard
+    return PackingPlan(
+        whole.shape, whole.bundle[mine], place[mine], whole.micro[mine], whole.row[mine], whole.start[mine]
+    )
+
+
 def _costs(shape: RowShape, packed: Packed, attention_length: int) -> np.ndarray:
     """Cost of each step, infinite where a bundle does not fit."""
     costs = [shape.cost(micros, attention_length) for micros in packed.micro_batches.tolist()]

@@ -143,10 +143,10 @@ def token_logprobs(
     encoded = batches.encoded
     values = np.full(encoded.num_scored, np.nan, np.float32)
     for step in range(batches.steps):
-        batch = batches.at(step)
-        scored = sharding.on_host(score(params, place(batch)))
-        for micro, shard in np.argwhere((batch.ids >= 0).any(axis=-1)).tolist():
-            where = scored_places(batch.ids[micro, shard], encoded)
+        batch = place(batches.at(step))
+        scored, ids = sharding.fetched((score(params, batch), batch.ids))
+        for micro, shard in np.argwhere((ids >= 0).any(axis=-1)).tolist():
+            where = scored_places(ids[micro, shard], encoded)
             values[where] = scored[micro, shard, : len(where)]
         progress(step + 1, batches.steps)
     return values

@@ -157,6 +157,8 @@ class Packing:
     pairs: int
     """Examples of a step."""
     shards: int
+    own: tuple[int, ...] | None
+    """Shards whose arrays this process makes; None: all."""
     micro_tokens: int | None
     share_prompts: bool
     max_length: int
@@ -177,7 +179,8 @@ class Packing:
         length = attention_length or length_on(sharding.platform(mesh))
         shards, rankings = sharding.batch_shards(mesh), data_of(terms) == "rankings"
         micro_tokens = batch.micro_tokens and batch.micro_tokens * mesh.shape["context"]  # a shard is so many devices
-        return cls(batch.pairs, shards, micro_tokens, batch.share_prompts, max_length, length, rankings)
+        own = sharding.own_shards(mesh)
+        return cls(batch.pairs, shards, own, micro_tokens, batch.share_prompts, max_length, length, rankings)
 
     def can_share_prompt(self, spec: DecoderSpec) -> bool:
         """Whether prompts are laid out once for all their completions."""
@@ -208,4 +211,5 @@ class Packing:
             "micro_tokens": self.micro_tokens,
             "attention_length": self.attention_length,
             "rankings": self.rankings,
+            "own": self.own,
         }

@@ -1,5 +1,6 @@
 """A step is exactly N pairs, whatever the packing; nothing is lost, moved or mixed on the way into the arrays."""
 
+import dataclasses
 import itertools
 import threading
 
@@ -79,6 +80,34 @@ def test_arrays_hold_exactly_the_steps_pairs_and_their_texts(seed, shards, share
         for completion, (text, scored) in completions_of(batch, encoded).items():
             assert text == [*encoded.prompt(completion), *encoded.completion(completion)]
             assert scored == encoded.completion(completion).tolist()
+
+
+@pytest.mark.parametrize("kind", ["pairs", "rankings", "sweep"])
+@pytest.mark.parametrize("own", [(0, 1, 2, 3), (0, 1), (1, 3), (2,)])
+def test_a_process_makes_exactly_its_own_shards_of_the_whole_batch(kind, own):
+    encoded = random_encoded(units=17, completions=(2, 4), seed=5)
+    reference = np.random.default_rng(0).normal(size=encoded.num_scored).astype(np.float32)
+    batches = Batches(encoded, 6, 4, 5, micro_tokens=64, reference=reference, rankings=kind == "rankings")
+    if kind == "sweep":
+        batches = batches.sweep()
+    mine = dataclasses.replace(batches, own=own)
+    for step in range(batches.steps):
+        whole, part = batches.at(step), mine.at(step)
+        for field in dataclasses.fields(whole):
+            wanted, found = (np.asarray(getattr(batch, field.name)) for batch in (whole, part))
+            np.testing.assert_array_equal(found, wanted[:, own] if wanted.ndim else wanted, field.name)
+
+
+def test_a_dummy_takes_no_memory_and_has_the_shapes_of_the_steps():
+    def arrays(batch):
+        return [np.asarray(getattr(batch, field.name)) for field in dataclasses.fields(batch)]
+
+    batches = Batches(random_encoded(units=17), 6, 4, 5, micro_tokens=64, own=(1,))
+    every = dataclasses.replace(batches, own=None)
+    found = {tuple(array.shape for array in arrays(dummy)) for dummy in batches.dummies()}
+    assert found == {tuple(array.shape for array in arrays(every.at(step))) for step in range(5)}
+    for array in itertools.chain.from_iterable(map(arrays, batches.dummies())):
+        assert not any(stride for stride, size in zip(array.strides, array.shape, strict=True) if size > 1)
 
 
 def test_the_order_is_a_function_of_seed_and_step_and_visits_every_pair_once_an_epoch():
