@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from dpo_jax.data.arguments import check_arguments, dated
-from dpo_jax.data.encoded import Encoded, Entry, length_tables
+from dpo_jax.data.cache import Entry
+from dpo_jax.data.encoded import Encoded, length_tables
 from dpo_jax.data.layouts import Pair, Record
 from dpo_jax.data.messages import BadRow, is_chat, shared_length
 from dpo_jax.data.readers import Row
@@ -198,18 +199,21 @@ def _with_scores(kept: tuple[Unit, Cut] | None, report: Report) -> tuple[Unit, C
     return kept
 
 
-def _build(pieces: Iterable[Stretch], rules: EncodingRules, report: Report, workers: int) -> Encoded:
-    parts, seen = [], _Seen()
+def _parts(pieces: Iterable[Stretch], rules: EncodingRules, report: Report, workers: int) -> Iterator[Encoded]:
+    """What the pieces became, in their order; the report knows each when it is taken."""
+    seen = _Seen()
     with closing(in_order(encode_rows, rules, pieces, workers=workers, alone=ALONE)) as made:
         for part in made:
             report.merge(part.report)
             about = report.files[part.file]
             about["as_text"] = about.get("as_text", 0) + part.report.counts.get(AS_TEXT, 0)
             seen.compare(part, report)
-            parts.append(part.encoded)
-    encoded = joined(parts)
+            yield part.encoded
+
+
+def _measured(encoded: Encoded, report: Report) -> None:
+    """Write the tables of lengths into the report."""
     report.lengths = length_tables(encoded) if encoded.num_pairs else {}
-    return encoded
 
 
 class _Seen:
@@ -321,9 +325,11 @@ def collect(
     rows = RowRules(settings.layout, settings.columns or {}, settings.as_chat)
     rules = EncodingRules(coder, settings.truncation, settings.max_length, limit, rows)
     pieces = stretches(opened, rules=rows, first=first, report=report, size=CHUNK)
-    encoded = _build(pieces, rules, report, processes(settings.workers))
+    parts = _parts(pieces, rules, report, processes(settings.workers))
     if entry:
-        report.cache = entry.write(encoded, report)
+        return entry.write(parts, report, _measured), report
+    encoded = joined(parts)
+    _measured(encoded, report)
     return encoded, report
 
 

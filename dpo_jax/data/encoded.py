@@ -1,33 +1,19 @@
-"""Preference data as arrays of token ids, and the folder that keeps them by content.
+"""Preference data as arrays of token ids.
 
 Letters: N tokens, U units (a prompt with its completions), C completions, P pairs (or single completions).
 """
 
 import functools
-import hashlib
-import importlib.metadata
-import io
-import json
-import os
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
-from dpo_jax.data.report import Report, clean
-from dpo_jax.data.settings import DataSettings
-from dpo_jax.data.sources import SourceTable
-from dpo_jax.data.templates import template_source
-from dpo_jax.data.tokenizer import Tokenizer
-from dpo_jax.errors import UserError, redacted
-from dpo_jax.files import write_whole
+from dpo_jax.data.report import clean
 
-VERSION = 7
-"""Part of the cache's key. Raise it with every change of this package that changes token ids or the report."""
+SCANNED = 2**24
+"""Tokens that are looked through at a time where all are: they may lie in a file, and need not fit into memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +93,7 @@ class Encoded:
     @functools.cached_property
     def scored_length(self) -> Int32[np.ndarray, " C"]:
         """Scored tokens of each completion."""
-        others, start = np.flatnonzero(~self.scored), self.completion_start
+        others, start = found_where(self.scored, np.logical_not), self.completion_start
         before, until = (np.searchsorted(others, place) for place in (start, start + self.completion_length))
         return (self.completion_length - (until - before)).astype(np.int32)
 
@@ -186,6 +172,14 @@ class Encoded:
         return np.stack([lengths[self.chosen], lengths[self.rejected]], axis=1)
 
 
+def found_where(array: np.ndarray, holds: Callable[[np.ndarray], np.ndarray]) -> Int64[np.ndarray, " _"]:
+    """Places of a long array where something holds, which is looked for piece by piece."""
+    firsts = range(0, len(array), SCANNED)
+    return np.concatenate(
+        [np.zeros(0, np.int64), *(first + np.flatnonzero(holds(array[first : first + SCANNED])) for first in firsts)]
+    )
+
+
 def head(encoded: Encoded, pairs: int) -> Encoded:
     """The first `pairs` pairs (at least 1), with all of their units: the same data, before rows were added behind."""
     units = int(encoded.pair_unit[pairs - 1]) + 1
@@ -231,87 +225,3 @@ def _summary(values: np.ndarray) -> dict[str, float]:
     names = {"min": 0, "median": 50, "p90": 90, "p99": 99, "max": 100}
     table = {name: float(np.percentile(values, share)) for name, share in names.items()}
     return {**table, "mean": float(values.mean())}
-
-
-# ------------------------------------------------------------------------------------------------ cache
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where one result is kept: `data-KEY.npz`, and `data-KEY.json` with its digest and the report to read."""
-
-    arrays: Path
-    about: Path
-
-    @classmethod
-    def of(
-        cls,
-        folder: str | Path,
-        sources: Sequence[SourceTable],
-        tokenizer: Tokenizer,
-        settings: DataSettings,
-        template: str | None,
-        first: int | None,
-    ) -> "Entry":
-        """The entry for these sources, by a digest of all that the result depends on."""
-        parts = {
-            "version": VERSION,
-            "packages": {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")},
-            "sources": [(table.name, table.digest()) for table in sources],
-            "tokenizer": _tokenizer_parts(tokenizer),
-            "template": template_source(tokenizer, template) or "",
-            "settings": {name: getattr(settings, name) for name in SETTINGS},
-            "first": first,
-        }
-        key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-        path = Path(folder).expanduser()
-        return cls(path / f"data-{key}.npz", path / f"data-{key}.json")
-
-    def read(self) -> tuple[Encoded, Report] | None:
-        """What was kept; None when there is nothing, or when it is damaged."""
-        try:
-            data = self.arrays.read_bytes()
-            if json.loads(self.about.read_text("utf-8"))["sha256"] != hashlib.sha256(data).hexdigest():
-                return None
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                about = json.loads(arrays["about"].tobytes())
-                columns = {name.removeprefix("_"): arrays[name] for name in arrays.files if name != "about"}
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
-            return None
-        report = Report.from_dict(about["report"])
-        report.cache = f"read from {self.arrays}"
-        return Encoded(files=tuple(about["files"]), **columns), report
-
-    def write(self, encoded: Encoded, report: Report) -> str:
-        """Keep a result, and say what was done. An entry that was there was not readable."""
-        damaged = os.path.lexists(self.arrays) or os.path.lexists(self.about)
-        about = {"files": list(encoded.files), "report": report.to_dict()}
-        # underscored, since savez has an argument `file` of its own
-        columns = {"_" + field.name: getattr(encoded, field.name) for field in fields(Encoded) if field.name != "files"}
-        buffer = io.BytesIO()
-        np.savez(buffer, about=np.frombuffer(redacted(json.dumps(about)).encode(), np.uint8), **columns)
-        data = buffer.getvalue()
-        table = {"sha256": hashlib.sha256(data).hexdigest(), "report": report.to_dict()}
-        try:
-            self.arrays.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.arrays, data)
-            write_whole(self.about, redacted(json.dumps(table, indent=1)))
-        except OSError as error:
-            where = clean(str(self.arrays.parent))
-            raise UserError(f"data.cache={where}: cannot be written: {clean(str(error))}; give another") from error
-        return f"made again, the one kept in {self.arrays} was damaged" if damaged else f"made, kept in {self.arrays}"
-
-
-SETTINGS = ("layout", "columns", "as_chat", "max_length", "truncation", "ending", "chat_template_kwargs")
-SETTINGS += ("control_tokens", "score_tool_results", "max_characters")
-"""Settings that change the result. The template counts by content, sources by name and content; max_bad_fraction only
-decides whether a result is accepted."""
-
-
-def _tokenizer_parts(tokenizer: Tokenizer) -> dict[str, Any]:
-    table = json.loads(tokenizer.backend_tokenizer.to_str())
-    for state in ("truncation", "padding"):  # of the last call, not of the tokenizer
-        table.pop(state, None)
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    control = sorted(map(str, getattr(tokenizer, "chat_control_tokens", None) or ()))
-    return {"class": type(tokenizer).__name__, "backend": table, "special": special, "control": control}

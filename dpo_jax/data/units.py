@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -95,17 +95,18 @@ class Builder:
         return self.size - len(ids)
 
     def build(self) -> Encoded:
-        """The arrays, without ranks."""
-        columns = {name: np.asarray(values, _DTYPES.get(name, np.int32)) for name, values in self.columns.items()}
+        """The arrays."""
+        columns = {name: np.asarray(values, COLUMNS[name]) for name, values in self.columns.items()}
         tokens = np.concatenate(self.tokens) if self.tokens else np.zeros(0, np.int32)
         scored = np.concatenate(self.scored) if self.scored else np.zeros(0, bool)
         unranked = np.zeros(len(columns["completion_unit"]), np.int32)
         files = (self.file,) if self.tokens else ()
-        return Encoded(tokens=tokens, scored=scored, files=files, rank=unranked, **columns)
+        encoded = Encoded(tokens=tokens, scored=scored, files=files, rank=unranked, **columns)
+        return replace(encoded, rank=ranks(encoded))
 
 
 _WHOLE = ("tokens", "scored", "files", "rank")
-_DTYPES = {
+_KINDS = {
     "scored": np.bool_,
     "prompt_start": np.int64,
     "completion_start": np.int64,
@@ -116,6 +117,10 @@ _DTYPES = {
     "label": np.float32,
     "truncated": np.bool_,
 }
+COLUMNS: dict[str, np.dtype] = {
+    field.name: np.dtype(_KINDS.get(field.name, np.int32)) for field in fields(Encoded) if field.name != "files"
+}
+"""The arrays of an `Encoded`, and what each holds."""
 _COUNTED = {
     "prompt_start": "tokens",
     "completion_start": "tokens",
@@ -127,18 +132,31 @@ _COUNTED = {
 """Columns that are places in another one, and that one."""
 
 
-def joined(parts: Sequence[Encoded]) -> Encoded:
-    """The data of all parts, one after another, with ranks."""
-    files = tuple(dict.fromkeys(file for part in parts for file in part.files))
-    columns: dict[str, np.ndarray] = {}
-    for name in (field.name for field in fields(Encoded) if field.name != "files"):
-        arrays = [getattr(part, name) for part in parts] or [np.zeros(0, _DTYPES.get(name, np.int32))]
-        columns[name] = np.concatenate(arrays)
-        if of := _COUNTED.get(name):
-            sizes = [len(getattr(part, of)) for part in parts]
-            before = np.cumsum([0, *sizes[:-1]], dtype=columns[name].dtype)
-            columns[name] += np.repeat(before[: len(parts)], [len(array) for array in arrays][: len(parts)])
-    numbers = [files.index(part.files[0]) if part.files else 0 for part in parts]
-    columns["file"] += np.repeat(np.asarray(numbers, np.int32), [part.num_units for part in parts])
-    encoded = Encoded(files=files, **columns)
-    return replace(encoded, rank=ranks(encoded))
+class Following:
+    """Makes the columns of one part after another those of a whole: what is counted from a part's beginning is counted
+    from the whole's."""
+
+    def __init__(self):
+        """No part has come yet."""
+        self.files: list[str] = []
+        self._before = dict.fromkeys(_COUNTED.values(), 0)
+
+    def take(self, part: Encoded) -> dict[str, np.ndarray]:
+        """The columns of the next part, behind those that were taken."""
+        self.files += [file for file in part.files if file not in self.files]
+        columns = {name: getattr(part, name) for name in COLUMNS}
+        for name, of in _COUNTED.items():
+            columns[name] = columns[name] + np.asarray(self._before[of], columns[name].dtype)
+        number = self.files.index(part.files[0]) if part.files else 0
+        columns["file"] = columns["file"] + np.int32(number)
+        for name in self._before:
+            self._before[name] += len(columns[name])
+        return columns
+
+
+def joined(parts: Iterable[Encoded]) -> Encoded:
+    """The data of all parts, one after another, in memory."""
+    following = Following()
+    taken = [following.take(part) for part in parts]
+    columns = {name: [part[name] for part in taken] or [np.zeros(0, kind)] for name, kind in COLUMNS.items()}
+    return Encoded(files=tuple(following.files), **{name: np.concatenate(arrays) for name, arrays in columns.items()})

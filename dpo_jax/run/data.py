@@ -12,6 +12,7 @@ import numpy as np
 from dpo_jax import sharding
 from dpo_jax.data.batches import Batches
 from dpo_jax.data.encode import Encoded, encode
+from dpo_jax.data.encoded import found_where
 from dpo_jax.data.examples import as_examples
 from dpo_jax.data.settings import BatchSettings, DataSettings
 from dpo_jax.data.split import set_name, shared_line, split
@@ -107,7 +108,7 @@ def check_tokens(data: Data, rows: int, tokenizer: Any) -> None:
     """
     held_out = {set_name(name): encoded for name, encoded in data.held_out.items()}
     for name, encoded in {"data.train": data.train, **held_out}.items():
-        beyond = np.flatnonzero(encoded.tokens >= rows)
+        beyond = found_where(encoded.tokens, lambda tokens: tokens >= rows)
         if not len(beyond):
             continue
         token = int(encoded.tokens[beyond[0]])

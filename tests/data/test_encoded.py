@@ -1,14 +1,17 @@
 """The folder that keeps encoded data: hits, misses, and damage."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 
 from dpo_jax.data import encode as encode_module
+from dpo_jax.data.cache import SETTINGS
 from dpo_jax.data.encode import collect, encode
-from dpo_jax.data.encoded import SETTINGS, Encoded
+from dpo_jax.data.encoded import Encoded
 from dpo_jax.data.settings import DataSettings
+from dpo_jax.data.units import COLUMNS
 from dpo_jax.errors import UserError
 from tests.support.encoding import assert_equal, settings
 from tests.support.forests import random_encoded
@@ -33,7 +36,8 @@ def test_a_cached_result_is_the_same_and_is_not_made_again(cached, monkeypatch):
     read = run()
     assert_equal(made, read)
     assert made[1].cache.startswith("made, kept in") and read[1].cache.startswith("read from")
-    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".npz"]
+    (entry,) = folder.iterdir()
+    assert {path.name for path in entry.iterdir()} == {"about.json", *(f"{name}.npy" for name in COLUMNS)}
 
 
 def test_everything_that_the_result_depends_on_makes_a_new_entry(cached, tmp_path):
@@ -61,30 +65,69 @@ def test_everything_that_the_result_depends_on_makes_a_new_entry(cached, tmp_pat
     entries = 0
     for change in ({}, *runs):
         assert run(**change)[1].cache.startswith("made, kept in"), change
-        entries += 2
+        entries += 1
         assert len(list(folder.iterdir())) == entries
     assert run(max_bad_fraction=0.5)[1].cache.startswith("read from")
     path.write_bytes(path.read_bytes().replace(b"yes", b"yep"))
     assert run()[1].cache.startswith("made, kept in")
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".json"])
+@pytest.mark.parametrize("name", ["tokens.npy", "rank.npy", "about.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
-def test_a_damaged_entry_is_made_again_and_said_so(cached, suffix, damage):
+def test_a_damaged_entry_is_made_again_and_said_so(cached, name, damage):
     run, _, folder = cached
     made = run()
-    path = next(folder.glob(f"*{suffix}"))
+    path = next(folder.iterdir()) / name
     data = bytearray(path.read_bytes())
     if damage == "gone":
         path.unlink()
     else:
-        at = data.index(b'"sha256": "') + 15 if suffix == ".json" else len(data) // 2
+        at = data.index(b'"kept": ') + 8 if name == "about.json" else len(data) // 2
         data[at] ^= 1
         path.write_bytes({"flip": bytes(data), "cut": bytes(data[: at // 2]), "empty": b""}[damage])
     again = run()
     assert again[1].cache.startswith("made again, the one kept in") and "damaged" in again[1].cache
     assert_equal(made, again)
     assert run()[1].cache.startswith("read from")
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 700])
+def test_what_is_kept_part_by_part_is_what_is_joined_in_memory(tmp_path, monkeypatch, rows, mapped):
+    if mapped:
+        monkeypatch.setattr("dpo_jax.data.cache.IN_MEMORY", 0)
+    path = str(write(tmp_path / "rows.jsonl", *[{**GOOD, "prompt": f"p{number}"} for number in range(rows)], b"{"))
+    more = str(write(tmp_path / "more.jsonl", *[{**GOOD, "prompt": f"q{number}"} for number in range(rows)], b"{"))
+    sources, options = [path, more], settings(max_bad_fraction=1.0)
+    kept, whole = (collect(sources, byte_tokenizer(), options, cache) for cache in (tmp_path / "cache", None))
+    assert_equal(kept, whole)
+    assert kept[0].num_pairs == 2 * rows
+    if rows:
+        assert kept[0].tokens.flags.writeable != mapped
+
+
+def test_mapped_data_stays_readable_when_its_entry_is_made_again_or_deleted(cached, monkeypatch):
+    monkeypatch.setattr("dpo_jax.data.cache.IN_MEMORY", 0)
+    run, _, folder = cached
+    first, _ = run()
+    before = first.tokens.tolist()
+    entry = next(folder.iterdir())
+    (entry / "about.json").write_text("{}")
+    run()
+    shutil.rmtree(folder)
+    assert first.tokens.tolist() == before
+
+
+def test_an_error_of_reading_is_not_taken_for_one_of_the_cache(cached, monkeypatch):
+    run, path, folder = cached
+
+    def fails(*_):
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(encode_module, "encode_rows", fails)
+    with pytest.raises(OSError, match="rows.jsonl"):
+        run()
+    assert list(folder.iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_refused(cached, tmp_path):
