@@ -16,9 +16,10 @@ from numpy.typing import DTypeLike
 
 from dpo_jax.data.batch import Batch
 from dpo_jax.data.encode import Encoded
+from dpo_jax.data.encoded import firsts, narrowest
 from dpo_jax.data.examples import first_completions
-from dpo_jax.data.filling import PromptGroups, fill, trees_of
-from dpo_jax.data.packing import PackingPlan, RowGroups, RowShape, choose_shapes, part, plan
+from dpo_jax.data.filling import fill, lengths_of, ranges, trees_of
+from dpo_jax.data.packing import Lengths, PackingPlan, RowGroups, RowShape, choose_shapes, part, plan
 
 T = TypeVar("T")
 SAMPLED_STEPS = 32
@@ -80,7 +81,8 @@ class Batches:
         first, last = step * self.pairs, (step + 1) * self.pairs
         places = np.arange(first, last if self.order != "length" else min(last, total))
         epochs = places // total
-        return np.concatenate([self._epoch(e)[places[epochs == e] % total] for e in np.unique(epochs).tolist()])
+        parts = [self._epoch(e)[places[epochs == e] % total] for e in np.unique(epochs).tolist()]
+        return np.concatenate(parts, dtype=np.int64)
 
     def total_before(self, step: int, values: np.ndarray) -> int:
         """What a whole number of each pair [P] comes to over all steps before one; not for the order "length"."""
@@ -102,7 +104,8 @@ class Batches:
             shards, planned = len(self.own), part(planned, self.own)
         batch = self._dummy((depth, shards), planned.shape, used)
         noise = self._noise(step)[: len(pairs)]
-        fill(batch, planned, self._trees, self.encoded, pairs, noise, reference=self.reference, first=self._first)
+        trees = trees_of(self.encoded, self._first, planned.bundle, share_prompts=self.share_prompts)
+        fill(batch, planned, trees, self.encoded, pairs, noise, reference=self.reference, first=self._first)
         return batch
 
     def _noise(self, step: int) -> np.ndarray:
@@ -127,7 +130,7 @@ class Batches:
     @functools.cached_property
     def shapes(self) -> tuple[RowShape, ...]:
         """Shapes that the run's batches come in."""
-        lengths, trees = self._trees.lengths, np.diff(self._trees.lengths.first)
+        lengths, trees = self._lengths, np.diff(self._lengths.first)
         picked = np.unique(np.linspace(0, self.steps - 1, SAMPLED_STEPS).astype(int))
         largest = RowGroups((int(lengths.trees.max()),) * int(trees.max()), int(lengths.scored.max()))
         return choose_shapes(
@@ -149,7 +152,7 @@ class Batches:
         """
         if self.steps <= CHECKED_STEPS:
             return max(int(self._plan(step).micro.max(initial=0)) + 1 for step in range(self.steps))
-        lengths = self._trees.lengths
+        lengths = self._lengths
         units = [self._units([step])[0] for step in range(0, self.steps, max(1, self.steps // 1000))]
         slots, scored = (max(int(sizes[u].sum()) for u in units) for sizes in (lengths.slots, lengths.scored))
         smallest = min(s.rows * s.length for s in self.shapes)
@@ -163,19 +166,36 @@ class Batches:
             if epoch not in self._orders:
                 while len(self._orders) > 1:
                     self._orders.pop(next(iter(self._orders)))
-                self._orders[epoch] = np.argsort(self._rank(epoch)[self.encoded.pair_unit], kind="stable")
+                self._orders[epoch] = self._pairs_of_units(self._order_of_units(epoch))
             return self._orders[epoch]
 
-    def _rank(self, epoch: int) -> np.ndarray:
-        """Place of each unit in the order."""
+    def _order_of_units(self, epoch: int) -> np.ndarray:
         units = len(self.encoded.prompt_length)
+        numbers = np.arange(units, dtype=narrowest(units))
         match self.order:
             case "file":
-                return np.arange(units)
+                return numbers
             case "length":
-                return -self._trees.lengths.slots
+                return np.argsort(-self._lengths.slots, kind="stable")
             case "shuffled":
-                return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(units)
+                place = numbers.copy()  # of each unit in the order
+                np.random.Generator(np.random.Philox(key=[self.seed, epoch])).shuffle(place)
+                order = np.empty_like(place)
+                order[place] = numbers
+                return order
+
+    def _pairs_of_units(self, units: np.ndarray) -> np.ndarray:
+        """Numbers of all pairs of these units, in their order."""
+        first = self._first_pairs
+        if first is None:
+            return units
+        return ranges(first[units], first[units + 1] - first[units])
+
+    @functools.cached_property
+    def _first_pairs(self) -> np.ndarray | None:
+        """Number of each unit's first pair, and at the end of how many there are; None: unit u has the pair u alone."""
+        first = firsts(self.encoded.pair_unit, self.encoded.num_units)
+        return None if np.array_equal(first, np.arange(len(first), dtype=first.dtype)) else first
 
     def _units(self, steps: Sequence[int]) -> np.ndarray:
         """Units that the pairs of steps belong to, each once, in their order: int64 [S, N], filled up with -1."""
@@ -202,13 +222,13 @@ class Batches:
         if plans is None or inside >= len(plans):
             steps = range(step - inside, max(step + 1, min(step - inside + PLANNED_STEPS, self.steps)))
             units = self._units(steps)
-            plans = plan(self._trees.lengths, units, self.shards, self.shapes, self.attention_length)
+            plans = plan(self._lengths, units, self.shards, self.shapes, self.attention_length)
             self._plans = {block: plans}
         return plans[inside]
 
     @functools.cached_property
-    def _trees(self) -> PromptGroups:
-        return trees_of(self.encoded, self._first, share_prompts=self.share_prompts)
+    def _lengths(self) -> Lengths:
+        return lengths_of(self.encoded, self._first, share_prompts=self.share_prompts)
 
     @functools.cached_property
     def _room(self) -> tuple[int, int]:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Int64
+from jaxtyping import Bool, Float32, Int, Int32, Int64
 
 from dpo_jax.data.report import clean
 
-SCANNED = 2**24
+SCANNED = 2**20
 """Tokens that are looked through at a time where all are: they may lie in a file, and need not fit into memory."""
 
 
@@ -93,9 +93,17 @@ class Encoded:
     @functools.cached_property
     def scored_length(self) -> Int32[np.ndarray, " C"]:
         """Scored tokens of each completion."""
-        others, start = found_where(self.scored, np.logical_not), self.completion_start
-        before, until = (np.searchsorted(others, place) for place in (start, start + self.completion_length))
-        return (self.completion_length - (until - before)).astype(np.int32)
+        return self.scored_lengths(slice(None))
+
+    def scored_lengths(self, completions: Int[np.ndarray, " X"] | slice) -> Int32[np.ndarray, " X"]:
+        """Scored tokens of some completions, where nothing is known of the others."""
+        start, length = self.completion_start[completions], self.completion_length[completions]
+        before, until = (np.searchsorted(self._unscored, place) for place in (start, start + length))
+        return (length - (until - before)).astype(np.int32)
+
+    @functools.cached_property
+    def _unscored(self) -> Int64[np.ndarray, " _"]:
+        return found_where(self.scored, np.logical_not)
 
     @functools.cached_property
     def scored_start(self) -> Int64[np.ndarray, " C"]:
@@ -174,10 +182,27 @@ class Encoded:
 
 def found_where(array: np.ndarray, holds: Callable[[np.ndarray], np.ndarray]) -> Int64[np.ndarray, " _"]:
     """Places of a long array where something holds, which is looked for piece by piece."""
-    firsts = range(0, len(array), SCANNED)
-    return np.concatenate(
-        [np.zeros(0, np.int64), *(first + np.flatnonzero(holds(array[first : first + SCANNED])) for first in firsts)]
-    )
+    found = [np.zeros(0, np.int64)]
+    for first in range(0, len(array), SCANNED):
+        hits = holds(array[first : first + SCANNED])
+        if hits.any():
+            found.append(first + np.flatnonzero(hits))
+    return np.concatenate(found)
+
+
+def firsts(owner: Int32[np.ndarray, " X"], owners: int) -> Int[np.ndarray, " _"]:
+    """Place of the first thing of each of so many owners, and at the end how many things there are: they are in the
+    order of their owners, and some may have none."""
+    found = np.empty(owners + 1, narrowest(len(owner)))
+    for begin in range(0, owners + 1, SCANNED):  # numbers of the owners' own kind, or all of these would be converted
+        some = np.arange(begin, min(begin + SCANNED, owners + 1), dtype=owner.dtype)
+        found[begin : begin + SCANNED] = np.searchsorted(owner, some)
+    return found
+
+
+def narrowest(most: int) -> type[np.signedinteger]:
+    """The integers that count to `most` in the least memory: int32, or int64."""
+    return np.int32 if most <= np.iinfo(np.int32).max else np.int64
 
 
 def head(encoded: Encoded, pairs: int) -> Encoded:

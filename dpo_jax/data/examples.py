@@ -6,9 +6,9 @@ Letters, as in encoded.py: U units, C completions, P examples. Nothing here copi
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int, Int32
 
-from dpo_jax.data.encoded import Encoded
+from dpo_jax.data.encoded import Encoded, firsts
 from dpo_jax.errors import UserError
 
 _BY_COMPLETION = (
@@ -77,9 +77,9 @@ def ranks(encoded: Encoded) -> Int32[np.ndarray, " C"]:
     return found
 
 
-def first_completions(encoded: Encoded) -> Int64[np.ndarray, " _"]:
+def first_completions(encoded: Encoded) -> Int[np.ndarray, " _"]:
     """Number of each unit's first completion, and at the end the number of completions: U + 1 numbers."""
-    return np.searchsorted(encoded.completion_unit, np.arange(encoded.num_units + 1)).astype(np.int64)
+    return firsts(encoded.completion_unit, encoded.num_units)
 
 
 def _paired(encoded: Encoded, objective: str) -> Encoded:

@@ -1,6 +1,6 @@
 """The arrays of a batch, filled by a plan: whole arrays at a time, never tree by tree.
 
-Letters: U units, C completions, V trees (a prompt with its completions), as numbered in the data set. What is written
+Letters: U units, C completions, V trees (a prompt with its completions). What is written
 where is listed first, one entry for each tree, completion or pair in the order of the plan's places, and then written
 at once.
 """
@@ -11,51 +11,78 @@ import numpy as np
 from jaxtyping import Int, Int32, Int64
 
 from dpo_jax.data.batch import Batch
-from dpo_jax.data.encoded import Encoded
+from dpo_jax.data.encoded import Encoded, narrowest
 from dpo_jax.data.packing import Lengths, PackingPlan
+
+PLANNED = 2**14
+"""Units whose lengths are found at a time: what is computed on the way stays in a processor's cache."""
 
 
 @dataclass(frozen=True)
 class PromptGroups:
-    """How a data set is laid out as trees; tree v has the completions `first[v]` to `first[v + 1] - 1`.
+    """How some units are laid out as trees, V in all, in the order of the units.
 
     Attributes:
       lengths: slots of each tree and scored tokens, by unit.
-      first: number of each tree's first completion, and at the end the number of completions.
+      first: number of each tree's first completion in the data set.
+      branches: completions of each tree.
       prompt_start: where its prompt begins in the tokens.
       prompt_length: tokens of its prompt.
     """
 
     lengths: Lengths
-    first: Int64[np.ndarray, " _"]
+    first: Int64[np.ndarray, " V"]
+    branches: Int64[np.ndarray, " V"]
     prompt_start: Int64[np.ndarray, " V"]
     prompt_length: Int32[np.ndarray, " V"]
 
 
-def trees_of(encoded: Encoded, first: Int64[np.ndarray, " _"], *, share_prompts: bool) -> PromptGroups:
-    """Trees of a data set: one for all completions of a unit that see the same tokens of its prompt, if that is wanted.
+def trees_of(
+    encoded: Encoded, first: Int[np.ndarray, " _"], units: Int[np.ndarray, " X"], *, share_prompts: bool
+) -> PromptGroups:
+    """Trees of these units: one for all completions of a unit that see the same tokens of its prompt, if that is
+    wanted.
 
     Args:
       encoded: the data.
       first: number of each unit's first completion, and at the end the number of completions.
+      units: whose trees; each has completions.
       share_prompts: whether completions may share a prompt.
     """
-    unit = encoded.completion_unit
-    stands_alone = encoded.completion_skip == encoded.prompt_length[unit]
-    start = np.where(stands_alone, encoded.completion_start - 1, encoded.prompt_start[unit] + encoded.completion_skip)
-    length = np.where(stands_alone, 1, encoded.prompt_length[unit] - encoded.completion_skip).astype(np.int32)
-    head = first[:-1][unit]  # the unit's first completion
-    same = (start == start[head]) & (length == length[head])
-    shared = np.logical_and.reduceat(same, first[:-1]) & share_prompts
-    begins = ~shared[unit] | (np.arange(len(unit)) == head)
+    size = (first[units + 1] - first[units]).astype(np.int64)
+    head = np.cumsum(size) - size  # of each unit, the place of its first completion among those of all these units
+    text, of = ranges(first[units], size), np.repeat(np.arange(len(units)), size)
+    skip, prompt, own = encoded.completion_skip[text], encoded.prompt_length[units][of], encoded.completion_length[text]
+    alone = skip == prompt
+    start = np.where(alone, encoded.completion_start[text] - 1, encoded.prompt_start[units][of] + skip)
+    length = np.where(alone, 1, prompt - skip).astype(np.int32)
+    shared = np.logical_and.reduceat((start == start[head][of]) & (length == length[head][of]), head) & share_prompts
+    begins = ~shared[of]
+    begins[head] = True
     firsts = np.flatnonzero(begins)
-    slots = length[firsts] + np.add.reduceat(encoded.completion_length, firsts, dtype=np.int32)
     lengths = Lengths(
-        trees=slots,
-        first=np.concatenate([[0], np.cumsum(np.add.reduceat(begins, first[:-1], dtype=np.int64))]),
-        scored=np.add.reduceat(encoded.scored_length, first[:-1], dtype=np.int64),
+        trees=length[firsts] + np.add.reduceat(own, firsts, dtype=np.int32),
+        first=np.concatenate([[0], np.cumsum(np.add.reduceat(begins, head, dtype=np.int64))]),
+        scored=np.add.reduceat(encoded.scored_lengths(text), head, dtype=np.int64),
     )
-    return PromptGroups(lengths, np.append(firsts, len(unit)), start[firsts], length[firsts])
+    branches = np.diff(firsts, append=len(text))
+    return PromptGroups(lengths, text[firsts], branches, start[firsts], length[firsts])
+
+
+def lengths_of(encoded: Encoded, first: Int[np.ndarray, " _"], *, share_prompts: bool) -> Lengths:
+    """Lengths of the trees of all units, which may be too many for everything about them to fit into memory.
+
+    Args as of `trees_of`.
+    """
+    units, columns = len(first) - 1, ([], [], [])
+    for begin in range(0, units, PLANNED):
+        some = trees_of(encoded, first, np.arange(begin, min(begin + PLANNED, units)), share_prompts=share_prompts)
+        numbers = some.lengths.trees, np.diff(some.lengths.first), some.lengths.scored
+        for column, array in zip(columns, numbers, strict=True):
+            column.append(array.astype(np.int32))
+    trees, counts, scored = (np.concatenate(column) for column in columns)
+    ends = np.cumsum(counts, dtype=narrowest(len(trees)))
+    return Lengths(trees, np.concatenate([np.zeros(1, ends.dtype), ends]), scored)
 
 
 def fill(
@@ -67,14 +94,14 @@ def fill(
     noise: np.ndarray,
     *,
     reference: np.ndarray | None,
-    first: Int64[np.ndarray, " _"],
+    first: Int[np.ndarray, " _"],
 ) -> None:
     """Write a step's trees and pairs into a dummy batch.
 
     Args:
       batch: of the plan's shape.
       plan: where everything lies.
-      trees: of the data set.
+      trees: of the plan's bundles.
       encoded: the data.
       pairs: the step's pairs.
       noise: a number for each of them.
@@ -88,7 +115,7 @@ def fill(
     by_unit = np.argsort(encoded.pair_unit[pairs], kind="stable")
     units = encoded.pair_unit[pairs][by_unit]
     count = np.searchsorted(units, plan.bundle, "right") - np.searchsorted(units, plan.bundle)
-    which = by_unit[_ranges(np.searchsorted(units, plan.bundle), count)]
+    which = by_unit[ranges(np.searchsorted(units, plan.bundle), count)]
     into, mine = np.repeat(room, count), pairs[which]
     _fill_pairs(batch, into, _before(into), mine, noise[which], encoded, local)
     if batch.ranked.shape[-1]:
@@ -106,19 +133,17 @@ def _fill_trees(
     """Write tokens and scores. Returns the completions, ascending, and the number of each within its micro-batch."""
     _, _, rows, length = batch.tokens.shape
     firsts = trees.lengths.first
-    count = firsts[plan.bundle + 1] - firsts[plan.bundle]
-    tree, place = _ranges(firsts[plan.bundle], count), np.repeat(np.arange(len(count)), count)
-    inside = tree - firsts[plan.bundle][place]
+    tree, place = np.arange(firsts[-1]), np.repeat(np.arange(len(plan.bundle)), np.diff(firsts))
+    inside = tree - firsts[place]
     row, start = plan.row[place, inside].astype(np.int64), plan.start[place, inside].astype(np.int64)
     micro = room[place]
     group = 1 + _before(micro * rows + row)
-    prompt = trees.prompt_length[tree].astype(np.int64)
+    prompt = trees.prompt_length.astype(np.int64)
 
-    branches = trees.first[tree + 1] - trees.first[tree]
-    text, owner = _ranges(trees.first[tree], branches), np.repeat(np.arange(len(tree)), branches)
+    text, owner = ranges(trees.first, trees.branches), np.repeat(tree, trees.branches)
     size = encoded.completion_length[text].astype(np.int64)
     begin = start[owner] + prompt[owner] + _before(owner, size)
-    _write(batch, (micro * rows + row) * length + start, trees.prompt_start[tree], prompt, group, 0, 0, encoded)
+    _write(batch, (micro * rows + row) * length + start, trees.prompt_start, prompt, group, 0, 0, encoded)
     line = (micro[owner] * rows + row[owner]) * length
     branch = 1 + _before(owner)
     _write(batch, line + begin, encoded.completion_start[text], size, group[owner], branch, prompt[owner], encoded)
@@ -127,16 +152,16 @@ def _fill_trees(
     number = _before(into)
     slot = row[owner] * length
     scored = batch.source.shape[-1]
-    source = _ranges(slot + begin - 1, size)
+    source = ranges(slot + begin - 1, size)
     source[np.cumsum(size) - size] = slot + start[owner] + prompt[owner] - 1  # the first one's is the prompt's last
-    places, count = _ranges(encoded.completion_start[text], size), encoded.scored_length[text].astype(np.int64)
+    places, count = ranges(encoded.completion_start[text], size), encoded.scored_lengths(text).astype(np.int64)
     chosen = encoded.scored[places]
-    where = _ranges(into * scored + _before(into, count), count)
+    where = ranges(into * scored + _before(into, count), count)
     _flat(batch.source)[where] = source[chosen]
     _flat(batch.target)[where] = encoded.tokens[places[chosen]]
     _flat(batch.completion)[where] = np.repeat(number, count)
     if reference is not None:
-        _flat(batch.reference)[where] = reference[_ranges(encoded.scored_start[text], count)]
+        _flat(batch.reference)[where] = reference[ranges(encoded.scored_start[text], count)]
     at = into * batch.ids.shape[-1] + number
     _flat(batch.ids)[at], _flat(batch.prompts)[at] = text, encoded.completion_unit[text]
     _flat(batch.lengths)[at], _flat(batch.last)[at] = count, slot + begin + size - 1
@@ -155,11 +180,11 @@ def _write(
     encoded: Encoded,
 ) -> None:
     """Write X runs of tokens into the slots that begin at `where`."""
-    slots = _ranges(where, size)
-    _flat(batch.tokens)[slots] = encoded.tokens[_ranges(text, size)]
+    slots = ranges(where, size)
+    _flat(batch.tokens)[slots] = encoded.tokens[ranges(text, size)]
     _flat(batch.group)[slots] = np.repeat(group, size)
     _flat(batch.branch)[slots] = np.repeat(np.broadcast_to(branch, size.shape), size)
-    _flat(batch.position)[slots] = _ranges(np.broadcast_to(position, size.shape).astype(np.int64), size)
+    _flat(batch.position)[slots] = ranges(np.broadcast_to(position, size.shape).astype(np.int64), size)
 
 
 def _fill_pairs(
@@ -187,13 +212,13 @@ def _fill_rankings(
     pairs: np.ndarray,
     encoded: Encoded,
     local: tuple[np.ndarray, np.ndarray],
-    first: Int64[np.ndarray, " _"],
+    first: Int[np.ndarray, " _"],
 ) -> None:
     most, width = batch.ranked.shape[-2:]
     unit = encoded.pair_unit[pairs]
     size = first[unit + 1] - first[unit]
-    ranked = _ranges(first[unit], size)
-    where = _ranges((into * most + number) * width, size)
+    ranked = ranges(first[unit], size)
+    where = ranges((into * most + number) * width, size)
     _flat(batch.ranked)[where] = _local(ranked, local)
     _flat(batch.rank)[where] = encoded.rank[ranked]
 
@@ -209,7 +234,7 @@ def _flat(array: np.ndarray) -> np.ndarray:
     return array.reshape(-1)
 
 
-def _ranges(start: Int[np.ndarray, " X"], size: Int[np.ndarray, " X"]) -> Int64[np.ndarray, " Y"]:
+def ranges(start: Int[np.ndarray, " X"], size: Int[np.ndarray, " X"]) -> Int64[np.ndarray, " Y"]:
     """The numbers from each start on, `size` of them:  [5, 20], [3, 2]  ->  [5 6 7 20 21]."""
     ends = np.cumsum(size, dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0

@@ -35,13 +35,14 @@ class Lengths:
     """
 
     trees: Int32[np.ndarray, " _"]
-    first: Int64[np.ndarray, " _"]
-    scored: Int64[np.ndarray, " U"]
+    first: Int[np.ndarray, " _"]
+    scored: Int[np.ndarray, " U"]
 
     @functools.cached_property
-    def slots(self) -> Int64[np.ndarray, " U"]:
+    def slots(self) -> Int32[np.ndarray, " U"]:
         """Slots of each bundle."""
-        return np.add.reduceat(self.trees, self.first[:-1], dtype=np.int64)
+        one_each = len(self.trees) == len(self.scored)
+        return self.trees if one_each else np.add.reduceat(self.trees, self.first[:-1], dtype=np.int32)
 
     def trees_of(self, bundles: Int[np.ndarray, "..."]) -> Int32[np.ndarray, "... K"]:
         """Slots of the trees of bundles, in their order."""

@@ -25,6 +25,7 @@ NAMES = {
     "pairs": ("micro_compute", "loss and gradient of the same pairs in steps of 4, 16 and 64"),
     "rows": ("micro_compute", "loss and gradient of the same tokens in rows of 256 to 4096, and attention's share"),
     "packing": ("micro_data", "planning and packing a million pairs"),
+    "hosts": ("micro_hosts", "a hundred million pairs on 64 hosts, as one of them sees them"),
     "growth": ("micro_data", "tokenising, planning and packing 1x, 4x and 16x pairs"),
     "tokenisation": ("micro_data", "texts to token ids"),
     "files": ("micro_files", "import, export, checkpoint"),
