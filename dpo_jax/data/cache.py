@@ -67,13 +67,13 @@ class Entry:
         key = digest_of(json.dumps(parts, sort_keys=True, default=str))[:32]
         return cls(Path(folder).expanduser() / f"data-{key}")
 
-    def read(self) -> tuple[Encoded, Report] | None:
-        """What was kept; None when there is nothing, or when it is damaged."""
+    def read(self, *, check: bool = True) -> tuple[Encoded, Report] | None:
+        """What was kept; None when there is nothing, or when it is damaged, which is not looked for without `check`."""
         try:
             about = json.loads((self.folder / ABOUT).read_text("utf-8"))
             if about["itself"] != _digest_of_about(about):
                 return None
-            if any(file_digest(self.folder / f"{name}.npy") != about["sha256"][name] for name in COLUMNS):
+            if check and any(file_digest(self.folder / f"{name}.npy") != about["sha256"][name] for name in COLUMNS):
                 return None
             encoded, report = _opened(self.folder, about["files"]), Report.from_dict(about["report"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -100,25 +100,29 @@ class Entry:
             about: dict[str, Any] = {"files": files, "sha256": digests, "report": report.to_dict()}
             about = json.loads(redacted(json.dumps(about)))
             about["itself"] = _digest_of_about(about)
-            with self._refused():
+            with refused(self.folder.parent):
                 write_whole(staging / ABOUT, json.dumps(about, indent=1))
         made = "made again, the one kept in {} was damaged" if damaged else "made, kept in {}"
         report.cache = made.format(self.folder)
         return encoded
 
+    def staging(self) -> Path:
+        """A name beside the entry that nobody has."""
+        return self.folder.with_name(f".{self.folder.name}.{uuid.uuid4().hex}.tmp")
+
     def _write_columns(self, folder: Path, parts: Iterable[Encoded]) -> tuple[list[str], dict[str, str]]:
         """Names of the data's files, and the digest of each column's."""
         following, paths = Following(), {name: folder / f"{name}.npy" for name in COLUMNS}
         with contextlib.ExitStack() as held:
-            with self._refused():
+            with refused(self.folder.parent):
                 columns = {name: _Column(path, COLUMNS[name]) for name, path in paths.items()}
             for column in columns.values():
                 held.callback(column.close)
             for part in parts:
-                with self._refused():
+                with refused(self.folder.parent):
                     for name, array in following.take(part).items():
                         columns[name].add(array)
-            with self._refused():
+            with refused(self.folder.parent):
                 for column in columns.values():
                     column.end()
         return following.files, {name: file_digest(path) for name, path in paths.items()}
@@ -126,12 +130,12 @@ class Entry:
     @contextlib.contextmanager
     def _staged(self) -> Iterator[Path]:
         """A folder that becomes the entry in one move, once all is in it; whatever was there gives way."""
-        staging, old = (self.folder.with_name(f".{self.folder.name}.{uuid.uuid4().hex}.tmp") for _ in range(2))
+        staging, old = self.staging(), self.staging()
         try:
-            with self._refused():
+            with refused(self.folder.parent):
                 staging.mkdir(parents=True)
             yield staging
-            with self._refused():
+            with refused(self.folder.parent):
                 sync_folder(staging)
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(self.folder, old)
@@ -141,14 +145,15 @@ class Entry:
             for left in (staging, old):
                 shutil.rmtree(left, ignore_errors=True)
 
-    @contextlib.contextmanager
-    def _refused(self) -> Iterator[None]:
-        """What the machine refuses to write, in one line."""
-        try:
-            yield
-        except OSError as error:
-            where = clean(str(self.folder.parent))
-            raise UserError(f"data.cache={where}: cannot be written: {clean(str(error))}; give another") from error
+
+@contextlib.contextmanager
+def refused(folder: Path) -> Iterator[None]:
+    """What the machine refuses to write into a cache's folder, in one line."""
+    try:
+        yield
+    except OSError as error:
+        where = clean(str(folder))
+        raise UserError(f"data.cache={where}: cannot be written: {clean(str(error))}; give another") from error
 
 
 class _Column:

@@ -1,9 +1,11 @@
 """Preference data as arrays of token ids: read, tokenise, truncate, and keep the result."""
 
 import hashlib
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,11 +22,13 @@ from dpo_jax.data.report import AS_TEXT, NO_PROMPT, Report, clean
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.data.sources import tables
 from dpo_jax.data.templates import Codec, Tokens, codec, template_digest, tokenize
+from dpo_jax.data.together import Make, Part, Sighting, do_share, gathered
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.data.truncation import TRUNCATIONS, Cut, fitted, shortened
 from dpo_jax.data.units import Builder, Unit, joined, prompt_keys
 from dpo_jax.data.workers import in_order, processes
 from dpo_jax.errors import UserError
+from dpo_jax.processes.here import Here, is_seen
 
 CHUNK = 512
 """Rows that are tokenised in one call."""
@@ -40,25 +44,6 @@ class EncodingRules(NamedTuple):
     max_length: int
     max_characters: int
     rows: RowRules = RowRules()
-
-
-class Sighting(NamedTuple):
-    """A pair, or a single completion, by digests of its token ids and of those that would contradict it."""
-
-    line: int
-    same: bytes
-    opposite: bytes
-    desirable: bool | None
-    """Of a single completion."""
-
-
-class Part(NamedTuple):
-    """What a stretch of rows of a file became; its numbers begin at 0, and its ranks are not known."""
-
-    file: str
-    encoded: Encoded
-    report: Report
-    sightings: list[Sighting]
 
 
 def encode_rows(rules: EncodingRules, stretch: Stretch) -> Part:
@@ -199,16 +184,15 @@ def _with_scores(kept: tuple[Unit, Cut] | None, report: Report) -> tuple[Unit, C
     return kept
 
 
-def _parts(pieces: Iterable[Stretch], rules: EncodingRules, report: Report, workers: int) -> Iterator[Encoded]:
-    """What the pieces became, in their order; the report knows each when it is taken."""
+def _seen(made: Iterable[Part], report: Report) -> Iterator[Encoded]:
+    """The parts; the report knows each when it is taken."""
     seen = _Seen()
-    with closing(in_order(encode_rows, rules, pieces, workers=workers, alone=ALONE)) as made:
-        for part in made:
-            report.merge(part.report)
-            about = report.files[part.file]
-            about["as_text"] = about.get("as_text", 0) + part.report.counts.get(AS_TEXT, 0)
-            seen.compare(part, report)
-            yield part.encoded
+    for part in made:
+        report.merge(part.report)
+        about = report.files[part.file]
+        about["as_text"] = about.get("as_text", 0) + part.report.counts.get(AS_TEXT, 0)
+        seen.compare(part, report)
+        yield part.encoded
 
 
 def _measured(encoded: Encoded, report: Report) -> None:
@@ -269,6 +253,7 @@ def encode(
     *,
     first: int | None = None,
     date: str | None = None,
+    place: Here | None = None,
 ) -> tuple[Encoded, Report]:
     """Rows of all sources as token ids, and the report of what became of their rows, when it can be accepted.
 
@@ -277,7 +262,7 @@ def encode(
     Raises:
       UserError: more than data.max_bad_fraction of the rows are bad, none is left, or what `collect` raises.
     """
-    encoded, report = collect(sources, tokenizer, settings, cache, first=first, date=date)
+    encoded, report = collect(sources, tokenizer, settings, cache, first=first, date=date, place=place)
     report.check(settings.max_bad_fraction)
     return encoded, report
 
@@ -290,6 +275,7 @@ def collect(
     *,
     first: int | None = None,
     date: str | None = None,
+    place: Here | None = None,
 ) -> tuple[Encoded, Report]:
     """Rows of all sources as token ids, and the report, however bad it is.
 
@@ -300,17 +286,20 @@ def collect(
       cache: folder that keeps the result by content; None keeps nothing.
       first: read no more rows than this.
       date: the day that a template writes which writes one (YYYY-MM-DD); None is today.
+      place: of this process among those that make it together, all of which call, and see the same cache; None: it is
+        made by this one alone.
 
     Raises:
       UserError: a source, the template or the cache cannot be used.
     """
+    place = place or Here()
     template = _template(settings.template)
     arguments, digest = settings.chat_template_kwargs or {}, template_digest(tokenizer, template)
     check_arguments(arguments, tokenizer, template)
     tokenizer, template, date = dated(tokenizer, template, date)
-    opened = tables(sources)
+    opened = place.in_turn("data sources", lambda: tables(sources))  # so that one process downloads
     entry = Entry.of(cache, opened, tokenizer, settings, template, first) if cache is not None else None
-    if entry and (found := entry.read()):
+    if entry and (found := _kept(entry, place)):
         return found
     report = Report(template=digest, arguments=arguments, date=date)
     coder = codec(
@@ -325,12 +314,60 @@ def collect(
     rows = RowRules(settings.layout, settings.columns or {}, settings.as_chat)
     rules = EncodingRules(coder, settings.truncation, settings.max_length, limit, rows)
     pieces = stretches(opened, rules=rows, first=first, report=report, size=CHUNK)
-    parts = _parts(pieces, rules, report, processes(settings.workers))
+    make = partial(in_order, encode_rows, rules, workers=processes(settings.workers), alone=ALONE)
+    if entry and place.count > 1:
+        return _made_together(entry, place, make, pieces, report)
+    with closing(make(pieces)) as made:
+        return _whole(entry, _seen(made, report), report), report
+
+
+def _whole(entry: Entry | None, parts: Iterable[Encoded], report: Report) -> Encoded:
+    """The parts as one, kept if there is a place for it."""
     if entry:
-        return entry.write(parts, report, _measured), report
+        return entry.write(parts, report, _measured)
     encoded = joined(parts)
     _measured(encoded, report)
-    return encoded, report
+    return encoded
+
+
+def _kept(entry: Entry, place: Here) -> tuple[Encoded, Report] | None:
+    """What is kept already, if process 0 finds that it is sound."""
+    found = entry.read() if place.owns else None
+    there = place.decide("whether tokenised data is kept", lambda: found is not None)
+    return _made_by_others(entry, place) if there and not place.owns else found
+
+
+def _made_by_others(entry: Entry, place: Here) -> tuple[Encoded, Report]:
+    """What process 0 has looked at, or written."""
+    found = entry.read(check=False) if is_seen(entry.folder) else None
+    if found is None:
+        raise UserError(
+            f"data.cache: process {place.process} ({place.host}) does not see {entry.folder}, which process 0 wrote; "
+            "give a folder that all hosts see in the same state, or one of each host's own"
+        )
+    return found
+
+
+def _made_together(
+    entry: Entry, place: Here, make: Make, pieces: Iterator[Stretch], report: Report
+) -> tuple[Encoded, Report]:
+    """The whole, of which each process has made its share."""
+    folder = Path(place.decide("folder for shares", lambda: str(entry.staging())))
+    if not place.owns:
+        do_share(place, folder, make, pieces)
+        place.decide("tokenised data", lambda: None)
+        return _made_by_others(entry, place)
+    made: list[Encoded] = []
+
+    def work() -> None:
+        with closing(gathered(place, folder, make, pieces)) as parts:
+            made.append(_whole(entry, _seen(parts, report), report))
+
+    try:
+        place.decide("tokenised data", work)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return made[0], report
 
 
 def _template(path: str | None) -> str | None:

@@ -109,7 +109,8 @@ class Here:
         self.stage = self.stage._replace(since=time.monotonic())
 
     @contextlib.contextmanager
-    def _waiting(self, name: str) -> Iterator[None]:
+    def waiting(self, name: str) -> Iterator[None]:
+        """In the block this process waits for another one, which has a limit of its own."""
         before = self.stage
         self.stage = Stage(f"{before.name}, waiting for {name}", time.monotonic(), None)
         try:
@@ -129,7 +130,7 @@ class Here:
             return decision()
         key = self._key(name)
         if not self.owns:
-            with self._waiting(f"process 0 ({name})"):
+            with self.waiting(f"process 0 ({name})"):
                 told = json.loads(self._get(key))
             if "refused" in told:
                 raise UserError(told["refused"])
@@ -151,11 +152,11 @@ class Here:
         if self.owns:
             said = []
             for process in range(self.count):
-                with self._waiting(f"process {process} ({name})"):
+                with self.waiting(f"process {process} ({name})"):
                     said.append(json.loads(self._get(f"{key}/{process}")))
             self.store.key_value_set(f"{key}/all", json.dumps(said))
             return said
-        with self._waiting(f"all processes ({name})"):
+        with self.waiting(f"all processes ({name})"):
             return json.loads(self._get(f"{key}/all"))
 
     def meet(self, name: str) -> None:
@@ -184,14 +185,13 @@ class Here:
                         f"({other['host']}); start all processes with the same command, files and versions"
                     )
 
-    def in_turn(self, name: str, work: Callable[[], T], *, shared: bool = True) -> T:
-        """The work of every process: first that of process 0, then that of the others, who find what it left behind;
-        all at once where that is not `shared`.
+    def in_turn(self, name: str, work: Callable[[], T]) -> T:
+        """The work of every process: first that of process 0, then that of the others, who find what it left behind.
 
         Raises:
           UserError: process 0 cannot do it.
         """
-        if self.count == 1 or not shared:
+        if self.count == 1:
             return work()
         kept: list[T] = []
         self.decide(name, lambda: kept.append(work()))
@@ -205,7 +205,7 @@ class Here:
         if self.count == 1:
             return True
         token = Path(self.decide(name, lambda: str(_token(folder))))
-        found = self.all_of(f"{name} seen", _is_seen(folder / token.name))
+        found = self.all_of(f"{name} seen", is_seen(folder / token.name))
         if self.owns:
             token.unlink(missing_ok=True)
         return found
@@ -258,7 +258,8 @@ def _token(folder: Path) -> Path:
     return token
 
 
-def _is_seen(path: Path) -> bool:
+def is_seen(path: Path) -> bool:
+    """Whether what another host has written is there, once it has had time to be seen."""
     until = time.monotonic() + SEEN_SECONDS
     while not path.exists():
         if time.monotonic() > until:

@@ -19,6 +19,7 @@ from dpo_jax.data.split import set_name, shared_line, split
 from dpo_jax.errors import UserError, printable, redacted
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.objectives.terms import Term, data_of
+from dpo_jax.processes.here import Here
 
 ACCELERATOR_ATTENTION_LENGTH = 8192
 """Row length, in tokens, at which attention costs as much as the matrix products on an accelerator."""
@@ -53,20 +54,22 @@ def read_data(
     *,
     date: str | None = None,
     seed: int = 0,
+    place: Here | None = None,
 ) -> Data:
     """Read, check and tokenise; each report is said line by line, and is in the result as plain values.
 
     `date` is the day that a template writes which writes one (YYYY-MM-DD); None is today. With the `seed` a share of
-    the training data is held out, where that is wanted.
+    the training data is held out, where that is wanted. `place` as of `encode`.
 
     Raises:
       UserError: too many rows are bad, or too few prompts are there to hold some out.
     """
-    train, report = encode(settings.train, tokenizer, settings, cache, first=settings.first, date=date)
+    how: dict[str, Any] = {"date": date, "place": place}
+    train, report = encode(settings.train, tokenizer, settings, cache, first=settings.first, **how)
     reports = {"data.train": report}
     held_out: dict[str, Encoded] = {}
     for name, sources in settings.eval_sets.items():
-        held_out[name], reports[set_name(name)] = encode(sources, tokenizer, settings, cache, date=date)
+        held_out[name], reports[set_name(name)] = encode(sources, tokenizer, settings, cache, **how)
     for name, found in reports.items():
         say(name)
         for line in found.lines():

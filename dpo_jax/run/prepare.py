@@ -1,7 +1,6 @@
 """What a run computes with: read from its settings and folders in order, before and after there are weights."""
 
 import dataclasses
-import functools
 import platform
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,9 +117,8 @@ class Job:
         sources = place.in_turn("weights", lambda: find_models(*named, adapter=run.adapter))
         sources, tokenizer, ending, policy = Start.of(run, sources, mesh)
         cache, date = output.cache_folder(run.data, folder), output.template_date(folder)
-        shared = place.shares("data.cache", cache)
-        read = functools.partial(read_data, run.data, tokenizer, cache, print, date=date, seed=run.seed)
-        data = place.in_turn("data", read, shared=shared)
+        together = place if place.shares("data.cache", cache) else None
+        data = read_data(run.data, tokenizer, cache, print, date=date, seed=run.seed, place=together)
         output.write_json(folder / "data.json", data.report)
         data = data.examples(terms, length)
         steps = steps_over(run, data)

@@ -1,8 +1,6 @@
 """What processes agree on, each of them a thread here: decisions, values that must be the same, turns, folders."""
 
 import json
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -13,52 +11,7 @@ from dpo_jax.processes import watch
 from dpo_jax.processes.here import Failure, Here
 from dpo_jax.processes.watch import RETRY, Watch
 from dpo_jax.reporting.hosts import SAID_AFTER, SlowHost, host_metrics
-
-MANY = 64
-
-
-class Store:
-    """What is used of JAX's store, in this process."""
-
-    def __init__(self):
-        self.values, self.changed = {}, threading.Condition()
-
-    def key_value_set(self, key, value, allow_overwrite=False):
-        with self.changed:
-            if key in self.values and not allow_overwrite:
-                raise RuntimeError("ALREADY_EXISTS")
-            self.values[key] = value
-            self.changed.notify_all()
-
-    def blocking_key_value_get(self, key, timeout_in_ms):
-        with self.changed:
-            if not self.changed.wait_for(lambda: key in self.values, timeout_in_ms / 1000):
-                raise RuntimeError("DEADLINE_EXCEEDED")
-            return self.values[key]
-
-    def key_value_try_get(self, key):
-        with self.changed:
-            if key not in self.values:
-                raise RuntimeError("NOT_FOUND")
-            return self.values[key]
-
-    def key_value_dir_get(self, key):
-        with self.changed:
-            return [(name, value) for name, value in self.values.items() if name.startswith(key)]
-
-
-def everywhere(work, count=MANY):
-    """The result, or the error, of every process."""
-    store = Store()
-
-    def one(process):
-        try:
-            return work(Here(store, process, count))
-        except UserError as error:
-            return error
-
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(one, range(count)))
+from tests.support.threads import MANY, Store, everywhere
 
 
 def test_a_decision_is_made_once_and_known_to_all():
@@ -172,7 +125,7 @@ def test_what_takes_too_long_names_what_the_others_do(clock):
 def test_a_process_that_waits_for_another_has_no_limit_of_its_own(clock):
     place = Here(Store(), 1, 2, timeout=20, slow=20)
     place.doing("tokenising")
-    with place._waiting("process 0"):
+    with place.waiting("process 0"):
         clock.seconds = 1000.0
         assert Watch(place)._too_long() is None
     assert Watch(place)._too_long() is None  # the time that it waited is not its own
@@ -182,7 +135,7 @@ def test_processes_that_all_wait_for_each_other_end(clock):
     store = Store()
     first, second = (Here(store, process, 2, slow=20, timeout=1000) for process in (0, 1))
     watches = [Watch(first), Watch(second)]
-    with first._waiting("process 1 (a)"), second._waiting("process 0 (b)"):
+    with first.waiting("process 1 (a)"), second.waiting("process 0 (b)"):
         watches[1]._look()
         assert watches[0]._look() is None
         clock.seconds = 21.0
@@ -195,11 +148,11 @@ def test_processes_that_wait_for_one_that_works_or_for_others_by_turns_go_on(clo
     store = Store()
     first, second = (Here(store, process, 2, slow=20, timeout=1000) for process in (0, 1))
     watches = [Watch(first), Watch(second)]
-    with first._waiting("process 1 (data)"):
+    with first.waiting("process 1 (data)"):
         for clock.seconds in (0.0, 21.0, 42.0):  # the second one tokenises, and is late by its own limit alone
             assert watches[1]._look() is None and watches[0]._look() is None
     for turn in range(4):
-        with first._waiting("process 1"), second._waiting(f"process 0 (turn {turn})"):
+        with first.waiting("process 1"), second.waiting(f"process 0 (turn {turn})"):
             for _ in range(2):
                 clock.seconds += 15.0
                 assert watches[1]._look() is None and watches[0]._look() is None

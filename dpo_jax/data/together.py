@@ -1,0 +1,149 @@
+"""Tokenising by all processes of a run together, in a folder that all of them see: each does its share of the pieces,
+and process 0 puts what they became in order."""
+
+import io
+import itertools
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dpo_jax.data.cache import refused
+from dpo_jax.data.encoded import Encoded
+from dpo_jax.data.records import Stretch
+from dpo_jax.data.report import Report
+from dpo_jax.data.units import COLUMNS
+from dpo_jax.files import write_whole
+from dpo_jax.processes.here import Here
+
+LOOKS_AGAIN = 0.05
+"""Seconds between two looks for a piece that another process is to make."""
+
+
+class Sighting(NamedTuple):
+    """A pair, or a single completion, by digests of its token ids and of those that would contradict it."""
+
+    line: int
+    same: bytes
+    opposite: bytes
+    desirable: bool | None
+    """Of a single completion."""
+
+
+class Part(NamedTuple):
+    """What a stretch of rows of a file became; its numbers begin at 0."""
+
+    file: str
+    encoded: Encoded
+    report: Report
+    sightings: list[Sighting]
+
+
+Make = Callable[[Iterable[Stretch]], Generator[Part, None, None]]
+"""What pieces become, in their order."""
+
+
+def do_share(place: Here, folder: Path, make: Make, pieces: Iterable[Stretch]) -> None:
+    """Of every process but 0: make one piece in so many as there are processes, each a file of the folder.
+
+    Raises:
+      UserError: the folder cannot be written; or what making the pieces raises.
+    """
+    with refused(folder.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    shared = _Shared(pieces)
+    with closing(make(shared.of(place.process, place.count))) as made:
+        for turn, part in enumerate(made):
+            place.moved()
+            with refused(folder.parent):
+                write_whole(_file(folder, place.process + turn * place.count), to_bytes(part))
+    with refused(folder.parent):
+        write_whole(_end(folder, place.process), "")
+
+
+def gathered(place: Here, folder: Path, make: Make, pieces: Iterable[Stretch]) -> Iterator[Part]:
+    """Of process 0: what all pieces became, in their order. Its own it makes, and for those of others it waits.
+
+    When a part comes, its piece has been read here too, so that what was counted in reading is known.
+    """
+    shared, own = _Shared(pieces), deque[Part]()
+    with closing(make(shared.of(0, place.count))) as mine:
+        for number in itertools.count():
+            if shared.count <= number or not (own or number % place.count):
+                own.extend(itertools.islice(mine, 1))  # reads on, as far as the next piece that is its own
+            if shared.count <= number:
+                break
+            place.moved()
+            yield _awaited(place, folder, number) if number % place.count else own.popleft()
+    for process in range(1, place.count):  # or the folder would go before they have said that they are done
+        _wait_for(place, process, _end(folder, process))
+
+
+class _Shared:
+    """Pieces of which each process takes its share; all look at all of them, so that rows mean the same to everyone.
+
+    Attributes:
+      count: of pieces that were looked at.
+    """
+
+    def __init__(self, pieces: Iterable[Stretch]):
+        self._pieces, self.count = pieces, 0
+
+    def of(self, process: int, processes: int) -> Iterator[Stretch]:
+        """Those of a process."""
+        for piece in self._pieces:
+            self.count += 1
+            if (self.count - 1) % processes == process:
+                yield piece
+
+
+def _awaited(place: Here, folder: Path, number: int) -> Part:
+    """A piece of another process, once it is there."""
+    path = _file(folder, number)
+    _wait_for(place, number % place.count, path)
+    part = from_bytes(path.read_bytes())
+    path.unlink()
+    return part
+
+
+def _wait_for(place: Here, process: int, path: Path) -> None:
+    with place.waiting(f"process {process} (tokenising)"):
+        while not path.exists():
+            time.sleep(LOOKS_AGAIN)
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{number}.npz"
+
+
+def _end(folder: Path, process: int) -> Path:
+    return folder / f"{process}.end"
+
+
+def to_bytes(part: Part) -> bytes:
+    """A part as a file has it; `from_bytes` is the inverse."""
+    seen = [(one.line, one.same.hex(), one.opposite.hex(), one.desirable) for one in part.sightings]
+    about = {"file": part.file, "files": part.encoded.files, "report": part.report.to_dict(), "sightings": seen}
+    # underscored, since savez has an argument `file` of its own
+    columns = {f"_{name}": getattr(part.encoded, name) for name in COLUMNS}
+    buffer = io.BytesIO()
+    np.savez(buffer, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **columns)
+    return buffer.getvalue()
+
+
+def from_bytes(data: bytes) -> Part:
+    """A part of a file."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        about = json.loads(arrays["about"].tobytes())
+        columns = {name: arrays[f"_{name}"] for name in COLUMNS}
+    seen = [
+        Sighting(line, bytes.fromhex(same), bytes.fromhex(opposite), desirable)
+        for line, same, opposite, desirable in about["sightings"]
+    ]
+    encoded = Encoded(files=tuple(about["files"]), **columns)
+    return Part(about["file"], encoded, Report.from_dict(about["report"]), seen)
