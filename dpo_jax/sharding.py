@@ -173,7 +173,7 @@ def own_shards(mesh: Mesh) -> tuple[int, ...] | None:
     if jax.process_count() == 1:
         return None
     places = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((batch_shards(mesh),))
-    return tuple(sorted({index[0].start or 0 for index in places.values()}))
+    return tuple(sorted({index[0].start or 0 for index in places.values() if index is not None}))
 
 
 def token_shards(mesh: Mesh) -> int:

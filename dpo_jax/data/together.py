@@ -66,7 +66,7 @@ def do_share(place: Here, folder: Path, make: Make, pieces: Iterable[Stretch]) -
         write_whole(_end(folder, place.process), "")
 
 
-def gathered(place: Here, folder: Path, make: Make, pieces: Iterable[Stretch]) -> Iterator[Part]:
+def gathered(place: Here, folder: Path, make: Make, pieces: Iterable[Stretch]) -> Generator[Part, None, None]:
     """Of process 0: what all pieces became, in their order. Its own it makes, and for those of others it waits.
 
     When a part comes, its piece has been read here too, so that what was counted in reading is known.
