@@ -1,5 +1,6 @@
 """`python -m dpo_jax.train CONFIG [key=value ...]`: from a folder and preferences to a folder, as it happens."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dpo_jax.config import command as commands
 from dpo_jax.config import run as config
-from dpo_jax.processes import starting
+from dpo_jax.processes import places, starting
 from dpo_jax.processes.here import here
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from dpo_jax.training.step import State
 
 DRY_RUN = "--dry-run"
+FOR_MANY = "start one of them; what all hosts take is said by python -m dpo_jax.plan --devices N --hosts M"
 
 
 @commands.command_of_hosts
@@ -28,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
     if len(words) == len(argv):
         starting.begin(run.distributed, config.same_everywhere(run))
         return train(run)
+    places.check_alone(os.environ, f"train {DRY_RUN}", FOR_MANY)
     from dpo_jax.run.dry_run import dry_run
 
     return dry_run(run)

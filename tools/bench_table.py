@@ -33,6 +33,7 @@ GROWTH = {
     "pairs": ("pairs a step", "CPU-s/pair", "s/pair", "temp MiB"),
     "rows": ("row", "CPU-s", "s", "temp MiB", "attention"),
     "growth": ("pairs", "tokenise us/pair", "plan us/pair", "pack us/pair"),
+    "hosts": ("pairs", "what", "CPU-s", "s", "grew MiB"),
 }
 """Measurements of `bench.py micro` that show how cost grows, and what is shown of each."""
 

@@ -111,8 +111,12 @@ def _first(names: tuple[str, ...], variables: Mapping[str, str]) -> str | None:
     return next((variables[name] for name in names if variables.get(name)), None)
 
 
-def check_alone(variables: Mapping[str, str]) -> None:
-    """Whether a command that knows nothing of other processes is the only one that was started.
+def check_alone(
+    variables: Mapping[str, str],
+    what: str = "this command",
+    remedy: str = "start one of them (of the commands, only dpo_jax.train runs on several hosts)",
+) -> None:
+    """Whether what knows nothing of other processes is the only one that was started.
 
     Raises:
       UserError: it is one of several.
@@ -120,10 +124,7 @@ def check_alone(variables: Mapping[str, str]) -> None:
     place = _told(variables)
     count = variables.get("SLURM_STEP_NUM_TASKS", "1") if place is None else str(place.processes)
     if count != "1":
-        raise UserError(
-            f"this command is one process, and {count} were started; start one of them (of the commands, only "
-            "dpo_jax.train runs on several hosts)"
-        )
+        raise UserError(f"{what} is one process, and {count} were started; {remedy}")
 
 
 def _told(variables: Mapping[str, str]) -> Place | None:

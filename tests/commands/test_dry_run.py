@@ -99,3 +99,11 @@ def test_evaluations_are_counted_as_they_will_be_made(every):
     for made in range(11):
         due = sum(evaluator.due(step, 10) for step in range(made + 1 if made else 0, 11))
         assert evaluations_left(every, 10 - made, 10) == due
+
+
+def test_it_speaks_of_one_process_and_is_refused_where_several_were_started(world, capsys, monkeypatch):
+    for name, value in {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert train.main(["--dry-run", *arguments(world, "other")]) == 2
+    said = capsys.readouterr()
+    assert "2 were started" in said.err and "dpo_jax.plan" in said.err and not said.out
