@@ -68,7 +68,7 @@ FOREIGN = {
             "eval_steps eval_strategy evaluation_strategy eval_epochs eval_interval evals_per_epoch",
             "evaluation.every counts steps (100), or passes over the data ('0.5 epochs')",
         ),
-        ("save_steps save_strategy", "checkpoint.every"),
+        ("save_steps save_strategy saves_per_epoch", "checkpoint.every"),
         ("save_total_limit", "checkpoint.keep"),
         ("logging_steps log_every_n_steps", "log.every"),
         ("report_to metric_logger", "log.loggers"),
@@ -360,7 +360,7 @@ FOREIGN = {
             "dynamic_checkpoint",
             "not needed: a checkpoint has all that a run goes on from, and the model is exported at the end",
         ),
-        ("saves_per_epoch save_every_n_steps", "checkpoint.every counts steps"),
+        ("save_every_n_steps", "checkpoint.every says it"),
         (
             "ignore_data_skip restore_callback_states_from_checkpoint auto_resume_from_checkpoints "
             "full_determinism adapter_checkpoint",

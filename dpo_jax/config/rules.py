@@ -142,7 +142,12 @@ RULES: tuple[tuple[str, Callable[["Run"], bool], str], ...] = (
     ),
     (
         "checkpoint.keep_every",
-        lambda r: (r.checkpoint.keep_every or 0) % r.checkpoint.every != 0,
+        lambda r: r.checkpoint.keep_every is not None and isinstance(r.checkpoint.every, str),
+        "counts steps; give checkpoint.every in steps as well, of which it is a multiple",
+    ),
+    (
+        "checkpoint.keep_every",
+        lambda r: isinstance(r.checkpoint.every, int) and (r.checkpoint.keep_every or 0) % r.checkpoint.every != 0,
         "must be a multiple of checkpoint.every; there are no checkpoints in between",
     ),
     ("output", lambda r: os.path.abspath(r.output) == os.path.abspath(r.model.path), "must differ from model.path"),

@@ -1,29 +1,15 @@
 """Settings of what is measured on held-out data."""
 
-import re
-from fractions import Fraction
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dpo_jax.evaluation.judges.settings import HUMAN, KINDS, JudgeSettings
+from dpo_jax.intervals import check_interval
 from dpo_jax.settings import Section
 
 JUDGE = ("template", "model", "key_variable", "call_budget")
 """Settings of a judge that a run has too, behind `judge_`."""
-EPOCHS = re.compile(r"([0-9]{1,6}|[0-9]{0,6}\.[0-9]{1,6}) epochs?")
-"""Passes over the data in words: `1 epoch`, `0.5 epochs`, `2 epochs`."""
-
-
-def epochs_of(text: str) -> Fraction:
-    """How many passes over the data that is.
-
-    >>> epochs_of("0.1 epochs")
-    Fraction(1, 10)
-    """
-    found = EPOCHS.fullmatch(text)
-    assert found is not None, text
-    return Fraction(found[1])
 
 
 class EvaluationSettings(Section):
@@ -80,13 +66,7 @@ class EvaluationSettings(Section):
     @field_validator("every", mode="before")
     @classmethod
     def _steps_or_epochs(cls, value: Any) -> Any:
-        in_words = isinstance(value, str) and (found := EPOCHS.fullmatch(value)) is not None and Fraction(found[1]) > 0
-        if value is None or in_words or (type(value) is int and value > 0):
-            return value
-        raise ValueError(
-            "evaluation.every: must be a whole number of steps > 0, or of passes over the data in words, as in "
-            "'0.5 epochs' or '1 epoch', or null"
-        )
+        return check_interval("evaluation.every", value, never=True)
 
 
 class CollectSettings(Section):

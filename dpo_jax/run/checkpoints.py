@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import jax
 
 from dpo_jax.config.run import Run
 from dpo_jax.errors import UserError
+from dpo_jax.intervals import is_at, steps_between
 from dpo_jax.model.weights import Weights
 from dpo_jax.processes.here import here
 from dpo_jax.reporting.journal import METRICS_FILE, Journal
+from dpo_jax.run import continuing
 from dpo_jax.run.best import Best
 from dpo_jax.run.output import CHECKPOINTS, record_of
 from dpo_jax.run.recorder import Recorder
@@ -30,8 +33,8 @@ class Saver:
       past: the record of that checkpoint; empty where there is none.
     """
 
-    def __init__(self, checkpoints: Checkpoints, *, every: int, record: dict[str, Any]):
-        """Look for the newest checkpoint; `record` is kept in each that is saved."""
+    def __init__(self, checkpoints: Checkpoints, *, every: Fraction, record: dict[str, Any]):
+        """Look for the newest checkpoint; `record` is kept in each that is saved, every so many steps."""
         self._checkpoints, self._every, self._record = checkpoints, every, record
         self.start = checkpoints.latest()
         self.past = {} if self.start is None else checkpoints.read_record(self.start)
@@ -65,7 +68,7 @@ class Saver:
 
         The best checkpoint so far is kept, however old. Returns whether it was saved.
         """
-        due = step % self._every == 0 or at_once
+        due = is_at(step, self._every) or at_once
         self._checkpoints.check()
         if due:
             recorder.flush()
@@ -119,5 +122,6 @@ def trained_at(folder: Path, step: int, weights: Weights) -> Params:
 def opened(run: Run, folder: Path, facts: Mapping[str, Any]) -> Iterator[Saver]:
     """The checkpoints in a run's folder, each with the run's settings and `facts`; what is still being written when
     this ends is waited for."""
+    every = steps_between(run.checkpoint.every, facts[continuing.PAIRS], run.batch.pairs)
     with Checkpoints(folder / CHECKPOINTS, run.checkpoint) as checkpoints:
-        yield Saver(checkpoints, every=run.checkpoint.every, record=record_of(run, facts))
+        yield Saver(checkpoints, every=every, record=record_of(run, facts))

@@ -16,6 +16,7 @@ from dpo_jax.errors import redacted
 from dpo_jax.evaluation.judges.opening import check_judge
 from dpo_jax.files import size_text
 from dpo_jax.hf.tensors import SIDE_FILES
+from dpo_jax.intervals import is_at, steps_between
 from dpo_jax.model.decoder import abstract_params
 from dpo_jax.planning import costs, machine
 from dpo_jax.planning.report import fit_line, scaled, table
@@ -23,7 +24,7 @@ from dpo_jax.reporting.journal import METRICS_FILE, read_records
 from dpo_jax.run import continuing, models, output, program, result, sources
 from dpo_jax.run.continuing import Past
 from dpo_jax.run.data import Data, check_tokens, read_data
-from dpo_jax.run.evaluator import is_at, read_prompts, steps_between
+from dpo_jax.run.evaluator import read_prompts
 from dpo_jax.run.fitting import room_of
 from dpo_jax.run.prepare import Start, steps_over
 from dpo_jax.run.program import PlannedStep
@@ -152,7 +153,9 @@ def work_of(run: Run, step: PlannedStep, data: Data, left: int) -> Work:
     one = costs.step_flops(spec, step.load, step.trainer.abstract["trained"])
     one += forward if run.reference.mode == "live" else 0.0
     sweep = forward * (data.train.num_pairs + held_out) / pairs if run.reference.mode == "cached" else 0.0
-    times = evaluations_left(steps_between(run.evaluation.every, data.train.num_pairs, pairs), left, step.steps)
+    asked = run.evaluation.every
+    every = None if asked is None else steps_between(asked, data.train.num_pairs, pairs)
+    times = evaluations_left(every, left, step.steps)
     return Work(one * left, sweep, forward * held_out / pairs * times)
 
 

@@ -15,8 +15,9 @@ from dpo_jax import sharding
 from dpo_jax.data.batches import Batches
 from dpo_jax.data.templates import Codec
 from dpo_jax.evaluation import winrate
-from dpo_jax.evaluation.settings import EvaluationSettings, epochs_of
+from dpo_jax.evaluation.settings import EvaluationSettings
 from dpo_jax.files import write_whole
+from dpo_jax.intervals import is_at
 from dpo_jax.model.decoder import cast
 from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.mixture import as_measured
@@ -167,19 +168,6 @@ class Evaluator:
             write_whole(path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
         judged = {} if prompts.judge is None else prompts.judge(prompts.questions, answers, folder, step)
         return {"pass_rate": winrate.pass_rate(answers), **judged}
-
-
-def steps_between(every: int | str | None, examples: int, pairs_per_step: int) -> Fraction | None:
-    """Steps from one evaluation to the next, which need not be a whole number where `evaluation.every` counts passes
-    over the data."""
-    if every is None:
-        return None
-    return Fraction(every) if isinstance(every, int) else epochs_of(every) * examples / pairs_per_step
-
-
-def is_at(step: int, every: Fraction) -> bool:
-    """Whether this step is the first after which another `every` steps are made."""
-    return step // every > (step - 1) // every
 
 
 def _collected(collect: Callable, live: Any, weights: Weights, batch: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import platform
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from dpo_jax.evaluation.judges.opening import check_judge
 from dpo_jax.hf.ending import Ending
 from dpo_jax.hf.tensors import SIDE_FILES
 from dpo_jax.hf.tokenizer import load_tokenizer
+from dpo_jax.intervals import steps_between
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights
 from dpo_jax.page.keeping import Page
@@ -28,7 +30,7 @@ from dpo_jax.run.best import Watch, watch_of
 from dpo_jax.run.checkpoints import Saver
 from dpo_jax.run.continuing import Past
 from dpo_jax.run.data import Data, Packing, check_tokens, length_line, number_of_steps, read_data
-from dpo_jax.run.evaluator import EvaluationPrompts, Evaluator, read_prompts, steps_between
+from dpo_jax.run.evaluator import EvaluationPrompts, Evaluator, read_prompts
 from dpo_jax.run.first_step import FirstStep
 from dpo_jax.run.fitting import fitted, room_of
 from dpo_jax.run.judging import against_start
@@ -159,9 +161,13 @@ class Job:
     def background(self) -> Background:
         """What a journal is told of the run; nothing in it describes this machine."""
         run = self.run
-        every = steps_between(run.evaluation.every, self.data.train.num_pairs, run.batch.pairs)
+        every = self.steps_of(run.evaluation.every)
         settings = public(config.flat(config.dump(run)))
         return Background(settings, every, Page(self.folder) if run.log.report else None)
+
+    def steps_of(self, every: int | str | None) -> Fraction | None:
+        """Steps of an interval that a setting gives; None: never."""
+        return None if every is None else steps_between(every, self.data.train.num_pairs, self.run.batch.pairs)
 
     def reference(
         self, objective: TrainingObjective, weights: Weights, journal: Journal, *, resumes: bool
@@ -198,7 +204,7 @@ class Job:
             name: self.packing.sweep(encoded, objective.spec, reference.held_out.get(name))
             for name, encoded in held_out.items()
         }
-        every = steps_between(self.run.evaluation.every, self.data.train.num_pairs, self.run.batch.pairs)
+        every = self.steps_of(self.run.evaluation.every)
         live = reference.weights
         rounding = self.rounding(objective.spec, weights)
         return Evaluator(

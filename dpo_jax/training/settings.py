@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from dpo_jax.intervals import check_interval
 from dpo_jax.objectives.settings import ObjectiveSettings
 from dpo_jax.settings import Section
 
@@ -116,7 +117,11 @@ class OptimizerSettings(Section):
 class CheckpointSettings(Section):
     """What is saved so that a run can go on where it stopped."""
 
-    every: int = Field(default=100, gt=0, description="save every this many steps (and at the end)")
+    every: int | str = Field(
+        default=100,
+        description="save every this many steps, or passes over the data, as in '0.5 epochs' or '1 epoch' (and at the "
+        "end)",
+    )
     keep: int = Field(default=2, gt=0, description="newest checkpoints that are kept")
     keep_every: int | None = Field(
         default=None, gt=0, description="also keep, for ever, each checkpoint at a multiple of this"
@@ -127,3 +132,8 @@ class CheckpointSettings(Section):
         "the checkpoint that is best by it is kept, and exported in place of the last",
     )
     allow_change: tuple[str, ...] = Field(default=(), description="settings whose change a resumed run accepts")
+
+    @field_validator("every", mode="before")
+    @classmethod
+    def _steps_or_epochs(cls, value: object) -> object:
+        return check_interval("checkpoint.every", value, never=False)

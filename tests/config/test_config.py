@@ -273,6 +273,13 @@ BAD = {
     "no epochs": (("every: 10", "every: 0.0 epochs"), ":15: evaluation.every: ", "must be a whole number of steps > 0"),
     "other words": (("every: 10", "every: 2 passes"), ":15: evaluation.every: ", "or '1 epoch', or null"),
     "never": (("every: 10", "every: 0"), ":15: evaluation.every: ", "must be a whole number of steps > 0"),
+    "no saving": (("seed: 7", "checkpoint.every: 0"), ":19: checkpoint.every: ", "in words, as in '0.5 epochs'"),
+    "saving never": (("seed: 7", "checkpoint.every: null"), ":19: checkpoint.every: ", "must be a whole number"),
+    "steps kept of passes": (
+        ("seed: 7", "checkpoint: {every: 1 epoch, keep_every: 10}"),
+        ":19: checkpoint.keep_every: ",
+        "give checkpoint.every in steps",
+    ),
     "patience for nothing": (("every: 10", "every: 10\n  patience: 2"), ":16: evaluation.patience: ", "which metric"),
     "best of an unknown metric": (
         ("seed: 7", "checkpoint.best: eval_los"),

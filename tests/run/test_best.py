@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from dpo_jax.config import run as config
 from dpo_jax.errors import UserError
+from dpo_jax.intervals import is_at, steps_between
 from dpo_jax.reporting.metrics import BETTER, METRICS
 from dpo_jax.run.best import Best, Watch, best_lines, watch_of
-from dpo_jax.run.evaluator import is_at, steps_between
 
 VALUES = st.lists(st.one_of(st.sampled_from([0.25, 0.5, 0.75]), st.just(math.nan)), max_size=8)
 
@@ -139,4 +139,3 @@ def test_epochs_are_evaluated_after_the_step_that_ends_one(text, examples, pairs
     for step in range(1, 12):
         ends = any((step - 1) * pairs < seen <= step * pairs for seen in ended)
         assert is_at(step, every) == ends
-    assert steps_between(None, examples, pairs) is None

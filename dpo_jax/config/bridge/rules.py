@@ -227,18 +227,19 @@ def _best(c: Conversion) -> None:
 
 
 def checkpoints(c: Conversion) -> None:
-    """checkpoint.every; it counts steps only."""
+    """checkpoint.every, in steps or passes over the data."""
     every = c.get("save_steps")
     how = str(c.get("save_strategy", "steps")).lower()
     if isinstance(every, float) and 0 < every < 1 and "steps" in c.lines:
         every = max(round(every * c.lines["steps"].value), 1)
     if isinstance(every, int) and every > 0 and how in ("steps", "best"):
         c.put("checkpoint.every", every, "save_steps", "save_strategy")
-    c.leave(
-        "checkpoint.every counts steps (100 unless given), and the last step is always saved",
-        "save_steps",
-        "save_strategy",
-    )
+    elif per_epoch := c.get("saves_per_epoch"):
+        c.put("checkpoint.every", _epochs(1 / Fraction(str(per_epoch))), "saves_per_epoch")
+    elif how == "epoch":
+        c.put("checkpoint.every", "1 epoch", "save_strategy")
+    what = "checkpoint.every says it (100 steps unless given), and the last step is always saved"
+    c.leave(what, "save_steps", "save_strategy", "saves_per_epoch")
 
 
 def hub(c: Conversion) -> None:

@@ -478,6 +478,7 @@ FULL = dict.fromkeys(
 
 def axolotl(name: str, becomes: dict[str, Any], changes: dict[str, Any] | None = None, **more: Any) -> Public:
     """A YAML for `axolotl train`."""
+    becomes = {"checkpoint.every": "1 epoch", **becomes}
     return Public(f"{name}.yml", _yaml(AXOLOTL, changes or {}), becomes, **more)
 
 
