@@ -21,6 +21,7 @@ from dpo_jax.planning.machine import matmul_gflops, memory_of_a_device
 
 if TYPE_CHECKING:
     from dpo_jax.config.run import Run
+    from dpo_jax.run.sources import Sources
 
 PACKAGES = (
     "jax",
@@ -221,7 +222,7 @@ def fit(run: "Run") -> dict[str, Any]:
     }
 
 
-def _notes(run: "Run", sources: Any) -> list[str]:
+def _notes(run: "Run", sources: "Sources") -> list[str]:
     """What training would say of the folder that it leaves; nothing where the tokenizer is not here."""
     from dpo_jax.hf.tokenizer import TOKENIZER_FILES, load_tokenizer
     from dpo_jax.run import models

@@ -35,12 +35,12 @@ def redacted(text: str) -> str:
     return SECRET.sub("***", text)
 
 
-def redacted_values(value: Any) -> Any:
+def redacted_values(value: object) -> Any:
     """Plain JSON values, with every text in them redacted: for all that is written down of settings and paths."""
     return json.loads(redacted(json.dumps(value)))
 
 
-def public(value: Any) -> Any:
+def public(value: object) -> Any:
     """The value with every text in it redacted, and every absolute path cut down to its last part: what is published
     must not describe a machine."""
     if isinstance(value, Mapping):

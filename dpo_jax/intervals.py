@@ -19,7 +19,7 @@ def epochs_of(text: str) -> Fraction:
     return Fraction(found[1])
 
 
-def check_interval(key: str, value: Any, *, never: bool) -> Any:
+def check_interval(key: str, value: object, *, never: bool) -> Any:
     """The value of a setting, if it is an interval, or (`never`) null.
 
     Raises:

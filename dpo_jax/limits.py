@@ -35,7 +35,7 @@ class Died(Exception):
     """A try ended badly: says how, in words that go on after "the tokenizer ..."."""
 
 
-def tried(function: Callable[[Any], Any], argument: Any, *, seconds: float = SECONDS, memory: int = MEMORY) -> Any:
+def tried(function: Callable[[Any], Any], argument: object, *, seconds: float = SECONDS, memory: int = MEMORY) -> Any:
     """`function(argument)` in a fresh process, which may take so much time and address space and write no file.
 
     Args:

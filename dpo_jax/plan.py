@@ -20,7 +20,10 @@ from dpo_jax.planning import compilers
 from dpo_jax.planning.chips import CHIPS, Chip
 
 if TYPE_CHECKING:
+    import jax
+
     from dpo_jax.config.run import Run
+    from dpo_jax.run.program import PlannedStep
 
 ON_CPU = "a CPU's compiler computes products of 16 bits in float32, so its temporaries are more than an accelerator's"
 
@@ -137,7 +140,7 @@ def make_plan(
     return found | made
 
 
-def _planned(run: "Run", step: Any, data: str, hosts: int, chip: Chip) -> dict[str, Any]:
+def _planned(run: "Run", step: "PlannedStep", data: str, hosts: int, chip: Chip) -> dict[str, Any]:
     """What is known before anything is compiled."""
     from dpo_jax import trees
     from dpo_jax.model.decoder import abstract_params
@@ -172,7 +175,9 @@ def _planned(run: "Run", step: Any, data: str, hosts: int, chip: Chip) -> dict[s
     }
 
 
-def _on_cpu(lowered: Any, step: Any, hosts: int, chip: Chip, useful: float) -> dict[str, Any]:
+def _on_cpu(
+    lowered: "jax.stages.Lowered", step: "PlannedStep", hosts: int, chip: Chip, useful: float
+) -> dict[str, Any]:
     """What a CPU's compiler says of the partitioned program, and what may follow for the chip."""
     import jax.numpy as jnp
 
@@ -211,14 +216,16 @@ def _on_cpu(lowered: Any, step: Any, hosts: int, chip: Chip, useful: float) -> d
     }
 
 
-def _as_compiled(lowered: Any, step: Any, hosts: int, chip: Chip, useful: float) -> dict[str, Any]:
+def _as_compiled(
+    lowered: "jax.stages.Lowered", step: "PlannedStep", hosts: int, chip: Chip, useful: float
+) -> dict[str, Any]:
     """What the chip's own compiler made of the step."""
     from dpo_jax.planning import compiled, costs, estimate, report
     from dpo_jax.run import program
 
     spec, devices = step.objective.spec, step.mesh.size
     made = lowered.compile()
-    found = compiled.read(made.as_text(), devices, step.micro_batches)
+    found = compiled.read(made.as_text() or "", devices, step.micro_batches)
     attention = 3.0 * costs.attention_flops(spec, step.load) / devices
     seconds = compiled.seconds_of(found, chip, devices // hosts, attention_flops=attention)
     return {

@@ -11,12 +11,13 @@ import io
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from dpo_jax.config.command import Parser, command, quiet_libraries
 from dpo_jax.errors import COMMAND_LINE, UserError
 
 if TYPE_CHECKING:
+    from dpo_jax.data.tokenizer import Tokenizer
     from dpo_jax.evaluation.chat import Session
     from dpo_jax.evaluation.generate import Decoding
     from dpo_jax.evaluation.winrate import Asked
@@ -194,7 +195,7 @@ def _names(models: "Sequence[Adapted]") -> list[str]:
     return short if len(set(short)) == len(short) else [str(model.adapter or model.base) for model in models]
 
 
-def _decoding(options: argparse.Namespace, tokenizer: Any) -> "Decoding":
+def _decoding(options: argparse.Namespace, tokenizer: "Tokenizer") -> "Decoding":
     """What the command line says, and where it says nothing, generation_config.json, if that wants tokens drawn."""
     from dpo_jax.evaluation.models import decoding_of
 

@@ -165,7 +165,7 @@ class GivenSettings:
             inside[name] = value
         self.values[block], self.where[block] = found, where
 
-    def give(self, key: str, value: Any, where: str) -> None:
+    def give(self, key: str, value: object, where: str) -> None:
         """Take over a Python value, or every value of a mapping; a list becomes a tuple, a path text, a number of NumPy
         one of Python."""
         if isinstance(value, Mapping):
@@ -183,7 +183,7 @@ class GivenSettings:
             self.unreadable.append(f"{COMMAND_LINE}: {short(key)}: {error}; quote the value")
 
 
-def _as_setting(value: Any) -> Any:
+def _as_setting(value: object) -> Any:
     """A value of a program as YAML would have it."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)

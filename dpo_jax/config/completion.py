@@ -90,7 +90,7 @@ def _words(prefix: str, **_: Any) -> Iterator[str]:
         yield from (f"{key}={found}" for found in values or _files(value))
 
 
-def _values(annotation: Any) -> Iterator[str]:
+def _values(annotation: object) -> Iterator[str]:
     """Values by name that a setting of this type takes; none where it takes others."""
     if get_origin(annotation) is Literal:
         yield from map(str, get_args(annotation))

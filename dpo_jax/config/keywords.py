@@ -60,11 +60,11 @@ def run_of(keywords: Mapping[str, Any], files: Sequence[str] = (), *, origin: st
     return validated(source)
 
 
-def _key(name: str, value: Any) -> str:
+def _key(name: str, value: object) -> str:
     return MAIN[name] if name in MAIN and isinstance(value, str | os.PathLike) else full_name(name)
 
 
-def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _flat(key: str, value: object) -> Iterator[tuple[str, Any]]:
     """A value, or the values of a section; names inside a section are names of its settings."""
     if isinstance(value, Mapping) and key in SECTIONS:
         for name, inner in value.items():

@@ -126,6 +126,6 @@ def _help() -> list[str]:
     return lines
 
 
-def _is_section(annotation: Any) -> bool:
+def _is_section(annotation: object) -> bool:
     kinds = typing.get_args(annotation) if typing.get_origin(annotation) is types.UnionType else (annotation,)
     return any(isinstance(kind, type) and issubclass(kind, Section) for kind in kinds)

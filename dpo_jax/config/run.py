@@ -70,7 +70,7 @@ class Run(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _what_follows_from_the_rest(cls, data: Any) -> Any:
+    def _what_follows_from_the_rest(cls, data: object) -> Any:
         """One epoch unless told; the reference, and the end of an answer, that the objective asks for."""
         if not isinstance(data, Mapping):
             return data
@@ -104,7 +104,7 @@ class Run(Section):
         return self
 
 
-def _of_adapters(adapter: Any, optimizer: Any) -> dict[str, Any]:
+def _of_adapters(adapter: object, optimizer: object) -> dict[str, Any]:
     """An adapter's learning rate, where none is given: ten times that of a whole model."""
     used = isinstance(adapter, Mapping) and (adapter.get("rank") is not None or adapter.get("path") is not None)
     given = optimizer if isinstance(optimizer, Mapping) else {}
@@ -194,7 +194,7 @@ def _get(run: Run, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), run)
 
 
-def _is_blank(value: Any) -> bool:
+def _is_blank(value: object) -> bool:
     if isinstance(value, tuple | dict):
         return any(map(_is_blank, value.values() if isinstance(value, dict) else value))
     return isinstance(value, str) and not value.strip()
@@ -206,7 +206,7 @@ def _given(run: Run, key: str) -> bool:
     return name in getattr(run, section).model_fields_set and value is not None and value is not False
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = printable(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -165,7 +165,7 @@ def arguments_of(value: object, name: str) -> dict[str, Any]:
     return dict(arguments)
 
 
-def without_nulls(value: Any) -> Any:
+def without_nulls(value: object) -> Any:
     """The value without those keys of its objects that are null."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}

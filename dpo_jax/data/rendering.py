@@ -347,7 +347,7 @@ class _Scribe:
     protect: bool
     notes: list[tuple[str, str]] = field(default_factory=list)
 
-    def text(self, chat: Messages, *, asking: bool = False, tools: Any = None) -> str:
+    def text(self, chat: Messages, *, asking: bool = False, tools: object = None) -> str:
         """The conversation as text."""
         tools = self.record.tools if tools is None else tools
         try:
@@ -383,11 +383,11 @@ class _Scribe:
         patterns = (self.voice.marks if turn["role"] == "assistant" else self.voice.control for turn in chat)
         return [protect(turn, pattern) for turn, pattern in zip(chat, patterns, strict=True)]
 
-    def _others(self, value: Any) -> Any:
+    def _others(self, value: object) -> Any:
         return protect(value, self.voice.control) if self.protect else value
 
 
-def protect(value: Any, pattern: re.Pattern) -> Any:
+def protect(value: object, pattern: re.Pattern) -> Any:
     """The value, where what the pattern finds in its texts and keys is marked to stay text."""
     from transformers.utils.chat_template_utils import mark_control_tokens
 
@@ -434,7 +434,7 @@ class _Signer:
         function = {**function, "name": name, "arguments": self._arguments(function.get("arguments"), index)}
         return {**call, "function": function} if "function" in call else function
 
-    def _arguments(self, value: Any, index: int) -> Any:
+    def _arguments(self, value: object, index: int) -> Any:
         if isinstance(value, str):
             return self._sign(value, index, "tool_calls")
         if isinstance(value, Mapping):

@@ -30,7 +30,7 @@ SET_NAME = "[A-Za-z0-9_]{1,40}"
 """What a set of `data.eval` may be called."""
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """A value of a block as JSON has it: the lists that YAML is read as are tuples."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
@@ -121,7 +121,7 @@ class DataSettings(Section):
 
     @field_validator("chat_template_kwargs")
     @classmethod
-    def _as_json(cls, value: Any) -> Any:
+    def _as_json(cls, value: object) -> Any:
         return _plain(value)
 
     @property
@@ -136,7 +136,7 @@ class DataSettings(Section):
 
     @field_validator("eval")
     @classmethod
-    def _sets_have_names(cls, value: Any) -> Any:
+    def _sets_have_names(cls, value: object) -> Any:
         wrong = [name for name in value if not re.fullmatch(SET_NAME, name)] if isinstance(value, dict) else []
         if wrong:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import IO
 
 import numpy as np
 from rich.console import Console
@@ -10,7 +10,7 @@ from rich.text import Text
 
 from dpo_jax.data.encoded import Encoded
 from dpo_jax.data.report import BAD, Report, clean
-from dpo_jax.data.tokenizer import added_ids
+from dpo_jax.data.tokenizer import Tokenizer, added_ids
 from dpo_jax.errors import printable
 
 CHARACTERS = 1600
@@ -32,14 +32,14 @@ DEFAULTS = {"weight": 1.0, "margin": 0.0, "label": 1.0}
 """Numbers of a pair that are not worth showing."""
 
 
-def console_for(stream: Any) -> Console:
+def console_for(stream: IO[str]) -> Console:
     """A console that neither fails on a narrow encoding nor guesses at colours where there is no terminal."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")
     return Console(file=stream, highlight=False, markup=False, emoji=False)
 
 
-def show(encoded: Encoded, report: Report, tokenizer: Any, console: Console, *, pairs: int, name: str) -> None:
+def show(encoded: Encoded, report: Report, tokenizer: Tokenizer, console: Console, *, pairs: int, name: str) -> None:
     """Write one data set to the console: report, lengths, and so many of its pairs or single completions."""
     write(console, Text(name, "bold"))
     for line in report.lines():
@@ -48,7 +48,7 @@ def show(encoded: Encoded, report: Report, tokenizer: Any, console: Console, *, 
         show_pairs(encoded, report, tokenizer, console, pairs=pairs)
 
 
-def show_pairs(encoded: Encoded, report: Report, tokenizer: Any, console: Console, *, pairs: int) -> None:
+def show_pairs(encoded: Encoded, report: Report, tokenizer: Tokenizer, console: Console, *, pairs: int) -> None:
     """Write the lengths of a data set, and so many of its pairs or single completions."""
     for line in histogram(encoded, "█" if console.encoding.lower().startswith("utf") else "#"):
         write(console, Text(line))
@@ -113,7 +113,7 @@ def chosen_names(encoded: Encoded, report: Report) -> np.ndarray:
     return np.where(encoded.single, alone, "chosen")
 
 
-def entry_texts(encoded: Encoded, entry: int, name: str, tokenizer: Any, *, plain: bool) -> Iterator[Text]:
+def entry_texts(encoded: Encoded, entry: int, name: str, tokenizer: Tokenizer, *, plain: bool) -> Iterator[Text]:
     """One entry: where it is from, the prompt, the chosen completion under that name, the rejected one, and any cut."""
     unit = int(encoded.pair_unit[entry])
     yield Text(f"\n{_title(encoded, entry)}", "bold")
@@ -156,7 +156,7 @@ def _heading(name: str, kept: int, cut: int, scored: int = 0) -> Text:
     return Text(f"{name}: {kept:,} tokens, {share}" + (f", {cut:,} cut" if cut else ""), f"bold {STYLES[name]}")
 
 
-def _body(tokenizer: Any, parts: Sequence[tuple[np.ndarray, str]], plain: bool) -> Text:
+def _body(tokenizer: Tokenizer, parts: Sequence[tuple[np.ndarray, str]], plain: bool) -> Text:
     body = Text()
     for ids, name in parts:
         if len(ids):
@@ -164,7 +164,7 @@ def _body(tokenizer: Any, parts: Sequence[tuple[np.ndarray, str]], plain: bool) 
     return body
 
 
-def _part(tokenizer: Any, ids: list[int], name: str, plain: bool) -> Text:
+def _part(tokenizer: Tokenizer, ids: list[int], name: str, plain: bool) -> Text:
     """Tokens as text in the part's colour; in plain text, what is not scored and control tokens are bracketed."""
     text = Text()
     for run, is_control in _runs(ids, added_ids(tokenizer)):

@@ -84,7 +84,7 @@ def _compiled(source: str) -> Any:
     def strftime_now(form: str) -> str:
         return form
 
-    def to_json(value: Any, **options: Any) -> str:
+    def to_json(value: object, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=False, **options)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])

@@ -42,6 +42,10 @@ class Tokenizer(Protocol):
         """A conversation as text, or as ids."""
         ...
 
+    def convert_ids_to_tokens(self, ids: int) -> str:
+        """A token as the vocabulary has it."""
+        ...
+
     def get_vocab(self) -> dict[str, int]:
         """Id of each token."""
         ...

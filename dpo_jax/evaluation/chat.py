@@ -83,7 +83,7 @@ def _rows(session: Session, prompts: Sequence[Any], places: Sequence[str]) -> li
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _row(session: Session, name: str, prompt: Any, given: Answer) -> dict[str, Any]:
+def _row(session: Session, name: str, prompt: object, given: Answer) -> dict[str, Any]:
     text = text_of(session.coder.tokenizer, given.tokens)
     return {"prompt": prompt, "model": name, "answer": text, "finished": given.finished, "tokens": len(given.written)}
 
@@ -201,7 +201,7 @@ def _input() -> str | None:
         return None
 
 
-def _turn(session: Session, prompt: Any) -> list[dict[str, Any]]:
+def _turn(session: Session, prompt: object) -> list[dict[str, Any]]:
     if len(session.speakers) == 1:
         return [_spoken(session, prompt)]
     (rows,) = _rows(session, [prompt], [""])

@@ -240,7 +240,7 @@ def _known(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     return known
 
 
-def differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
+def differences(old: object, new: object, name: str = "") -> Iterator[str]:
     """What differs between two values of JSON, as `a.b: 1 -> 2`."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in dict.fromkeys((*old, *new)):
@@ -257,5 +257,5 @@ def _lines(rows: Iterator[Row] | Sequence[Row]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: object) -> None:
     write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -65,7 +65,7 @@ class EvaluationSettings(Section):
 
     @field_validator("every", mode="before")
     @classmethod
-    def _steps_or_epochs(cls, value: Any) -> Any:
+    def _steps_or_epochs(cls, value: object) -> Any:
         return check_interval("evaluation.every", value, never=True)
 
 

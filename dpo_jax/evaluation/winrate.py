@@ -144,7 +144,7 @@ def _prompt(row: Mapping[str, Any]) -> Prompt:
     return prompt_of(conversation(value, "prompt") if isinstance(value, str) else value)
 
 
-def prompt_of(value: Any) -> Prompt:
+def prompt_of(value: object) -> Prompt:
     """A text, or a list of messages, as a prompt.
 
     Raises:

@@ -153,7 +153,7 @@ def _layer(part: LeafPart, layers: Mapping[str, Any]) -> int:
     return layers[part.leaf.split("/")[1]][part.index[0]]
 
 
-def _fitting(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+def _fitting(pattern: Mapping[str, Any] | None, path: str, default: object) -> Any:
     """The value of the first key that matches the end of a module's path, as PEFT takes it."""
     return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
 

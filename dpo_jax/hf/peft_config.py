@@ -80,7 +80,7 @@ class AdapterConfig(NamedTuple):
         return any(".".join(parts[: end + 1]).endswith(self.modules_to_save) for end in range(len(parts)))
 
 
-def _first(patterns: dict[str, Any], path: str, usual: Any) -> Any:
+def _first(patterns: dict[str, Any], path: str, usual: object) -> Any:
     return next((value for key, value in patterns.items() if _compiled(key).match(path)), usual)
 
 
@@ -250,7 +250,7 @@ def _repeats(parsed: Any, inside: bool) -> tuple[int, bool]:
     return count, nested
 
 
-def _inner(argument: Any) -> Iterable[Any]:
+def _inner(argument: object) -> Iterable[Any]:
     """The parsed parts within an operation's argument."""
     if isinstance(argument, parser.SubPattern):
         yield argument

@@ -4,12 +4,15 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_jax.errors import UserError
 from dpo_jax.hf import tensors
 from dpo_jax.hf.hub import COMMIT, LOG_IN, REVISION, reason
 from dpo_jax.hf.settings import REPOSITORY
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 BARE = {".gitattributes"}
 """What the hub itself puts into a new repository."""
@@ -136,7 +139,7 @@ def _check_token(who: Mapping[str, Any], repo_id: str) -> None:
         )
 
 
-def _remote(api: Any, repo_id: str, private: bool, revision: str | None) -> Remote:
+def _remote(api: "HfApi", repo_id: str, private: bool, revision: str | None) -> Remote:
     """The repository, which is ours to push to: not there, empty, or holding an export.
 
     Raises:
@@ -170,7 +173,7 @@ def _remote(api: Any, repo_id: str, private: bool, revision: str | None) -> Remo
     return Remote(branch, info.sha, files)
 
 
-def _create(api: Any, repo_id: str, private: bool, revision: str | None) -> None:
+def _create(api: "HfApi", repo_id: str, private: bool, revision: str | None) -> None:
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -183,7 +186,7 @@ def _additions(folder: Path, files: Mapping[str, str]) -> Iterator[Any]:
         yield CommitOperationAdd(path_in_repo=name, path_or_fileobj=tensors.member(folder, name))
 
 
-def _deletions(api: Any, repo_id: str, remote: Remote, files: Mapping[str, str]) -> Iterator[Any]:
+def _deletions(api: "HfApi", repo_id: str, remote: Remote, files: Mapping[str, str]) -> Iterator[Any]:
     """What the export that is there lists and this one lacks: a leftover shard would be a second model."""
     from huggingface_hub import CommitOperationDelete
 

@@ -78,7 +78,7 @@ def _dtype(raw: Mapping[str, Any]) -> str:
     return "BF16"
 
 
-def _one_of(k: Keys, name: str, allowed: tuple[Any, ...], default: Any) -> Any:
+def _one_of(k: Keys, name: str, allowed: tuple[Any, ...], default: object) -> Any:
     """The value of a key that must be one of these, in capitals or not."""
     value = k.take(name, default)
     value = value.lower() if isinstance(value, str) else value

@@ -204,7 +204,7 @@ class AdaptedKernel:
     tokens: Any = None
     share: float = 0.0
 
-    def astype(self, dtype: Any) -> "AdaptedKernel":
+    def astype(self, dtype: object) -> "AdaptedKernel":
         """With base and factors in this dtype."""
         base = self.base if isinstance(self.base, QuantisedKernel) else self.base.astype(dtype)
         return dataclasses.replace(self, base=base, a=self.a.astype(dtype), b=self.b.astype(dtype))
@@ -302,7 +302,7 @@ def _shared(siblings: Params, name: str) -> Array:
     return siblings[name][LORA]["a"]
 
 
-def _adapted(base: Any, factors: Params, a: Array, noise: Noise | None) -> AdaptedKernel:
+def _adapted(base: object, factors: Params, a: Array, noise: Noise | None) -> AdaptedKernel:
     found = AdaptedKernel(base, a, factors["b"], factors["scale"], factors.get("magnitude"))
     if noise is None or "salt" not in factors:
         return found

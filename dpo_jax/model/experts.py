@@ -14,7 +14,7 @@ On several devices `expert_split.py` says which tokens and which experts each ha
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -259,7 +259,7 @@ class Mixture(nnx.Module):
         return y, None if weights is None else routing_sums(choice, weights)
 
 
-def _any_quantised(layers: Any) -> bool:
+def _any_quantised(layers: object) -> bool:
     kernels = jax.tree.leaves(layers, is_leaf=lambda leaf: isinstance(leaf, QuantisedKernel))
     return any(isinstance(leaf, QuantisedKernel) for leaf in kernels)
 

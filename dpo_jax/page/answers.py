@@ -83,7 +83,7 @@ def _judged(row: Mapping[str, Any]) -> str:
     return f"{said}: {cut(reason, 300)}" if isinstance(reason, str) and reason else said
 
 
-def prompt_text(prompt: Any) -> str:
+def prompt_text(prompt: object) -> str:
     """A prompt as people read it: a text, or the turns of a conversation with who speaks."""
     if isinstance(prompt, str):
         return prompt
@@ -101,5 +101,5 @@ def _content(turn: Mapping[str, Any]) -> str:
     return f"{said} {_plain(rest)}".strip() if rest else said
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)

@@ -11,12 +11,16 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
 
 from dpo_jax.page.curves import Thin
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 WIDTH, HEIGHT, FONT = 360, 216, 11
 """Of a figure and its text, in CSS pixels at its natural size: about that of a column of the page, and of a phone."""
@@ -118,7 +122,7 @@ def light_colours() -> dict[str, str]:
     return dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", style.partition("@media")[0]))
 
 
-def fill(figure: Any, plots: Sequence[Plot], across: int = 3) -> None:
+def fill(figure: "Figure", plots: Sequence[Plot], across: int = 3) -> None:
     """Draw plots side by side into a figure of Matplotlib, so many across, with their titles and legends."""
     colour = light_colours().__getitem__
     rows = math.ceil(len(plots) / across)
@@ -133,14 +137,14 @@ def fill(figure: Any, plots: Sequence[Plot], across: int = 3) -> None:
         axes.legend(fontsize=FONT - 2, frameon=False, labelcolor=colour("text"))
 
 
-def _add(axes: Any, part: Line | Bars, tone: Callable[[str], str]) -> None:
+def _add(axes: "Axes", part: Line | Bars, tone: Callable[[str], str]) -> None:
     if isinstance(part, Line):
         _add_line(axes, part, tone(part.colour))
     else:
         _add_bars(axes, part, tone(part.colour))
 
 
-def _add_line(axes: Any, line: Line, colour: str) -> None:
+def _add_line(axes: "Axes", line: Line, colour: str) -> None:
     steps, mean, low, high = line.curve
     edges = line.band or ((low, high) if line.curve.is_thinned else None)
     if edges is not None:
@@ -155,14 +159,14 @@ def _add_line(axes: Any, line: Line, colour: str) -> None:
     axes.plot(steps, mean, color=colour, linewidth=1.6, markeredgewidth=0, label=line.label, **how)
 
 
-def _add_bars(axes: Any, bars: Bars, colour: str) -> None:
+def _add_bars(axes: "Axes", bars: Bars, colour: str) -> None:
     if bars.filled:
         axes.stairs(bars.counts, bars.edges, fill=True, color=colour, alpha=0.35, linewidth=0)
     style = "-" if bars.filled else (0, (4, 2))
     axes.stairs(bars.counts, bars.edges, color=colour, linewidth=1.4, linestyle=style, label=bars.label)
 
 
-def _dress(axes: Any, plot: Plot, tone: Callable[[str], str]) -> None:
+def _dress(axes: "Axes", plot: Plot, tone: Callable[[str], str]) -> None:
     """Axes without a box, a faint grid, few numbers."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 

@@ -171,7 +171,7 @@ def read(folder: Path | str) -> RunFolder:
     )
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
@@ -201,13 +201,13 @@ def _numbered(folder: Path, ending: str) -> list[tuple[int, Path]]:
     return sorted((int(path.stem), path) for path in found)
 
 
-def _first_and_last(files: list[tuple[int, Path]], best: Any) -> list[tuple[int, Path]]:
+def _first_and_last(files: list[tuple[int, Path]], best: object) -> list[tuple[int, Path]]:
     """Those of the first step, and of the best one if that is known, or else of the newest."""
     after = [file for file in files if file[0] == best] or files[-1:]
     return list(dict.fromkeys([*files[:1], *after]))
 
 
-def _answers(folder: Path, best: Any, damaged: list[str]) -> list[Answers]:
+def _answers(folder: Path, best: object, damaged: list[str]) -> list[Answers]:
     found = []
     for step, path in _first_and_last(_numbered(folder, "jsonl"), best):
         rows, said = (_rows(file, damaged) for file in (path, folder.with_name(VERDICTS) / path.name))
@@ -233,7 +233,7 @@ def _rows(path: Path, damaged: list[str]) -> list[dict[str, Any]]:
         return []
 
 
-def _rewards(folder: Path, best: Any, damaged: list[str]) -> list[Rewards]:
+def _rewards(folder: Path, best: object, damaged: list[str]) -> list[Rewards]:
     found = []
     for step, path in _first_and_last(_numbered(folder, "npz"), best):
         try:

@@ -142,7 +142,7 @@ def _environment() -> Any:
     import jinja2
     from markupsafe import Markup
 
-    def shown(value: Any) -> Any:
+    def shown(value: object) -> Any:
         return value if isinstance(value, Markup) else visible(redacted(str(value)))
 
     environment = jinja2.Environment(

@@ -2,7 +2,6 @@
 
 import json
 import math
-from typing import Any
 
 from dpo_jax.errors import public, redacted
 
@@ -33,13 +32,13 @@ def cut(text: str, limit: int = ANSWER_LETTERS) -> str:
     return text if len(text) <= limit else f"{text[:limit]} ... ({len(text) - limit:,} more letters)"
 
 
-def published(value: Any) -> str:
+def published(value: object) -> str:
     """A setting or a fact as a page shows it: without secrets, and without the folders of this machine."""
     value = public(value)
     return cut(value if isinstance(value, str) else plain(value), 300)
 
 
-def plain(value: Any) -> str:
+def plain(value: object) -> str:
     """A JSON value as YAML would have it on one line, as far as people care.
 
     >>> plain(True), plain(5e-07), plain(None), plain(["a", 1])

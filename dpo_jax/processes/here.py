@@ -143,7 +143,7 @@ class Here:
         self.store.key_value_set(key, json.dumps({"decided": found}))
         return found
 
-    def everyone(self, name: str, value: Any) -> list[Any]:
+    def everyone(self, name: str, value: object) -> list[Any]:
         """What each process says, by its number, on every process; all wait for the last one."""
         if self.count == 1:
             return [value]

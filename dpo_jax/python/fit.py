@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dpo_jax.config import keywords
 from dpo_jax.config.run import Run
@@ -20,10 +20,10 @@ OnRecord = Callable[[int, dict[str, float]], object]
 
 
 def fit(
-    model: Any = None,
+    model: object = None,
     *,
-    train: Any = None,
-    evaluate: Any = None,
+    train: object = None,
+    evaluate: object = None,
     config: str | os.PathLike | Sequence[str | os.PathLike] = (),
     on_step: OnRecord | None = None,
     on_evaluation: OnRecord | None = None,
@@ -74,7 +74,7 @@ def fit(
     return Result(run.output)
 
 
-def _run_of(model: Any, data: tuple[Any, Any], files: Sequence[str], given: Mapping[str, Any]) -> Run:
+def _run_of(model: object, data: tuple[Any, Any], files: Sequence[str], given: Mapping[str, Any]) -> Run:
     """The run of all arguments; rows are not read before everything else is right."""
     (train, evaluate), problems, given = data, [], dict(given)
     if model is not None:
@@ -93,7 +93,7 @@ def _run_of(model: Any, data: tuple[Any, Any], files: Sequence[str], given: Mapp
     return keywords.run_of(given, files, origin="fit", problems=problems)
 
 
-def _told(call: OnRecord | None, stdout: Any) -> OnRecord | None:
+def _told(call: OnRecord | None, stdout: IO[str]) -> OnRecord | None:
     """The caller's function, which prints where the caller does."""
     if call is None:
         return None
@@ -125,17 +125,17 @@ def _train(run: Run, data: tuple[Any, Any], calls: Sequence[OnRecord | None]) ->
 # ---------------------------------------------------------------------------------------------- rows
 
 
-def _sets(source: Any) -> dict[str, Any]:
+def _sets(source: object) -> dict[str, Any]:
     """Held-out data by the name of the set; "" is the only one."""
     return {str(name): inner for name, inner in source.items()} if isinstance(source, Mapping) else {"": source}
 
 
-def _named(source: Any) -> Any:
+def _named(source: object) -> Any:
     """What is given as paths, with a name in the place of rows."""
     return "rows" if rows.are_rows(source) else source
 
 
-def _with_rows(run: Run, train: Any, evaluate: Any, folder: Path) -> Run:
+def _with_rows(run: Run, train: object, evaluate: object, folder: Path) -> Run:
     """The run over files of the rows, in its folder; files of other rows that no run names any more are removed."""
     from dpo_jax.run import output
 

@@ -57,7 +57,7 @@ class PairLogprobs(NamedTuple):
 def score_pairs(
     policy: Model | Folder,
     reference: Model | Folder,
-    rows: Any,
+    rows: object,
     *,
     tokenizer: Tokenizer | None = None,
     **data: Any,

@@ -20,7 +20,7 @@ DIGITS = 16
 """Of the digest in a file's name."""
 
 
-def are_rows(source: Any) -> bool:
+def are_rows(source: object) -> bool:
     """Whether this is rows, and not a path, or several, or nothing that either could be."""
     if source is None or isinstance(source, str | os.PathLike | bool | int | float):
         return False
@@ -28,7 +28,7 @@ def are_rows(source: Any) -> bool:
     return not (named and source)
 
 
-def keep(rows: Any, folder: Path, what: str) -> Path:
+def keep(rows: object, folder: Path, what: str) -> Path:
     """Write rows as JSON Lines into a folder, and return the file.
 
     Args:
@@ -60,7 +60,7 @@ def keep(rows: Any, folder: Path, what: str) -> Path:
     return path
 
 
-def _lines(rows: Any, what: str) -> Iterator[bytes]:
+def _lines(rows: object, what: str) -> Iterator[bytes]:
     for number, row in enumerate(_each(rows, what), 1):
         if not isinstance(row, Mapping):
             raise UserError(
@@ -102,7 +102,7 @@ def _of_columns(columns: Mapping[str, Any], what: str) -> Iterator[dict[str, Any
     return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """Arrays of NumPy, JAX and PyTorch as lists, and their numbers as numbers; a conversation's mapping as a dict."""
     if isinstance(value, Mapping):
         return dict(value)

@@ -80,7 +80,7 @@ class TensorBoard:
         self._writer = EventsWriter(str(folder / "tensorboard" / "events"), filename_suffix=f".{first}")
         self._writer.write_event(event(wall_time=time.time(), step=first, session_log=log(status=log.START)))
 
-    def _add(self, step: int, summary: Any) -> None:
+    def _add(self, step: int, summary: object) -> None:
         self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -215,7 +215,7 @@ def as_markdown(row: Mapping[str, Any]) -> str:
     return "\n\n".join(f"**{name}**\n\n{block}" for name, block in blocks.items())
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     """A prompt (a text, or turns), an answer or a mark as text; of control characters only line breaks stay."""
     if isinstance(value, list):
         turns = [turn if isinstance(turn, Mapping) else {"content": turn} for turn in value]

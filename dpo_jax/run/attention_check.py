@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from dpo_jax.model import spec as specs
 from dpo_jax.model.attention import TILE, Bounds, Layout, VisibilityRules, alibi_slopes, attend_seen, visible
@@ -111,7 +112,7 @@ def bounds_of(layout: Layout, platform: str) -> Bounds:
     return Bounds(-(-texts // 8) * 8, max(1, int(layout.branch.max())), tile, platform)
 
 
-def arrays_of(case: Case, layout: Layout, dtype: Any, seed: int) -> tuple[jax.Array, ...]:
+def arrays_of(case: Case, layout: Layout, dtype: DTypeLike, seed: int) -> tuple[jax.Array, ...]:
     """Queries, keys, values, sinks as heavy as a hundred keys, and the slope of a loss, zero at padding."""
     shapes = [(case.heads, case.channels), (case.kv_heads, case.channels), (case.kv_heads, case.value)]
     shapes.append((case.heads, case.value))

@@ -16,6 +16,7 @@ from dpo_jax.data.encoded import found_where
 from dpo_jax.data.examples import as_examples
 from dpo_jax.data.settings import BatchSettings, DataSettings
 from dpo_jax.data.split import set_name, shared_line, split
+from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.errors import UserError, printable, redacted
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.objectives.terms import Term, data_of
@@ -48,7 +49,7 @@ class Data:
 
 def read_data(
     settings: DataSettings,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     cache: Path,
     say: Callable[[str], None],
     *,
@@ -103,7 +104,7 @@ def examples(encoded: Encoded, terms: tuple[Term, ...], max_length: int) -> Enco
     return found
 
 
-def check_tokens(data: Data, rows: int, tokenizer: Any) -> None:
+def check_tokens(data: Data, rows: int, tokenizer: Tokenizer) -> None:
     """Whether the model's embedding has a row for every token of the data.
 
     Raises:

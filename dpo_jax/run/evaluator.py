@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax import sharding
+from dpo_jax.data.batch import Batch
 from dpo_jax.data.batches import Batches
 from dpo_jax.data.templates import Codec
+from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.evaluation import winrate
 from dpo_jax.evaluation.settings import EvaluationSettings
 from dpo_jax.files import write_whole
@@ -28,6 +30,7 @@ from dpo_jax.reporting.metrics import recorded
 from dpo_jax.run.judging import AgainstStart
 from dpo_jax.run.seen import keep_rewards
 from dpo_jax.run.written import UNROUNDED, Merging, Rounding
+from dpo_jax.trees import Params
 
 
 class EvaluationPrompts(NamedTuple):
@@ -43,7 +46,7 @@ class EvaluationPrompts(NamedTuple):
 def read_prompts(
     settings: EvaluationSettings,
     folder: Path,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     arguments: Mapping[str, Any] | None,
     judge: AgainstStart | None = None,
 ) -> EvaluationPrompts | None:
@@ -66,7 +69,7 @@ class Evaluator:
         mesh: jax.sharding.Mesh,
         *,
         held_out: Mapping[str, Batches],
-        reference: Any = None,
+        reference: Params | None = None,
         prompts: EvaluationPrompts | None = None,
         every: Fraction | None = None,
         rounding: Rounding | Merging | None = None,
@@ -94,7 +97,7 @@ class Evaluator:
         step: int,
         *,
         progress: float = 0.0,
-        moved: Any = None,
+        moved: Params | None = None,
         as_written: bool = False,
     ) -> dict[str, float]:
         """Metrics of these weights after this many steps, or of these weights as an export would write them; answers go
@@ -111,7 +114,7 @@ class Evaluator:
             found |= self._answer(self._prompts, weights.params, folder, step)
         return found
 
-    def unrounded(self, weights: Weights, *, progress: float = 0.0, moved: Any = None) -> dict[str, float]:
+    def unrounded(self, weights: Weights, *, progress: float = 0.0, moved: Params | None = None) -> dict[str, float]:
         """The margin of the weights as they were trained, to stand beside that of the same weights as written; none
         where writing rounds nothing."""
         if self._rounding is None or not self._rounding.digits:
@@ -119,12 +122,12 @@ class Evaluator:
         found = self.on_pairs(weights, progress=progress, moved=moved)
         return {UNROUNDED + name: value for name, value in found.items() if name == "rewards/margins"}
 
-    def on_pairs(self, weights: Weights, *, progress: float = 0.0, moved: Any = None) -> dict[str, float]:
+    def on_pairs(self, weights: Weights, *, progress: float = 0.0, moved: Params | None = None) -> dict[str, float]:
         """Metrics of these weights on all held-out pairs, and on those of each set that has a name; none where there
         are no pairs."""
         return self._on_pairs(self._look(weights, moved), progress)
 
-    def _look(self, weights: Weights, moved: Any) -> dict[str, heldout.SeenPairs]:
+    def _look(self, weights: Weights, moved: Params | None) -> dict[str, heldout.SeenPairs]:
         live = self._reference if moved is None else moved
         collect = functools.partial(_collected, self._collect, live)
         place = functools.partial(sharding.place, mesh=self._mesh)
@@ -152,7 +155,7 @@ class Evaluator:
         line, judge.fault = judge.fault, None
         return [line]
 
-    def _answer(self, prompts: EvaluationPrompts, params: Any, folder: Path, step: int) -> dict[str, float]:
+    def _answer(self, prompts: EvaluationPrompts, params: Params, folder: Path, step: int) -> dict[str, float]:
         answers = winrate.answer(
             self._objective.spec,
             cast(params, jnp.dtype(self._objective.compute_dtype)),
@@ -170,7 +173,7 @@ class Evaluator:
         return {"pass_rate": winrate.pass_rate(answers), **judged}
 
 
-def _collected(collect: Callable, live: Any, weights: Weights, batch: Any) -> Any:
+def _collected(collect: Callable, live: Params | None, weights: Weights, batch: Batch) -> Any:
     return collect(weights, live, batch)
 
 

@@ -3,6 +3,7 @@
 import functools
 import signal
 import threading
+from types import FrameType
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ class Interrupts:
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, *ending) if is_main}
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         """Listen no more."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -54,7 +55,7 @@ class Interrupts:
             before, self._under_way = self._under_way, _largest(self._mesh, self.asked or 0)
             self._agreed = None if before is None else int(before) or None
 
-    def _ask(self, number: int, frame: Any) -> None:
+    def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = number

@@ -162,7 +162,7 @@ def record_of(run: Run, facts: Mapping[str, Any]) -> dict[str, Any]:
     return redacted_values({"settings": config.dump(run), "facts": dict(facts)})
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write a file in one move, if this process is the one that writes; no secret stands in it."""
     if here().owns:
         write_whole(path, redacted(json.dumps(value, indent=2, ensure_ascii=False)) + "\n")

@@ -12,6 +12,7 @@ import dpo_jax
 from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
 from dpo_jax.data.arguments import dated
+from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.errors import UserError, public
 from dpo_jax.evaluation.judges.opening import check_judge
 from dpo_jax.hf.ending import Ending
@@ -47,7 +48,7 @@ class Start(NamedTuple):
     """What a run starts from, as the folders of its models say it: no weights are read."""
 
     sources: Sources
-    tokenizer: Any
+    tokenizer: Tokenizer
     ending: Ending | None
     policy: Policy
 
@@ -85,7 +86,7 @@ class Job:
     folder: Path
     sources: Sources
     mesh: jax.sharding.Mesh
-    tokenizer: Any
+    tokenizer: Tokenizer
     data: Data
     steps: int
     packing: Packing

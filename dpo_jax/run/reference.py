@@ -5,7 +5,6 @@ import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +35,7 @@ class Reference:
 
     train: np.ndarray | None = None
     held_out: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    weights: Any = None
+    weights: Params | None = None
     moving: MovingReference | None = None
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from dpo_jax import sharding
+from dpo_jax.data.batch import Batch
 from dpo_jax.data.batches import Batches, Made, prefetch
 from dpo_jax.data.workers import processes
 from dpo_jax.model.weights import Weights
@@ -16,6 +17,7 @@ from dpo_jax.run.reference import Reference
 from dpo_jax.training.optimizer import make_optimizer, schedule, state_shardings, to_float32
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import State, fresh_state, make_step, with_trained
+from dpo_jax.trees import Params
 
 CORES_A_PROGRAM = 4
 """Cores for each program that is compiled at a time, as XLA itself uses several. A guess: more than two were not at
@@ -64,7 +66,7 @@ class Trainer:
         step = make_step(objective, self.optimizer, rate, steps=batches.steps, moving=self.moving, seed=seed)
         self._step = sharding.Compiled(step, mesh, out_shardings=(self.shardings, None), donate=(0,))
 
-    def step(self, state: State, batch: Any) -> tuple[State, dict[str, jax.Array]]:
+    def step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """One optimizer step; the old state is consumed."""
         return self._step(state, self.frozen, self.reference, batch)
 
@@ -77,7 +79,7 @@ class Trainer:
         """Compilations since `compile`; 0 is what a run wants."""
         return self._step.recompilations
 
-    def fresh(self, trained: Any) -> State:
+    def fresh(self, trained: Params) -> State:
         """The state before the first step; weights and a moving reference are the given arrays themselves."""
         given = {"trained": trained} | ({"reference": self._start} if self.moving else {})
         rest = jax.jit(
@@ -87,7 +89,7 @@ class Trainer:
         self._start = None
         return {**given, **rest}
 
-    def _fresh(self, trained: Any, reference: Any) -> State:
+    def _fresh(self, trained: Params, reference: Params | None) -> State:
         remembers, scaled = self.objective.remembers, self.objective.compute_dtype == "float16"
         return fresh_state(trained, self.optimizer, reference=reference, remembers=remembers, scaled=scaled)
 
@@ -107,11 +109,11 @@ class Trainer:
             journal.phase(f"{what} {min(done + 1, len(dummies))}/{number}")
         journal.note(f"compiled in {time.perf_counter() - began:.1f} s")
 
-    def lower(self, dummy: Any) -> jax.stages.Lowered:
+    def lower(self, dummy: Batch) -> jax.stages.Lowered:
         """The step for batches of this shape, lowered but not compiled."""
         return self._step.lower(*self._arguments(dummy))
 
-    def _arguments(self, dummy: Any) -> tuple[Any, Any, Any, Any]:
+    def _arguments(self, dummy: Batch) -> tuple[Any, Any, Any, Any]:
         """Shapes, dtypes and shardings of what the step takes."""
         batch = sharding.shape_of(dummy, sharding.batch_shardings(dummy, self.mesh))
         return self.target(), self.frozen, self.reference, batch

@@ -64,7 +64,7 @@ def newest_record(folder: Path) -> tuple[int, dict[str, Any]] | None:
     return None
 
 
-def _text(step: Any, table: Any) -> str:
+def _text(step: Any, table: object) -> str:
     """The manifest's own digest is in it: one that lacks an entry is noticed as well as a file that does."""
     body = json.dumps({"files": table, "step": step}, sort_keys=True)
     return json.dumps({"digest": digest_of(body), "files": table, "step": step}, indent=1, sort_keys=True) + "\n"

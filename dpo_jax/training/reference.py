@@ -38,7 +38,7 @@ def data_digest(encoded: Encoded, without: Sequence[str] = ()) -> str:
         array = getattr(encoded, field.name)
         if isinstance(array, np.ndarray) and field.name not in without:
             digest.update(f"{field.name}{array.dtype}{array.shape}".encode())
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 

@@ -112,7 +112,7 @@ class Conversion:
         """Whether a key has a value, be it a default."""
         return name in self.known
 
-    def get(self, name: str, default: Any = None) -> Any:
+    def get(self, name: str, default: object = None) -> Any:
         """A key's value."""
         return self.known[name].value if name in self.known else default
 
@@ -131,7 +131,7 @@ class Conversion:
         """Whether the file itself has a key."""
         return name in self.known and name not in self.standard
 
-    def put(self, ours: str, value: Any, *names: str, note: str | None = None) -> None:
+    def put(self, ours: str, value: object, *names: str, note: str | None = None) -> None:
         """Set one of our settings, made of the keys of these names. What it had before goes."""
         origins = tuple(self.known[name] for name in names if self.is_given(name))
         standard = tuple(name for name in names if name in self.standard)

@@ -32,7 +32,7 @@ def data(c: Conversion) -> None:
 
 
 def where(
-    name: str, configuration: Any = None, split: Any = None, files: Any = None, share: Any = None
+    name: str, configuration: object = None, split: object = None, files: object = None, share: object = None
 ) -> tuple[str, ...]:
     """A data set as our settings name it: files, or NAME:CONFIGURATION:SPLIT."""
     if files:
@@ -254,7 +254,7 @@ def _entries(c: Conversion) -> Mapping[str, Any]:
     return {}
 
 
-def _kind(entry: Any) -> str:
+def _kind(entry: object) -> str:
     return "alpaca format" if isinstance(entry, Mapping) and entry.get("formatting") != "sharegpt" else "other"
 
 

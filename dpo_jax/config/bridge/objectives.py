@@ -82,7 +82,7 @@ def _dpo(c: Conversion) -> None:
     _put(c, blocks, note=SMOOTHED if smoothed else PER_ANSWER if sft and c.trainer is FACTORY else None)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     """Whether a value is a number, and no truth value."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 

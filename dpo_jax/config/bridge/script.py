@@ -177,7 +177,7 @@ def _of_trainer(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _of_data(first: str, configuration: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _of_data(first: str, configuration: object, arguments: Mapping[str, Any]) -> dict[str, Any]:
     split = arguments.get("split")
     if str(split or "").startswith(("test", "valid", "eval", "dev")):
         return {"eval_dataset_name": first, "eval_dataset_config": configuration, "eval_dataset_split": split}

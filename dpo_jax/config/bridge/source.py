@@ -46,7 +46,7 @@ class Config:
         return self.given[key].value if key in self.given else None
 
 
-def flattened(key: str, value: Any, line: int | None) -> Iterator[Given]:
+def flattened(key: str, value: object, line: int | None) -> Iterator[Given]:
     """The leaves of a value: those of mappings and of lists of mappings have names with dots, `datasets.0.path`."""
     if isinstance(value, Mapping) and value:
         for name, inner in value.items():

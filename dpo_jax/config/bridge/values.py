@@ -8,7 +8,7 @@ from dpo_jax.config.bridge.conversion import FALSE, TRUE, Left
 from dpo_jax.config.run import FIELDS
 
 
-def loggers(value: Any) -> Any:
+def loggers(value: object) -> Any:
     """Of the services in `report_to` those that there are; TensorBoard's files are written anyway."""
     names = [value] if isinstance(value, str) else list(value) if isinstance(value, tuple) else []
     kind = next(one for one in typing.get_args(FIELDS["log.loggers"].annotation) if one is not Ellipsis)
@@ -20,17 +20,17 @@ def loggers(value: Any) -> Any:
     return known
 
 
-def _whole(value: Any) -> Any:
+def _whole(value: object) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _steps(value: Any) -> Any:
+def _steps(value: object) -> Any:
     if isinstance(value, float) and 0 < value < 1:
         return Left("is a share of all steps there; log.every counts steps")
     return max(_whole(value), 1) if isinstance(value, int | float) else value
 
 
-def _flag(value: Any) -> Any:
+def _flag(value: object) -> Any:
     text = str(value).lower()
     return True if text in TRUE else False if text in FALSE else value
 

@@ -5,7 +5,6 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from dpo_jax.config.bridge.conversion import Conversion, Line
 from dpo_jax.config.bridge.rules import converted
@@ -169,7 +168,7 @@ def _named(given: Given) -> str:
     return f"{given.key} (line {given.line})" if given.line else given.key
 
 
-def scalar(value: Any) -> str:
+def scalar(value: object) -> str:
     """A value in YAML, on one line: what our reader takes back as the same value."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{scalar(str(key))}: {scalar(item)}" for key, item in value.items()) + "}"

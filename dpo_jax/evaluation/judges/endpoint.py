@@ -209,7 +209,7 @@ class EndpointJudge:
             else:  # of all calls, not of this one alone
                 self._not_before = max(self._not_before, anyio.current_time() + failure.wait)
 
-    def _said(self, question: _Question, reply: Any) -> _Failure | None:
+    def _said(self, question: _Question, reply: object) -> _Failure | None:
         """Keep what a reply says; a failure if it is none."""
         said, tokens = content_of(reply), tokens_of(reply)
         if said is None:

@@ -51,7 +51,7 @@ def content_of(reply: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def tokens_of(reply: Any) -> int | None:
+def tokens_of(reply: object) -> int | None:
     """The tokens that a chat completion is billed for, if it says so."""
     usage = reply.get("usage") if isinstance(reply, dict) else None
     total = usage.get("total_tokens") if isinstance(usage, dict) else None
