@@ -361,7 +361,7 @@ def _said_once(record: logging.LogRecord) -> bool:
     return record.exc_info is None or "orbax" not in record.pathname + record.getMessage()
 
 
-def _without_late_answers(unraisable: sys.UnraisableHookArgs) -> None:
+def _without_late_answers(unraisable: Any) -> None:
     """Drop what TensorStore prints where a save has failed: an answer for each array, to a loop that is closed."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
