@@ -111,7 +111,7 @@ def test_one_sigterm_stops_all_and_the_same_command_goes_on(world, tmp_path):
         ("mesh.context=2",),
         ("checkpoint.best=eval_loss", "evaluation.patience=1"),
         ("evaluation.judge=rule",),
-        ("model.freeze=[blocks/0/.*]",),
+        ("model.freeze=[layers/0/.*]",),
         ("optimizer.name=adafactor",),
     ],
 )
