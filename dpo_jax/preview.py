@@ -18,7 +18,7 @@ from dpo_jax.errors import UserError, short
 
 if TYPE_CHECKING:
     from dpo_jax.data.encoded import Encoded
-    from dpo_jax.data.split import Split
+    from dpo_jax.data.split import DataSplit
 
 PAIRS = 3
 SHOWN = ("model", "data")
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parts(run: config.Run, train: "Encoded") -> "Split | None":
+def _parts(run: config.Run, train: "Encoded") -> "DataSplit | None":
     """The training data in two, where a share of it is held out."""
     from dpo_jax.data.split import split
 

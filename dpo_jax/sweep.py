@@ -17,7 +17,7 @@ from dpo_jax.config import run as config
 from dpo_jax.errors import COMMAND_LINE, UserError
 
 if TYPE_CHECKING:
-    from dpo_jax.run.sweeping import Axis, Result
+    from dpo_jax.run.sweeping import Axis, PointResult
 
 OPTIONS = (
     "  key=a,b,...    a setting with several values; one run for each combination of them",
@@ -76,7 +76,7 @@ def _jobs(text: str, most: int) -> int:
     return min(int(text), most)
 
 
-def _page(folder: Path, axes: "Sequence[Axis]", results: "Sequence[Result]") -> str:
+def _page(folder: Path, axes: "Sequence[Axis]", results: "Sequence[PointResult]") -> str:
     """Draw the page that compares the runs, if any has learned something, and say where it is."""
     from dpo_jax.page.render import PAGE, write_comparison
 

@@ -29,7 +29,7 @@ GIVEN = ("chosen", "rejected")
 """In place of a model: the answers of a file of preferences."""
 
 
-class Side(NamedTuple):
+class Contender(NamedTuple):
     """One of both that are compared: a model, or answers that a file of preferences has."""
 
     name: str
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def compare(
-    options: argparse.Namespace, asked: "Sequence[Asked | Question]", sides: Sequence[Side], folder: Path
+    options: argparse.Namespace, asked: "Sequence[Asked | Question]", sides: Sequence[Contender], folder: Path
 ) -> dict[str, Any]:
     """The answers, the verdicts of each judge, and what they add up to, as plain JSON."""
     from dpo_jax.evaluation.contests import answered, contests_of, judged, said_of
@@ -130,7 +130,7 @@ def _named(options: argparse.Namespace) -> list[tuple[str, str | None]]:
     return [(options.model, options.adapter), (options.base, options.base_adapter)]
 
 
-def _side(name: str, adapter: str | None, given: Mapping[str, list[str]], options: argparse.Namespace) -> Side:
+def _side(name: str, adapter: str | None, given: Mapping[str, list[str]], options: argparse.Namespace) -> Contender:
     """What is meant by MODEL or BASE, looked at without its weights."""
     from dpo_jax.hf.adapted import adapted
     from dpo_jax.hf.configs import read_spec
@@ -144,14 +144,14 @@ def _side(name: str, adapter: str | None, given: Mapping[str, list[str]], option
             )
         if adapter is not None:
             raise UserError(f"{COMMAND_LINE}: {name} are answers of a file, which take no adapter; leave it out")
-        return Side(name, answers=given[name])
+        return Contender(name, answers=given[name])
     inner = [Path(name).expanduser() / part for part in (MODEL, ADAPTER)]
     run = next((str(path) for path in inner if path.is_dir() and not (path.parent / "config.json").exists()), name)
     model = adapted(run, adapter)
     if model.line:
         print(model.line, file=sys.stderr)
     read_spec(local_folder(model.base, SIDE_FILES), scalar_head=False)
-    return Side(name if adapter is None else f"{name} with {adapter}", model)
+    return Contender(name if adapter is None else f"{name} with {adapter}", model)
 
 
 def _check_rule(settings: judges.JudgeSettings, asked: "Sequence[Asked | Question]", file: str) -> None:
@@ -161,7 +161,7 @@ def _check_rule(settings: judges.JudgeSettings, asked: "Sequence[Asked | Questio
         )
 
 
-def _folder(options: argparse.Namespace, asked: "Sequence[Asked | Question]", sides: Sequence[Side]) -> Path:
+def _folder(options: argparse.Namespace, asked: "Sequence[Asked | Question]", sides: Sequence[Contender]) -> Path:
     """The output folder, new or of this very comparison."""
     from dpo_jax.hf.tensors import local_folder, stamps
 
@@ -193,7 +193,7 @@ def _folder(options: argparse.Namespace, asked: "Sequence[Asked | Question]", si
     return folder
 
 
-def _answering(side: Side, options: argparse.Namespace) -> "Answering":
+def _answering(side: Contender, options: argparse.Namespace) -> "Answering":
     from dpo_jax.evaluation.contests import open_answering
 
     assert side.model is not None

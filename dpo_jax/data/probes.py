@@ -89,7 +89,7 @@ def frame_of(render: Render, tokenizer: Tokenizer, control: re.Pattern) -> Frame
       tokenizer: of transformers.
       control: finds control tokens in a text.
     """
-    look = _Look(render, control)
+    look = _Probe(render, control)
     special = frozenset(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     named = (token for token in tokenizer.special_tokens_map.values() if isinstance(token, str))
     user, assistant, system = message("user"), message("assistant"), message("system")
@@ -126,7 +126,7 @@ _ARGUMENTS = {"key": WORDS["value"]}
 
 
 @dataclass(frozen=True)
-class _Look:
+class _Probe:
     """A template, looked at through its control tokens."""
 
     render: Render

@@ -10,7 +10,7 @@ from dpo_jax.data.encoded import Encoded, of_units
 from dpo_jax.errors import UserError
 
 
-class Split(NamedTuple):
+class DataSplit(NamedTuple):
     """Training data in two parts that have no prompt in common."""
 
     train: Encoded
@@ -53,7 +53,7 @@ def held_out_units(encoded: Encoded, fraction: float, seed: int) -> Bool[np.ndar
     return (drawn < fraction)[places]
 
 
-def split(encoded: Encoded, fraction: float, seed: int) -> Split:
+def split(encoded: Encoded, fraction: float, seed: int) -> DataSplit:
     """The data in two: about this share of the prompts, with all that was read of them, is held out.
 
     Raises:
@@ -66,7 +66,7 @@ def split(encoded: Encoded, fraction: float, seed: int) -> Split:
             f"data.eval_fraction: {fraction:g}: holds out {some} of the {number:,} prompts of data.train; {change} it, "
             "or name held-out data with data.eval"
         )
-    return Split(of_units(encoded, ~held), of_units(encoded, held))
+    return DataSplit(of_units(encoded, ~held), of_units(encoded, held))
 
 
 def set_name(name: str) -> str:

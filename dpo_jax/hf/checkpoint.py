@@ -134,7 +134,7 @@ def _digest(source: Tensors, name: str) -> tuple[str, bytes]:
 # ---------------------------------------------------------------------------------------------- out
 
 
-class Moved(NamedTuple):
+class MovedWeights(NamedTuple):
     """How many weights of a folder differ from those of the one that it is like, and how many it has."""
 
     weights: int
@@ -166,7 +166,7 @@ def save_hf(
     replace: bool = False,
     dtype: Literal["keep", "float32", "bfloat16"] = "keep",
     max_shard_bytes: int | None = None,
-) -> Moved | None:
+) -> MovedWeights | None:
     """Writes the model as a folder that looks like the one it came from, and reads it back before it stands there.
     One whose weights were packed becomes a plain folder, without `quantization_config`.
 
@@ -223,7 +223,7 @@ def save_hf(
         listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         tensors.write_bytes(staging / tensors.SUMS, listing.encode())
     moved = [moved for _, moved in written.values()]
-    return Moved(sum(part.weights for part in moved), sum(part.of for part in moved))
+    return MovedWeights(sum(part.weights for part in moved), sum(part.of for part in moved))
 
 
 def dtypes_written(
@@ -271,7 +271,7 @@ def _check_like(model: Model, origin: Path) -> None:
         )
 
 
-def _write_weights(export: _Export, path: Path, infos: dict[str, TensorInfo]) -> tuple[str, Moved]:
+def _write_weights(export: _Export, path: Path, infos: dict[str, TensorInfo]) -> tuple[str, MovedWeights]:
     """Write a file of tensors; its digest, and what moved of the weights that it has in common with the source."""
     metadata = {"format": "pt", **export.source.metadata.get(path.name, {})}
     others, total = 0, 0
@@ -285,7 +285,7 @@ def _write_weights(export: _Export, path: Path, infos: dict[str, TensorInfo]) ->
 
     digest = tensors.write_tensors(path, infos, metadata, fetched)
     tensors.check_tensors(path, infos, digest)
-    return digest, Moved(others, total)
+    return digest, MovedWeights(others, total)
 
 
 def _fetch(export: _Export, name: str, dtype: str) -> np.ndarray:

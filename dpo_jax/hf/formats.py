@@ -14,8 +14,8 @@ import numpy as np
 from dpo_jax.errors import one_line, short
 from dpo_jax.hf import dequantise
 from dpo_jax.hf.dequantise import blocks, blockwise
-from dpo_jax.hf.packed import Arrays, Damaged, Plan, Row, Shape, Stem
-from dpo_jax.hf.quantisation import DTYPES, Method, Scheme
+from dpo_jax.hf.packed import Arrays, Damaged, PackedFormat, Plan, Shape, Stem
+from dpo_jax.hf.quantisation import DTYPES, GroupScheme, Method
 from dpo_jax.hf.tensors import STORED, TensorInfo
 
 FLOATS = ("F32", "F16", "BF16")
@@ -160,9 +160,11 @@ def _fp8(stem: Stem, method: Method) -> Plan:
     if len(scales) != 1:
         raise stem.wrong(".weight_scale_inv", "stands beside a .weight_scale" if scales else "is missing")
     if method.block is not None and scales[0] == ".weight_scale_inv":
-        options = _options(shape, Scheme("float", 8, "block", None, method.block))
+        options = _options(shape, GroupScheme("float", 8, "block", None, method.block))
     else:
-        options = [one for way in ("tensor", "channel") for one in _options(shape, Scheme("float", 8, way, None, None))]
+        options = [
+            one for way in ("tensor", "channel") for one in _options(shape, GroupScheme("float", 8, way, None, None))
+        ]
     return Plan(shape, (scales[0], _block_of(stem, scales[0], options, *FLOATS, *POWERS)))
 
 
@@ -170,7 +172,7 @@ def _fp8_weight(arrays: Arrays, plan: Plan) -> np.ndarray:
     return _scaled(arrays[".weight"], arrays[plan.facts[0]], plan.facts[1])
 
 
-def _options(shape: Shape, scheme: Scheme) -> list[tuple[Shape, Shape]]:
+def _options(shape: Shape, scheme: GroupScheme) -> list[tuple[Shape, Shape]]:
     """Shapes that scales may have, each with the rows and columns that then share one."""
     match scheme.strategy:
         case "tensor":
@@ -369,9 +371,9 @@ def _any(infos: Mapping[str, TensorInfo]) -> bool:
     return True
 
 
-FORMATS: Mapping[str, tuple[Row, ...]] = {
+FORMATS: Mapping[str, tuple[PackedFormat, ...]] = {
     "bitsandbytes": (
-        Row(
+        PackedFormat(
             codes=".weight",
             needed=(".weight", ".weight.absmax", ".weight.quant_map"),
             optional=(*NESTED, *STATES),
@@ -380,7 +382,7 @@ FORMATS: Mapping[str, tuple[Row, ...]] = {
             weight=_four_bit_weight,
         ),
         # bitsandbytes rounds the activations to 8 bits too, which is no matter of the weights
-        Row(
+        PackedFormat(
             codes=".weight",
             needed=(".weight", ".SCB"),
             optional=(".weight_format",),
@@ -389,13 +391,13 @@ FORMATS: Mapping[str, tuple[Row, ...]] = {
             weight=_int8_weight,
         ),
     ),
-    "mxfp4": (Row("_blocks", ("_blocks", "_scales"), (), _any, _mxfp4, _mxfp4_weight, plain=""),),
+    "mxfp4": (PackedFormat("_blocks", ("_blocks", "_scales"), (), _any, _mxfp4, _mxfp4_weight, plain=""),),
     # transformers 5.24 takes other blocks where 128 does not divide a shape
-    "fp8": (Row(".weight", (".weight",), SCALES, _any, _fp8, _fp8_weight),),
-    "gptq": (Row(".qweight", INT, (".g_idx",), _any, _gptq, _gptq_weight),),
-    "awq": (Row(".qweight", INT, (), _any, _awq, _awq_weight),),
+    "fp8": (PackedFormat(".weight", (".weight",), SCALES, _any, _fp8, _fp8_weight),),
+    "gptq": (PackedFormat(".qweight", INT, (".g_idx",), _any, _gptq, _gptq_weight),),
+    "awq": (PackedFormat(".qweight", INT, (), _any, _awq, _awq_weight),),
     "compressed-tensors": (
-        Row(
+        PackedFormat(
             codes=".weight_packed",
             needed=(*PACKED, ".weight_shape"),
             optional=(".weight_zero_point", ".weight_g_idx"),
@@ -403,9 +405,9 @@ FORMATS: Mapping[str, tuple[Row, ...]] = {
             plan=_words,
             weight=_words_weight,
         ),
-        Row(".weight", BYTES, (".weight_zero_point",), _is("bytes"), _bytes, _bytes_weight),
+        PackedFormat(".weight", BYTES, (".weight_zero_point",), _is("bytes"), _bytes, _bytes_weight),
         # the library rounds its scales, and so the weights, to bfloat16
-        Row(
+        PackedFormat(
             codes=".weight_packed",
             needed=(*PACKED, ".weight_global_scale"),
             optional=(),
@@ -413,7 +415,7 @@ FORMATS: Mapping[str, tuple[Row, ...]] = {
             plan=_fp4(16, "F8_E4M3"),
             weight=_nvfp4_weight,
         ),
-        Row(".weight_packed", PACKED, (), _is("mxfp4"), _fp4(32, *POWERS), _mx_weight),
+        PackedFormat(".weight_packed", PACKED, (), _is("mxfp4"), _fp4(32, *POWERS), _mx_weight),
     ),
 }
 """The formats of each method; a packed weight is of exactly one."""

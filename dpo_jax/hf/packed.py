@@ -71,7 +71,7 @@ class Stem(NamedTuple):
             raise self.wrong(suffix, f"has shape {list(found)}, and config.json and what is beside it ask for {asked}")
 
 
-class Row(NamedTuple):
+class PackedFormat(NamedTuple):
     """One format: the suffixes of its tensors, and how a weight is planned and computed from them.
 
     `codes` is the suffix of the packed numbers themselves and `plain` that of the weight they become; `fits` tells from

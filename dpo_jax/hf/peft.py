@@ -14,7 +14,7 @@ from dpo_jax.hf.beside import ADAPTER, ADAPTER_CONFIG
 from dpo_jax.hf.factors import EMBED, HEAD, Adapter, Factor, Key, Rows, same, size
 from dpo_jax.hf.mapping import Scheme, TensorEntry
 from dpo_jax.hf.peft_config import AdapterConfig, read_config
-from dpo_jax.hf.peft_names import DOWN, GATE_UP, Experts, Places, places
+from dpo_jax.hf.peft_names import DOWN, GATE_UP, ExpertParameter, PeftPlaces, places
 from dpo_jax.hf.tensors import DTYPES, PICKLES, Tensors, non_finite
 from dpo_jax.model.spec import DecoderSpec
 
@@ -66,7 +66,7 @@ def _opened(folder: Path) -> Tensors:
 class _Reader:
     """Reads one folder; `found` becomes the adapter."""
 
-    def __init__(self, config: AdapterConfig, tensors: Tensors, where: Places, base: Tensors, tied: bool):
+    def __init__(self, config: AdapterConfig, tensors: Tensors, where: PeftPlaces, base: Tensors, tied: bool):
         self._config, self._tensors, self._places, self._base = config, tensors, where, base
         self._file = tensors.folder / FILE
         self._tied = tied and any(one.parts[0].leaf == HEAD for one in where.entries.values())
@@ -241,7 +241,7 @@ class _Reader:
                 raise self._refuse(first, f"is of {matrix}, which the experts of the base do not have")
             self._read_fused(f"{around}.{matrix}", table[matrix], parts)
 
-    def _alone(self, around: str, table: dict[str, Experts], first: str) -> str:
+    def _alone(self, around: str, table: dict[str, ExpertParameter], first: str) -> str:
         """Which parameter the factors are of where only one has any: the one that the config names."""
         named = [
             matrix
@@ -253,7 +253,7 @@ class _Reader:
             raise self._refuse(first, f"{why} {len(named)} of them; name the one")
         return named[0]
 
-    def _read_fused(self, path: str, experts: Experts, parts: dict[str, str]) -> None:
+    def _read_fused(self, path: str, experts: ExpertParameter, parts: dict[str, str]) -> None:
         """A [E R, I] and B [O, E R], expert by expert in A and expert fastest in B.
 
         PEFT before 0.19 took O and I for each other where the matrices are [O, I].

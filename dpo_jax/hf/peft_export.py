@@ -25,7 +25,7 @@ from dpo_jax.hf.configs import is_wrapper, quiet
 from dpo_jax.hf.factors import EMBED, HEAD, Adapter, Factor, Key, stacked, turned
 from dpo_jax.hf.mapping import Scheme
 from dpo_jax.hf.peft import FILE, INNER, PREFIX, read_adapter
-from dpo_jax.hf.peft_names import DOWN, EXPERT, GATE_UP, MATRICES, Experts, Places, places
+from dpo_jax.hf.peft_names import DOWN, EXPERT, GATE_UP, MATRICES, ExpertParameter, PeftPlaces, places
 from dpo_jax.hf.tensors import TensorInfo, Tensors, read_json
 from dpo_jax.model.spec import DecoderSpec
 
@@ -40,7 +40,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be, from its 8 up; its default is 16."""
 
 
-class Written(NamedTuple):
+class WrittenAdapter(NamedTuple):
     """What the adapter's folder holds."""
 
     rank: int
@@ -68,7 +68,7 @@ def write_adapter(
     card: Mapping[str, Any] | None = None,
     extra_files: Mapping[str, str] | None = None,
     replace: bool = False,
-) -> Written:
+) -> WrittenAdapter:
     """Writes a PEFT folder, and reads it back before it stands there.
 
     The factors are float32. Beside them: the base's tokenizer, a card, `dpo_jax.json` and `SHA256SUMS`.
@@ -117,7 +117,7 @@ def write_adapter(
         listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         tensors.write_bytes(staging / tensors.SUMS, listing.encode())
         _check(staging, plain, base, spec, scheme, within)
-    return Written(plain.rank, plain.alpha, len({name.rsplit(".lora_", 1)[0] for name in plain.arrays}))
+    return WrittenAdapter(plain.rank, plain.alpha, len({name.rsplit(".lora_", 1)[0] for name in plain.arrays}))
 
 
 def check_plain(adapter: Adapter, spec: DecoderSpec) -> None:
@@ -137,7 +137,7 @@ def check_plain(adapter: Adapter, spec: DecoderSpec) -> None:
 # ---------------------------------------------------------------------------------------------- one rank, one scale
 
 
-def _plain(adapter: Adapter, where: Places, within: str) -> _Plain:
+def _plain(adapter: Adapter, where: PeftPlaces, within: str) -> _Plain:
     """All factors as PEFT's modules have them, of one rank and one scale."""
     left = dict(adapter.factors)
     stacks: dict[str, list[Factor]] = {}
@@ -180,7 +180,7 @@ def _plain(adapter: Adapter, where: Places, within: str) -> _Plain:
     )
 
 
-def _of_experts(experts: Experts, left: dict[Key, Factor]) -> list[Factor]:
+def _of_experts(experts: ExpertParameter, left: dict[Key, Factor]) -> list[Factor]:
     """A factor for each expert of one parameter, taken out of `left`; none if none has any."""
     taken = [[left.pop(key, None) for key in part] for part in experts.parts]
     if all(one is None for part in taken for one in part):
@@ -224,7 +224,7 @@ def _is_parameter(path: str, leaf: str, experts: bool) -> bool:
     return router or (experts and path.removesuffix(".weight").rpartition(".")[2] in MATRICES)
 
 
-def _named(paths: set[str], there: set[str], words: int, where: Places, within: str) -> tuple[str, ...]:
+def _named(paths: set[str], there: set[str], words: int, where: PeftPlaces, within: str) -> tuple[str, ...]:
     """The names that PEFT finds these paths by, and no others: their last words, where all that end so are meant."""
     found: set[str] = set()
     for path in paths:

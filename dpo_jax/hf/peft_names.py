@@ -29,7 +29,7 @@ WITHIN = ("model.language_model.", "language_model.model.", "language_model.")
 """What paths begin with where the decoder is a part of a larger model."""
 
 
-class Experts(NamedTuple):
+class ExpertParameter(NamedTuple):
     """One parameter in memory that holds a matrix of every expert, and where the folder has it."""
 
     parts: tuple[tuple[Key, ...], ...]
@@ -46,12 +46,12 @@ class Experts(NamedTuple):
         return len(self.parts[0])
 
 
-class Places(NamedTuple):
+class PeftPlaces(NamedTuple):
     """Where paths lead: to tensors of the folder by the parameter's path, and to experts by path and parameter."""
 
     entries: dict[str, TensorEntry]
     tensors: dict[str, str]
-    experts: dict[str, dict[str, Experts]]
+    experts: dict[str, dict[str, ExpertParameter]]
     root: str
     memory: dict[str, str]
     """By tensor of the folder, its path in memory."""
@@ -60,7 +60,7 @@ class Places(NamedTuple):
         """The tensor of the folder that a parameter of this path is; None if there is none."""
         return next((self.tensors[one] for one in self._options(path) if one in self.tensors), None)
 
-    def fused(self, path: str) -> dict[str, Experts] | None:
+    def fused(self, path: str) -> dict[str, ExpertParameter] | None:
         """The parameters of the module of all experts; None where it is another module."""
         return next((self.experts[one] for one in self._options(path) if one in self.experts), None)
 
@@ -73,11 +73,13 @@ class Places(NamedTuple):
                 yield self.root + path.removeprefix(outer)
 
 
-def places(spec: DecoderSpec, scheme: Scheme, infos: Mapping[str, TensorInfo]) -> Places:
+def places(spec: DecoderSpec, scheme: Scheme, infos: Mapping[str, TensorInfo]) -> PeftPlaces:
     """The table for the decoder of a folder; with a head of its own even where that is tied to the embedding."""
     untied = dataclasses.replace(spec, tied=False)
     plain, here = names(untied, scheme.naming), names(untied, placed(scheme, infos)[0])
-    found = Places({one.name: one for one in here}, {}, {}, str(scheme.naming.names["embed"]).split(".")[0] + ".", {})
+    found = PeftPlaces(
+        {one.name: one for one in here}, {}, {}, str(scheme.naming.names["embed"]).split(".")[0] + ".", {}
+    )
     each: dict[str, dict[str, dict[int, str]]] = {}
     for canonical, entry in zip((one.name for one in plain), here, strict=True):
         memory = canonical
@@ -99,13 +101,13 @@ def places(spec: DecoderSpec, scheme: Scheme, infos: Mapping[str, TensorInfo]) -
     return found
 
 
-def _whole(entry: TensorEntry) -> Experts:
+def _whole(entry: TensorEntry) -> ExpertParameter:
     outputs, inputs = size(entry)
     keys = tuple((entry.name, number) for number in range(entry.shape[0]))
-    return Experts((keys,), (outputs,), inputs, entry.turned)
+    return ExpertParameter((keys,), (outputs,), inputs, entry.turned)
 
 
-def _apart(entries: Mapping[str, TensorEntry], matrices: list[dict[int, str]]) -> Experts:
+def _apart(entries: Mapping[str, TensorEntry], matrices: list[dict[int, str]]) -> ExpertParameter:
     sizes = [size(entries[matrix[0]]) for matrix in matrices]
     keys = tuple(tuple((matrix[number], None) for number in sorted(matrix)) for matrix in matrices)
-    return Experts(keys, tuple(outputs for outputs, _ in sizes), sizes[0][1], True)
+    return ExpertParameter(keys, tuple(outputs for outputs, _ in sizes), sizes[0][1], True)

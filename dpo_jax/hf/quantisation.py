@@ -17,7 +17,7 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 WITHOUT = "give the model that was quantised, or one packed in another way"
 
 
-class Scheme(NamedTuple):
+class GroupScheme(NamedTuple):
     """What compressed-tensors says of the weights of a group of modules."""
 
     kind: str
@@ -41,7 +41,7 @@ class Method(NamedTuple):
     block: tuple[int, int] | None = None
     plus_one: bool = False
     mixed: bool = False
-    schemes: tuple[Scheme, ...] = ()
+    schemes: tuple[GroupScheme, ...] = ()
 
 
 def method_of(raw: Mapping[str, Any], file: Path) -> Method | None:
@@ -161,7 +161,7 @@ def _compressed(k: Keys) -> Method:
     return Method("", schemes=tuple(dict.fromkeys(scheme for scheme in schemes if scheme is not None)))
 
 
-def _scheme(k: Keys) -> Scheme | None:
+def _scheme(k: Keys) -> GroupScheme | None:
     """One group of modules; None if only its activations are quantised."""
     _one_of(k, "format", (None, *COMPRESSED), None)
     weights, there = k.part("weights"), bool(k.peek("weights"))
@@ -178,7 +178,7 @@ def _scheme(k: Keys) -> Scheme | None:
     weights.finish(
         frozenset("group_size symmetric dynamic actorder observer observer_kwargs scale_dtype zp_dtype".split())
     )
-    return Scheme(kind, bits, strategy, group, sizes)
+    return GroupScheme(kind, bits, strategy, group, sizes)
 
 
 BNB = (

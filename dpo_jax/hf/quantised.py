@@ -17,7 +17,7 @@ import numpy as np
 from dpo_jax.errors import UserError
 from dpo_jax.hf import tensors
 from dpo_jax.hf.formats import ACTIVATIONS, FORMATS, MARKS, FourBits, four_bits
-from dpo_jax.hf.packed import Damaged, Plan, Row, Stem
+from dpo_jax.hf.packed import Damaged, PackedFormat, Plan, Stem
 from dpo_jax.hf.quantisation import KEY, Method, method_of
 from dpo_jax.hf.tensors import STORED, TensorInfo, Tensors, read_json
 
@@ -61,7 +61,7 @@ def _check_marks(stored: Tensors, method: Method | None) -> None:
 
 class _Weight(NamedTuple):
     stem: Stem
-    row: Row
+    row: PackedFormat
     plan: Plan
 
 
@@ -172,7 +172,7 @@ class Quantised(Tensors):
 
 
 def _stems(
-    infos: Mapping[str, TensorInfo], rows: tuple[Row, ...], dropped: tuple[str, ...]
+    infos: Mapping[str, TensorInfo], rows: tuple[PackedFormat, ...], dropped: tuple[str, ...]
 ) -> dict[str, dict[str, TensorInfo]]:
     """The tensors of packed weights, by stem and suffix; a plain `.weight` alone is not one."""
     suffixes = {suffix for row in rows for suffix in (*row.needed, *row.optional)} | {*dropped}
@@ -189,7 +189,7 @@ def _stems(
     return found
 
 
-def _row_of(stem: Stem, rows: tuple[Row, ...]) -> Row:
+def _row_of(stem: Stem, rows: tuple[PackedFormat, ...]) -> PackedFormat:
     """The format of a packed weight, all of whose tensors are there."""
     fits = [row for row in rows if row.fits(stem.infos)]
     if len(fits) != 1:

@@ -161,7 +161,7 @@ def _behind(norm: NormLayer | None, x: Float[Array, "B T D"]) -> Float[Array, "B
     return x if norm is None else norm(x)
 
 
-class Table(nnx.Module):
+class RowTable(nnx.Module):
     """A matrix with a row for each token or position: an embedding, or a head that is not tied to it."""
 
     def __init__(self, rows: int, width: int, *, bias: bool = False, rngs: nnx.Rngs):
@@ -184,16 +184,16 @@ class Ends(nnx.Module):
     def __init__(self, spec: DecoderSpec, *, rngs: nnx.Rngs):
         """Fresh embedding, norm and head: a scalar one, or one by vocabulary row unless it is tied."""
         wide, narrow, vocab = spec.width, spec.head_width, spec.vocab_size
-        self.embed = Table(vocab, narrow, rngs=rngs)
+        self.embed = RowTable(vocab, narrow, rngs=rngs)
         self.final_norm = NormLayer(spec.norm, wide) if spec.final_norm else None
-        self.head = None if spec.tied or spec.scalar_head else Table(vocab, narrow, bias=spec.head_bias, rngs=rngs)
+        self.head = None if spec.tied or spec.scalar_head else RowTable(vocab, narrow, bias=spec.head_bias, rngs=rngs)
         self.score = Score(narrow) if spec.scalar_head else None
         self.embed_norm = NormLayer(spec.norm, wide) if spec.embed_norm else None
-        self.positions = Table(spec.positions + spec.position_offset, wide, rngs=rngs) if spec.positions else None
+        self.positions = RowTable(spec.positions + spec.position_offset, wide, rngs=rngs) if spec.positions else None
         self.project_in = Dense(narrow, wide, bias=False, rngs=rngs) if narrow != wide else None
         self.project_out = Dense(wide, narrow, bias=False, rngs=rngs) if narrow != wide else None
         channels = sum(layer.inputs for layer in spec.layers)
-        self.inputs = Table(spec.inputs_vocab, channels, rngs=rngs) if channels else None
+        self.inputs = RowTable(spec.inputs_vocab, channels, rngs=rngs) if channels else None
         self.inputs_projection = Dense(wide, channels, bias=False, rngs=rngs) if channels else None
         self.inputs_norm = NormLayer(spec.norm, spec.layers[0].inputs) if channels else None
         self.spec = spec

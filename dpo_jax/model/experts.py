@@ -273,7 +273,9 @@ def _routed(
     """Tokens through the experts that a router picks from its own input, and what it picked."""
     (x, router_input), (router, *linears) = inputs, layers
     choice = router(router_input)
-    tokens = Tokens(*(leaf.reshape(-1, leaf.shape[-1]) for leaf in (x, choice.experts, choice.shares.astype(x.dtype))))
+    tokens = RoutedTokens(
+        *(leaf.reshape(-1, leaf.shape[-1]) for leaf in (x, choice.experts, choice.shares.astype(x.dtype)))
+    )
     run = functools.partial(_through, linears=linears, spec=router.spec, place=place)
     if place.experts is None:
         y = run(tokens, sort_pairs(tokens.experts, router.spec.count))
@@ -282,7 +284,7 @@ def _routed(
     return summed(place, y).reshape(x.shape), choice
 
 
-class Tokens(NamedTuple):
+class RoutedTokens(NamedTuple):
     """Tokens, and what a router says of each."""
 
     x: Float[Array, "n D"]
@@ -291,7 +293,7 @@ class Tokens(NamedTuple):
 
 
 def _through(
-    tokens: Tokens, pairs: ExpertPairs, *, linears: Sequence[Linears], spec: specs.Experts, place: Placement
+    tokens: RoutedTokens, pairs: ExpertPairs, *, linears: Sequence[Linears], spec: specs.Experts, place: Placement
 ) -> Float[Array, "n D"]:
     """What the experts of some pairs give their tokens."""
     gate, up, down = linears
@@ -307,7 +309,7 @@ ROOM = 1.25
 """Rows for the pairs of a device's own experts, as a multiple of what they are where all experts are used alike."""
 
 
-def _through_own(run: Callable[..., Array], tokens: Tokens, place: Placement, count: int) -> Float[Array, "n D"]:
+def _through_own(run: Callable[..., Array], tokens: RoutedTokens, place: Placement, count: int) -> Float[Array, "n D"]:
     """What this device's experts give the tokens of all: in one round of rows, and more where they are used more.
 
     Rounds beyond the first are rare, so their gradient keeps nothing and computes all again.
@@ -317,7 +319,7 @@ def _through_own(run: Callable[..., Array], tokens: Tokens, place: Placement, co
     pairs = sort_pairs(jnp.where((number >= 0) & (number < own), number, own), own)
     size = min(total, -(-math.ceil(ROOM * total / place.parts) // ROUND) * ROUND)
 
-    def further(tokens: Tokens) -> Array:
+    def further(tokens: RoutedTokens) -> Array:
         def one(y: Array, start: Array) -> tuple[Array, None]:
             there = start < pairs.sizes.sum()
             return y + lax.cond(there, lambda: run(tokens, some_pairs(pairs, start, size)), lambda: zero), None

@@ -122,7 +122,7 @@ class Objective:
         return {**self.settings, **{name: MODIFIERS[name] for name in modifiers}}
 
 
-class Recipe(NamedTuple):
+class NamedSum(NamedTuple):
     """A sum of rows with a name of its own: parts (name, weight, fixed settings) and what it takes."""
 
     parts: tuple[tuple[str, float | str, Mapping[str, Any]], ...]
@@ -389,28 +389,28 @@ OBJECTIVES: dict[str, Objective] = {
 }
 """Every objective by name."""
 
-RECIPES: dict[str, Recipe] = {
-    "rpo": Recipe(
+RECIPES: dict[str, NamedSum] = {
+    "rpo": NamedSum(
         parts=(("sigmoid", 1.0, {}), ("sft", "sft_weight", {})),
         equation="sigmoid + sft_weight * sft",
         paper="RPO, arXiv:2404.19733",
         when="chosen log-probabilities fall, reasoning suffers",
         settings={"sft_weight": WEIGHT},
     ),
-    "mpo": Recipe(
+    "mpo": NamedSum(
         parts=(("sigmoid", 0.8, {}), ("bco_pair", 0.2, {}), ("sft", 1.0, {})),
         equation="0.8 sigmoid + 0.2 bco_pair + sft",
         paper="MPO, arXiv:2411.10442",
         when="preference, quality and likelihood at once",
     ),
-    "cpo": Recipe(
+    "cpo": NamedSum(
         parts=(("sigmoid", 1.0, {"reference_free": True}), ("sft", "sft_weight", {})),
         equation="-log S(beta (log pi(y_w) - log pi(y_l))) + sft_weight * sft",
         paper="CPO, arXiv:2401.08417",
         when="no reference fits into memory; translation",
         settings={"sft_weight": WEIGHT},
     ),
-    "orpo": Recipe(
+    "orpo": NamedSum(
         parts=(("sft", 1.0, {}), ("odds_ratio", "odds_weight", {})),
         equation="sft + odds_weight * odds_ratio",
         paper="ORPO, arXiv:2403.07691",

@@ -22,7 +22,7 @@ class Side(NamedTuple):
     finished: bool
 
 
-class Row(NamedTuple):
+class AnswersRow(NamedTuple):
     """A question with its answers; `change` is `gained`, `lost` or nothing; `judged` is what a judge said of both."""
 
     prompt: str
@@ -31,17 +31,17 @@ class Row(NamedTuple):
     judged: str
 
 
-class Table(NamedTuple):
+class AnswersTable(NamedTuple):
     """The rows that are shown of so many, and the heads of their columns."""
 
-    rows: list[Row]
+    rows: list[AnswersRow]
     total: int
     heads: list[str]
     gained: int
     lost: int
 
 
-def table(run: RunFolder) -> Table | None:
+def table(run: RunFolder) -> AnswersTable | None:
     """Answers before and after: first those that became bad or good, then the others, each in the file's order."""
     if not run.answers:
         return None
@@ -56,14 +56,14 @@ def table(run: RunFolder) -> Table | None:
     room[1] = min(len(kinds[1]), MOST - room[0] - room[2])
     shown = [row for kind, count in zip(kinds, room, strict=True) for row in kind[:count]]
     heads = ["before" if file.step == 0 else f"after step {file.step:,}" for file in files]
-    return Table(shown, len(rows), heads, len(kinds[1]), len(kinds[0]))
+    return AnswersTable(shown, len(rows), heads, len(kinds[1]), len(kinds[0]))
 
 
-def _row(*rows: Mapping[str, Any]) -> Row:
+def _row(*rows: Mapping[str, Any]) -> AnswersRow:
     sides = [_side(row) for row in rows]
     verdicts = [side.verdict for side in sides]
     change = "" if len(set(verdicts)) < 2 or "" in verdicts else "gained" if verdicts[-1] == "good" else "lost"
-    return Row(cut(prompt_text(rows[0].get("prompt"))), sides, change, _judged(rows[-1]))
+    return AnswersRow(cut(prompt_text(rows[0].get("prompt"))), sides, change, _judged(rows[-1]))
 
 
 def _side(row: Mapping[str, Any]) -> Side:

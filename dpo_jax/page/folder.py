@@ -55,7 +55,7 @@ class Rewards(NamedTuple):
     sets: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-class Answers(NamedTuple):
+class AnsweredStep(NamedTuple):
     """What a model answered after a step."""
 
     step: int
@@ -71,7 +71,7 @@ class RunFolder:
     data: Mapping[str, Any]
     records: list[dict[str, Any]]
     notes: list[dict[str, Any]]
-    answers: list[Answers]
+    answers: list[AnsweredStep]
     rewards: list[Rewards]
     export: Mapping[str, Any]
     written: float
@@ -207,7 +207,7 @@ def _first_and_last(files: list[tuple[int, Path]], best: object) -> list[tuple[i
     return list(dict.fromkeys([*files[:1], *after]))
 
 
-def _answers(folder: Path, best: object, damaged: list[str]) -> list[Answers]:
+def _answers(folder: Path, best: object, damaged: list[str]) -> list[AnsweredStep]:
     found = []
     for step, path in _first_and_last(_numbered(folder, "jsonl"), best):
         rows, said = (_rows(file, damaged) for file in (path, folder.with_name(VERDICTS) / path.name))
@@ -217,7 +217,7 @@ def _answers(folder: Path, best: object, damaged: list[str]) -> list[Answers]:
                 for row, one in zip(rows, said, strict=True)
             ]
         if rows:
-            found.append(Answers(step, rows))
+            found.append(AnsweredStep(step, rows))
     return found
 
 

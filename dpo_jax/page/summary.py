@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo_jax.evaluation.statistics import sign_test, wilson
-from dpo_jax.page.folder import Answers, RunFolder
+from dpo_jax.page.folder import AnsweredStep, RunFolder
 from dpo_jax.reporting.metrics import by_set, evaluations_in, shown, table
 
 LIKELY = 0.05
@@ -89,7 +89,7 @@ def pairs_held_out(run: RunFolder, which: str = "") -> int:
     return sum(count for count in counts if isinstance(count, int))
 
 
-def answered_better(first: Answers, last: Answers) -> Evidence | None:
+def answered_better(first: AnsweredStep, last: AnsweredStep) -> Evidence | None:
     """The share of good answers before and after, by the exact test of paired shares (McNemar, 1947)."""
     both = [(one.get("good"), other.get("good")) for one, other in zip(first.rows, last.rows, strict=False)]
     judged = [(one, other) for one, other in both if isinstance(one, bool) and isinstance(other, bool)]

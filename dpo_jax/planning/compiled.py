@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from dpo_jax.planning import exchanges, hlo
 from dpo_jax.planning.chips import REACHED_ATTENTION, REACHED_BANDWIDTH, REACHED_FLOPS, Chip, Gpu, Tpu
-from dpo_jax.planning.kernels import Kernel, kernel_of
+from dpo_jax.planning.kernels import CompiledKernel, kernel_of
 
 LAUNCH_SECONDS, WAIT_SECONDS = 2.5e-6, 10e-6
 NO_KERNEL = frozenset(
@@ -39,7 +39,7 @@ ASSUMED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
+class CompiledStep:
     """A step as a device's compiler leaves it; numbers are of one device and one step.
 
     Attributes:
@@ -56,7 +56,7 @@ class Compiled:
     launches: float
     waits: float
     cycles: float
-    work: list[Kernel]
+    work: list[CompiledKernel]
     exchanged: list[exchanges.Collective]
 
     @property
@@ -74,7 +74,7 @@ class Compiled:
         return sum((one.times * one.moved for one in self.work), 0.0)
 
 
-def read(text: str, devices: int, micro_batches: float) -> Compiled:
+def read(text: str, devices: int, micro_batches: float) -> CompiledStep:
     """What an optimized program's text says; loops of unknown length run as often as a step has micro-batches."""
     program = hlo.parse(text, unknown=micro_batches)
     by_hand, cycles, work = defaultdict[str, float](float), 0.0, []
@@ -89,7 +89,7 @@ def read(text: str, devices: int, micro_batches: float) -> Compiled:
             by_hand[target[1]] += times
     found = exchanges.collectives(program, devices)
     launches = sum(one.times for one in (*work, *found))
-    return Compiled(dict(by_hand), launches, program.waits, cycles, work, found)
+    return CompiledStep(dict(by_hand), launches, program.waits, cycles, work, found)
 
 
 def _is_exchange(one: hlo.Instruction) -> bool:
@@ -119,7 +119,7 @@ class Seconds:
         return max(busy, self.hidden) + self.exposed
 
 
-def seconds_of(step: Compiled, chip: Chip, per_host: int, *, attention_flops: float) -> Seconds:
+def seconds_of(step: CompiledStep, chip: Chip, per_host: int, *, attention_flops: float) -> Seconds:
     """Where a step's time goes on a chip.
 
     Args:

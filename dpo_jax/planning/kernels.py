@@ -19,7 +19,7 @@ FLOATS = frozenset({"bf16", "f16", "f32"})
 SAME = frozenset({"bitcast", "reshape", "get-tuple-element"})
 
 
-class Kernel(NamedTuple):
+class CompiledKernel(NamedTuple):
     """One that runs `times` in a step; operations by dtype of what is multiplied, and bytes moved, of one run."""
 
     times: float
@@ -27,14 +27,14 @@ class Kernel(NamedTuple):
     moved: int
 
 
-def kernel_of(one: Instruction, inside: Computation, times: float, program: Program) -> Kernel:
+def kernel_of(one: Instruction, inside: Computation, times: float, program: Program) -> CompiledKernel:
     """What one launched instruction does."""
     callee = next((name for name in one.called("calls") if name in program.computations), None)
     if callee is None:
         flops = _custom(one, inside) if one.opcode == "custom-call" else _flops({one.name: one}, inside)
-        return Kernel(times, flops, _given(one, inside) + one.num_bytes)
+        return CompiledKernel(times, flops, _given(one, inside) + one.num_bytes)
     fused = program.computations[callee]
-    return Kernel(times, _flops(fused, fused), _read(fused) + _written(fused))
+    return CompiledKernel(times, _flops(fused, fused), _read(fused) + _written(fused))
 
 
 def _flops(counted: Computation, inside: Computation) -> dict[str, float]:

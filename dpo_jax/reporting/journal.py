@@ -20,8 +20,8 @@ from dpo_jax.files import naming, write_whole
 from dpo_jax.processes.here import here
 from dpo_jax.reporting.loggers import SERVICES, About, Guarded, Logger, TensorBoard
 from dpo_jax.reporting.metrics import OLD_NAMES, PREFIX, in_a_line, recorded
-from dpo_jax.reporting.notes import Notes, Page
-from dpo_jax.reporting.seen import Seen
+from dpo_jax.reporting.notes import Notes, PageWriter
+from dpo_jax.reporting.seen import SeenEvaluation
 from dpo_jax.reporting.settings import LogSettings
 from dpo_jax.reporting.terminal import LiveTerminal, PlainTerminal, Silent, redraws
 from dpo_jax.reporting.waiting import TimeLeft
@@ -40,7 +40,7 @@ class Background(NamedTuple):
 
     settings: Mapping[str, Any] = {}
     every: Fraction | None = None
-    page: Page | None = None
+    page: PageWriter | None = None
 
 
 UNKNOWN = Background()
@@ -220,7 +220,7 @@ class Journal:
         self._time_left.pause(time.monotonic())
         self._write(step, {recorded(name): number for name, number in numbers.items()})
         if self._loggers:
-            seen = Seen.of(self.folder, step)
+            seen = SeenEvaluation.of(self.folder, step)
             for logger in self._loggers:
                 logger.show(step, seen)
         self._terminal.note(f"evaluation after step {step}  {in_a_line(numbers)}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from dpo_jax.errors import UserError, one_line
-from dpo_jax.reporting.seen import Seen
+from dpo_jax.reporting.seen import SeenEvaluation
 
 SHOWN, LONGEST = 16, 2000
 """Answers of an evaluation that are sent as texts, and characters of each."""
@@ -25,7 +25,7 @@ class Logger(Protocol):
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take over the metrics of a step; more of the same step may follow."""
 
-    def show(self, step: int, seen: Seen) -> None:
+    def show(self, step: int, seen: SeenEvaluation) -> None:
         """Take over what an evaluation has left beside its metrics."""
 
     def close(self) -> None:
@@ -89,7 +89,7 @@ class TensorBoard:
             self._add(step, self._summary.scalar(name, value))
         self._writer.flush()
 
-    def show(self, step: int, seen: Seen) -> None:
+    def show(self, step: int, seen: SeenEvaluation) -> None:
         """Add answers as texts and rewards as histograms."""
         for number, row in enumerate(seen.answers[:SHOWN]):
             self._add(step, self._summary.text(f"answers/{number}", as_markdown(row)))
@@ -131,7 +131,7 @@ class Wandb:
         """Send the finite metrics."""
         self._module.log(finite(metrics), step=step)
 
-    def show(self, step: int, seen: Seen) -> None:
+    def show(self, step: int, seen: SeenEvaluation) -> None:
         """Send answers as a table, and rewards as histograms."""
         found = {name: self._module.Histogram(values) for name, values in seen.rewards.items()}
         if seen.answers:
@@ -175,7 +175,7 @@ class MLflow:
         """Send the finite metrics."""
         self._module.log_metrics(finite(metrics), step=step)
 
-    def show(self, step: int, seen: Seen) -> None:
+    def show(self, step: int, seen: SeenEvaluation) -> None:
         """Send the file of answers."""
         if seen.file is not None:
             self._module.log_artifact(str(seen.file), "answers")
@@ -204,7 +204,7 @@ def finite(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
-def cells(seen: Seen) -> list[list[str]]:
+def cells(seen: SeenEvaluation) -> list[list[str]]:
     """The answers as a table of texts."""
     return [[_text(row.get(name)) for name in COLUMNS] for row in seen.answers[:SHOWN]]
 
@@ -248,7 +248,7 @@ class Guarded:
         if (logger := self._logger) is not None:
             self._attempt(lambda: logger.write(step, metrics))
 
-    def show(self, step: int, seen: Seen) -> None:
+    def show(self, step: int, seen: SeenEvaluation) -> None:
         """Show, if the logger still works."""
         if (logger := self._logger) is not None:
             self._attempt(lambda: logger.show(step, seen))

@@ -53,7 +53,7 @@ def _line(step: int, note: str) -> str:
 
 
 @runtime_checkable
-class Page(Protocol):
+class PageWriter(Protocol):
     """What is drawn of a run for people to look at. It never raises an error; it says one, once."""
 
     def refresh(self, say: Callable[[str], None]) -> None:

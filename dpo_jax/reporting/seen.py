@@ -9,7 +9,7 @@ ANSWERS, REWARDS = "answers", "evaluations"
 """Folders of a run: `STEP.jsonl` with a row for each answer, and `STEP.npz` with arrays of rewards."""
 
 
-class Seen(NamedTuple):
+class SeenEvaluation(NamedTuple):
     """What there is of one evaluation.
 
     Attributes:
@@ -25,7 +25,7 @@ class Seen(NamedTuple):
     rewards: Mapping[str, Any]
 
     @classmethod
-    def of(cls, folder: Path, step: int) -> "Seen":
+    def of(cls, folder: Path, step: int) -> "SeenEvaluation":
         """From the folder of a run; what is not there, or damaged, is left out."""
         file = folder / ANSWERS / f"{step}.jsonl"
         try:

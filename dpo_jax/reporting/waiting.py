@@ -70,7 +70,7 @@ class TimeLeft:
 
 
 @runtime_checkable
-class Alarm(Protocol):
+class TimerLike(Protocol):
     """A `threading.Timer`."""
 
     daemon: bool
@@ -85,11 +85,11 @@ class Alarm(Protocol):
 class Waiting:
     """Says now and then, in a log, that something still goes on: a compiler, a kernel or a disk says nothing itself."""
 
-    def __init__(self, say: Callable[[str], Any], timer: Callable[..., Alarm] = threading.Timer):
+    def __init__(self, say: Callable[[str], Any], timer: Callable[..., TimerLike] = threading.Timer):
         """Nothing goes on yet."""
         self._say, self._timer, self._lock = say, timer, threading.Lock()
         self._what = ""
-        self._alarm: Alarm | None = None
+        self._alarm: TimerLike | None = None
 
     def begin(self, what: str) -> None:
         """From now on, this goes on."""
@@ -117,7 +117,7 @@ class Waiting:
         self._alarm = alarm
         alarm.start()
 
-    def _ring(self, alarm: Alarm, at: float) -> None:
+    def _ring(self, alarm: TimerLike, at: float) -> None:
         with self._lock:
             if alarm is not self._alarm:  # it was too late to cancel it
                 return

@@ -59,7 +59,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 Candidate = Callable[[Case, Layout, Bounds], Attend]
 
 
-class Verdict(NamedTuple):
+class BackendVerdict(NamedTuple):
     """What was found of one backend: what is wrong with it, in a few words, or None; and milliseconds."""
 
     wrong: str | None
@@ -193,7 +193,7 @@ def judged(
     platform: str = "cpu",
     seed: int = 0,
     repeats: int = REPEATS,
-) -> dict[str, Verdict]:
+) -> dict[str, BackendVerdict]:
     """What is to be said of each candidate: the first thing that is wrong with it, or the time that it takes.
 
     Args:
@@ -232,7 +232,7 @@ def judged(
             ]
             wrong |= {name: bad[0]} if bad else {}
             taken[name] += [1000 * layers * statistics.median(seconds)] if seconds else []
-    return {name: Verdict(wrong.get(name), sum(taken[name]) if taken[name] else None) for name in candidates}
+    return {name: BackendVerdict(wrong.get(name), sum(taken[name]) if taken[name] else None) for name in candidates}
 
 
 def _seconds(function: Callable, arrays: Sequence[Any]) -> float:
@@ -241,7 +241,7 @@ def _seconds(function: Callable, arrays: Sequence[Any]) -> float:
     return time.perf_counter() - began
 
 
-def best(verdicts: Mapping[str, Verdict]) -> str | None:
+def best(verdicts: Mapping[str, BackendVerdict]) -> str | None:
     """The first of those that agree which no other beats by much; None if none agrees."""
     times = {name: found.milliseconds or 0.0 for name, found in verdicts.items() if found.wrong is None}
     return next((name for name, ms in times.items() if ms <= ALIKE * min(times.values())), None)

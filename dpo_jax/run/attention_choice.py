@@ -24,7 +24,7 @@ from dpo_jax.model import spec as specs
 from dpo_jax.model.backends import table
 from dpo_jax.model.settings import ModelSettings
 from dpo_jax.run import compile_cache
-from dpo_jax.run.attention_check import ROWS, Case, Verdict, best, by_backend, cases_of, graded, judged
+from dpo_jax.run.attention_check import ROWS, BackendVerdict, Case, best, by_backend, cases_of, graded, judged
 from dpo_jax.run.models import attention_of, compute_dtype, device_of
 
 SCORES, STEP = 2**28, 512
@@ -32,7 +32,7 @@ SCORES, STEP = 2**28, 512
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class ChosenBackend:
     """The backend that a run takes, and what is to be said of it, line by line."""
 
     name: str
@@ -41,7 +41,7 @@ class Choice:
 
 def choose(
     asked: str, spec: specs.DecoderSpec, dtype: str, device: Any, max_length: int, folder: Path | None
-) -> Choice:
+) -> ChosenBackend:
     """The backend for a run on such devices, by what is computed on this one now, or was before.
 
     Args:
@@ -59,7 +59,7 @@ def choose(
     length = length_for(spec, max_length)
     cases = cases_of(spec, length)
     if names == ["xla"] or device.platform == "cpu" or not cases:
-        return Choice(names[0])
+        return ChosenBackend(names[0])
     verdicts, again = _kept(names, cases, dtype, length, device, folder)
     wrong = {name: found.wrong for name, found in verdicts.items() if found.wrong is not None}
     if len(wrong) == len(verdicts):
@@ -74,7 +74,7 @@ def choose(
     said = (
         f"attention: {name} (held against the plain formula on this device {when}: {', '.join(times) or 'not timed'})"
     )
-    return Choice(name, (*(f"attention: {other} is not used: {why}" for other, why in wrong.items()), said))
+    return ChosenBackend(name, (*(f"attention: {other} is not used: {why}" for other, why in wrong.items()), said))
 
 
 def attention_for(
@@ -110,7 +110,7 @@ def _agreed(index: int) -> int:
 
 def _kept(
     names: Sequence[str], cases: Mapping[Case, int], dtype: str, length: int, device: Any, folder: Path | None
-) -> tuple[dict[str, Verdict], bool]:
+) -> tuple[dict[str, BackendVerdict], bool]:
     """The verdicts on these backends, and whether they are of an earlier run."""
     about = {
         "names": list(names),
@@ -135,11 +135,11 @@ def _kept(
     return found, False
 
 
-def _read(path: Path, names: Sequence[str]) -> dict[str, Verdict] | None:
+def _read(path: Path, names: Sequence[str]) -> dict[str, BackendVerdict] | None:
     """What another run wrote; None if nothing, or nothing that can be read."""
     try:
         found = json.loads(path.read_text())["found"]
-        return {name: Verdict(*found[name]) for name in names}
+        return {name: BackendVerdict(*found[name]) for name in names}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -22,7 +22,7 @@ class Best(NamedTuple):
     value: float
 
 
-class Watch:
+class MetricWatch:
     """One metric of all evaluations after the start. All that it says follows from them, so that a run which goes on
     says the same as one that was never stopped.
 
@@ -92,7 +92,7 @@ def _finite(value: float | None) -> float | None:
 
 def watch_of(
     run: Run, folder: Path, record: Mapping[str, Any], kept: Collection[int], say: Callable[[str], None]
-) -> Watch | None:
+) -> MetricWatch | None:
     """What a run watches, with what was measured up to its newest checkpoint; None where it is to export the last.
 
     Args:
@@ -107,17 +107,17 @@ def watch_of(
         return None
     name, known = recorded(run.checkpoint.best), record.get(WATCHED, {})
     if known.get("metric") == name:
-        return Watch(name, run.evaluation.patience, {int(step): v for step, v in known["evaluations"].items()})
+        return MetricWatch(name, run.evaluation.patience, {int(step): v for step, v in known["evaluations"].items()})
     path = folder / METRICS_FILE
     rows = read_records(path) if record and path.exists() else []
     found = {row["step"]: row[name] for row in rows if name in row and row["step"] > 0}
-    watch = Watch(name, run.evaluation.patience, found)
+    watch = MetricWatch(name, run.evaluation.patience, found)
     if watch.best is None or watch.best.step in kept:
         return watch
     say(
         f"the checkpoint of step {watch.best.step}, the best by {name}, is not there; the best is one of those that are"
     )
-    return Watch(name, run.evaluation.patience, {step: value for step, value in found.items() if step in kept})
+    return MetricWatch(name, run.evaluation.patience, {step: value for step, value in found.items() if step in kept})
 
 
 def best_lines(best: Best | None, stopped: int | None, evaluations: Mapping[int, Mapping[str, Any]]) -> list[str]:

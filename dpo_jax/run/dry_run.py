@@ -135,7 +135,7 @@ def disk_lines(run: Run, step: PlannedStep, folder: Path) -> list[str]:
     return [f"disk: {kept} checkpoints of {size_text(size)} and one that is written, {size_text(free)} free{verdict}"]
 
 
-class Work(NamedTuple):
+class RunWork(NamedTuple):
     """Operations of a run's products, all devices together: of its steps, of the reference's pass over the data, and of
     its evaluations."""
 
@@ -144,7 +144,7 @@ class Work(NamedTuple):
     evaluations: float
 
 
-def work_of(run: Run, step: PlannedStep, data: Data, left: int) -> Work:
+def work_of(run: Run, step: PlannedStep, data: Data, left: int) -> RunWork:
     """What the steps that are `left`, the reference and evaluations multiply; another reference counts as the policy's
     size."""
     spec, pairs = step.objective.spec, run.batch.pairs
@@ -156,7 +156,7 @@ def work_of(run: Run, step: PlannedStep, data: Data, left: int) -> Work:
     asked = run.evaluation.every
     every = None if asked is None else steps_between(asked, data.train.num_pairs, pairs)
     times = evaluations_left(every, left, step.steps)
-    return Work(one * left, sweep, forward * held_out / pairs * times)
+    return RunWork(one * left, sweep, forward * held_out / pairs * times)
 
 
 def evaluations_left(every: Fraction | None, left: int, steps: int) -> int:
@@ -172,7 +172,9 @@ def time_lines(run: Run, step: PlannedStep, data: Data, left: int, folder: Path)
     rate = 1e9 * machine.matmul_gflops(device, dtype) * step.mesh.size / _alike(step.mesh)
     hours = sum(work) / rate / 3600
     parts = [f"{left:,} steps {scaled(work.steps, 'FLOP')}"]
-    parts += [f"{name} {scaled(size, 'FLOP')}" for name, size in zip(Work._fields[1:], work[1:], strict=True) if size]
+    parts += [
+        f"{name} {scaled(size, 'FLOP')}" for name, size in zip(RunWork._fields[1:], work[1:], strict=True) if size
+    ]
     lines = [
         f"time of products of matrices alone: {_hours(hours)} ({', '.join(parts)}, at {scaled(rate, 'FLOP/s')} in "
         f"{dtype}, measured here on one product)",

@@ -27,7 +27,7 @@ from dpo_jax.processes.here import here
 from dpo_jax.reporting.journal import Background, Journal
 from dpo_jax.run import models, output, result
 from dpo_jax.run.attention_choice import attention_for
-from dpo_jax.run.best import Watch, watch_of
+from dpo_jax.run.best import MetricWatch, watch_of
 from dpo_jax.run.checkpoints import Saver
 from dpo_jax.run.continuing import Past
 from dpo_jax.run.data import Data, Packing, check_tokens, length_line, number_of_steps, read_data
@@ -219,12 +219,12 @@ class Job:
             return Merging.of(self.run.export, spec, self.sources.policy) if merges else None
         return Rounding.of(self.run.export, spec, self.sources.policy, weights.trained, self.run.seed)
 
-    def watch(self, saver: Saver, journal: Journal) -> Watch | None:
+    def watch(self, saver: Saver, journal: Journal) -> MetricWatch | None:
         """What says which step is the best, where the run looks for it."""
         return watch_of(self.run, self.folder, saver.past, saver.kept, journal.note)
 
     def recorder(
-        self, trainer: Trainer, evaluator: Evaluator, journal: Journal, *, after: int, watch: Watch | None = None
+        self, trainer: Trainer, evaluator: Evaluator, journal: Journal, *, after: int, watch: MetricWatch | None = None
     ) -> Recorder:
         """What is written down of each step `after` so many."""
         run = self.run

@@ -20,7 +20,7 @@ from dpo_jax.reporting.journal import Journal, read_records
 from dpo_jax.reporting.metrics import recorded
 from dpo_jax.reporting.overfitting import HELD_OUT
 from dpo_jax.reporting.settings import AlarmSettings
-from dpo_jax.run.best import Watch
+from dpo_jax.run.best import MetricWatch
 from dpo_jax.run.data import Data
 from dpo_jax.run.evaluator import Evaluator, counted
 from dpo_jax.run.first_step import FirstStep, preference_loss
@@ -69,7 +69,7 @@ class Recorder:
         *,
         after: int,
         checks: Checks,
-        watch: Watch | None = None,
+        watch: MetricWatch | None = None,
     ):
         """Go on `after` so many steps; `watch` says which of them is the best."""
         self._trainer, self._evaluator, self._data, self.journal = trainer, evaluator, data, journal

@@ -23,7 +23,7 @@ from dpo_jax.reporting.journal import Journal, read_records
 from dpo_jax.reporting.metrics import evaluations_in
 from dpo_jax.reporting.terminal import summary
 from dpo_jax.run import adapted, continuing, output, sources, written
-from dpo_jax.run.best import Best, Watch, best_lines
+from dpo_jax.run.best import Best, MetricWatch, best_lines
 from dpo_jax.run.continuing import Past
 from dpo_jax.run.data import Data
 from dpo_jax.run.models import notes, weights_digest
@@ -60,7 +60,7 @@ class Ended(NamedTuple):
     stopped: int | None
 
     @classmethod
-    def of(cls, state: State, steps: int, watch: Watch | None) -> "Ended":
+    def of(cls, state: State, steps: int, watch: MetricWatch | None) -> "Ended":
         """From the state after the last step that was made, of so many."""
         made = int(state["step"])
         return cls(watch and watch.best, made if made < steps else None)

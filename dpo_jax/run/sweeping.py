@@ -258,7 +258,7 @@ def _ended(code: int) -> str:
 # ---------------------------------------------------------------------------------------------- results
 
 
-class Result(NamedTuple):
+class PointResult(NamedTuple):
     """What came of a point: its metrics, of held-out data those of the step that is exported, of training the last; and
     how it ended ("done" or why not)."""
 
@@ -267,7 +267,7 @@ class Result(NamedTuple):
     ended: str
 
 
-def result_of(point: Point, code: int) -> Result:
+def result_of(point: Point, code: int) -> PointResult:
     """Read from the run's own records."""
     file = point.folder / METRICS_FILE
     best = (output.recorded(point.folder).get("best") or {}) if code == 0 else {}
@@ -276,7 +276,7 @@ def result_of(point: Point, code: int) -> Result:
         late = best and record["step"] > best["step"]
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         metrics |= {name: value for name, value in numbers.items() if not (late and name.startswith(MEASURED))}
-    return Result(point, metrics, _ended(code))
+    return PointResult(point, metrics, _ended(code))
 
 
 PREFERRED = ("eval_win_rate", "eval_pass_rate", "eval_rewards/accuracies", "rewards/accuracies", "loss")
@@ -284,7 +284,7 @@ PREFERRED = ("eval_win_rate", "eval_pass_rate", "eval_rewards/accuracies", "rewa
 them, as the losses of different objectives have different units."""
 
 
-def metric_for(results: Sequence[Result], asked: str | None) -> str | None:
+def metric_for(results: Sequence[PointResult], asked: str | None) -> str | None:
     """The metric that the runs are sorted by: the one asked for, or the first of PREFERRED that all finished ones have.
 
     Raises:
@@ -301,12 +301,12 @@ def metric_for(results: Sequence[Result], asked: str | None) -> str | None:
     return asked or next(found, None)
 
 
-def ranked(results: Sequence[Result], metric: str | None) -> list[Result]:
+def ranked(results: Sequence[PointResult], metric: str | None) -> list[PointResult]:
     """The runs, the best by the metric first; those that did not end, or lack it, last."""
 
     sign = 1 if BETTER.get(held_out_of(metric or "")[1]) == "lower" else -1
 
-    def key(result: Result) -> tuple[bool, float]:
+    def key(result: PointResult) -> tuple[bool, float]:
         value = result.metrics.get(metric or "")
         missing = value is None or result.ended != "done"
         return missing, 0.0 if value is None else sign * value
@@ -326,7 +326,7 @@ COLUMNS = (
 """What the table shows of each run, where any run has it: metric, heading, format."""
 
 
-def table(axes: Sequence[Axis], results: Sequence[Result], metric: str | None) -> list[list[str]]:
+def table(axes: Sequence[Axis], results: Sequence[PointResult], metric: str | None) -> list[list[str]]:
     """The runs as rows of text under a heading, in the order given; the metric they are sorted by first."""
     shown = [column for column in COLUMNS if any(column[0] in result.metrics for result in results)]
     if metric is not None and all(name != metric for name, *_ in shown):
@@ -340,7 +340,7 @@ def table(axes: Sequence[Axis], results: Sequence[Result], metric: str | None) -
     return rows
 
 
-def record(folder: Path, run: Run, axes: Sequence[Axis], results: Sequence[Result], metric: str | None) -> None:
+def record(folder: Path, run: Run, axes: Sequence[Axis], results: Sequence[PointResult], metric: str | None) -> None:
     """Write down what is swept, and what came of each run so far, the best first."""
     runs = [
         {"folder": result.point.name, "values": dict(result.point.values), "ended": result.ended}

@@ -16,7 +16,7 @@ from dpo_jax.hf.checkpoint import entries_of, load_hf, scheme_of
 from dpo_jax.hf.configs import quiet, read_spec
 from dpo_jax.hf.factors import Adapter, Factor, Rows
 from dpo_jax.hf.peft import FILE
-from dpo_jax.hf.peft_export import Written, write_adapter
+from dpo_jax.hf.peft_export import WrittenAdapter, write_adapter
 from dpo_jax.hf.peft_names import places
 from dpo_jax.hf.tensors import Tensors, changed_files
 from dpo_jax.hf.verify import torch_logits
@@ -37,7 +37,7 @@ def base(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("base") / "m", architectures=["LlamaForCausalLM"], **UNTIED)
 
 
-def write(target, adapter, base, **options) -> Written:
+def write(target, adapter, base, **options) -> WrittenAdapter:
     return write_adapter(target, adapter, Tensors(base), read_spec(base), **options)
 
 
@@ -67,7 +67,7 @@ def products(adapter):
 
 def test_what_is_written_reads_back_as_it_was(base, tmp_path):
     adapter = read(write_peft(tmp_path / "a", halves(Q, 32, 32) | halves(DOWN, 32, 48), lora_dropout=0.1), base)
-    assert write(tmp_path / "b", adapter, base, base_model="some/base") == Written(2, 3.0, 2)
+    assert write(tmp_path / "b", adapter, base, base_model="some/base") == WrittenAdapter(2, 3.0, 2)
     assert load_file(tmp_path / "a" / FILE).keys() == load_file(tmp_path / "b" / FILE).keys()
     again = read(tmp_path / "b", base)
     for key, one in adapter.factors.items():

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from dpo_jax.errors import UserError
 from dpo_jax.hf.checkpoint import load_hf
 from dpo_jax.hf.configs import read_spec
-from dpo_jax.hf.quantisation import READERS, Scheme, method_of
+from dpo_jax.hf.quantisation import READERS, GroupScheme, method_of
 from dpo_jax.hf.quantised import opened
 from dpo_jax.hf.tensors import Tensors
 from tests.support import packed_weights as packed
@@ -105,7 +105,7 @@ ACCEPTED = {
     "fp8, one scale": ({"quant_method": "fp8", "weight_block_size": None}, {"block": None}),
     "words": (
         WORDS | {"quantization_status": "compressed", "kv_cache_scheme": None, "sparsity_config": {"format": "dense"}},
-        {"schemes": (Scheme("int", 4, "group", 32, None),)},
+        {"schemes": (GroupScheme("int", 4, "group", 32, None),)},
     ),
 }  # fmt: skip
 

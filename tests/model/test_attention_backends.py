@@ -60,7 +60,7 @@ def test_a_row_is_filled_up_to_few_large_blocks():
 def test_blocks_that_are_skipped_fetch_nothing():
     """They name the block that is there already."""
     kind, nothing = jnp.array([[[1, 0, 2], [0, 0, 1], [2, 1, 0]]]), jnp.zeros((1, 3, 3, 8, 8), bool)
-    blocks = splash.Blocks(kind, nothing, nothing, True)
+    blocks = splash.MaskBlocks(kind, nothing, nothing, True)
     by_query, by_key = (splash._mask_info(blocks, 2, turned=turned) for turned in (False, True))
     assert by_query.data_next[1].tolist() == [[0, 0, 2], [0, 0, 2], [0, 1, 1]]
     assert by_key.data_next[1].tolist() == [[0, 0, 0], [0, 0, 1], [2, 2, 1]]

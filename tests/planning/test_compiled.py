@@ -5,7 +5,7 @@ import pytest
 from dpo_jax.errors import UserError
 from dpo_jax.planning import compiled, compilers, exchanges, hlo
 from dpo_jax.planning.chips import CHIPS
-from dpo_jax.planning.kernels import Kernel, kernel_of
+from dpo_jax.planning.kernels import CompiledKernel, kernel_of
 
 TEXT = """HloModule step, is_scheduled=true
 
@@ -50,7 +50,7 @@ ENTRY %main (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
 """
 
 
-def read(known: str) -> compiled.Compiled:
+def read(known: str) -> compiled.CompiledStep:
     return compiled.read(TEXT.replace("{KNOWN}", known), 8, 3.0)
 
 
@@ -91,18 +91,18 @@ def test_seconds_are_those_of_the_parts():
     """Each kernel is bound by one thing: float32 products go without matrix units."""
     chip = CHIPS["h100"]
     work = [
-        Kernel(2.0, {"bf16": 7e14}, 1),
-        Kernel(1.0, {"f32": chip.compiler.float32 * 0.7}, 1),
-        Kernel(3.0, {}, round(0.8 * chip.memory_bandwidth)),
-        Kernel(1000.0, {"bf16": 1.0}, 1),
+        CompiledKernel(2.0, {"bf16": 7e14}, 1),
+        CompiledKernel(1.0, {"f32": chip.compiler.float32 * 0.7}, 1),
+        CompiledKernel(3.0, {}, round(0.8 * chip.memory_bandwidth)),
+        CompiledKernel(1000.0, {"bf16": 1.0}, 1),
     ]
-    step = compiled.Compiled({"k": 1.0}, 1006.0, 10.0, 0.0, work, [])
+    step = compiled.CompiledStep({"k": 1.0}, 1006.0, 10.0, 0.0, work, [])
     found = compiled.seconds_of(step, chip, 8, attention_flops=compiled.REACHED_ATTENTION * chip.flops)
     assert found.products == pytest.approx(2 * 7e14 / (0.7 * 989e12) + 1)
     assert (found.memory, found.launches) == (pytest.approx(3), pytest.approx(2.5e-3))
     assert (found.attention, found.waits) == (pytest.approx(1), pytest.approx(1e-4))
     assert found.step == pytest.approx(found.products + 3 + 2.5e-3 + 1 + 1e-4)
-    tpu = compiled.Compiled({}, 5.0, 5.0, 1.75e9, [], [])
+    tpu = compiled.CompiledStep({}, 5.0, 5.0, 1.75e9, [], [])
     assert compiled.seconds_of(tpu, CHIPS["v5p"], 8, attention_flops=1e20).step == 1.0
 
 

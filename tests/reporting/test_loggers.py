@@ -15,7 +15,7 @@ import pytest
 from dpo_jax.errors import UserError
 from dpo_jax.reporting import loggers
 from dpo_jax.reporting.journal import Background, Journal, read_records
-from dpo_jax.reporting.seen import Seen
+from dpo_jax.reporting.seen import SeenEvaluation
 from dpo_jax.reporting.settings import LogSettings
 from tests.conftest import ROOT
 from tests.support.journals import metrics, run, terminal
@@ -148,13 +148,13 @@ def test_a_service_that_is_not_installed_is_refused_before_anything_is_written(t
 
 
 def test_what_an_evaluation_left_may_be_missing_or_damaged(tmp_path):
-    assert Seen.of(tmp_path, 3) == Seen(None, [], {})
+    assert SeenEvaluation.of(tmp_path, 3) == SeenEvaluation(None, [], {})
     with_answers(tmp_path)
     (tmp_path / "answers" / "0.jsonl").write_text("{")
     (tmp_path / "evaluations" / "0.npz").write_bytes(b"PK no")
-    assert Seen.of(tmp_path, 0) == Seen(None, [], {})
+    assert SeenEvaluation.of(tmp_path, 0) == SeenEvaluation(None, [], {})
     np.savez(tmp_path / "evaluations" / "5.npz", **{"safe/chosen": np.ones(2), "safe/rejected": np.zeros(2)})
-    found = Seen.of(tmp_path, 5)
+    found = SeenEvaluation.of(tmp_path, 5)
     assert found.file == tmp_path / "answers" / "5.jsonl" and len(found.answers) == 2
     assert {name: values.tolist() for name, values in found.rewards.items()} == {
         "eval/safe/rewards/chosen": [1, 1],
@@ -211,7 +211,7 @@ def test_tensorboard_shows_answers_as_text_in_which_nothing_is_markup_and_reward
 
 def test_a_long_answer_is_cut_and_only_the_first_are_sent():
     rows = [{"prompt": "p", "answer": "x" * 10_000, "good": True}] * 100
-    table = loggers.cells(Seen(None, rows, {}))
+    table = loggers.cells(SeenEvaluation(None, rows, {}))
     assert len(table) == loggers.SHOWN and len(table[0][1]) < 2 * loggers.LONGEST
     assert "8,000 characters more" in table[0][1]
 

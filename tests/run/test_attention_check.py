@@ -16,7 +16,7 @@ from dpo_jax.model.attention import attend_seen, visible
 from dpo_jax.model.backends import table
 from dpo_jax.model.settings import ModelSettings
 from dpo_jax.run import attention_check, attention_choice
-from dpo_jax.run.attention_check import Case, Verdict, best, by_backend, cases_of, judged, plain
+from dpo_jax.run.attention_check import BackendVerdict, Case, best, by_backend, cases_of, judged, plain
 from tests.support.specs import plain_spec
 from tests.support.tiers import by_pairs
 
@@ -149,11 +149,11 @@ def test_time_is_that_of_all_layers():
 
 
 def test_the_fastest_that_agrees_is_taken():
-    slow, fast, same = Verdict(None, 2.0), Verdict(None, 1.0), Verdict(None, 0.99)
+    slow, fast, same = BackendVerdict(None, 2.0), BackendVerdict(None, 1.0), BackendVerdict(None, 0.99)
     assert best({"a": slow, "b": fast}) == "b"
     assert best({"a": fast, "b": same}) == "a"  # within what clocks differ by, the table's order
-    assert best({"a": Verdict("off", 0.1), "b": slow}) == "b"
-    assert best({"a": Verdict("off", None)}) is None
+    assert best({"a": BackendVerdict("off", 0.1), "b": slow}) == "b"
+    assert best({"a": BackendVerdict("off", None)}) is None
 
 
 def test_kinds_of_attention_are_those_of_the_model():

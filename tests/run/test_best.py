@@ -12,7 +12,7 @@ from dpo_jax.config import run as config
 from dpo_jax.errors import UserError
 from dpo_jax.intervals import is_at, steps_between
 from dpo_jax.reporting.metrics import BETTER, METRICS
-from dpo_jax.run.best import Best, Watch, best_lines, watch_of
+from dpo_jax.run.best import Best, MetricWatch, best_lines, watch_of
 
 VALUES = st.lists(st.one_of(st.sampled_from([0.25, 0.5, 0.75]), st.just(math.nan)), max_size=8)
 
@@ -20,7 +20,7 @@ VALUES = st.lists(st.one_of(st.sampled_from([0.25, 0.5, 0.75]), st.just(math.nan
 @pytest.mark.parametrize(("metric", "sign"), [("eval_loss", -1), ("eval_rewards/accuracies", 1), ("pass_rate", 1)])
 @given(values=VALUES)
 def test_the_best_is_the_first_of_the_best_values(metric, sign, values):
-    watch, name = Watch(metric), metric.removeprefix("eval_")
+    watch, name = MetricWatch(metric), metric.removeprefix("eval_")
     better = [watch.take(3 * place, {name: value}) for place, value in enumerate(values, 1)]
     finite = [(sign * value, -place) for place, value in enumerate(values, 1) if not math.isnan(value)]
     if not finite:
@@ -35,36 +35,36 @@ def test_the_best_is_the_first_of_the_best_values(metric, sign, values):
 
 @given(values=VALUES, patience=st.integers(1, 3), cut=st.integers(0, 8))
 def test_a_run_that_goes_on_gives_up_where_one_that_was_never_stopped_does(values, patience, cut):
-    whole = Watch("eval_loss", patience)
+    whole = MetricWatch("eval_loss", patience)
     for step, value in enumerate(values, 1):
         whole.take(step, {"loss": value})
         waits = [v for v in values[:step]]
         best = min((v for v in waits if not math.isnan(v)), default=None)
         since = step - (waits.index(best) + 1 if best is not None else 0)
         assert whole.gave_up == (since >= patience)
-    first = Watch("eval_loss", patience)
+    first = MetricWatch("eval_loss", patience)
     for step, value in enumerate(values[:cut], 1):
         first.take(step, {"loss": value})
     kept = json.loads(json.dumps(first.record(), allow_nan=False))["watched"]
-    again = Watch(kept["metric"], patience, {int(step): value for step, value in kept["evaluations"].items()})
+    again = MetricWatch(kept["metric"], patience, {int(step): value for step, value in kept["evaluations"].items()})
     for step, value in list(enumerate(values, 1))[cut:]:
         again.take(step, {"loss": value})
     assert (again.best, again.waited, again.record()) == (whole.best, whole.waited, whole.record())
 
 
 def test_the_start_is_looked_at_and_is_no_step():
-    watch = Watch("eval/helpful/rewards/margins")
+    watch = MetricWatch("eval/helpful/rewards/margins")
     assert not watch.take(0, {"loss": 0.7, "eval/helpful/rewards/margins": 9.0}) and watch.best is None
     with pytest.raises(
         UserError, match=r"best: eval/helpful/rewards/margins: is not measured .* choose one of eval_loss"
     ):
-        Watch("eval/helpful/rewards/margins").take(0, {"loss": 0.7})
+        MetricWatch("eval/helpful/rewards/margins").take(0, {"loss": 0.7})
     with pytest.raises(UserError, match="did you mean eval_rewards/margins"):
-        Watch("eval_rewards/margins_p10").take(0, {"rewards/margins": 0.7})
+        MetricWatch("eval_rewards/margins_p10").take(0, {"rewards/margins": 0.7})
 
 
 def test_the_same_step_measured_again_counts_once():
-    watch = Watch("eval_loss", 2)
+    watch = MetricWatch("eval_loss", 2)
     assert [watch.take(step, {"loss": value}) for step, value in ((1, 0.5), (2, 0.6), (2, 0.6))] == [True, False, False]
     assert watch.waited == 1 and not watch.gave_up
 

@@ -7,7 +7,7 @@ import pytest
 
 from dpo_jax.errors import UserError
 from dpo_jax.run import sweeping
-from dpo_jax.run.sweeping import Axis, Point, Result
+from dpo_jax.run.sweeping import Axis, Point, PointResult
 
 GIVEN = ("model.path=m", "data.train=d.jsonl", "output=out")
 
@@ -112,7 +112,7 @@ def test_gpus_are_shared_out_evenly_or_not_at_all():
 
 
 def result(name, ended="done", **metrics):
-    return Result(Point(name, {"objective.beta": name}, (), None), metrics, ended)
+    return PointResult(Point(name, {"objective.beta": name}, (), None), metrics, ended)
 
 
 def test_the_best_run_is_first_and_those_that_did_not_end_are_last():

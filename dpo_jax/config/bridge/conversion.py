@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dpo_jax.config.bridge.source import Computed, Config, Given
-from dpo_jax.config.bridge.trainers import Trainer
+from dpo_jax.config.bridge.trainers import OtherTrainer
 from dpo_jax.config.elsewhere import answer_to
 from dpo_jax.config.run import FIELDS
 from dpo_jax.errors import UserError, short
@@ -28,7 +28,7 @@ TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class Converted:
     """A setting of ours: its value, the keys it was made of, and how its meaning differs from theirs."""
 
     value: Any
@@ -50,13 +50,13 @@ class Conversion:
     """A config on its way: `known` has its keys under TRL's names, with the trainer's defaults where it is silent."""
 
     config: Config
-    trainer: Trainer
+    trainer: OtherTrainer
     method: str
     devices: int | None = None
     told: frozenset[str] = frozenset()
     """Settings of ours that are given with the command, and will be used in place of what the file says."""
     known: dict[str, Given] = dataclasses.field(default_factory=dict)
-    lines: dict[str, Line] = dataclasses.field(default_factory=dict)
+    lines: dict[str, Converted] = dataclasses.field(default_factory=dict)
     left: dict[str, str] = dataclasses.field(default_factory=dict)
     asked: dict[str, str] = dataclasses.field(default_factory=dict)
     standard: set[str] = dataclasses.field(default_factory=set)
@@ -135,7 +135,7 @@ class Conversion:
         """Set one of our settings, made of the keys of these names. What it had before goes."""
         origins = tuple(self.known[name] for name in names if self.is_given(name))
         standard = tuple(name for name in names if name in self.standard)
-        self.lines[ours] = Line(value, origins, (note,) if note else (), standard)
+        self.lines[ours] = Converted(value, origins, (note,) if note else (), standard)
         for given in origins:
             self.left.pop(given.key, None)
 

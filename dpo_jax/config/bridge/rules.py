@@ -9,7 +9,7 @@ from dpo_jax.config.bridge.conversion import Conversion, Left, meaning_of
 from dpo_jax.config.bridge.datasets import data
 from dpo_jax.config.bridge.objectives import objective
 from dpo_jax.config.bridge.source import Config
-from dpo_jax.config.bridge.trainers import AXOLOTL, FACTORY, TORCHTUNE, Trainer
+from dpo_jax.config.bridge.trainers import AXOLOTL, FACTORY, TORCHTUNE, OtherTrainer
 from dpo_jax.config.bridge.values import VALUES
 from dpo_jax.config.elsewhere import answer_to
 from dpo_jax.config.run import FIELDS
@@ -324,7 +324,12 @@ ORDER = (
 
 
 def converted(
-    config: Config, trainer: Trainer, method: str, *, devices: int | None = None, told: frozenset[str] = frozenset()
+    config: Config,
+    trainer: OtherTrainer,
+    method: str,
+    *,
+    devices: int | None = None,
+    told: frozenset[str] = frozenset(),
 ) -> Conversion:
     """What becomes of every key of a config; `told` are settings of ours that will replace those of the file.
 

@@ -16,7 +16,7 @@ from dpo_jax.errors import UserError, short
 
 
 @dataclasses.dataclass(frozen=True)
-class Trainer:
+class OtherTrainer:
     """A trainer: its name, its names for things (theirs -> TRL's), and its defaults by method ("" for all of them)."""
 
     name: str
@@ -65,7 +65,7 @@ _TRL = {
     "sft": {"learning_rate": 2e-5},
 }
 
-TRL = Trainer(
+TRL = OtherTrainer(
     "TRL",
     _names("""
         torch_dtype: dtype
@@ -80,7 +80,7 @@ TRL = Trainer(
 )
 HANDBOOK = dataclasses.replace(TRL, name="the alignment handbook")
 
-AXOLOTL = Trainer(
+AXOLOTL = OtherTrainer(
     "Axolotl",
     _names("""
         model_name_or_path: base_model
@@ -133,7 +133,7 @@ AXOLOTL = Trainer(
     },
 )
 
-FACTORY = Trainer(
+FACTORY = OtherTrainer(
     "LLaMA-Factory",
     _names("""
         max_length: cutoff_len
@@ -166,7 +166,7 @@ FACTORY = Trainer(
     },
 )
 
-TORCHTUNE = Trainer(
+TORCHTUNE = OtherTrainer(
     "torchtune",
     _names("""
         model_name_or_path: checkpointer.checkpoint_dir
@@ -209,7 +209,7 @@ TORCHTUNE = Trainer(
     },
 )
 
-MARKS: tuple[tuple[Trainer, tuple[str, ...]], ...] = (
+MARKS: tuple[tuple[OtherTrainer, tuple[str, ...]], ...] = (
     (TORCHTUNE, ("model._component_", "tokenizer._component_", "loss._component_", "checkpointer._component_")),
     (AXOLOTL, ("base_model",)),
     (FACTORY, ("stage", "finetuning_type", "pref_loss", "pref_beta", "cutoff_len", "dataset_dir")),
@@ -232,7 +232,7 @@ NO_RUN: tuple[tuple[str, str], ...] = (
 """Keys of files that are no trainer's config of a training run, and what they are."""
 
 
-def trainer_of(config: Config) -> Trainer:
+def trainer_of(config: Config) -> OtherTrainer:
     """Whose config this is.
 
     Raises:
@@ -293,7 +293,7 @@ TELLING = (
 """Keys that only configs of one method have."""
 
 
-def method_of(config: Config, trainer: Trainer, told: str | None) -> tuple[str, str | None]:
+def method_of(config: Config, trainer: OtherTrainer, told: str | None) -> tuple[str, str | None]:
     """Which of METHODS a config is of, and, where that is only likely, what is to be said.
 
     Raises:
@@ -312,7 +312,7 @@ def _listed() -> str:
     return ", ".join(METHODS)
 
 
-def _method(config: Config, trainer: Trainer) -> tuple[str | None, str | None]:
+def _method(config: Config, trainer: OtherTrainer) -> tuple[str | None, str | None]:
     if trainer is AXOLOTL:
         return _of_axolotl(config), None
     if trainer is FACTORY:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from dpo_jax.config.bridge.conversion import Conversion, Line
+from dpo_jax.config.bridge.conversion import Conversion, Converted
 from dpo_jax.config.bridge.rules import converted
 from dpo_jax.config.bridge.source import Given, config_of
 from dpo_jax.config.bridge.trainers import METHODS, method_of, trainer_of
@@ -139,7 +139,7 @@ def _body(c: Conversion, given: GivenSettings) -> Iterator[str]:
 
 def _line(c: Conversion, given: GivenSettings, key: str, name: str, indent: str) -> Iterator[str]:
     own = given.where.get(key) != COMMAND_LINE
-    line = c.lines[key] if own else Line(given.values[key], ())
+    line = c.lines[key] if own else Converted(given.values[key], ())
     for note in line.notes:
         yield from _comment(note, "" if key == "batch.pairs" else "Differs: ", indent)
     value = given.values[key]
@@ -151,7 +151,7 @@ def _line(c: Conversion, given: GivenSettings, key: str, name: str, indent: str)
         yield f"{indent}{name}: {scalar(value)}  # {origin}"
 
 
-def _origin(c: Conversion, line: Line) -> str:
+def _origin(c: Conversion, line: Converted) -> str:
     """The keys that a line was made of, with their lines in the file; and the defaults."""
     parts = list(dict.fromkeys(_named(_entry(given)) for given in line.origins))
     parts += [f"{c.trainer.name}'s default {name}" for name in line.standard]

@@ -33,7 +33,7 @@ FUSED = 4
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["kind", "seen", "turned"], meta_fields=["interpret"])
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class MaskBlocks:
     """The mask of each row by blocks of queries and keys.
 
     Attributes:
@@ -83,7 +83,7 @@ def block_of(length: int) -> int:
     return min(range(LANES, MOST + 1, LANES), key=cost)
 
 
-def prepare(layout: Layout, window: int | None, bounds: Bounds | None = None) -> Blocks:
+def prepare(layout: Layout, window: int | None, bounds: Bounds | None = None) -> MaskBlocks:
     """The mask of each row; the same for all layers with this window."""
     length = layout.group.shape[1]
     block = block_of(length)
@@ -91,7 +91,7 @@ def prepare(layout: Layout, window: int | None, bounds: Bounds | None = None) ->
     count = layout.group.shape[1] // block
     seen = visible(layout, window).reshape(-1, count, block, count, block).transpose(0, 1, 3, 2, 4)
     kind = jnp.where(seen.all(axis=(3, 4)), 2, seen.any(axis=(3, 4)).astype(jnp.int32))
-    return Blocks(kind, seen, seen.swapaxes(3, 4), bounds is None or bounds.platform != "tpu")
+    return MaskBlocks(kind, seen, seen.swapaxes(3, 4), bounds is None or bounds.platform != "tpu")
 
 
 def keeps_scores(prepared: object) -> bool:
@@ -103,7 +103,7 @@ def attend(
     query: Float[Array, "B T H C"],
     key: Float[Array, "B T K C"],
     value: Float[Array, "B T K E"],
-    blocks: Blocks,
+    blocks: MaskBlocks,
     window: int | None,
     rules: VisibilityRules,
 ) -> Float[Array, "B T H E"]:
@@ -117,7 +117,7 @@ def attend(
     return mixed.reshape(batch, heads, filled, -1).transpose(0, 2, 1, 3)[:, :length]
 
 
-def _kernel(blocks: Blocks, heads: int, softcap: float | None) -> Any:
+def _kernel(blocks: MaskBlocks, heads: int, softcap: float | None) -> Any:
     """The kernel for all heads of all rows. What it gives, and what its backward pass wants of it, is named."""
     splash = importlib.import_module(PACKAGE + "kernel")
     count, size = blocks.kind.shape[1], blocks.seen.shape[3]
@@ -148,7 +148,7 @@ def _kernel(blocks: Blocks, heads: int, softcap: float | None) -> Any:
     )
 
 
-def _mask_info(blocks: Blocks, heads: int, *, turned: bool) -> Any:
+def _mask_info(blocks: MaskBlocks, heads: int, *, turned: bool) -> Any:
     """The masks as the kernel wants them, by head.
 
     While blocks of keys (of queries, if `turned`) are gone through in order, those that are skipped name the last one
