@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dpo_jax.config import keywords
 from dpo_jax.config.run import Run
@@ -93,7 +93,7 @@ def _run_of(model: object, data: tuple[Any, Any], files: Sequence[str], given: M
     return keywords.run_of(given, files, origin="fit", problems=problems)
 
 
-def _told(call: OnRecord | None, stdout: IO[str]) -> OnRecord | None:
+def _told(call: OnRecord | None, stdout: Any) -> OnRecord | None:
     """The caller's function, which prints where the caller does."""
     if call is None:
         return None
