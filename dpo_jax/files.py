@@ -105,6 +105,32 @@ def sweep(folder: Path, names: re.Pattern[str] = LEFT_OVER) -> None:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Mark a folder as in use by this process, for `sweep_unheld`, where the file system can; nothing is left of it."""
+    mark = folder / LOCK
+    with contextlib.ExitStack() as open_files:
+        try:
+            fcntl.flock(open_files.enter_context(mark.open("w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # a file system without locks: such a folder is never swept
+            mark.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                mark.unlink()
+
+
+def sweep_unheld(folder: Path) -> None:
+    """Remove the folders in another one that were `held` by processes which are gone."""
+    for mark in list(folder.glob(f"*/{LOCK}")):
+        if not LEFT_OVER.fullmatch(mark.parent.name):
+            continue
+        with contextlib.suppress(OSError), mark.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(mark.parent, ignore_errors=True)
+
+
 def move_aside(path: Path, why: str) -> Path:
     """Rename what stands in the way to `NAME.WHY-<time>`, which is free, and return where it is now."""
     aside = path.with_name(f"{path.name}.{why}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}")

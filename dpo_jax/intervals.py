@@ -2,7 +2,6 @@
 
 import re
 from fractions import Fraction
-from typing import Any
 
 EPOCHS = re.compile(r"([0-9]{1,6}|[0-9]{0,6}\.[0-9]{1,6}) epochs?")
 """Passes over the data in words: `1 epoch`, `0.5 epochs`, `2 epochs`."""
@@ -19,15 +18,18 @@ def epochs_of(text: str) -> Fraction:
     return Fraction(found[1])
 
 
-def check_interval(key: str, value: object, *, never: bool) -> Any:
+def check_interval(key: str, value: object, *, never: bool) -> int | str | None:
     """The value of a setting, if it is an interval, or (`never`) null.
 
     Raises:
       ValueError: it is not.
     """
-    in_words = isinstance(value, str) and (found := EPOCHS.fullmatch(value)) is not None and Fraction(found[1]) > 0
-    if in_words or (type(value) is int and value > 0) or (never and value is None):
+    if isinstance(value, str) and EPOCHS.fullmatch(value) and epochs_of(value) > 0:
         return value
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    if never and value is None:
+        return None
     raise ValueError(
         f"{key}: must be a whole number of steps > 0, or of passes over the data in words, as in '0.5 epochs' or "
         f"'1 epoch'{', or null' if never else ''}"

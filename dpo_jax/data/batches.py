@@ -44,7 +44,6 @@ class Batches:
       encoded: the data.
       pairs: pairs per step.
       shards: devices that split the batch.
-      own: numbers of the shards whose arrays are made, ascending; None: all. A process of several makes its own.
       steps: how many steps there are.
       order: "shuffled" in each epoch; "file", the data's own in each epoch; or "length", every pair once, units of like
         length together, where the last step may hold fewer pairs.
@@ -55,6 +54,7 @@ class Batches:
       micro_tokens: slots of a micro-batch; None chooses.
       reference: log-probability of every scored token (see `Encoded.scored_start`), or None while there is none.
       rankings: whether a pair stands for all ranked completions of its prompt.
+      own: numbers of the shards whose arrays are made, ascending; None: all. A process of several makes its own.
     """
 
     encoded: Encoded

@@ -1,7 +1,8 @@
 """The folder that keeps encoded data by content: a file for each column, which is written as the rows come and, if it
-is large, read where it lies, so that data need not fit into memory."""
+is large, read where it lies, so that neither tokenising nor packing needs memory for it."""
 
 import contextlib
+import errno
 import importlib.metadata
 import json
 import os
@@ -22,7 +23,8 @@ from dpo_jax.data.templates import template_source
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.data.units import COLUMNS, Following
 from dpo_jax.errors import UserError, redacted
-from dpo_jax.files import digest_of, file_digest, naming, sync_folder, write_whole
+from dpo_jax.files import digest_of, file_digest, held, naming, sweep_unheld, sync_folder, write_whole
+from dpo_jax.processes.here import here
 
 VERSION = 8
 """Part of the cache's key. Raise it with every change of this package that changes token ids, the report or a file."""
@@ -73,10 +75,10 @@ class Entry:
             about = json.loads((self.folder / ABOUT).read_text("utf-8"))
             if about["itself"] != _digest_of_about(about):
                 return None
-            if check and any(file_digest(self.folder / f"{name}.npy") != about["sha256"][name] for name in COLUMNS):
+            if check and any(_digest(self.folder / f"{name}.npy") != about["sha256"][name] for name in COLUMNS):
                 return None
             encoded, report = _opened(self.folder, about["files"]), Report.from_dict(about["report"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, EOFError, ValueError, KeyError, TypeError):
             return None
         report.cache = f"read from {self.folder}"
         return encoded, report
@@ -85,7 +87,7 @@ class Entry:
         """Keep the parts of a result as they come, and return the whole, as `read` does.
 
         Args:
-          parts: see `units.joined`.
+          parts: of the whole, in their order; numbers of each begin at 0.
           report: of the rows; `cache` is said in it. It is complete when the last part has come.
           finish: writes into the report what is known of the whole.
 
@@ -93,7 +95,7 @@ class Entry:
           UserError: the folder cannot be written; or what making the parts raises.
         """
         damaged = os.path.lexists(self.folder)
-        with self._staged() as staging:
+        with self._staged(damaged) as staging:
             files, digests = self._write_columns(staging, parts)
             encoded = _opened(staging, files)
             finish(encoded, report)
@@ -104,7 +106,7 @@ class Entry:
                 write_whole(staging / ABOUT, json.dumps(about, indent=1))
         made = "made again, the one kept in {} was damaged" if damaged else "made, kept in {}"
         report.cache = made.format(self.folder)
-        return encoded
+        return _opened(self.folder, files)
 
     def staging(self) -> Path:
         """A name beside the entry that nobody has."""
@@ -125,25 +127,39 @@ class Entry:
             with refused(self.folder.parent):
                 for column in columns.values():
                     column.end()
-        return following.files, {name: file_digest(path) for name, path in paths.items()}
+        return following.files, {name: _digest(path) for name, path in paths.items()}
 
     @contextlib.contextmanager
-    def _staged(self) -> Iterator[Path]:
-        """A folder that becomes the entry in one move, once all is in it; whatever was there gives way."""
+    def _staged(self, damaged: bool) -> Iterator[Path]:
+        """A folder that becomes the entry in one move, once all is in it. What was `damaged` before gives way; what
+        another process has made in the meantime stays, and this one's goes."""
         staging, old = self.staging(), self.staging()
         try:
             with refused(self.folder.parent):
-                staging.mkdir(parents=True)
-            yield staging
+                self.folder.parent.mkdir(parents=True, exist_ok=True)
+                sweep_unheld(self.folder.parent)
+                staging.mkdir()
+            with held(staging):
+                yield staging
             with refused(self.folder.parent):
                 sync_folder(staging)
-                with contextlib.suppress(FileNotFoundError):
-                    os.rename(self.folder, old)
-                os.rename(staging, self.folder)
+                if damaged:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.rename(self.folder, old)
+                _move(staging, self.folder)
                 sync_folder(self.folder.parent)
         finally:
             for left in (staging, old):
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename a folder, unless there is one of that name."""
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 @contextlib.contextmanager
@@ -188,6 +204,11 @@ class _Column:
         header = {"descr": np.lib.format.dtype_to_descr(self._kind), "fortran_order": False, "shape": (self._length,)}
         np.lib.format.write_array_header_1_0(self._file, header)
         return self._file.tell()
+
+
+def _digest(path: Path) -> str:
+    here().moved()  # which may take minutes
+    return file_digest(path)
 
 
 def _opened(folder: Path, files: Sequence[str]) -> Encoded:

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from dpo_jax.data.arguments import check_arguments, dated
-from dpo_jax.data.cache import Entry
+from dpo_jax.data.cache import Entry, refused
 from dpo_jax.data.encoded import Encoded, length_tables
 from dpo_jax.data.layouts import Pair, Record
 from dpo_jax.data.messages import BadRow, is_chat, shared_length
@@ -22,12 +22,13 @@ from dpo_jax.data.report import AS_TEXT, NO_PROMPT, Report, clean
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.data.sources import tables
 from dpo_jax.data.templates import Codec, Tokens, codec, template_digest, tokenize
-from dpo_jax.data.together import Make, Part, Sighting, do_share, gathered
+from dpo_jax.data.together import ONE_FOLDER, Make, EncodedPart, Sighting, do_share, gathered
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.data.truncation import TRUNCATIONS, Cut, fitted, shortened
 from dpo_jax.data.units import Builder, Unit, joined, prompt_keys
 from dpo_jax.data.workers import in_order, processes
 from dpo_jax.errors import UserError
+from dpo_jax.files import held
 from dpo_jax.processes.here import Here, is_seen
 
 CHUNK = 512
@@ -46,7 +47,7 @@ class EncodingRules(NamedTuple):
     rows: RowRules = RowRules()
 
 
-def encode_rows(rules: EncodingRules, stretch: Stretch) -> Part:
+def encode_rows(rules: EncodingRules, stretch: Stretch) -> EncodedPart:
     """The rows of a stretch as token ids. A pure function, which may be called in any process."""
     report, builder, sightings = Report(), Builder(stretch.rows[0].file), []
     records = [_read(row, stretch, rules) for row in stretch.rows]
@@ -65,7 +66,7 @@ def encode_rows(rules: EncodingRules, stretch: Stretch) -> Part:
         elif kept := _with_scores(truncated(made, rules, report), report):
             builder.add(*kept)
             _count(kept[0], record, report)
-    return Part(stretch.rows[0].file, builder.build(), report, sightings)
+    return EncodedPart(stretch.rows[0].file, builder.build(), report, sightings)
 
 
 def _read(row: Row, stretch: Stretch, rules: EncodingRules) -> Record | BadRow:
@@ -184,7 +185,7 @@ def _with_scores(kept: tuple[Unit, Cut] | None, report: Report) -> tuple[Unit, C
     return kept
 
 
-def _seen(made: Iterable[Part], report: Report) -> Iterator[Encoded]:
+def _seen(made: Iterable[EncodedPart], report: Report) -> Iterator[Encoded]:
     """The parts; the report knows each when it is taken."""
     seen = _Seen()
     for part in made:
@@ -206,7 +207,7 @@ class _Seen:
     def __init__(self):
         self.where: dict[bytes, tuple[str, int]] = {}
 
-    def compare(self, part: Part, report: Report) -> None:
+    def compare(self, part: EncodedPart, report: Report) -> None:
         """Note what the next part repeats or contradicts."""
         for one in part.sightings:
             here = (part.file, one.line)
@@ -314,7 +315,7 @@ def collect(
     rows = RowRules(settings.layout, settings.columns or {}, settings.as_chat)
     rules = EncodingRules(coder, settings.truncation, settings.max_length, limit, rows)
     pieces = stretches(opened, rules=rows, first=first, report=report, size=CHUNK)
-    make = partial(in_order, encode_rows, rules, workers=processes(settings.workers), alone=ALONE)
+    make = partial(in_order, encode_rows, rules, workers=_workers(settings.workers, place), alone=ALONE)
     if entry and place.count > 1:
         return _made_together(entry, place, make, pieces, report)
     with closing(make(pieces)) as made:
@@ -330,8 +331,19 @@ def _whole(entry: Entry | None, parts: Iterable[Encoded], report: Report) -> Enc
     return encoded
 
 
+def _workers(wanted: int | None, place: Here) -> int:
+    """Processes that tokenise for this one; by default those of one host share its cores."""
+    sharers = 1 if wanted is not None else place.everyone("hosts that tokenise", place.host).count(place.host)
+    return max(1, processes(wanted) // sharers) if sharers > 1 else processes(wanted)
+
+
 def _kept(entry: Entry, place: Here) -> tuple[Encoded, Report] | None:
-    """What is kept already, if process 0 finds that it is sound."""
+    """What is kept already, if process 0 finds that it is sound.
+
+    Raises:
+      UserError: not all processes have the same data, tokenizer, template and versions.
+    """
+    place.same("the processes of this run differ", {"digest of data, tokenizer and template": entry.folder.name})
     found = entry.read() if place.owns else None
     there = place.decide("whether tokenised data is kept", lambda: found is not None)
     return _made_by_others(entry, place) if there and not place.owns else found
@@ -343,7 +355,7 @@ def _made_by_others(entry: Entry, place: Here) -> tuple[Encoded, Report]:
     if found is None:
         raise UserError(
             f"data.cache: process {place.process} ({place.host}) does not see {entry.folder}, which process 0 wrote; "
-            "give a folder that all hosts see in the same state, or one of each host's own"
+            + ONE_FOLDER
         )
     return found
 
@@ -352,7 +364,7 @@ def _made_together(
     entry: Entry, place: Here, make: Make, pieces: Iterator[Stretch], report: Report
 ) -> tuple[Encoded, Report]:
     """The whole, of which each process has made its share."""
-    folder = Path(place.decide("folder for shares", lambda: str(entry.staging())))
+    folder = entry.folder.with_name(place.decide("folder for shares", lambda: _share_folder(entry)))
     if not place.owns:
         do_share(place, folder, make, pieces)
         place.decide("tokenised data", lambda: None)
@@ -360,7 +372,7 @@ def _made_together(
     made: list[Encoded] = []
 
     def work() -> None:
-        with closing(gathered(place, folder, make, pieces)) as parts:
+        with held(folder), closing(gathered(place, folder, make, pieces)) as parts:
             made.append(_whole(entry, _seen(parts, report), report))
 
     try:
@@ -368,6 +380,13 @@ def _made_together(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return made[0], report
+
+
+def _share_folder(entry: Entry) -> str:
+    folder = entry.staging()
+    with refused(folder.parent):
+        folder.mkdir(parents=True)
+    return folder.name
 
 
 def _template(path: str | None) -> str | None:

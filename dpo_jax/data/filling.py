@@ -1,8 +1,7 @@
 """The arrays of a batch, filled by a plan: whole arrays at a time, never tree by tree.
 
-Letters: U units, C completions, V trees (a prompt with its completions). What is written
-where is listed first, one entry for each tree, completion or pair in the order of the plan's places, and then written
-at once.
+Letters: U units, C completions, V trees (a prompt with its completions). What is written where is listed first, one
+entry for each tree, completion or pair in the order of the plan's places, and then written at once.
 """
 
 from dataclasses import dataclass

@@ -18,11 +18,13 @@ from dpo_jax.data.encoded import Encoded
 from dpo_jax.data.records import Stretch
 from dpo_jax.data.report import Report
 from dpo_jax.data.units import COLUMNS
+from dpo_jax.errors import UserError
 from dpo_jax.files import write_whole
-from dpo_jax.processes.here import Here
+from dpo_jax.processes.here import Here, is_seen
 
 LOOKS_AGAIN = 0.05
 """Seconds between two looks for a piece that another process is to make."""
+ONE_FOLDER = "give a folder that all hosts see in the same state, or one of each host's own"
 
 
 class Sighting(NamedTuple):
@@ -35,7 +37,7 @@ class Sighting(NamedTuple):
     """Of a single completion."""
 
 
-class Part(NamedTuple):
+class EncodedPart(NamedTuple):
     """What a stretch of rows of a file became; its numbers begin at 0."""
 
     file: str
@@ -44,34 +46,39 @@ class Part(NamedTuple):
     sightings: list[Sighting]
 
 
-Make = Callable[[Iterable[Stretch]], Generator[Part, None, None]]
+Make = Callable[[Iterable[Stretch]], Generator[EncodedPart, None, None]]
 """What pieces become, in their order."""
 
 
 def do_share(place: Here, folder: Path, make: Make, pieces: Iterable[Stretch]) -> None:
-    """Of every process but 0: make one piece in so many as there are processes, each a file of the folder.
+    """Of every process but 0: make one piece in so many as there are processes, each a file of the folder, which
+    process 0 has made. When it is gone, process 0 has given up, and says why.
 
     Raises:
       UserError: the folder cannot be written; or what making the pieces raises.
     """
-    with refused(folder.parent):
-        folder.mkdir(parents=True, exist_ok=True)
+    if not is_seen(folder):
+        raise UserError(f"data.cache: process {place.process} ({place.host}) does not see {folder}; {ONE_FOLDER}")
     shared = _Shared(pieces)
     with closing(make(shared.of(place.process, place.count))) as made:
         for turn, part in enumerate(made):
             place.moved()
-            with refused(folder.parent):
-                write_whole(_file(folder, place.process + turn * place.count), to_bytes(part))
-    with refused(folder.parent):
-        write_whole(_end(folder, place.process), "")
+            try:
+                with refused(folder.parent):
+                    write_whole(_file(folder, place.process + turn * place.count), to_bytes(part))
+            except UserError:
+                if folder.exists():
+                    raise
+                return
+    place.meet("shares made")
 
 
-def gathered(place: Here, folder: Path, make: Make, pieces: Iterable[Stretch]) -> Generator[Part, None, None]:
+def gathered(place: Here, folder: Path, make: Make, pieces: Iterable[Stretch]) -> Generator[EncodedPart, None, None]:
     """Of process 0: what all pieces became, in their order. Its own it makes, and for those of others it waits.
 
     When a part comes, its piece has been read here too, so that what was counted in reading is known.
     """
-    shared, own = _Shared(pieces), deque[Part]()
+    shared, own = _Shared(pieces), deque[EncodedPart]()
     with closing(make(shared.of(0, place.count))) as mine:
         for number in itertools.count():
             if shared.count <= number or not (own or number % place.count):
@@ -80,8 +87,7 @@ def gathered(place: Here, folder: Path, make: Make, pieces: Iterable[Stretch]) -
                 break
             place.moved()
             yield _awaited(place, folder, number) if number % place.count else own.popleft()
-    for process in range(1, place.count):  # or the folder would go before they have said that they are done
-        _wait_for(place, process, _end(folder, process))
+    place.meet("shares made")  # or the folder would go while others still write
 
 
 class _Shared:
@@ -102,30 +108,22 @@ class _Shared:
                 yield piece
 
 
-def _awaited(place: Here, folder: Path, number: int) -> Part:
+def _awaited(place: Here, folder: Path, number: int) -> EncodedPart:
     """A piece of another process, once it is there."""
     path = _file(folder, number)
-    _wait_for(place, number % place.count, path)
+    with place.waiting(f"process {number % place.count} (tokenising)"):
+        while not path.exists():
+            time.sleep(LOOKS_AGAIN)
     part = from_bytes(path.read_bytes())
     path.unlink()
     return part
-
-
-def _wait_for(place: Here, process: int, path: Path) -> None:
-    with place.waiting(f"process {process} (tokenising)"):
-        while not path.exists():
-            time.sleep(LOOKS_AGAIN)
 
 
 def _file(folder: Path, number: int) -> Path:
     return folder / f"{number}.npz"
 
 
-def _end(folder: Path, process: int) -> Path:
-    return folder / f"{process}.end"
-
-
-def to_bytes(part: Part) -> bytes:
+def to_bytes(part: EncodedPart) -> bytes:
     """A part as a file has it; `from_bytes` is the inverse."""
     seen = [(one.line, one.same.hex(), one.opposite.hex(), one.desirable) for one in part.sightings]
     about = {"file": part.file, "files": part.encoded.files, "report": part.report.to_dict(), "sightings": seen}
@@ -136,7 +134,7 @@ def to_bytes(part: Part) -> bytes:
     return buffer.getvalue()
 
 
-def from_bytes(data: bytes) -> Part:
+def from_bytes(data: bytes) -> EncodedPart:
     """A part of a file."""
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         about = json.loads(arrays["about"].tobytes())
@@ -146,4 +144,4 @@ def from_bytes(data: bytes) -> Part:
         for line, same, opposite, desirable in about["sightings"]
     ]
     encoded = Encoded(files=tuple(about["files"]), **columns)
-    return Part(about["file"], encoded, Report.from_dict(about["report"]), seen)
+    return EncodedPart(about["file"], encoded, Report.from_dict(about["report"]), seen)

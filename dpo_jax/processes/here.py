@@ -163,6 +163,20 @@ class Here:
         """Return once every process has come here."""
         self.everyone(name, None)
 
+    def come(self, name: str, seconds: float) -> bool:
+        """Whether every process comes here within so many seconds; nobody waits for longer."""
+        if self.count == 1:
+            return True
+        key, until = self._key(name), time.monotonic() + seconds
+        with contextlib.suppress(Exception):  # the store is gone with process 0
+            self.store.key_value_set(f"{key}/{self.process}", "here")
+            while len(self.store.key_value_dir_get(f"{key}/")) < self.count:
+                if time.monotonic() > until:
+                    return False
+                time.sleep(0.1)
+            return True
+        return False
+
     def all_of(self, name: str, holds: bool) -> bool:
         """Whether something holds on every process."""
         return all(self.everyone(name, holds))

@@ -60,7 +60,7 @@ def read_data(
     """Read, check and tokenise; each report is said line by line, and is in the result as plain values.
 
     `date` is the day that a template writes which writes one (YYYY-MM-DD); None is today. With the `seed` a share of
-    the training data is held out, where that is wanted. `place` as of `encode`.
+    the training data is held out, where that is wanted. `place` as of `data.encode.collect`.
 
     Raises:
       UserError: too many rows are bad, or too few prompts are there to hold some out.

@@ -175,4 +175,4 @@ def mark(folder: Path, **more: Any) -> None:
 
 def cache_folder(data: DataSettings, output: Path) -> Path:
     """Where tokenised data and reference log-probabilities are kept."""
-    return Path(data.cache) if data.cache else output / "cache"
+    return Path(data.cache).expanduser() if data.cache else output / "cache"

@@ -43,7 +43,8 @@ _LEFT_OVER = re.compile(r"[0-9]+\.(removed|orbax-checkpoint-tmp.*)")
 # Orbax's default is 1200. When one host cannot write, the others learn it only after this long.
 _TIMEOUT_SECONDS = 600
 _PARTING_SECONDS = 5.0
-"""How long a process of several that ends with an error waits for its last save: who it would end with may be gone."""
+"""How long a process of several that ends with an error waits for its last save where not all of them end with one: who
+it would be saved with may be gone."""
 
 
 class Checkpoints:
@@ -187,8 +188,11 @@ class Checkpoints:
             self._say(str(error))
 
     def _hangs(self) -> bool:
-        """Whether the last save does not come to an end."""
-        return self._pending is not None and not futures.wait([self._pending], _PARTING_SECONDS).done
+        """Whether the last save may never come to an end. All processes call, each of which ends with an error."""
+        if self._pending is None:
+            return False
+        together = here().come("an error", _PARTING_SECONDS)
+        return not futures.wait([self._pending], _TIMEOUT_SECONDS if together else 0).done
 
     def _finish(self, step: int, also: int | None) -> None:
         """Behind training: wait for the commit, seal it, and only then remove old steps."""

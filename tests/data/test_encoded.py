@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from dpo_jax.data import cache
 from dpo_jax.data import encode as encode_module
 from dpo_jax.data.cache import SETTINGS
 from dpo_jax.data.encode import collect, encode
@@ -13,6 +14,7 @@ from dpo_jax.data.encoded import Encoded
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.data.units import COLUMNS
 from dpo_jax.errors import UserError
+from dpo_jax.files import held
 from tests.support.encoding import assert_equal, settings
 from tests.support.forests import random_encoded
 from tests.support.tiny_rows import CHAT, CHATML, GOOD, byte_tokenizer, write
@@ -116,6 +118,38 @@ def test_mapped_data_stays_readable_when_its_entry_is_made_again_or_deleted(cach
     run()
     shutil.rmtree(folder)
     assert first.tokens.tolist() == before
+
+
+@pytest.mark.parametrize("before", ["nothing", "damaged"])
+def test_of_two_that_make_the_same_entry_the_later_one_takes_what_stands_there(cached, monkeypatch, before):
+    run, _, folder = cached
+    if before == "damaged":
+        run()
+        next(folder.glob("data-*/rank.npy")).write_bytes(b"")
+    move, others = cache._move, []
+
+    def moved(source, target):
+        if not others:
+            others.append(None)
+            others[0] = run()  # another process, at the last moment
+        return move(source, target)
+
+    monkeypatch.setattr(cache, "_move", moved)
+    made = run()
+    assert_equal(made, others[0])
+    assert len(list(folder.iterdir())) == 1 and run()[1].cache.startswith("read from")
+
+
+def test_what_a_killed_process_had_begun_is_swept_and_what_a_living_one_has_is_not(cached):
+    run, _, folder = cached
+    dead, alive, fresh = (folder / f".data-x.{letter * 32}.tmp" for letter in "abc")
+    for path in (dead, alive, fresh):
+        path.mkdir(parents=True)
+    (dead / ".lock").touch()
+    with held(alive):
+        run()
+        assert alive.exists() and fresh.exists() and not dead.exists()
+    assert not (alive / ".lock").exists()
 
 
 def test_an_error_of_reading_is_not_taken_for_one_of_the_cache(cached, monkeypatch):

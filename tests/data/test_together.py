@@ -92,6 +92,29 @@ def test_one_that_does_not_see_what_process_0_wrote_says_so(files, tmp_path, mon
     assert "process 1" in str(found[1]) and "does not see" in str(found[1])
 
 
+def test_processes_that_see_other_data_are_refused_before_a_row_is_tokenised(files, tmp_path, monkeypatch):
+    other = write(tmp_path / "other.jsonl", GOOD)
+    monkeypatch.setattr(encode_module, "in_order", None)  # nothing may be tokenised
+
+    def reads(place):
+        sources = files if place.owns else [str(other)]
+        return collect(sources, byte_tokenizer(), settings(max_bad_fraction=1.0), tmp_path / "cache", place=place)
+
+    for error in everywhere(reads, 3):
+        assert "differ: digest of data" in str(error) and "on process 1" in str(error)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_processes_of_one_host_share_its_cores(monkeypatch):
+    monkeypatch.setattr(encode_module, "processes", lambda wanted: 16 if wanted is None else wanted)
+
+    def found(place):
+        place.host = "b" if place.process == 5 else "a"
+        return encode_module._workers(None, place), encode_module._workers(7, place)
+
+    assert everywhere(found, 6) == [(3, 7)] * 5 + [(16, 7)]
+
+
 @pytest.mark.parametrize("desirable", [None, True, False])
 def test_a_share_comes_back_from_its_file(files, desirable):
     parts = []

@@ -25,6 +25,7 @@ from dpo_jax.training.checkpoints import Checkpoints
 from dpo_jax.training.manifest import newest_record
 from dpo_jax.training.settings import CheckpointSettings
 from dpo_jax.trees import paths
+from tests.support.threads import Store
 from tests.support.tiers import by_day
 
 
@@ -359,11 +360,24 @@ def test_an_error_in_one_of_several_processes_does_not_wait_for_a_save_that_the_
     monkeypatch.setattr(checkpoints, "_finish", lambda *given: (goes_on.wait(), finish(*given)))
     with pytest.raises(RuntimeError, match="our own"), checkpoints:
         checkpoints.save(1, a_state(1), {})
-        monkeypatch.setattr("dpo_jax.training.checkpoints.here", lambda: Here(process=1, count=2))
+        monkeypatch.setattr("dpo_jax.training.checkpoints.here", lambda: Here(Store(), process=1, count=2))
         raise RuntimeError("our own")
     monkeypatch.undo()
     goes_on.set()
     checkpoints.close()
+
+
+def test_an_error_of_all_processes_does_not_lose_the_save_that_is_under_way(tmp_path, monkeypatch):
+    store, checkpoints, goes_on = Store(), opened(tmp_path), threading.Event()
+    finish = checkpoints._finish
+    monkeypatch.setattr(checkpoints, "_finish", lambda *given: (goes_on.wait(), finish(*given)))
+    store.key_value_set("dpo_jax/an error/0/0", "here")  # process 0 ends with one as well
+    threading.Timer(0.5, goes_on.set).start()
+    with pytest.raises(RuntimeError, match="of all"), checkpoints:
+        checkpoints.save(1, a_state(1), {})
+        monkeypatch.setattr("dpo_jax.training.checkpoints.here", lambda: Here(store, process=1, count=2))
+        raise RuntimeError("of all")
+    assert checkpoints._good == {1}
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):

@@ -19,8 +19,8 @@ NUMBERS = frozenset(
     tensor_parallel_size context_parallel_size beta label_smoothing ld_alpha f_alpha_divergence_coef discopop_tau
     simpo_gamma cpo_alpha orpo_alpha rpo_alpha pref_ftx pref_bco_weight loss.gamma desirable_weight undesirable_weight
     center_rewards_coefficient ref_model_sync_steps ref_model_mixup_alpha lora_r lora_alpha lora_dropout
-    loraplus_lr_ratio eval_steps evals_per_epoch save_steps logging_steps early_stopping_patience test_split_size
-    max_samples seed save_total_limit router_aux_loss_coef
+    loraplus_lr_ratio eval_steps evals_per_epoch save_steps saves_per_epoch logging_steps early_stopping_patience
+    test_split_size max_samples seed save_total_limit router_aux_loss_coef
     """.split()
 )
 """Names whose values are numbers."""

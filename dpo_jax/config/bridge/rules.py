@@ -180,17 +180,17 @@ def evaluation(c: Conversion) -> None:
     how = str(c.get("eval_strategy", "no")).lower()
     held = any(key in c.lines or key in c.told for key in ("data.eval", "data.eval_fraction"))
     every = c.get("eval_steps")
-    per_epoch = c.get("evals_per_epoch")
+    per_epoch = c.get("evals_per_epoch") or 0
     if not held:
         what = "nothing is held out: data.eval or data.eval_fraction would be needed"
         c.leave(what, "eval_steps", "eval_strategy", "evals_per_epoch", *BEST)
         return
-    if per_epoch:
+    if per_epoch > 0:
         c.put("evaluation.every", _epochs(1 / Fraction(str(per_epoch))), "evals_per_epoch")
     elif how == "epoch":
         c.put("evaluation.every", "1 epoch", "eval_strategy")
     elif isinstance(every, float) and 0 < every < 1:
-        _share_of_run(c, every)
+        _share_of_run(c, "evaluation.every", every, "eval_steps")
     elif isinstance(every, int) and every > 0:
         c.put("evaluation.every", every, "eval_steps")
     elif how == "steps" and c.trainer is not AXOLOTL:
@@ -200,15 +200,15 @@ def evaluation(c: Conversion) -> None:
 
 
 def _epochs(share: Fraction) -> str:
-    return "1 epoch" if share == 1 else f"{float(share):.6g} epochs"
+    return "1 epoch" if share == 1 else f"{max(float(share), 1e-6):.6f}".rstrip("0").rstrip(".") + " epochs"
 
 
-def _share_of_run(c: Conversion, every: float) -> None:
+def _share_of_run(c: Conversion, ours: str, every: float, *names: str) -> None:
     if "steps" in c.lines:
-        c.put("evaluation.every", max(round(every * c.lines["steps"].value), 1), "eval_steps")
+        c.put(ours, max(round(every * c.lines["steps"].value), 1), *names)
     else:
         passes = Fraction(str(every)) * Fraction(str(c.lines["epochs"].value))
-        c.put("evaluation.every", _epochs(passes), "eval_steps", note="a share of the run there")
+        c.put(ours, _epochs(passes), *names, note="a share of the run there")
 
 
 BEST = ("load_best_model_at_end", "metric_for_best_model", "early_stopping_patience")
@@ -230,11 +230,11 @@ def checkpoints(c: Conversion) -> None:
     """checkpoint.every, in steps or passes over the data."""
     every = c.get("save_steps")
     how = str(c.get("save_strategy", "steps")).lower()
-    if isinstance(every, float) and 0 < every < 1 and "steps" in c.lines:
-        every = max(round(every * c.lines["steps"].value), 1)
-    if isinstance(every, int) and every > 0 and how in ("steps", "best"):
+    if isinstance(every, float) and 0 < every < 1 and how in ("steps", "best"):
+        _share_of_run(c, "checkpoint.every", every, "save_steps", "save_strategy")
+    elif isinstance(every, int) and every > 0 and how in ("steps", "best"):
         c.put("checkpoint.every", every, "save_steps", "save_strategy")
-    elif per_epoch := c.get("saves_per_epoch"):
+    elif (per_epoch := c.get("saves_per_epoch") or 0) > 0:
         c.put("checkpoint.every", _epochs(1 / Fraction(str(per_epoch))), "saves_per_epoch")
     elif how == "epoch":
         c.put("checkpoint.every", "1 epoch", "save_strategy")

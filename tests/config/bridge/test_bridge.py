@@ -297,6 +297,28 @@ def test_hostile_text_stays_in_its_place():
     assert all(line.isprintable() for line in text.split("\n")) and "hf_aaa" not in text
 
 
+@pytest.mark.parametrize(
+    "per_epoch, every", [("1", "1 epoch"), ("2", "0.5 epochs"), ("12", "0.083333 epochs"), ("0.5", "2 epochs")]
+)
+def test_saving_so_many_times_a_pass_becomes_an_interval_that_is_read(per_epoch, every):
+    public = next(public for public in PUBLIC if public.name == "instruct-dpo-lora-8b.yml")
+    file = write("saves.yml", public.text.replace("saves_per_epoch: 1", f"saves_per_epoch: {per_epoch}"))
+    text, _ = written.rewritten(file, told(*public.told), method=public.method, devices=public.devices)
+    assert config.load([write("ours.yaml", text)]).checkpoint.every == every
+
+
+@pytest.mark.parametrize("per_epoch", ["often", "true", "[1]", "-1", "0"])
+def test_saving_no_times_a_pass_is_one_line_or_left_out(per_epoch):
+    public = next(public for public in PUBLIC if public.name == "instruct-dpo-lora-8b.yml")
+    file = write("saves.yml", public.text.replace("saves_per_epoch: 1", f"saves_per_epoch: {per_epoch}"))
+    try:
+        text, _ = written.rewritten(file, told(*public.told), method=public.method, devices=public.devices)
+    except UserError as error:
+        assert "saves_per_epoch" in str(error)
+    else:
+        assert config.load([write("ours.yaml", text)]).checkpoint.every == 100
+
+
 def test_a_hundred_mutations_never_give_a_traceback():
     generator = random.Random(3)
     pieces = [
