@@ -22,7 +22,7 @@ from dpo_jax.data.report import AS_TEXT, NO_PROMPT, Report, clean
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.data.sources import tables
 from dpo_jax.data.templates import Codec, Tokens, codec, template_digest, tokenize
-from dpo_jax.data.together import ONE_FOLDER, Make, EncodedPart, Sighting, do_share, gathered
+from dpo_jax.data.together import ONE_FOLDER, EncodedPart, Make, Sighting, do_share, gathered
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.data.truncation import TRUNCATIONS, Cut, fitted, shortened
 from dpo_jax.data.units import Builder, Unit, joined, prompt_keys

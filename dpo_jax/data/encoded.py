@@ -103,7 +103,7 @@ class Encoded:
 
     @functools.cached_property
     def _unscored(self) -> Int64[np.ndarray, " _"]:
-        return found_where(self.scored, np.logical_not)
+        return found_where(self.scored, lambda some: some[:0] if some.all() else ~some)  # most pieces have none
 
     @functools.cached_property
     def scored_start(self) -> Int64[np.ndarray, " C"]:
