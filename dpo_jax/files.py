@@ -108,12 +108,13 @@ def sweep(folder: Path, names: re.Pattern[str] = LEFT_OVER) -> None:
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Mark a folder as in use by this process, for `sweep_unheld`, where the file system can; nothing is left of it."""
-    mark = folder / LOCK
-    with contextlib.ExitStack() as open_files:
+    mark, unseen = folder / LOCK, folder / f"{LOCK}.new"
+    with unseen.open("w") as lock:
         try:
-            fcntl.flock(open_files.enter_context(mark.open("w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            unseen.rename(mark)  # which nobody ever sees without its lock
         except OSError:  # a file system without locks: such a folder is never swept
-            mark.unlink(missing_ok=True)
+            unseen.unlink()
         try:
             yield
         finally:
@@ -126,9 +127,10 @@ def sweep_unheld(folder: Path) -> None:
     for mark in list(folder.glob(f"*/{LOCK}")):
         if not LEFT_OVER.fullmatch(mark.parent.name):
             continue
-        with contextlib.suppress(OSError), mark.open("w") as lock:
+        with contextlib.suppress(OSError), mark.open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(mark.parent, ignore_errors=True)
+            if os.fstat(lock.fileno()).st_nlink:  # else its holder has just ended, and goes on with the folder
+                shutil.rmtree(mark.parent, ignore_errors=True)
 
 
 def move_aside(path: Path, why: str) -> Path:

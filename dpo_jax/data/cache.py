@@ -115,11 +115,12 @@ class Entry:
     def _write_columns(self, folder: Path, parts: Iterable[Encoded]) -> tuple[list[str], dict[str, str]]:
         """Names of the data's files, and the digest of each column's."""
         following, paths = Following(), {name: folder / f"{name}.npy" for name in COLUMNS}
-        with contextlib.ExitStack() as held:
+        columns: dict[str, _Column] = {}
+        with contextlib.ExitStack() as open_files:
             with refused(self.folder.parent):
-                columns = {name: _Column(path, COLUMNS[name]) for name, path in paths.items()}
-            for column in columns.values():
-                held.callback(column.close)
+                for name, path in paths.items():
+                    columns[name] = _Column(path, COLUMNS[name])
+                    open_files.callback(columns[name].close)
             for part in parts:
                 with refused(self.folder.parent):
                     for name, array in following.take(part).items():

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from dpo_jax import files
 from dpo_jax.data import cache
 from dpo_jax.data import encode as encode_module
 from dpo_jax.data.cache import SETTINGS
@@ -150,6 +151,21 @@ def test_what_a_killed_process_had_begun_is_swept_and_what_a_living_one_has_is_n
         run()
         assert alive.exists() and fresh.exists() and not dead.exists()
     assert not (alive / ".lock").exists()
+
+
+def test_a_folder_whose_holder_ends_while_it_is_looked_at_is_not_swept(tmp_path, monkeypatch):
+    folder, flock = tmp_path / f".data-x.{'a' * 32}.tmp", files.fcntl.flock
+    folder.mkdir()
+    holder = held(folder)
+    holder.__enter__()
+
+    def ends_first(lock, how):
+        holder.__exit__(None, None, None)
+        flock(lock, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", ends_first)
+    files.sweep_unheld(tmp_path)
+    assert list(folder.iterdir()) == []  # it is there, and nothing of ours in it
 
 
 def test_an_error_of_reading_is_not_taken_for_one_of_the_cache(cached, monkeypatch):
