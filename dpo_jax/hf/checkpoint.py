@@ -82,10 +82,7 @@ def load_hf(
     if HEAD in leaves:  # one that the adapter made lies as the embedding does
         places.setdefault(HEAD, places[EMBED])
     read_to = {leaf: resize.whole_rows(place) if leaf in grown else place for leaf, place in places.items()}
-    by_leaf: dict[str, list[Found]] = {}
-    for entry in claims.entries.values():
-        for number, part in enumerate(entry.parts):
-            by_leaf.setdefault(part.leaf, []).append(Found(entry, number))
+    by_leaf = _by_leaf(claims)
     kinds = {leaf: jnp.dtype(_dtype_of(leaf, dtype)) for leaf in leaves}
     loaded: dict[str, jax.Array] = {}
     for path, shape in ((path, leaf.shape) for path, leaf in leaves.items()):
@@ -97,6 +94,15 @@ def load_hf(
         loaded |= {f"{path}/{name}": array for name, array in made.items()}
     loaded |= {leaf: resize.grown(loaded[leaf], shape[0], places[leaf]) for leaf, shape in grown.items()}
     return Model(spec, trees.from_paths(loaded))
+
+
+def _by_leaf(claims: Claims) -> dict[str, list[Found]]:
+    """Of each leaf, the parts of tensors that it is made of."""
+    found: dict[str, list[Found]] = {}
+    for entry in claims.entries.values():
+        for number, part in enumerate(entry.parts):
+            found.setdefault(part.leaf, []).append(Found(entry, number))
+    return found
 
 
 def _dtype_of(leaf: str, dtype: DTypeLike | Callable[[str], DTypeLike]) -> DTypeLike:
@@ -200,13 +206,7 @@ def save_hf(
     _check_like(model, origin)
     claims, infos = _claimed(model.spec, source, origin)
     infos = shards.laid_out(infos, claims.weights, dtype, max_shard_bytes, packed=bool(source.quantised))
-    config = reward.reward_config(model.spec, origin) if reward.head_is_new(model.spec, origin) else None
-    if dtype != "keep":
-        config = shards.with_dtype(config or read_json(origin, "config.json"), dtype)
-    if resize.as_stored(model.spec, origin) != model.spec:
-        config = resize.with_vocabulary(config or read_json(origin, "config.json"), model.spec.vocab_size)
-    if source.quantised:
-        config = without_quantisation(config or read_json(origin, "config.json"))
+    config = _new_config(model.spec, origin, dtype, packed=bool(source.quantised))
     export = _Export(model.spec, trees.paths(model.params), source, claims, shards.by_file(infos), config)
     if not here().owns:
         for name in (name for part in export.files.values() for name in part):
@@ -224,6 +224,16 @@ def save_hf(
         tensors.write_bytes(staging / tensors.SUMS, listing.encode())
     moved = [moved for _, moved in written.values()]
     return MovedWeights(sum(part.weights for part in moved), sum(part.of for part in moved))
+
+
+def _new_config(spec: DecoderSpec, origin: Path, dtype: str, *, packed: bool) -> dict[str, Any] | None:
+    """The `config.json` of an export that is not as the folder it came from; None where it is."""
+    config = reward.reward_config(spec, origin) if reward.head_is_new(spec, origin) else None
+    if dtype != "keep":
+        config = shards.with_dtype(config or read_json(origin, "config.json"), dtype)
+    if resize.as_stored(spec, origin) != spec:
+        config = resize.with_vocabulary(config or read_json(origin, "config.json"), spec.vocab_size)
+    return without_quantisation(config or read_json(origin, "config.json")) if packed else config
 
 
 def dtypes_written(

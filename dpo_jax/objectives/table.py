@@ -16,7 +16,6 @@ pairwise.py) and a row, here or in a script of your own that then calls `dpo_jax
     )
 
 A setting whose name no other objective has is given in the form of a list: `objective: [{name: mine, slack: 2}]`.
-
 Nothing here imports jax, so that settings can be read and checked at once.
 """
 

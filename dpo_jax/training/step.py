@@ -126,18 +126,12 @@ def make_step(
         # A branch, not a choice between new and old arrays: XLA then writes the new ones over the old ones.
         kept = {name: state[name] for name in ("trained", "optimizer", "memory") if name in state}
         updated = lax.cond(finite, update, lambda kept: kept, kept)
-        missed, counts = 1 - finite.astype(jnp.int32), jnp.int32(1)
+        counts = jnp.int32(1)
         if scaling is not None:
             counts = 1 - scaling.blamed(loss).astype(jnp.int32)
             updated |= scaling.after(finite).entries()
             metrics = {**metrics, "loss_scale": scaling.scale}
-        state = {
-            **state,
-            **updated,
-            "step": state["step"] + 1,
-            "skipped": state["skipped"] + missed,
-            "consecutive_nonfinite": (state["consecutive_nonfinite"] + counts) * missed,
-        }
+        state = {**state, **updated, **counted(state, finite, counts)}
         if moving is not None:
             policy = with_trained(frozen, state["trained"]).params
             state["reference"] = moved(state["reference"], policy, state["step"], moving)
@@ -145,6 +139,16 @@ def make_step(
         return state, {**extra, **metrics, "nonfinite_streak": state["consecutive_nonfinite"]}
 
     return step
+
+
+def counted(state: State, finite: jax.Array, counts: jax.Array) -> State:
+    """The numbers of steps after one more; `counts` is what it adds to a row of steps that are not finite."""
+    missed = 1 - finite.astype(jnp.int32)
+    return {
+        "step": state["step"] + 1,
+        "skipped": state["skipped"] + missed,
+        "consecutive_nonfinite": (state["consecutive_nonfinite"] + counts) * missed,
+    }
 
 
 def with_trained(frozen: Weights, trained: Params) -> Weights:
