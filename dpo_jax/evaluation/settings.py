@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from dpo_jax.evaluation.judges.settings import HUMAN, KINDS, JudgeSettings
+from dpo_jax.evaluation.judges.settings import HUMAN, KINDS, JudgeSettings, labels, used_by
 from dpo_jax.intervals import check_interval
 from dpo_jax.settings import Section
 
@@ -32,8 +32,10 @@ class EvaluationSettings(Section):
         description='JSONL of {"prompt", "good"}: the model answers; good is a pattern that a good answer matches',
     )
     max_new_tokens: int = Field(default=64, gt=0, description="longest answer, in tokens")
-    judge: str | None = Field(
-        default=None, description=f"who compares the answers with those at the start (win_rate): {KINDS}, but human"
+    judge: str | tuple[str, ...] | None = Field(
+        default=None,
+        description=f"who compares the answers with those at the start (win_rate): {KINDS}, but human; "
+        "or a list of several, each with a win rate of its own (win_rate/reward)",
     )
     judge_template: str | None = Field(default=None, description="Jinja file of what a judge that compares is asked")
     judge_model: str | None = Field(default=None, description="the model's name, where the judge is a server")
@@ -43,17 +45,27 @@ class EvaluationSettings(Section):
     judge_call_budget: int | None = Field(default=None, gt=0, description="calls to the server in all")
 
     @property
-    def judging(self) -> JudgeSettings | None:
-        """The judge, if there is one."""
-        if self.judge is None:
-            return None
-        given = {name: getattr(self, f"judge_{name}") for name in JUDGE}
-        return JudgeSettings(name=self.judge, **{name: value for name, value in given.items() if value is not None})
+    def judges(self) -> tuple[str, ...]:
+        """The judges by name, the one whose `win_rate` is the run's first."""
+        return () if self.judge is None else (self.judge,) if isinstance(self.judge, str) else self.judge
+
+    @property
+    def judging(self) -> dict[str, JudgeSettings]:
+        """Every judge by its label (see `labels`), each with the settings that are of its kind."""
+        given = {name: value for name in JUDGE if (value := getattr(self, f"judge_{name}")) is not None}
+        return {
+            label: JudgeSettings(name=who, **{name: given[name] for name in given if name in used_by(who)})
+            for label, who in zip(labels(self.judges), self.judges, strict=True)
+        }
 
     @model_validator(mode="after")
-    def _judge_is_one(self) -> "EvaluationSettings":
-        if self.judge == HUMAN:
+    def _judges_are_some(self) -> "EvaluationSettings":
+        if HUMAN in self.judges:
             raise ValueError("evaluation.judge: a run waits for nobody; let a person judge with dpo_jax.winrate")
+        if self.judge == ():
+            raise ValueError("evaluation.judge: the list is empty; name a judge, or leave it out")
+        if len(set(self.judges)) < len(self.judges):
+            raise ValueError("evaluation.judge: the same judge is named twice; leave one out")
         try:
             _ = self.judging
         except ValidationError as error:
@@ -61,6 +73,10 @@ class EvaluationSettings(Section):
             raise ValueError(f"evaluation.judge: {what}") from None
         except ValueError as error:
             raise ValueError(f"evaluation.judge: {error}") from None
+        used = {name for who in self.judges for name in used_by(who)}
+        for name in JUDGE if self.judges else ():
+            if getattr(self, f"judge_{name}") is not None and name not in used:
+                raise ValueError(f"evaluation.judge_{name}: no judge that is named uses it; leave it out")
         return self
 
     @field_validator("every", mode="before")

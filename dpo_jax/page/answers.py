@@ -23,12 +23,12 @@ class Side(NamedTuple):
 
 
 class AnswersRow(NamedTuple):
-    """A question with its answers; `change` is `gained`, `lost` or nothing; `judged` is what a judge said of both."""
+    """A question with its answers; `change` is `gained`, `lost` or nothing; `judged` is what judges said of both."""
 
     prompt: str
     sides: list[Side]
     change: str
-    judged: str
+    judged: list[str]
 
 
 class AnswersTable(NamedTuple):
@@ -73,14 +73,18 @@ def _side(row: Mapping[str, Any]) -> Side:
     return Side(cut(text if isinstance(text, str) else _plain(text)), verdict, row.get("finished") is not False)
 
 
-def _judged(row: Mapping[str, Any]) -> str:
-    """What a judge said of the answer against that of the start: better, no better, or worse, and why."""
-    outcome = row.get("outcome")
-    if not isinstance(outcome, int | float):
-        return ""
-    said = "better than before" if outcome > TIE else "worse than before" if outcome < TIE else "neither is better"
-    reason = row.get("reason")
-    return f"{said}: {cut(reason, 300)}" if isinstance(reason, str) and reason else said
+def _judged(row: Mapping[str, Any]) -> list[str]:
+    """What each judge said of the answer against that of the start: better, no better, or worse, and why."""
+    lines = []
+    for label, verdict in row.get("verdicts", {}).items():
+        outcome, reason = verdict.get("outcome"), verdict.get("reason")
+        if isinstance(outcome, int | float):
+            said = (
+                "better than before" if outcome > TIE else "worse than before" if outcome < TIE else "neither is better"
+            )
+            because = f": {cut(reason, 300)}" if isinstance(reason, str) and reason else ""
+            lines.append(f"judge{f' ({label})' if label else ''}: {said}{because}")
+    return lines
 
 
 def prompt_text(prompt: object) -> str:

@@ -56,7 +56,7 @@ class Rewards(NamedTuple):
 
 
 class AnsweredStep(NamedTuple):
-    """What a model answered after a step."""
+    """What a model answered after a step; a row's `verdicts` are what judges said of it, by their labels."""
 
     step: int
     rows: list[dict[str, Any]]
@@ -210,12 +210,13 @@ def _first_and_last(files: list[tuple[int, Path]], best: object) -> list[tuple[i
 def _answers(folder: Path, best: object, damaged: list[str]) -> list[AnsweredStep]:
     found = []
     for step, path in _first_and_last(_numbered(folder, "jsonl"), best):
-        rows, said = (_rows(file, damaged) for file in (path, folder.with_name(VERDICTS) / path.name))
-        if len(said) == len(rows):
-            rows = [
-                {**row, "outcome": one.get("outcome"), "reason": one.get("reason")}
-                for row, one in zip(rows, said, strict=True)
-            ]
+        rows, verdicts = _rows(path, damaged), folder.with_name(VERDICTS)
+        for file in (verdicts / path.name, *sorted(verdicts.glob(f"*/{path.name}"))):
+            said = _rows(file, damaged)
+            if len(said) == len(rows):
+                label = "" if file.parent == verdicts else file.parent.name
+                both = zip(rows, said, strict=True)
+                rows = [{**row, "verdicts": {**row.get("verdicts", {}), label: one}} for row, one in both]
         if rows:
             found.append(AnsweredStep(step, rows))
     return found

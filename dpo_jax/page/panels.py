@@ -9,7 +9,7 @@ import numpy as np
 from dpo_jax.page.curves import Thin, thin
 from dpo_jax.page.drawing import Bars, Line, Plot
 from dpo_jax.page.folder import Curve, Rewards, RunFolder
-from dpo_jax.reporting.metrics import TIED
+from dpo_jax.reporting.metrics import TIED, judges_in, of_judge
 
 PALETTE = ("c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8")
 """Colours of runs and of named held-out sets, which people who see few colours tell apart too."""
@@ -107,7 +107,7 @@ SLOW = ("pairs_per_second",)
 def plots(run: RunFolder, metrics: Sequence[str] = ()) -> list[Plot]:
     """The curves of a run, training beside held-out: those of some metrics, or all."""
     found = []
-    for panel in dict.fromkeys(map(_panel_of, metrics)) or (*PANELS, *_terms(run)):
+    for panel in dict.fromkeys(map(_panel_of, metrics)) or (*PANELS, *_judges(run), *_terms(run)):
         parts = [] if panel.unless and run.curve(panel.unless) else list(_lines(run, panel))
         if any(np.nanmax(part.curve.high) > panel.least for part in parts):
             start = run.held_out("loss").first if panel.title == "Loss" else math.nan
@@ -121,6 +121,13 @@ def _panel_of(metric: str) -> Panel:
     """The figure that a metric is in; one of its own if it is in none."""
     found = (panel for panel in PANELS if any(series.metric == metric for series in panel.series))
     return next(found, Panel(metric, "", (Series(metric),)))._replace(unless="", least=-math.inf)
+
+
+def _judges(run: RunFolder) -> Iterator[Panel]:
+    """A figure for each judge of answers beside the first."""
+    for judge in filter(None, judges_in(run.metrics)):
+        rate, low, high = (of_judge(name, judge) for name in ("win_rate", "win_rate_low", "win_rate_high"))
+        yield Panel(f"Win rate by the {judge} judge", "share", (Series(rate),), (0.5,), (-0.02, 1.02), band=(low, high))
 
 
 def _terms(run: RunFolder) -> Iterator[Panel]:
@@ -184,7 +191,7 @@ def _band(panel: Panel, curve: Curve, get: Callable[[str], Curve]) -> tuple[np.n
 
 def _marked_band(panel: Panel, curve: Curve, run: RunFolder, which: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Of held-out curves, that of an interval; not that of quantiles, which training has already."""
-    if panel.band is None or not panel.band[0].endswith("_low"):
+    if panel.band is None or "_low" not in panel.band[0]:
         return None
     return _band(panel, curve, lambda name: run.held_out(name, which))
 

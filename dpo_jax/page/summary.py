@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from dpo_jax.evaluation.statistics import sign_test, wilson
 from dpo_jax.page.folder import AnsweredStep, RunFolder
-from dpo_jax.reporting.metrics import by_set, evaluations_in, shown, table
+from dpo_jax.reporting.metrics import by_set, evaluations_in, judges_in, of_judge, shown, table
 
 LIKELY = 0.05
 """Chance of as large a difference between equals, above which it says nothing."""
@@ -53,11 +53,14 @@ def evidence(run: RunFolder) -> list[Evidence]:
         name = f" of {which}" if which else ""
         if before.get(which):
             found += _told_apart(run, new, which)
-        rate, low, high = (new.get(key) for key in ("win_rate", "win_rate_low", "win_rate_high"))
-        if rate is not None and low is not None and high is not None:
-            says = 1 if low > 0.5 else -1 if high < 0.5 else 0
-            text = f"it wins {rate:.1%} of its contests{name} against the start"
-            found.append(Evidence(says, f"{text} (95 % interval {low:.1%} to {high:.1%})"))
+        judges = judges_in(new)
+        for judge in judges:
+            rate, low, high = (new.get(of_judge(key, judge)) for key in ("win_rate", "win_rate_low", "win_rate_high"))
+            if rate is not None and low is not None and high is not None:
+                says = 1 if low > 0.5 else -1 if high < 0.5 else 0
+                by = f", by the {judge or 'first'} judge" if len(judges) > 1 else ""
+                text = f"it wins {rate:.1%} of its contests{name} against the start{by}"
+                found.append(Evidence(says, f"{text} (95 % interval {low:.1%} to {high:.1%})"))
     if len(run.answers) > 1 and (passed := answered_better(*run.answers)):
         found.append(passed)
     return found

@@ -65,6 +65,9 @@ METRICS: dict[str, Metric] = {
     "win_rate": Metric(
         "share of those answers that `evaluation.judge` prefers to the model's at the start; ties are half", "0 to 1"
     ),
+    "win_rate/JUDGE": Metric(
+        "the same by another judge of a list: its kind, and from the second of a kind on its number", "0 to 1"
+    ),
     "win_rate_low": Metric("lower end of its 95 % interval (Wilson)", "0 to 1"),
     "win_rate_high": Metric("its upper end", "0 to 1"),
     "tie_rate": Metric(
@@ -173,6 +176,25 @@ def recorded(metric: str, held_out: str = "") -> str:
     return metric if metric.startswith(MEASURED) else PREFIX + metric
 
 
+def of_judge(metric: str, label: str) -> str:
+    """The name of a metric of answers by a judge; the first of a run's judges has no label.
+
+    >>> of_judge("win_rate", ""), of_judge("win_rate_low", "reward")
+    ('win_rate', 'win_rate_low/reward')
+    """
+    return f"{metric}/{label}" if label else metric
+
+
+def judges_in(metrics: Iterable[str]) -> list[str]:
+    """The labels of the judges of whom there are win rates, by the names of metrics, with or without `PREFIX`.
+
+    >>> judges_in(["eval_loss", "eval_win_rate", "eval_win_rate/reward", "eval_win_rate_low/reward"])
+    ['', 'reward']
+    """
+    names = [metric.removeprefix(PREFIX).partition("/") for metric in metrics]
+    return [label for name, _, label in names if name == "win_rate"]
+
+
 def held_out_of(name: str) -> tuple[str, str]:
     """The set (empty for all of them together) and the metric that a name in a record is of.
 
@@ -200,16 +222,26 @@ def table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str
     rows: list[tuple[str, str, str]] = []
     for name in dict.fromkeys([*sides[0], *sides[1]]):
         old, new = (side.get(name, {}) for side in sides)
-        for metric, label, form in OF_A_SET if name else SUMMARY:
+        for metric, label, form in OF_A_SET if name else summary_of({**old, **new}):
             if metric in old or metric in new:
                 rows.append((f"{name}: {label}" if name else label, shown(old, metric, form), shown(new, metric, form)))
     return rows
 
 
+def summary_of(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The rows of `SUMMARY`, with that of the win rate once for each judge of an evaluation's metrics."""
+    *rows, (name, label, form) = SUMMARY
+    others = [judge for judge in judges_in(found) if judge]
+    first = f"{label} (first judge)" if others else label
+    return [*rows, (name, first, form), *((of_judge(name, one), f"{label} ({one})", form) for one in others)]
+
+
 def in_a_line(record: Mapping[str, Any]) -> str:
     """An evaluation in one line: what a summary has, and of each set that has a name the first of its rows."""
     found = by_set(record)
-    parts = [f"{label} {shown(found[''], name, form)}" for name, label, form in SUMMARY if name in found[""]]
+    parts = [
+        f"{label} {shown(found[''], name, form)}" for name, label, form in summary_of(found[""]) if name in found[""]
+    ]
     for held_out, metrics in found.items():
         first = next(((name, form) for name, _, form in OF_A_SET if held_out and name in metrics), None)
         parts += [f"{held_out} {shown(metrics, *first)}"] if first else []

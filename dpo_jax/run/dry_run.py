@@ -65,8 +65,8 @@ def dry_run(run: Run) -> int:
 
 def _read(run: Run, folder: Path, mesh: jax.sharding.Mesh, cache: Path) -> tuple[Sources, Data]:
     """The models' folders and the data, looked at as training looks at them."""
-    if run.evaluation.judging is not None:
-        check_judge(run.evaluation.judging)
+    for judge in run.evaluation.judging.values():
+        check_judge(judge)
     length, scores, terms = run.data.max_length, run.objective.trains_reward_model, run.objective.terms
     found = sources.find_models(run.model, run.reference, output.recorded(folder), SIDE_FILES, adapter=run.adapter)
     how = {"model": run.model, "reference": run.reference, "max_length": length, "scalar_head": scores}

@@ -51,7 +51,7 @@ def read_prompts(
     judge: AgainstStart | None = None,
 ) -> EvaluationPrompts | None:
     """The questions of `evaluation.answers`, if there are any to ask; `folder` is the policy's, `arguments` are for the
-    chat template, and `judge` compares the answers."""
+    chat template, and `judge` has the answers compared."""
     if settings.answers is None:
         return None
     stop = winrate.stop_tokens(folder, tokenizer)
@@ -150,10 +150,10 @@ class Evaluator:
     def told(self) -> list[str]:
         """What is to be said of the last evaluation."""
         judge = self._prompts.judge if self._prompts is not None else None
-        if judge is None or judge.fault is None:
+        if judge is None:
             return []
-        line, judge.fault = judge.fault, None
-        return [line]
+        lines, judge.faults = judge.faults, []
+        return lines
 
     def _answer(self, prompts: EvaluationPrompts, params: Params, folder: Path, step: int) -> dict[str, float]:
         answers = winrate.answer(

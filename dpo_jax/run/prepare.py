@@ -103,8 +103,8 @@ class Job:
         Raises:
           UserError: any of it is not as it must be.
         """
-        if run.evaluation.judging is not None:
-            check_judge(run.evaluation.judging)
+        for judge in run.evaluation.judging.values():
+            check_judge(judge)
         named = run.model, run.reference, output.recorded(folder)
         mesh = models.make_mesh(run.mesh, run.model)
         _check_processes()

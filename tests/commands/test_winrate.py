@@ -11,7 +11,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.evaluation.contests import verdicts_of
 from dpo_jax.evaluation.judging import FIRST, SECOND, TIE, UNJUDGED, Contest, Verdict, compared
 from dpo_jax.evaluation.winrate import Asked, Question, read_comparable
-from dpo_jax.run.judging import AgainstStart
+from dpo_jax.run.judging import METRICS, AgainstStart, RunJudge
 from tests.commands.test_sample import make
 from tests.support.chat_server import ChatServer, completion
 from tests.support.tiny_rows import CHAT, GOOD, IDS, user, write
@@ -147,7 +147,7 @@ def rows(*answers):
 
 def test_a_runs_answers_are_compared_with_those_at_its_start(tmp_path):
     questions, judge = [Question(f"Q{n}", f"a:{n}", re.compile("e")) for n in range(3)], Longer()
-    against = AgainstStart(judge)
+    against = AgainstStart({"": RunJudge(judge)})
     (tmp_path / "answers").mkdir()
 
     def evaluate(step, *answers):
@@ -162,11 +162,37 @@ def test_a_runs_answers_are_compared_with_those_at_its_start(tmp_path):
     assert found["win_rate_low"] < 0.5 < found["win_rate_high"] and judge.asked == 2
     assert evaluate(9, "aaa", "bbb", "x")["unjudged"] == 1  # and it is step 0 that counts, whatever is written when
     kept = [json.loads(line)["outcome"] for line in (tmp_path / "verdicts" / "10.jsonl").read_text().splitlines()]
-    assert kept == [FIRST, SECOND, TIE] and against.fault is None
+    assert kept == [FIRST, SECOND, TIE] and not against.faults
     judge.fails = True
     assert all(math.isnan(value) for value in evaluate(20, "aaa", "b", "cc").values())
-    assert "nothing answers" in against.fault
-    assert math.isnan(against(questions[:2], rows("a", "b"), tmp_path, 30)["win_rate"]) and "other" in against.fault
+    assert "nothing answers" in against.faults[0]
+    assert math.isnan(against(questions[:2], rows("a", "b"), tmp_path, 30)["win_rate"])
+    assert "other prompts" in against.faults[1]
+
+
+class Shorter(Longer):
+    """Prefers what is shorter."""
+
+    name = "shorter"
+
+    def compare(self, contests):
+        return super().compare([Contest(one.asked, one.answers[::-1]) for one in contests])
+
+
+def test_each_judge_of_a_run_has_its_own_numbers_and_only_one_that_fails_has_none(tmp_path):
+    questions, judges = [Question(f"Q{n}", f"a:{n}", re.compile("e")) for n in range(3)], (Longer(), Shorter())
+    against = AgainstStart({label: RunJudge(judge) for label, judge in zip(("", "model"), judges, strict=True)})
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers" / "0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows("a", "b", "c")))
+    found = against(questions, rows("aa", "bb", "c"), tmp_path, 5)
+    assert list(found) == [*METRICS, *(f"{name}/model" for name in METRICS)]
+    assert found["win_rate"] == pytest.approx(5 / 6) and found["win_rate/model"] == pytest.approx(1 / 6)
+    written = [json.loads(line)["outcome"] for line in (tmp_path / "verdicts/model/5.jsonl").read_text().splitlines()]
+    assert written == [SECOND, SECOND, TIE]
+    judges[1].fails = True
+    found = against(questions, rows("aa", "bb", "c"), tmp_path, 6)
+    assert found["win_rate"] == pytest.approx(5 / 6) and math.isnan(found["win_rate/model"])
+    assert against.faults == ["evaluation.judge: nothing answers there; this evaluation has no win_rate/model"]
 
 
 def test_two_answers_that_are_the_same_are_tied():

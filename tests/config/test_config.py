@@ -136,6 +136,8 @@ def plain_run(*overrides: str) -> Run:
         ),
         ("data.eval.kind=a", "data.eval.safe=b", "evaluation.every=7", "checkpoint.best=eval/safe/loss"),
         ("evaluation={answers: a.jsonl, every: 2}", "checkpoint.best=pass_rate"),
+        ("evaluation={answers: a.jsonl, judge: rule}",),
+        ("evaluation={answers: a.jsonl, judge: [rule, 'model:m', 'reward:r'], judge_template: t}",),
     ],
 )
 def test_what_is_dumped_or_printed_gives_the_same_run_again(tmp_path, capsys, overrides):
@@ -279,6 +281,15 @@ BAD = {
         ("seed: 7", "checkpoint: {every: 1 epoch, keep_every: 10}"),
         ":19: checkpoint.keep_every: ",
         "give checkpoint.every in steps",
+    ),
+    "no judges": (("every: 10", "answers: a\n  judge: []"), ":16: evaluation.judge: ", "name a judge"),
+    "a judge twice": (("every: 10", "answers: a\n  judge: [rule, rule]"), ":16: evaluation.judge: ", "leave one out"),
+    "a person": (("every: 10", "answers: a\n  judge: [rule, human]"), ":16: evaluation.judge: ", "waits for nobody"),
+    "no kind of judge": (("every: 10", "answers: a\n  judge: [rule, it]"), ":16: evaluation.judge: ", "reward:FOLDER"),
+    "a template that no judge uses": (
+        ("every: 10", "answers: a\n  judge: [rule, 'reward:r']\n  judge_template: t"),
+        ":17: evaluation.judge_template: ",
+        "leave it out",
     ),
     "patience for nothing": (("every: 10", "every: 10\n  patience: 2"), ":16: evaluation.patience: ", "which metric"),
     "best of an unknown metric": (

@@ -220,9 +220,38 @@ def test_answers_have_what_a_judge_said_of_them(run, tmp_path):
     found = answers_table(read(folder))
     said = {int(row.prompt.split()[1]): row.judged for row in found.rows}
     words = ("better than before", "neither is better", "worse than before")
-    assert all(said[i] == (f"{words[i % 4]}: because {i}" if i % 4 < 3 else "") for i in said)
+    assert all(said[i] == ([f"judge: {words[i % 4]}: because {i}"] if i % 4 < 3 else []) for i in said)
     assert {i % 4 for i in said} == {0, 1, 2, 3}
     assert "judge: worse than before: because" in Parsed(write_page(folder).read_text()).text
+    (folder / "verdicts" / "reward").mkdir()
+    (folder / "verdicts" / "reward" / "60.jsonl").write_text(
+        "".join([json.dumps({"outcome": 1.0, "reason": ""}) + "\n"] * 100)
+    )
+    found = answers_table(read(folder))
+    assert all(row.judged[-1] == "judge (reward): better than before" for row in found.rows)
+
+
+def test_every_judge_has_a_row_a_figure_and_a_sentence(tmp_path):
+    folder = make_run(tmp_path / "run")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if any(name.startswith("eval_") for name in row):
+            won = row["step"] / 100
+            for label, rate in (("", won), ("/reward", 1 - won)):
+                ends = {"": rate, "_low": rate - 0.05, "_high": rate + 0.05}
+                row |= {f"eval_win_rate{end}{label}": value for end, value in ends.items()}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read(folder)
+    after = {label: new for label, _, new in summary.results(found)}
+    assert after["win rate over start (first judge)"] == "60.0%" and after["win rate over start (reward)"] == "40.0%"
+    plots = {plot.title: plot.parts[0] for plot in panels.plots(found)}
+    assert plots["Win rate"].curve.mean[-1] == 0.6 and plots["Win rate by the reward judge"].curve.mean[-1] == 0.4
+    assert plots["Win rate by the reward judge"].band is not None
+    said = {one.text.split(" (")[0]: one.says for one in summary.evidence(found) if "contests" in one.text}
+    assert said == {
+        "it wins 60.0% of its contests against the start, by the first judge": 1,
+        "it wins 40.0% of its contests against the start, by the reward judge": -1,
+    }
 
 
 def test_held_out_sets_that_have_names_have_curves_of_their_own(tmp_path):

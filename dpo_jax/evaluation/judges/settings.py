@@ -1,5 +1,6 @@
 """Settings of a judge. Imports neither jax nor transformers."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -35,6 +36,21 @@ def named(judge: str) -> Named:
     if kind in (REWARD, MODEL) and where:
         return Named(kind, where)
     raise ValueError(f"must be {KINDS}")
+
+
+def labels(judges: Sequence[str]) -> list[str]:
+    """What each of a run's judges is called in the names of metrics and files: nothing for the first, the kind for any
+    other, with a number from the second of a kind on.
+
+    >>> labels(["rule", "reward:a", "reward:b"])
+    ['', 'reward', 'reward_2']
+
+    Raises:
+      ValueError: a name means no judge.
+    """
+    kinds = [named(judge).kind for judge in judges]
+    counts = [kinds[1 : place + 1].count(kind) for place, kind in enumerate(kinds)]
+    return ["" if not n else kind if n == 1 else f"{kind}_{n}" for kind, n in zip(kinds, counts, strict=True)]
 
 
 def _address(url: str) -> str:
