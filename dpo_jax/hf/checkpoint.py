@@ -3,6 +3,8 @@
 Both directions hold about one tensor in host memory.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -19,7 +21,7 @@ from jax.typing import DTypeLike
 
 from dpo_jax import __version__, trees
 from dpo_jax.errors import UserError
-from dpo_jax.hf import beside, merged, resize, reward, shards, tensors
+from dpo_jax.hf import beside, merged, resize, reward, shards, tensors, writing
 from dpo_jax.hf.card import LANGUAGE_MODEL, REWARD_MODEL, base_name, front_matter, model_card
 from dpo_jax.hf.configs import family_of, find_model, is_wrapper, read_spec
 from dpo_jax.hf.factors import EMBED, HEAD
@@ -30,7 +32,7 @@ from dpo_jax.hf.tensors import DTYPES, TensorInfo, Tensors, local_folder, member
 from dpo_jax.model.decoder import Model, abstract_params
 from dpo_jax.model.quantised import Kind
 from dpo_jax.model.spec import DecoderSpec
-from dpo_jax.processes.here import here
+from dpo_jax.processes.here import here, is_seen
 from dpo_jax.trees import Tree
 
 # ---------------------------------------------------------------------------------------------- in
@@ -182,7 +184,8 @@ def save_hf(
     that family's ...ForSequenceClassification with one label.
 
     Args:
-      model: what to write; several processes must call this together, and the first one writes.
+      model: what to write; several processes must call this together. Where all of them see the folder each writes its
+        share of the files, and the first one the rest.
       folder: where to; it must not exist, or be empty.
       like: folder or hub id that the model was loaded from.
       card: what the model card says about the training: any of `base_model`, `datasets` (names), `metrics` (numbers by
@@ -208,22 +211,20 @@ def save_hf(
     infos = shards.laid_out(infos, claims.weights, dtype, max_shard_bytes, packed=bool(source.quantised))
     config = _new_config(model.spec, origin, dtype, packed=bool(source.quantised))
     export = _Export(model.spec, trees.paths(model.params), source, claims, shards.by_file(infos), config)
-    if not here().owns:
-        for name in (name for part in export.files.values() for name in part):
-            _fetch(export, name, infos[name].dtype)
-        return None
-    tensors.check_target(target, replace)
     need = sum(tensors.num_bytes(info.dtype, info.shape) for info in infos.values())
-    with tensors.staging(target, need, replace) as staging:
-        written = {file: _write_weights(export, staging / file, part) for file, part in export.files.items()}
-        sums = {file: digest for file, (digest, _) in written.items()}
+    with contextlib.ExitStack() as stack:
+        opened_folder = functools.partial(_staging, stack, target, need, replace)
+        staging = Path(here().decide("a folder for the export", opened_folder))
+        written = _write_weights(export, staging, target)
+        if not here().owns:
+            return None
+        sums = {file: one.digest for file, one in written.items()}
         sums |= _beside(export, staging, generation=beside.GENERATION not in (extra_files or {}))
         texts = _texts(export, base_name(like, card), card, dict(extra_files or {}), sums)
         sums |= {name: tensors.write_bytes(staging / name, data) for name, data in texts.items()}
         listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         tensors.write_bytes(staging / tensors.SUMS, listing.encode())
-    moved = [moved for _, moved in written.values()]
-    return MovedWeights(sum(part.weights for part in moved), sum(part.of for part in moved))
+    return MovedWeights(sum(one.others for one in written.values()), sum(one.of for one in written.values()))
 
 
 def _new_config(spec: DecoderSpec, origin: Path, dtype: str, *, packed: bool) -> dict[str, Any] | None:
@@ -281,21 +282,51 @@ def _check_like(model: Model, origin: Path) -> None:
         )
 
 
-def _write_weights(export: _Export, path: Path, infos: dict[str, TensorInfo]) -> tuple[str, MovedWeights]:
-    """Write a file of tensors; its digest, and what moved of the weights that it has in common with the source."""
-    metadata = {"format": "pt", **export.source.metadata.get(path.name, {})}
+class _Written(NamedTuple):
+    """A file of tensors: its digest, and of the weights that the source has too, how many are others, of how many."""
+
+    digest: str
+    others: int
+    of: int
+
+
+def _staging(stack: contextlib.ExitStack, target: Path, need: int, replace: bool) -> str:
+    """The folder that takes the target's place where the stack ends well."""
+    tensors.check_target(target, replace)
+    return str(stack.enter_context(tensors.staging(target, need, replace)))
+
+
+def _write_weights(export: _Export, folder: Path, target: Path) -> dict[str, _Written]:
+    """Write the files of tensors: each process its share, if all see the folder, or else process 0 all of them."""
+    place = here()
+    together = place.count > 1 and place.all_of("the export's folder is seen", is_seen(folder))
+    by = writing.writers(export.files, place.count if together else 1)
+    dtypes = {name: info.dtype for part in export.files.values() for name, info in part.items()}
+    with tensors.refused_by_the_disk(target):
+        found = writing.write_all(
+            export.files,
+            by,
+            lambda file, fetch: _write_file(export, folder / file, fetch),
+            lambda name: _fetch(export, name, dtypes[name]),
+        )
+    return {file: _Written(*one) for file, one in found.items()}
+
+
+def _write_file(export: _Export, path: Path, fetch: Callable[[str], np.ndarray]) -> _Written:
+    """Write a file of tensors, and read it back."""
+    metadata, infos = {"format": "pt", **export.source.metadata.get(path.name, {})}, export.files[path.name]
     others, total = 0, 0
 
     def fetched(name: str) -> np.ndarray:
         nonlocal others, total
-        found = _fetch(export, name, infos[name].dtype)
+        found = fetch(name)
         if name in export.claims.entries and name in export.source.infos:
             others, total = others + _others(found, export.source, name), total + found.size
         return found
 
     digest = tensors.write_tensors(path, infos, metadata, fetched)
     tensors.check_tensors(path, infos, digest)
-    return digest, MovedWeights(others, total)
+    return _Written(digest, others, total)
 
 
 def _fetch(export: _Export, name: str, dtype: str) -> np.ndarray:

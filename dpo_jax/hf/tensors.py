@@ -399,20 +399,28 @@ def changed_files(folder: Path) -> list[str]:
 def staging(target: Path, need: int, replace: bool) -> Iterator[Path]:
     """A new folder beside the target that takes its place if the block ends well, and vanishes if not."""
     folder = target.absolute().with_name(f".{target.absolute().name}.tmp-{os.getpid()}")
+    with refused_by_the_disk(target):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder.parent).free
+            if free < need:
+                raise UserError(f"{target} needs {need} bytes, {free} are free there; make room or give another folder")
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that had our number and was killed
+            folder.mkdir()
+            yield folder
+            check_target(target, replace)
+            _publish(folder, target.absolute())
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def refused_by_the_disk(target: Path) -> Iterator[None]:
+    """What the system refuses in the block is an error of the user's, in one line."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder.parent).free
-        if free < need:
-            raise UserError(f"{target} needs {need} bytes, {free} are free there; make room or give another folder")
-        shutil.rmtree(folder, ignore_errors=True)  # of a process that had our number and was killed
-        folder.mkdir()
-        yield folder
-        check_target(target, replace)
-        _publish(folder, target.absolute())
+        yield
     except OSError as error:
         raise UserError(f"{target} cannot be written ({one_line(error)}); make room or give another folder") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _publish(staging: Path, target: Path) -> None:

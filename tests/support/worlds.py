@@ -18,9 +18,10 @@ def write_model(
     return tokenizer
 
 
-def write_world(root: Path, trained: int, held_out: int) -> Path:
-    """A model of two layers, files of so many pairs to train on and of so many others, and one of a question."""
-    write_model(root / "model", num_hidden_layers=2)
+def write_world(root: Path, trained: int, held_out: int, *, shards: int = 1) -> Path:
+    """A model of two layers in so many files, files of so many pairs to train on and of so many others, and one of a
+    question."""
+    write_model(root / "model", num_hidden_layers=2, shards=shards)
     rows = yes_or_no(trained + held_out)
     write(root / "train.jsonl", *rows[:trained])
     write(root / "eval.jsonl", *rows[trained:])

@@ -1,0 +1,123 @@
+"""Files of tensors that several processes write at once: the folder that one process writes, each file by one."""
+
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax.errors import UserError
+from dpo_jax.hf import checkpoint, tensors, writing
+from dpo_jax.hf.checkpoint import load_hf, save_hf
+from dpo_jax.hf.tensors import TensorInfo
+from dpo_jax.model.decoder import Model
+from tests.support.threads import everywhere
+from tests.support.tiny_folders import write_folder
+
+SHARD = 30_000
+"""Bytes of a file: the small folder then has several."""
+
+
+def infos(**sizes):
+    return {file: {f"{file}.{n}": TensorInfo(file, "F32", (size,)) for n in range(2)} for file, size in sizes.items()}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_files_are_shared_out_by_their_bytes(count):
+    files = infos(a=5, b=1, c=4, d=2, e=3)
+    by = writing.writers(files, count)
+    load = [
+        sum(2 * {"a": 5, "b": 1, "c": 4, "d": 2, "e": 3}[file] for file in by if by[file] == p) for p in range(count)
+    ]
+    assert sorted(by) == sorted(files) and max(load) - min(load) <= 2 * 5 and sum(load) == 30
+    found = list(writing.gathered(files, by))
+    assert sorted(found) == sorted((file, name) for file, part in files.items() for name in part)
+    for process in range(count):  # each process meets its own files one after the other, as it writes them
+        mine = [one for one in found if by[one[0]] == process]
+        assert mine == [(file, name) for file in files if by[file] == process for name in files[file]]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    source = write_folder(tmp_path_factory.mktemp("writing") / "source")
+    model = load_hf(source)
+    return source, Model(model.spec, jax.tree.map(lambda leaf: leaf * 1.5, model.params))
+
+
+def saved(monkeypatch, small, target, count, seen=None):
+    """What `save_hf` gives each of so many processes, and who wrote which file."""
+    source, model = small
+    at, wrote = threading.local(), {}
+    real, finds = tensors.write_tensors, checkpoint.is_seen
+
+    def write(path, *rest):
+        wrote[path.name] = threading.get_ident()
+        return real(path, *rest)
+
+    def one(place):
+        at.place = place
+        return save_hf(model, target, source, max_shard_bytes=SHARD)
+
+    for module in (checkpoint, writing):
+        monkeypatch.setattr(module, "here", lambda: at.place)
+    monkeypatch.setattr(checkpoint, "is_seen", lambda path: finds(path) and at.place.process != seen)
+    monkeypatch.setattr(tensors, "write_tensors", write)
+    return everywhere(one, count), wrote
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("count", [2, 3, 16])
+def test_several_processes_write_the_folder_of_one(count, small, tmp_path, monkeypatch):
+    source, model = small
+    alone = save_hf(model, tmp_path / "one", source, max_shard_bytes=SHARD)
+    said, wrote = saved(monkeypatch, small, tmp_path / "several", count)
+    assert said == [alone, *[None] * (count - 1)] and alone.weights > 0
+    assert contents(tmp_path / "several") == contents(tmp_path / "one")
+    files = [name for name in contents(tmp_path / "one") if name.endswith(".safetensors")]
+    assert len(files) >= 4 and len(set(wrote.values())) == min(count, len(files))
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "several"}
+
+
+def test_where_one_process_does_not_see_the_folder_the_first_writes_all_of_it(small, tmp_path, monkeypatch):
+    source, model = small
+    alone = save_hf(model, tmp_path / "one", source, max_shard_bytes=SHARD)
+    said, wrote = saved(monkeypatch, small, tmp_path / "several", 3, seen=2)
+    assert said == [alone, None, None] and len(set(wrote.values())) == 1
+    assert contents(tmp_path / "several") == contents(tmp_path / "one")
+
+
+def test_a_folder_that_is_not_free_is_refused_on_every_process(small, tmp_path, monkeypatch):
+    (tmp_path / "several").mkdir()
+    (tmp_path / "several" / "mine").write_text("x")
+    said, wrote = saved(monkeypatch, small, tmp_path / "several", 3)
+    assert all(isinstance(one, UserError) and "is not empty" in str(one) for one in said) and not wrote
+
+
+def test_a_weight_that_cannot_be_written_ends_every_process(small, tmp_path, monkeypatch):
+    source, model = small
+    bad = Model(model.spec, jax.tree.map(lambda leaf: leaf.at[-1].set(np.nan), model.params))
+    said, _ = saved(monkeypatch, (source, bad), tmp_path / "several", 3)
+    assert all(isinstance(one, UserError) and "NaN" in str(one) for one in said) and not list(tmp_path.iterdir())
+
+
+def test_what_ends_the_writing_is_raised_where_the_tensors_come_from():
+    files = infos(a=2, b=2)
+
+    def write(file, fetch):
+        fetch(f"{file}.0")
+        raise OSError("No space left on device")
+
+    def one(place):
+        writing_here.place = place
+        try:
+            return writing.write_all(files, writing.writers(files, 2), write, lambda name: np.zeros(2, np.float32))
+        except OSError as error:
+            return str(error)
+
+    writing_here = threading.local()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "here", lambda: writing_here.place)
+        assert everywhere(one, 2) == ["No space left on device"] * 2
