@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -44,3 +45,11 @@ def test_every_dependency_says_why_it_is_there():
     block = TEXT.partition("dependencies = [\n")[2].partition("\n]\n")[0].splitlines()
     assert len(block) == len(PROJECT["dependencies"])
     assert [line for line in block if not re.fullmatch(r'  "[^"]+",  # \S.{4,}', line)] == []
+
+
+def test_training_begins_without_the_packages_that_few_runs_need():
+    """SciPy alone takes a second; a run that judges nothing, or draws its page at its end, does not wait for it."""
+    late = "{'scipy', 'matplotlib', 'jinja2', 'transformers', 'datasets', 'pyarrow', 'pandas', 'torch'}"
+    code = f"import sys, dpo_jax.train, dpo_jax.run.prepare; sys.exit(str({late} & sys.modules.keys() or '') or 0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,21 +1,21 @@
 """What verdicts add up to: rates with intervals, a paired test, the rate at equal length, bias and agreement.
 
+What of SciPy is needed is imported where it is: it takes a second, and every training run imports this module.
+
 An outcome is the share that the first answer has in a contest: FIRST (1), TIE (0.5) or SECOND (0). Ties are half a win.
 """
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.optimize import minimize
-from scipy.special import expit, ndtri
-from scipy.stats import binomtest
 
 from dpo_jax.evaluation.judging import FIRST, SECOND, TIE, Verdict
 
-Z = float(ndtri(0.975))
+Z = NormalDist().inv_cdf(0.975)
 """Standard deviations to either side of a normal distribution's mean that hold 95 % of it."""
 
 
@@ -135,6 +135,8 @@ def sign_test(wins: int, losses: int) -> float:
 
     The same as McNemar's exact test of two paired yes-or-no answers, of which these are the discordant ones.
     """
+    from scipy.stats import binomtest
+
     return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
@@ -162,6 +164,9 @@ def at_equal_length(outcomes: Sequence[float] | np.ndarray, differences: Float[n
 
 def _at_zero(columns: np.ndarray, ends: np.ndarray) -> Rate:
     """The fitted win rate where all columns but the first are 0."""
+    from scipy.optimize import minimize
+    from scipy.special import expit
+
     fit = minimize(_loss, np.zeros(columns.shape[1]), (columns, ends), "trust-exact", _slope, _curvature, tol=1e-6)
     found = np.asarray(fit.x)
     for _ in range(3):  # from there, each of Newton's steps squares what is left
@@ -176,10 +181,14 @@ def _loss(parameters: np.ndarray, columns: np.ndarray, ends: np.ndarray) -> floa
 
 
 def _slope(parameters: np.ndarray, columns: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    from scipy.special import expit
+
     return columns.T @ (expit(columns @ parameters) - ends)
 
 
 def _curvature(parameters: np.ndarray, columns: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    from scipy.special import expit
+
     share = expit(columns @ parameters)
     return (columns.T * (share * (1 - share))) @ columns
 

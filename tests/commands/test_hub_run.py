@@ -66,6 +66,7 @@ def arguments(world, output, *more):
         "optimizer.warmup_steps": 0,
         "checkpoint.every": 1,
         "log.tensorboard": "false",
+        "log.report": False,  # a page takes longer than the steps
         "output": output,
     }
     return [f"{key}={value}" for key, value in given.items()] + list(more)

@@ -56,6 +56,7 @@ def arguments(world, output, *more):
         "optimizer.warmup_steps": 0,
         "checkpoint.every": 2,
         "evaluation.every": 3,
+        "log.report": False,  # a page takes longer than the steps
         "output": output,
     }
     return [f"{key}={value}" for key, value in given.items()] + list(more)
@@ -65,7 +66,8 @@ def arguments(world, output, *more):
 def finished(world):
     output = world / "finished"
     answers = (f"evaluation.answers={world / 'answers.jsonl'}", "evaluation.max_new_tokens=4")
-    assert train.main(arguments(world, output, *answers)) == 0
+    assert train.main(arguments(world, output, *answers, "log.report=true")) == 0
+    assert (output / "report.html").stat().st_size > 10_000
     return output
 
 

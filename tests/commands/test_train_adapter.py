@@ -44,6 +44,7 @@ def arguments(world, output, *more):
     given = {"model.path": world / "model", "data.train": world / "train.jsonl", "data.cache": world / "cache"}
     given |= {"data.eval": world / "train.jsonl", "data.max_length": 64, "batch.pairs": 4, "steps": 3}
     given |= {"optimizer.learning_rate": 0.02, "optimizer.warmup_steps": 0, "log.tensorboard": "false"}
+    given |= {"log.report": "false"}  # a page takes longer than the steps
     return [f"{key}={value}" for key, value in given.items()] + [f"output={world / output}", *more]
 
 

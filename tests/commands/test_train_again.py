@@ -47,6 +47,7 @@ def arguments(world, output, *more):
         "checkpoint.every": 2,
         "export.rounding": "nearest",
         "evaluation.every": "null",
+        "log.report": False,  # a page takes longer than the steps
         "output": output,
     }
     given |= dict(word.split("=", 1) for word in more)

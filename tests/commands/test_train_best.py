@@ -51,6 +51,7 @@ def arguments(world, output, *more):
         "checkpoint.best": "eval/opposite/loss",
         "checkpoint.every": 3,
         "checkpoint.keep": 1,
+        "log.report": False,  # a page takes longer than the steps
         "output": output,
     }
     return [f"{key}={value}" for key, value in given.items()] + list(more)

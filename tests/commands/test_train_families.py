@@ -59,6 +59,7 @@ def arguments(world, family, output, *more):
         "steps": 2,
         "optimizer.learning_rate": 1e-3,
         "optimizer.warmup_steps": 0,
+        "log.report": False,  # a page takes longer than the steps
         "output": world / output,
     }
     return [f"{key}={value}" for key, value in given.items()] + list(more)

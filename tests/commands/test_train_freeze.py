@@ -34,6 +34,7 @@ def arguments(world, output, *more):
     given = {"model.path": world / "model", "data.train": world / "train.jsonl", "data.cache": world / "cache"}
     given |= {"data.max_length": 64, "batch.pairs": 4, "steps": 2, "output": world / output}
     given |= {"optimizer.learning_rate": 0.1, "optimizer.warmup_steps": 0, "log.tensorboard": "false"}
+    given |= {"log.report": "false"}  # a page takes longer than the steps
     return [f"{key}={value}" for key, value in given.items()] + list(more)
 
 

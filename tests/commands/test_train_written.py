@@ -30,6 +30,7 @@ def world(tmp_path_factory):
 def trained(world, name, *more):
     """A run at a rate whose updates are smaller than half a digit of most bfloat16 weights."""
     given = [
+        "log.report=false",  # a page takes longer than the steps
         "batch.pairs=4",
         "batch.micro_tokens=256",
         "steps=4",
