@@ -122,6 +122,7 @@ def make_plan(
     from dpo_jax.run import models, program
     from dpo_jax.run.data import ACCELERATOR_ATTENTION_LENGTH
     from dpo_jax.run.fitting import SHARE
+    from dpo_jax.run.sharing import shares
 
     mesh = models.make_mesh(run.mesh, run.model, compilers.devices(chip, devices, hosts) if real else None)
     with compilers.answering_for(chip) if real else contextlib.nullcontext():
@@ -132,6 +133,8 @@ def make_plan(
         how = {"attention_length": ACCELERATOR_ATTENTION_LENGTH, "room": int(SHARE * chip.memory)}
         step = program.describe(run, sources, encoded, mesh, **how)
         found: dict[str, Any] = _planned(run, step, data, hosts, chip) | {"steps": steps if made_up else step.steps}
+        shared = shares(step, sources.policy, hosts, adapter=run.adapter.used) if hosts > 1 else {}
+        found["of_a_host"] = {name: share._asdict() for name, share in shared.items()}
         lowered = step.trainer.lower(step.dummy)
     made = (_as_compiled if real else _on_cpu)(lowered, step, hosts, chip, found["flops"]["useful"])
     for part in ("memory", "flops"):

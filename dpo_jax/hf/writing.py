@@ -21,9 +21,14 @@ class _Given(Exception):  # noqa: N818 -- no fault of its own: it ends the writi
     """No more tensors come."""
 
 
+def size_of_file(part: Mapping[str, TensorInfo]) -> int:
+    """Bytes of a file's tensors."""
+    return sum(num_bytes(info.dtype, info.shape) for info in part.values())
+
+
 def writers(files: Files, count: int) -> dict[str, int]:
     """Which of so many processes writes each file: the largest first, each by who has the fewest bytes so far."""
-    sizes = {file: sum(num_bytes(info.dtype, info.shape) for info in part.values()) for file, part in files.items()}
+    sizes = {file: size_of_file(part) for file, part in files.items()}
     load, found = [0] * count, {}
     for file in sorted(sizes, key=lambda file: -sizes[file]):
         found[file] = load.index(min(load))

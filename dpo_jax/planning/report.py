@@ -181,7 +181,7 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     memory = memory_lines(plan["memory"]["predicted"], plan["memory"]["compiler"], plan["memory"]["note"])
     peak = max(sum(plan["memory"]["predicted"].values()), plan["memory"]["compiler"]["peak"] if real else 0)
     memory.append(fit_line(peak, plan["memory"]["capacity"], plan["chip"]))
-    parts = [_head_lines(plan), memory, _product_lines(plan)]
+    parts = [_head_lines(plan), memory, *_host_lines(plan), _product_lines(plan)]
     parts.append(collective_lines(plan["collectives"], plan.get("theory", 0.0), scheduled=real))
     parts.append(compiled_time_lines(plan) if real else time_lines(plan))
     parts.append(["assumed", *(f"  {line}" for line in plan["assumed"])])
@@ -201,6 +201,15 @@ def _head_lines(plan: Mapping[str, Any]) -> list[str]:
         f"{100 * batch['filled']:.0f} % filled",
         f"compiled by {plan['compiler']}",
     ]
+
+
+def _host_lines(plan: Mapping[str, Any]) -> list[list[str]]:
+    """What the host that has most to do reads, holds and writes, beside an equal part of it."""
+    rows = [
+        (name, scaled(found["most"], "B"), f"{found['most'] / found['share']:.2f} of an equal part")
+        for name, found in plan["of_a_host"].items()
+    ]
+    return [["of one host, at most", *table(rows)]] if rows else []
 
 
 def _product_lines(plan: Mapping[str, Any]) -> list[str]:

@@ -18,10 +18,10 @@ from dpo_jax.config import run as config
 from dpo_jax.data.batches import Batches
 from dpo_jax.errors import UserError
 from dpo_jax.model.decoder import init_params
-from dpo_jax.planning import costs, estimate, exchanges, hlo, machine, report
+from dpo_jax.planning import costs, estimate, exchanges, hlo, hosts, machine, report
 from dpo_jax.planning.chips import CHIPS
 from dpo_jax.planning.lengths import made_up
-from dpo_jax.run import models, program
+from dpo_jax.run import models, program, sharing
 from tests.conftest import ROOT
 from tests.support.tiny_folders import write_config
 
@@ -241,6 +241,34 @@ def test_bytes_of_the_state_are_those_of_the_real_one(small, mesh):
     assert found["batch"] == own(batch)
 
 
+@pytest.mark.parametrize("mesh", ["mesh.fsdp=4", "mesh.data=4", "mesh={data: 2, fsdp: 2}", "mesh={data: 2, tensor: 2}"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_hosts_part_is_that_of_its_devices_real_arrays(small, mesh, count):
+    step = described(run_of(small, mesh))
+    params = jax.device_put(init_params(step.objective.spec, jax.random.key(0)), step.trainer.shardings["trained"])
+    at = hosts.host_of(step.mesh, count)
+    held, saved = ([0] * count for _ in range(2))
+    for leaf in jax.tree.leaves(params):
+        parts = {(at[shard.device], str(shard.index)): shard.data.nbytes for shard in leaf.addressable_shards}
+        for (host, _), size in parts.items():
+            held[host] += size
+        for shard in leaf.addressable_shards:
+            saved[at[shard.device]] += shard.data.nbytes * (shard.replica_id == 0)
+    places = step.trainer.shardings["trained"]
+    assert hosts.bytes_of(params, places, at) == held
+    assert hosts.bytes_of(params, places, at, once=True) == saved and sum(saved) == hosts.size_of(params)
+
+
+def test_files_of_an_export_are_shared_out_between_hosts(small):
+    """With the config alone there are no files yet; they are then counted as one, which one host writes."""
+    step = described(run_of(small, "mesh.fsdp=4"))
+    found = sharing.shares(step, small, 2, adapter=False)
+    weights = hosts.size_of(step.trainer.abstract["trained"])
+    assert found["written of the model"] == (weights, weights / 2)
+    assert found["read of the weights"].most <= 1.01 * weights / 2  # all but the norms are divided
+    assert "written of the model" not in sharing.shares(step, small, 2, adapter=True)
+
+
 FROZEN = 'model.freeze=["layers/0/.*"]'
 
 
@@ -362,7 +390,16 @@ def test_a_step_moves_what_theory_asks_for_in_bfloat16(planned):
 def test_a_plan_is_told_in_tables(planned):
     text = "\n".join(report.plan_lines(planned))
     assert "8 devices on 2 hosts: mesh data=1 fsdp=8 tensor=1" in text
-    for words in ("memory of a device", "optimizer", "matrix products", "reduce-scatter f32", "theory asks", "MFU"):
+    for words in (
+        "memory of a device",
+        "of one host, at most",
+        "1.00 of an equal part",
+        "optimizer",
+        "matrix products",
+        "reduce-scatter f32",
+        "theory asks",
+        "MFU",
+    ):
         assert words in text
     assert "fits: " in text and "H100 SXM" in text
     assert all(len(line) <= 400 for line in text.splitlines())
