@@ -22,10 +22,10 @@ class HostShare(NamedTuple):
         return cls(max(by_host), whole / len(by_host))
 
 
-def host_of(mesh: jax.sharding.Mesh, hosts: int) -> dict[jax.Device, int]:
-    """The host of each device of a mesh, whose devices lie host after host, as those of `plan.exchanges` do."""
+def host_of(mesh: jax.sharding.Mesh, hosts: int) -> dict[int, int]:
+    """The host of each device of a mesh, by its id: host after host in the mesh's order, as exchanges count them."""
     per_host = mesh.size // hosts
-    return {device: place // per_host for place, device in enumerate(mesh.devices.flat)}
+    return {device.id: place // per_host for place, device in enumerate(mesh.devices.flat)}
 
 
 def size_of(tree: Tree) -> int:
@@ -33,7 +33,7 @@ def size_of(tree: Tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def bytes_of(tree: Tree, shardings: Tree, host_of: Mapping[jax.Device, int], *, once: bool = False) -> list[int]:
+def bytes_of(tree: Tree, shardings: Tree, host_of: Mapping[int, int], *, once: bool = False) -> list[int]:
     """Bytes of a tree's leaves on each host, a part that several of its devices have counted once.
 
     With `once` a part that several hosts have is counted on the first of them alone: as a checkpoint is written.
@@ -44,8 +44,8 @@ def bytes_of(tree: Tree, shardings: Tree, host_of: Mapping[jax.Device, int], *, 
         seen: set[tuple[int, tuple]] = set()
         for device, index in places[path].devices_indices_map(leaf.shape).items():
             part = tuple(axis.indices(size)[:2] for axis, size in zip(index, leaf.shape, strict=True))
-            key = (0 if once else host_of[device], part)
+            key = (0 if once else host_of[device.id], part)
             if key not in seen:
                 seen.add(key)
-                found[host_of[device]] += int(np.prod([stop - start for start, stop in part])) * leaf.dtype.itemsize
+                found[host_of[device.id]] += int(np.prod([stop - start for start, stop in part])) * leaf.dtype.itemsize
     return found

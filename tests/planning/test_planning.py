@@ -249,11 +249,11 @@ def test_a_hosts_part_is_that_of_its_devices_real_arrays(small, mesh, count):
     at = hosts.host_of(step.mesh, count)
     held, saved = ([0] * count for _ in range(2))
     for leaf in jax.tree.leaves(params):
-        parts = {(at[shard.device], str(shard.index)): shard.data.nbytes for shard in leaf.addressable_shards}
+        parts = {(at[shard.device.id], str(shard.index)): shard.data.nbytes for shard in leaf.addressable_shards}
         for (host, _), size in parts.items():
             held[host] += size
         for shard in leaf.addressable_shards:
-            saved[at[shard.device]] += shard.data.nbytes * (shard.replica_id == 0)
+            saved[at[shard.device.id]] += shard.data.nbytes * (shard.replica_id == 0)
     places = step.trainer.shardings["trained"]
     assert hosts.bytes_of(params, places, at) == held
     assert hosts.bytes_of(params, places, at, once=True) == saved and sum(saved) == hosts.size_of(params)
