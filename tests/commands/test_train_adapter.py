@@ -1,5 +1,7 @@
 """The whole job with an adapter: what comes out, what it takes, and going on from it."""
 
+import functools
+import itertools
 import json
 import math
 import os
@@ -19,7 +21,7 @@ from dpo_jax.hf import verify
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.reporting.journal import Journal, read_records
 from tests.support import packed_weights
-from tests.support.tiers import by_day
+from tests.support.tiers import by_day, by_pairs
 from tests.support.tiny_folders import write_folder
 from tests.support.tiny_rows import byte_tokenizer, write
 
@@ -56,6 +58,15 @@ def ran(world, output, *more):
 @pytest.fixture(scope="module")
 def done(world):
     return ran(world, "done", "adapter.rank=4", "adapter.dropout=0.1", "export.kind=both")
+
+
+FEW = ("adapter.rank=4", "adapter.dropout=0.1", "checkpoint.every=1")
+
+
+@pytest.fixture(scope="module")
+def in_few_bits(world):
+    """The run of a base in so many bits, run when it is first asked for."""
+    return functools.cache(lambda few: ran(world, f"whole {few}", *FEW, f"model.quantise={few}"))
 
 
 def bytes_of(folder, name="adapter_model.safetensors"):
@@ -115,9 +126,8 @@ def test_the_same_command_again_changes_nothing(world, done, capsys):
 
 
 @pytest.mark.parametrize("few", by_day(["nf4", "int8"], {"nf4"}))
-def test_going_on_is_never_having_stopped(world, monkeypatch, few):
-    more = ("adapter.rank=4", "adapter.dropout=0.1", f"model.quantise={few}", "checkpoint.every=1")
-    whole = ran(world, f"whole {few}", *more)
+def test_going_on_is_never_having_stopped(world, in_few_bits, monkeypatch, few):
+    more, whole = (*FEW, f"model.quantise={few}"), in_few_bits(few)
     with monkeypatch.context() as patch:
         honest = Journal.step
 
@@ -133,14 +143,14 @@ def test_going_on_is_never_having_stopped(world, monkeypatch, few):
 MESHES = [("mesh.data=2", "mesh.fsdp=2"), ("mesh.tensor=2",), ("reference.mode=live",)]
 
 
-@pytest.mark.parametrize("more", by_day(MESHES, {("mesh.tensor=2",)}))
-def test_devices_and_the_kind_of_reference_are_invisible(world, done, more):
+@pytest.mark.parametrize(
+    ("more", "few"), by_pairs(itertools.product(MESHES, ("null", "nf4")), [(("mesh.tensor=2",), "nf4")])
+)
+def test_devices_and_the_kind_of_reference_are_invisible(world, done, in_few_bits, more, few):
     """Losses to 1e-5 of a run on four devices that share the weights, on a base in four bits as well."""
-    kept = ran(world, "nf4", "adapter.rank=4", "adapter.dropout=0.1", "model.quantise=nf4")
-    for few, one in (("null", done), ("nf4", kept)):
-        name = f"{few} {' '.join(more)}"
-        found = ran(world, name, "adapter.rank=4", "adapter.dropout=0.1", f"model.quantise={few}", *more)
-        assert losses(found) == pytest.approx(losses(one), abs=1e-5)
+    one = done if few == "null" else in_few_bits(few)
+    found = ran(world, f"{few} {' '.join(more)}", *FEW, f"model.quantise={few}", *more)
+    assert losses(found) == pytest.approx(losses(one), abs=1e-5)
 
 
 @pytest.mark.parametrize(("reference", "constant"), [("start", True), ("base", False)])

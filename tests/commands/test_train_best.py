@@ -150,7 +150,7 @@ def kill_at(patch, where: str, step: int) -> None:
 @pytest.mark.parametrize(
     ("where", "step"),
     [
-        ("measured", BEST),
+        night("measured", BEST),
         night("unmeasured", 4),
         night("saved", BEST),
         ("measured", LAST),

@@ -23,7 +23,7 @@ from dpo_jax.training.optimizer import make_optimizer
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import fresh_state, make_step
 from tests.support.forests import SPEC, random_encoded
-from tests.support.tiers import by_day
+from tests.support.tiers import by_day, by_pairs
 
 ENCODED = random_encoded(units=30, completions=(2, 3), seed=3, longest=18)
 KERNELS = [path for path in trees.paths(abstract_params(SPEC)) if path.endswith("/kernel")]
@@ -156,8 +156,25 @@ def solved(kind, base, share, micro, devices):
     return float(loss), trees.paths(jax.device_get(gradient)), int(batch.micro_batches)
 
 
-@pytest.mark.parametrize(("kind", "base"), [("sigmoid", "plain"), ("sigmoid", "nf4"), ("aot", "plain")])
-@pytest.mark.parametrize("layout", LAYOUTS)
+BY_DAY = (
+    ("one row a prompt", "sigmoid", "plain"),
+    ("micro-batches", "sigmoid", "nf4"),
+    ("two devices", "aot", "plain"),
+    ("four devices, micro-batches", "sigmoid", "plain"),
+)
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "base"),
+    by_pairs(
+        (
+            (layout, kind, base)
+            for layout in LAYOUTS
+            for kind, base in (("sigmoid", "plain"), ("sigmoid", "nf4"), ("aot", "plain"))
+        ),
+        BY_DAY,
+    ),
+)
 def test_noise_is_a_tokens_own_wherever_it_stands(layout, kind, base):
     """Loss to 1e-5 and gradient to 1e-5 of its largest number, with dropout: prompts alone or shared, one micro-batch
     or several, one device or more."""

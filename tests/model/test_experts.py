@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -20,6 +21,7 @@ from dpo_jax.model.decoder import _merged
 from dpo_jax.model.quantised import QuantisedKernel, quantise
 from dpo_jax.sharding import make_mesh
 from tests.model.test_grouped import multiplications
+from tests.support.tiers import by_pairs, night
 
 WIDTH = 12
 
@@ -266,12 +268,12 @@ def placed(params, x, router_input, mesh):
     ("name", "mesh", "rows"),
     [
         ("mixtral", (2, 2, 1), 4),
-        ("mixtral", (1, 4, 1), 4),
-        ("mixtral", (1, 2, 2), 4),
+        night("mixtral", (1, 4, 1), 4),
+        night("mixtral", (1, 2, 2), 4),
         ("mixtral", (2, 2, 1), 3),
         ("deepseek_v3", (1, 2, 2), 4),
-        ("gpt_oss", (1, 2, 2), 4),
-        ("gemma4", (2, 2, 1), 4),
+        night("gpt_oss", (1, 2, 2), 4),
+        night("gemma4", (2, 2, 1), 4),
     ],
 )
 def test_sharded_equals_single(name, mesh, rows):
@@ -369,8 +371,14 @@ def test_an_axis_of_experts_changes_no_number(name, mesh, rows):
     close(split_run(name, mesh)(*spread_out(*inputs, mesh)), expected)
 
 
-@pytest.mark.parametrize("favoured", ["the experts of one device", "one expert", "none"])
-@pytest.mark.parametrize("mesh", [(1, 1, 4, 1), (1, 1, 2, 2)])
+FAVOURED = ("the experts of one device", "one expert", "none")
+ALONE, HALVED = (1, 1, 4, 1), (1, 1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "favoured"),
+    by_pairs(itertools.product((ALONE, HALVED), FAVOURED), ((ALONE, FAVOURED[0]), (HALVED, FAVOURED[1]))),
+)
 def test_no_pair_is_dropped_whatever_a_router_picks(mesh, favoured, monkeypatch):
     """Of 8 experts a device has 2 or 4; all tokens go to them, in as many rounds as that takes."""
     monkeypatch.setattr(experts, "ROUND", 4)
@@ -404,8 +412,10 @@ def test_tokens_move_along_the_axis_of_experts_and_matrices_do_not():
     assert not [one for one in over if f",{WIDTH},10]" in one[0] or f",10,{WIDTH}]" in one[0]]
 
 
-@pytest.mark.parametrize("kind", ["adapter", "nf4"])
-@pytest.mark.parametrize("mesh", [(1, 1, 4, 1), (1, 1, 2, 2)])
+@pytest.mark.parametrize(
+    ("mesh", "kind"),
+    by_pairs(itertools.product((ALONE, HALVED), ("adapter", "nf4")), ((HALVED, "adapter"), (ALONE, "nf4"))),
+)
 def test_adapters_and_quantised_experts_are_split_too(kind, mesh):
     graph, params = built(BASE)
     names = enumerate(("gate", "up", "down"))
