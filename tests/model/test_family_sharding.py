@@ -1,6 +1,7 @@
 """Every kind of layer computes the same on one device, two, four and eight, however the mesh splits its weights."""
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from dpo_jax import sharding
 from tests.support.family_models import KINDS, allowed, our_logits, ours, own
 from tests.support.sharded import placed, sharded_logits
-from tests.support.tiers import LIGHT_MIXERS, by_day
+from tests.support.tiers import LIGHT_MIXERS, by_day, by_pairs
 
 pytest.importorskip("torch")
 MESHES = {
@@ -43,8 +44,11 @@ def mesh_of(sizes: dict[str, int]):
     return sharding.make_mesh(**sizes, devices=jax.devices()[: int(np.prod(list(sizes.values())))])
 
 
-@pytest.mark.parametrize("mesh", by_day(MESHES, {"data 2, tensor 2", "tensor 2, context 2"}))
-@pytest.mark.parametrize("name", by_day(KINDS, LIGHT_MIXERS))
+SHARDED = ("gpt_oss", "qwen3_5_text", "bloom")
+DAY = [(name, "data 2, tensor 2") for name in LIGHT_MIXERS] + [(name, "tensor 2, context 2") for name in SHARDED]
+
+
+@pytest.mark.parametrize(("name", "mesh"), by_pairs(itertools.product(KINDS, MESHES), DAY))
 def test_a_mesh_changes_nothing(name, mesh):
     found = sharded_logits(own(name).path, four_rows(name), mesh_of(MESHES[mesh]))
     np.testing.assert_allclose(found, wanted_of(name), rtol=0, atol=allowed(wanted_of(name)))

@@ -43,7 +43,7 @@ def compiled(kind, policy, slots=128, where=None):
     return jax.jit(jax.value_and_grad(total)).lower(params).compile(), params
 
 
-@pytest.mark.parametrize("kind", by_day(LAYERS, {"plain", "delta"}))
+@pytest.mark.parametrize("kind", by_day(LAYERS, {"plain"}))
 def test_policies_keep_less_and_less_and_change_no_number(kind):
     temporary, wanted = {}, None
     for policy in REMATS:

@@ -21,6 +21,7 @@ from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import fresh_state, make_step
 from tests.support.forests import SPEC as MIXED
 from tests.support.forests import random_encoded
+from tests.support.tiers import night
 
 SPEC = dataclasses.replace(MIXED, layers=(MIXED.layers[0],) * 4)  # one stack of four layers
 ENCODED = random_encoded(units=4)
@@ -73,7 +74,7 @@ def solving(objective):
 
 
 @pytest.mark.parametrize(
-    ("name", "objective"), [*((name, "sigmoid") for name in FREEZES), ("the first half of the layers", "aot")]
+    ("name", "objective"), [*((name, "sigmoid") for name in FREEZES), night("the first half of the layers", "aot")]
 )
 def test_trained_leaves_move_as_in_a_full_run_with_the_other_gradients_zeroed(params, name, objective):
     """To 1e-6 of steps of 1e-2: only the order of sums differs, and what Adam makes of it.

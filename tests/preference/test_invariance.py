@@ -231,8 +231,8 @@ LAYOUTS = [  # every two of: micro-batches 1, 2, 4; devices 1, 2, 4; prompts sha
 ]
 
 
-DAY = [(name, (2, 2, True)) for name in KINDS] + [("per pair", (2, 4, False))]
-"""Every kind where all is at once: micro-batches, devices, shared prompts; and one where prompts are not shared."""
+DAY = [(name, (2, 2, True)) for name in KINDS]
+"""Every kind where all is at once: micro-batches, devices, shared prompts."""
 
 
 @pytest.mark.parametrize(
