@@ -93,8 +93,11 @@ def _compiles(place: Path) -> bool:
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_what_was_compiled():
-    """Each program that is compiled for a CPU keeps memory mapped, and a process that compiles thousands runs out."""
+    """Each program that is compiled for a CPU keeps memory mapped, and a process that compiles thousands runs out. What
+    a command sets for its process, the precision of products, is not left to the tests of the next module."""
+    precision = jax.config.jax_default_matmul_precision
     yield
+    jax.config.update("jax_default_matmul_precision", precision)
     jax.clear_caches()
     gc.collect()
 
