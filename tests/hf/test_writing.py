@@ -51,7 +51,7 @@ def saved(monkeypatch, small, target, count, seen=None):
     real, finds = tensors.write_tensors, checkpoint.is_seen
 
     def write(path, *rest):
-        wrote[path.name] = threading.get_ident()
+        wrote[path.name] = threading.current_thread()  # its number may be another thread's later
         return real(path, *rest)
 
     def one(place):
