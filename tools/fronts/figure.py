@@ -12,7 +12,7 @@ from scipy import stats
 GRID = 40
 """Divergences at which envelopes are compared."""
 FIRST = ("DPO", "PPO", "IPO", "KTO", "SimPO", "Best of N", "Preferred-FT", "Unlikelihood")
-COLOURS = ("#0b5fa5", "#c2410c", "#15803d", "#7e22ce", "#0e7490", "#57534e", "#a16207", "#be123c")
+COLOURS = ("#0b5fa5", "#c2410c", "#15803d", "#7e22ce", "#0e7490", "#57534e", "#eab308", "#be123c")
 
 
 class Interval(NamedTuple):
