@@ -41,8 +41,12 @@ def redacted_values(value: object) -> Any:
 
 
 def public(value: object) -> Any:
-    """The value with every text in it redacted, and every absolute path cut down to its last part: what is published
-    must not describe a machine."""
+    """The value with every text in it redacted, and every absolute path, also that of a judge, cut down to its last
+    part: what is published must not describe a machine.
+
+    >>> public(["/home/me/data/pairs.jsonl", "reward:/home/me/rm/model", "org/name"])
+    ['pairs.jsonl', 'reward:model', 'org/name']
+    """
     if isinstance(value, Mapping):
         return {str(key): public(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -50,6 +54,8 @@ def public(value: object) -> Any:
     if not isinstance(value, str | Path):
         return value
     text = str(value)
+    if judge := re.match(r"(reward|model):(?=[/~\\]|[A-Za-z]:[\\/])", text):
+        return judge[0] + public(text[judge.end() :])
     if text.startswith(("/", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", text):
         text = re.split(r"[\\/]", text.rstrip("\\/"))[-1]
     return redacted(text)

@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
         config.load(["--help"], "sweep", options=OPTIONS)
     from dpo_jax.run import sweeping
 
+    sweeping.check_metric(options.get("metric"))
     axes, rest = sweeping.axes_of(words)
     run = sweeping.check(axes, rest)
     folder = Path(run.output)

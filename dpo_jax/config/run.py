@@ -118,7 +118,6 @@ MEASURED = ("data.eval", "data.eval_fraction", "evaluation.answers")
 # What null turns off by name, as on a command line after a file, takes along what nothing but it would use.
 LEFT_OVER = (
     ("evaluation.max_new_tokens", ("evaluation.answers",)),
-    ("evaluation.judge", ("evaluation.answers",)),
     ("evaluation.every", MEASURED),
     ("evaluation.patience", MEASURED),
     ("evaluation.patience", ("checkpoint.best",)),
@@ -225,6 +224,9 @@ def _advice(key: str) -> str:
     return f"no such setting; did you mean {near}?" if near else "no such setting; --help lists them all"
 
 
+AS_A_LIST = "give it in the form of a list, as in objective: [{name: mine, slack: 2}]"
+
+
 def _problems(source: GivenSettings, error: ValidationError) -> Iterator[str]:
     """One line for each setting that is at fault; pydantic reports a union once per member."""
     seen: set[str] = set()
@@ -235,7 +237,10 @@ def _problems(source: GivenSettings, error: ValidationError) -> Iterator[str]:
                 yield _problem(source, key, remedy)
             continue
         parts = [str(part) for part in detail["loc"]]
-        key = next(key for key in (".".join(parts[:2]), parts[0]) if key in FIELDS)
+        key = next((key for key in (".".join(parts[:2]), parts[0]) if key in FIELDS), None)
+        if key is None:  # a default of an objective of the caller's own, whose name no setting of ours has
+            yield _problem(source, "objective.name", f"has settings of its own ({parts[-1]}); {AS_A_LIST}")
+            return
         hidden = detail["type"] == "missing" and (source.unreadable or parts[0] in source.values)
         if key not in seen and not hidden:
             yield _problem(source, key, f"must be {allowed(FIELDS[key])}")

@@ -89,6 +89,19 @@ def _copied(source: Path, path: Path) -> str:
     return digest.hexdigest()
 
 
+def check_run(folder: Path) -> None:
+    """Refuses the folder of a run, which has what it has made inside.
+
+    Raises:
+      UserError: it is one; says where its model or adapter is.
+    """
+    if any(os.path.lexists(folder / name) for name in ("config.json", ADAPTER_CONFIG)):
+        return
+    for made, config in (("model", "config.json"), ("adapter", ADAPTER_CONFIG)):
+        if os.path.lexists(folder / made / config):
+            raise UserError(f"{folder} is the folder of a run, with its {made} in {folder / made}; give that")
+
+
 def check_kind(folder: Path) -> None:
     """Refuses the folder of a run, which has its model inside, and that of an adapter (LoRA and the like).
 
@@ -97,8 +110,7 @@ def check_kind(folder: Path) -> None:
     Raises:
       UserError: it is one of them; says which, and what to do.
     """
-    if not os.path.lexists(folder / "config.json") and os.path.lexists(folder / "model" / "config.json"):
-        raise UserError(f"{folder} is the folder of a run, with its model in {folder / 'model'}; give that")
+    check_run(folder)
     if not os.path.lexists(folder / ADAPTER_CONFIG):
         return
     base = read_json(folder, ADAPTER_CONFIG).get("base_model_name_or_path")

@@ -10,7 +10,7 @@ from re import _parser as parser  # pyright: ignore[reportAttributeAccessIssue]
 from typing import Any, NamedTuple
 
 from dpo_jax.errors import UserError, short
-from dpo_jax.hf.beside import ADAPTER_CONFIG
+from dpo_jax.hf.beside import ADAPTER_CONFIG, check_run
 from dpo_jax.hf.keys import Keys
 from dpo_jax.hf.tensors import read_json
 
@@ -101,6 +101,7 @@ def read_config(folder: Path) -> AdapterConfig:
     Raises:
       UserError: a key changes the forward pass and is not built, is unknown and set, or has a value that it cannot.
     """
+    check_run(folder)
     file = folder / ADAPTER_CONFIG
     k = Keys(read_json(folder, ADAPTER_CONFIG), file)
     kind, task = k.take("peft_type"), k.take("task_type")

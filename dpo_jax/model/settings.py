@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dpo_jax.model.backends.table import BACKENDS
 from dpo_jax.settings import Section
@@ -109,6 +109,13 @@ class ModelSettings(Section):
         description="folder of compiled programs that later runs start from; auto: JAX_COMPILATION_CACHE_DIR, or "
         "dpo_jax/compiled in the user's caches; null keeps none",
     )
+
+    @field_validator("compile_cache")
+    @classmethod
+    def _is_a_folder(cls, value: str | None) -> str | None:
+        if value is not None and value.lower() in ("off", "none", "no", "false"):
+            raise ValueError("model.compile_cache: would be a folder of that name; null keeps none")
+        return value
 
 
 ALL_LINEAR, EXPERTS, ROUTER, PEFT_DEFAULT = "all-linear", "experts", "router", "default"

@@ -115,7 +115,7 @@ def trained_at(folder: Path, step: int, weights: Weights) -> Params:
     }
     for leaf in jax.tree.leaves(weights.trained):  # or they would stand beside those that are read
         leaf.delete()
-    return read_part(folder, step, wanted)[name]
+    return read_part(folder.absolute(), step, wanted)[name]
 
 
 @contextlib.contextmanager

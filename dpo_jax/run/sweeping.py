@@ -284,14 +284,19 @@ PREFERRED = ("eval_win_rate", "eval_pass_rate", "eval_rewards/accuracies", "rewa
 them, as the losses of different objectives have different units."""
 
 
+def check_metric(asked: str | None) -> None:
+    """Refuse a metric that has no better and worse, before anything is trained."""
+    if asked is not None and held_out_of(asked)[1] not in BETTER:
+        raise UserError(f"{COMMAND_LINE}: --metric {short(asked)}: choose one of {', '.join(BETTER)}, or eval_ of one")
+
+
 def metric_for(results: Sequence[PointResult], asked: str | None) -> str | None:
     """The metric that the runs are sorted by: the one asked for, or the first of PREFERRED that all finished ones have.
 
     Raises:
       UserError: no run has the one that is asked for, or it has no better and worse.
     """
-    if asked is not None and held_out_of(asked)[1] not in BETTER:
-        raise UserError(f"{COMMAND_LINE}: --metric {short(asked)}: choose one of {', '.join(BETTER)}, or eval_ of one")
+    check_metric(asked)
     known = {name for result in results for name in result.metrics}
     if asked is not None and known and asked not in known:
         near = [name for name in sorted(known) if name.startswith("eval")] or sorted(known)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dpo_jax import convert, evaluate, sample
+from dpo_jax import convert, evaluate, sample, winrate
+from dpo_jax.errors import UserError
 from dpo_jax.hf.adapted import adapted
 from dpo_jax.hf.checkpoint import load_hf, save_hf
+from dpo_jax.hf.tokenizer import load_tokenizer
 from tests.commands.test_sample import make
 from tests.support.chat_server import ChatServer, completion
 from tests.support.peft_folders import PREFIX, halves, write_peft
@@ -54,6 +56,35 @@ def test_a_check_compares_the_adapter_merged_and_in_peft(world, capsys):
     assert convert.main(["check", str(world / "adapter"), "--no-torch"]) == 0
     said = f"{world / 'adapter'} is an adapter of {world / 'base'}, which its adapter_config.json names\n"
     assert capsys.readouterr().out.startswith(said)
+
+
+@pytest.mark.parametrize("how", ["alone", "beside its base", "of a run"])
+def test_winrate_takes_an_adapter_however_it_is_given(world, tmp_path, monkeypatch, capsys, how):
+    monkeypatch.chdir(tmp_path)
+    base, adapter = str(world / "base"), world / "adapter"
+    if how == "of a run":
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "adapter").symlink_to(adapter)
+    given = {"alone": [str(adapter)], "beside its base": [base, "--adapter", str(adapter)], "of a run": ["run"]}[how]
+    write(tmp_path / "asked.jsonl", *({"prompt": f"Say {n}", "good": "."} for n in range(2)))
+    words = [given[0], base, *given[1:], "--prompts", "asked.jsonl", "--judge", "rule", "--max-new-tokens", "4"]
+    assert winrate.main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["prompts"] == 2 and found["judges"][0]["judge"] == "rule"
+
+
+def test_the_folder_of_an_adapters_run_is_told_from_an_adapter(world, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "adapter").symlink_to(world / "adapter")
+    said = f"{tmp_path / 'run'} is the folder of a run, with its adapter in {tmp_path / 'run' / 'adapter'}; give that"
+    for load in (
+        lambda: load_hf(tmp_path / "run"),
+        lambda: load_tokenizer(tmp_path / "run"),
+        lambda: load_hf(world / "base", adapter=tmp_path / "run"),
+    ):
+        with pytest.raises(UserError) as caught:
+            load()
+        assert str(caught.value) == said
 
 
 @pytest.fixture

@@ -271,10 +271,11 @@ def test_records_that_are_gone_are_said(world, tmp_path, monkeypatch, capsys, ke
     assert f"metrics.jsonl has lost {len(lines) - kept} of the {len(lines)} records" in capsys.readouterr().out
 
 
-def test_any_kept_checkpoint_is_exported_as_a_run_that_ended_there(world, finished, tmp_path, capsys):
+def test_any_kept_checkpoint_is_exported_as_a_run_that_ended_there(world, finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(finished.parent)  # a run is named as its settings name it, from where the command is given
     short = run(world, tmp_path / "short", "steps=2")
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    assert convert.main(["export", str(finished), str(tmp_path / "two"), "--step", "2"]) == 0
+    assert convert.main(["export", finished.name, str(tmp_path / "two"), "--step", "2"]) == 0
     assert "the model after step 2" in capsys.readouterr().out
     assert (tmp_path / "two" / WEIGHTS).read_bytes() == weights(short)
     assert json.loads((tmp_path / "two" / "dpo_jax.json").read_text())["step"] == 2

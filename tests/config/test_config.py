@@ -282,6 +282,12 @@ BAD = {
         ":19: checkpoint.keep_every: ",
         "give checkpoint.every in steps",
     ),
+    "no cache, in other words": (
+        ("seed: 7", "model.compile_cache: 'off'"),
+        ":19: model.compile_cache: ",
+        "null keeps none",
+    ),
+    "nobody to judge": (("every: 10", "answers: null\n  judge: rule"), ":16: evaluation.judge: ", "leave it out"),
     "no judges": (("every: 10", "answers: a\n  judge: []"), ":16: evaluation.judge: ", "name a judge"),
     "a judge twice": (("every: 10", "answers: a\n  judge: [rule, rule]"), ":16: evaluation.judge: ", "leave one out"),
     "a person": (("every: 10", "answers: a\n  judge: [rule, human]"), ":16: evaluation.judge: ", "waits for nobody"),
