@@ -261,6 +261,7 @@ def names_of_services(c: Conversion) -> None:
     """Axolotl and LLaMA-Factory name a service by its project or a flag."""
     if c.trainer is AXOLOTL and c.get("wandb_project") and c.get("report_to") is None:
         c.put("log.loggers", ("wandb",), "wandb_project")
+        c.put("log.project", str(c.get("wandb_project")), "wandb_project")
     if "torchtune" in c.trainer.name and c.is_given("metric_logger._component_"):
         if "WandB" in str(c.get("metric_logger._component_")):
             c.put("log.loggers", ("wandb",), "metric_logger._component_")

@@ -36,6 +36,14 @@ OBJECTS = tuple(
 """Arguments of a trainer that are objects of the script, read where they are made."""
 
 
+LOADS = ("load_dataset", "load_from_disk")
+CHANGES = (
+    "cast filter map remove_columns rename_column rename_columns select select_columns shard skip sort take "
+    "train_test_split".split()
+)
+"""Methods of a data set that make its rows others than those of its files; shuffling changes only their order."""
+
+
 def notebook_text(file: str, text: str) -> str:
     """The code of a notebook's cells, without commands to the notebook itself.
 
@@ -62,10 +70,12 @@ def script_config(file: str, text: str) -> Config:
         raise UserError(f"{short(file)}: is not Python that can be read ({error}); correct it first") from None
     calls = [(_name(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
     config = Config(file, {}, method=_method(file, [name for name, _ in calls]))
-    constants = _constants(tree)
+    constants, held = _constants(tree), _held_out(tree)
     for name, call in calls:
-        for given in _settings(name, call, constants):
+        for given in _settings(name, call, constants, held_out=id(call) in held):
             config.given.setdefault(given.key, given)
+    for given in _changes(tree):
+        config.given.setdefault(given.key, given)
     if not any(name in (*CONFIGS, "TrainingArguments") and call.keywords for name, call in calls):
         raise UserError(
             f"{short(file)}: has no call such as DPOConfig(learning_rate=...) with arguments; where it takes them from "
@@ -127,7 +137,44 @@ def _value(node: ast.AST, constants: Mapping[str, Any]) -> Any:
         return Computed(ast.unparse(node))
 
 
-def _settings(name: str, call: ast.Call, constants: Mapping[str, Any]) -> Iterator[Given]:
+def _loads(tree: ast.AST) -> bool:
+    return any(_name(node.func) in LOADS for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+def _held_out(tree: ast.AST) -> set[int]:
+    """The calls of `load_dataset` whose rows a trainer is given as its `eval_dataset`, by their `id`."""
+    words = [word for node in ast.walk(tree) if isinstance(node, ast.Call) for word in node.keywords]
+    given = [word.value for word in words if word.arg == "eval_dataset"]
+    names = {node.id for node in given if isinstance(node, ast.Name)}
+    made = [node.value for node in ast.walk(tree) if isinstance(node, ast.Assign) and names & set(_targets(node))]
+    calls = (node for place in [*given, *made] for node in ast.walk(place) if isinstance(node, ast.Call))
+    return {id(node) for node in calls if _name(node.func) == "load_dataset"}
+
+
+def _targets(node: ast.Assign) -> list[str]:
+    return [target.id for target in node.targets if isinstance(target, ast.Name)]
+
+
+def _changes(tree: ast.AST) -> Iterator[Given]:
+    """What the script does to the rows of a data set before they are trained on, which a config cannot say."""
+    sets: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and (_loads(node.value) or sets & _names(node.value)):
+            sets |= set(_targets(node))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGES:
+            if _loads(node.func.value) or sets & _names(node.func.value):
+                text = (
+                    f"{node.func.attr}({', '.join(map(ast.unparse, [*node.args, *(w.value for w in node.keywords)]))})"
+                )
+                yield Given(f"dataset.{node.func.attr}", Computed(text), node.lineno)
+
+
+def _names(tree: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def _settings(name: str, call: ast.Call, constants: Mapping[str, Any], *, held_out: bool = False) -> Iterator[Given]:
     """The keys of configs that one call stands for."""
     arguments = {word.arg: _value(word.value, constants) for word in call.keywords if word.arg}
     for word in call.keywords:
@@ -136,7 +183,8 @@ def _settings(name: str, call: ast.Call, constants: Mapping[str, Any]) -> Iterat
             arguments |= these if isinstance(these, dict) else {f"**{ast.unparse(word.value)}": these}
     lines = {word.arg: word.value.lineno for word in call.keywords if word.arg}
     positions = [_value(argument, constants) for argument in call.args]
-    for key, value in _values(name, positions, arguments).items():
+    found = _values(name, positions, arguments)
+    for key, value in (_as_held_out(found) if held_out else found).items():
         yield from flattened(key, value, lines.get(key, call.lineno))
 
 
@@ -155,6 +203,17 @@ def _values(name: str, positions: list[Any], arguments: dict[str, Any]) -> Mappi
     if name == "load_dataset" and isinstance(first, str):
         return _of_data(first, arguments.pop("name", positions[1] if len(positions) > 1 else None), arguments)
     return _of_model(name, positions, arguments) if name.endswith(".from_pretrained") else {}
+
+
+def _as_held_out(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keys of a data set that is measured on, from those of one that is trained on."""
+    if "dataset_name" not in found:
+        return found
+    files = found.get("data_files")
+    parts = {"eval_dataset_name": files if isinstance(files, str) else found["dataset_name"]}
+    parts |= {"eval_dataset_config": found.get("dataset_config")}
+    parts |= {} if isinstance(files, str) else {"eval_dataset_split": found.get("dataset_train_split")}
+    return {key: value for key, value in parts.items() if value is not None}
 
 
 def _of_model(name: str, positions: list[Any], arguments: dict[str, Any]) -> Mapping[str, Any]:

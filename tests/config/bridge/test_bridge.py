@@ -256,6 +256,39 @@ def test_what_a_script_computes_is_asked_for_and_never_guessed():
     assert len(asked) == 1 and "SETTINGS is computed there" in asked[0]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "select(range(9))",
+        "filter(good)",
+        "map(turn)",
+        "rename_column('a', 'b')",
+        "train_test_split(test_size=0.1)['train']",
+    ],
+)
+@pytest.mark.parametrize("rows", ["rows = load_dataset('d').{}", "raw = load_dataset('d')\nrows = raw.{}"])
+def test_what_a_script_does_to_the_rows_is_asked_about(change, rows):
+    call = "DPOTrainer(model='m', args=DPOConfig(output_dir='o'), train_dataset=rows)"
+    file = write("s.py", f"from trl import DPOConfig, DPOTrainer\n{rows.format(change)}\n{call}\n")
+    text, asked = written.rewritten(file, told(), devices=1)
+    method = change.partition("(")[0]
+    assert len(asked) == 1 and asked[0].startswith(f"data.train: dataset.{method} is computed there ({method}(")
+    assert f"dataset.{method} (line" in text
+    plain = write("t.py", f"from trl import DPOConfig, DPOTrainer\n{rows.format('shuffle(3)')}\n{call}\n")
+    assert written.rewritten(plain, told(), devices=1)[1] == []
+
+
+@pytest.mark.parametrize("named", ["held = load_dataset({})", "held = load_dataset({}).shuffle()"])
+def test_a_data_set_that_a_trainer_measures_on_is_not_trained_on(named):
+    calls = ("'json', data_files='t.jsonl', split='train'", "'json', data_files='h.jsonl', split='train'")
+    made = [f"rows = load_dataset({calls[0]})", named.format(calls[1])]
+    for order in (made, made[::-1]):
+        ends = "DPOTrainer(model='m', args=DPOConfig(output_dir='o'), train_dataset=rows, eval_dataset=held)"
+        file = write("s.py", "\n".join(["from trl import DPOConfig, DPOTrainer", *order, ends, ""]))
+        text = written.rewritten(file, told(), devices=1)[0]
+        assert '  train: "t.jsonl"' in text and '  eval: "h.jsonl"' in text
+
+
 def test_a_notebook_is_its_code():
     public = next(public for public in PUBLIC if public.name == "quick.py")
     sources = (["!pip install trl\n", "%cd /x\n"], public.text)
