@@ -224,9 +224,6 @@ def _advice(key: str) -> str:
     return f"no such setting; did you mean {near}?" if near else "no such setting; --help lists them all"
 
 
-AS_A_LIST = "give it in the form of a list, as in objective: [{name: mine, slack: 2}]"
-
-
 def _problems(source: GivenSettings, error: ValidationError) -> Iterator[str]:
     """One line for each setting that is at fault; pydantic reports a union once per member."""
     seen: set[str] = set()
@@ -239,7 +236,8 @@ def _problems(source: GivenSettings, error: ValidationError) -> Iterator[str]:
         parts = [str(part) for part in detail["loc"]]
         key = next((key for key in (".".join(parts[:2]), parts[0]) if key in FIELDS), None)
         if key is None:  # a default of an objective of the caller's own, whose name no setting of ours has
-            yield _problem(source, "objective.name", f"has settings of its own ({parts[-1]}); {AS_A_LIST}")
+            as_a_list = "give it in the form of a list, as in objective: [{name: mine, slack: 2}]"
+            yield _problem(source, "objective.name", f"has settings of its own ({parts[-1]}); {as_a_list}")
             return
         hidden = detail["type"] == "missing" and (source.unreadable or parts[0] in source.values)
         if key not in seen and not hidden:
@@ -267,10 +265,8 @@ def validated(source: GivenSettings) -> Run:
         source.values["objective.mixture"] = source.values.pop("objective")
         source.where["objective.mixture"] = source.where.pop("objective")
         if not all(isinstance(block, dict) for block in mixture):
-            source.problems.append(
-                f"{source.where['objective.mixture']}: objective: a list of blocks is wanted, such as "
-                "[{name: sigmoid, weight: 0.8}, {name: sft, weight: 1}]"
-            )
+            wanted = "a list of blocks is wanted, such as [{name: sigmoid, weight: 0.8}, {name: sft, weight: 1}]"
+            source.problems.append(f"{source.where['objective.mixture']}: objective: {wanted}")
             source.values.pop("objective.mixture")
     for key, value in source.values.items():
         if key in FIELDS:

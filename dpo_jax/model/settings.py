@@ -1,5 +1,6 @@
 """Settings of the model and of the devices it is laid out on."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
@@ -220,6 +221,14 @@ class MeshSettings(Section):
         description="devices that share each row, for rows longer than one device holds, and the weights with fsdp; a "
         "power of two that divides the model's heads",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_takes_the_rest(cls, data: object) -> object:
+        """Where another axis takes all devices that are left, fsdp does not, unless it is told to."""
+        if isinstance(data, Mapping) and "fsdp" not in data and -1 in data.values():
+            return {**data, "fsdp": 1}
+        return data
 
     @model_validator(mode="after")
     def _sizes(self) -> "MeshSettings":

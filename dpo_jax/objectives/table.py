@@ -15,8 +15,8 @@ pairwise.py) and a row, here or in a script of your own that then calls `dpo_jax
         reference="unused",
     )
 
-A setting whose name no other objective has is given in the form of a list: `objective: [{name: mine, slack: 2}]`.
-Nothing here imports jax, so that settings can be read and checked at once.
+A setting whose name no other objective has needs the form of a list: `objective: [{name: mine, slack: 2}]`.
+Nothing here imports jax, so that settings are checked at once.
 """
 
 import dataclasses
@@ -442,8 +442,8 @@ KNOWN_AS = {
         ("tr_dpo trdpo", "it is sigmoid with reference.update_every"),
         ("dpo_norm lndpo", "it is sigmoid_norm"),
         ("r_dpo", "it is rdpo"),
-        ("nll ce cross_entropy", "it is sft"),
-        ("pl listwise", "it is plackett_luce"),
+        *(("nll ce cross_entropy", "it is sft"), ("pl listwise", "it is plackett_luce")),
+        ("ppo grpo rloo", "there is no online RL here; sigmoid, in dpo_jax.rounds, comes nearest"),
     )
     for name in names.split()
 }

@@ -93,7 +93,7 @@ def test_a_file_of_preferences_is_compared_with_itself(run, place):
         (("--judge", "rule"), "named twice"),
         (("--judge", "reward:nowhere"), "there is no folder|no such"),
         (("--judge", "oracle"), "must be rule, reward:FOLDER"),
-        (("--judge", "http://x:1/v1"), "name it"),
+        (("--judge", "http://x:1/v1"), "give --judge-model"),
         (("--judge", "http://me:pw@x/v1", "--judge-model", "m"), "no password"),
         (("--judge-model", "m"), "no judge that is named uses it"),
         (("--judge-body", "{"), "JSON object"),

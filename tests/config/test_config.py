@@ -114,6 +114,11 @@ def plain_run(*overrides: str) -> Run:
     return config.load(["model.path=m", "data.train=d", "output=o", *overrides])
 
 
+def test_an_axis_that_takes_the_rest_takes_it_from_fsdp():
+    assert (plain_run("mesh.data=-1").mesh.data, plain_run("mesh.data=-1").mesh.fsdp) == (-1, 1)
+    assert plain_run("mesh.data=2").mesh.fsdp == -1
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -237,7 +242,7 @@ BAD = {
         "answers nothing",
     ),
     "dpo without one": (("seed: 7", "reference: {mode: none}"), ":19: reference.mode: ", "compares with a reference"),
-    "two rests": (("seed: 7", "mesh: {data: -1}"), ":19: mesh.data: ", "only one axis"),
+    "two rests": (("seed: 7", "mesh: {data: -1, fsdp: -1}"), ":19: mesh.data: ", "only one axis"),
     "no devices": (("seed: 7", "mesh: {tensor: 0}"), ":19: mesh.tensor: ", "0: must be > 0, or -1"),
     "keeps what is not there": (("seed: 7", "checkpoint.keep_every: 150"), ":19: checkpoint.keep_every: ", "a multi"),
     "output over the model": (("runs/tiny", "models/../models/tiny"), ":20: output: ", "must differ from model.path"),

@@ -101,7 +101,9 @@ class JudgeSettings(Section):
         if idle:
             raise ValueError(f"{idle[0]}: the judge {self.name} does not use it; leave it out")
         if named(self.name).kind == ENDPOINT and not self.model:
-            raise ValueError("model: a server is to be told which of its models judges; name it")
+            raise ValueError(
+                "model: a server is to be told which of its models judges; give --judge-model or evaluation.judge_model"
+            )
         return self
 
 
