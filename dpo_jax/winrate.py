@@ -163,11 +163,14 @@ def _check_rule(settings: judges.JudgeSettings, asked: "Sequence[Asked | Questio
 
 def _folder(options: argparse.Namespace, asked: "Sequence[Asked | Question]", sides: Sequence[Contender]) -> Path:
     """The output folder, new or of this very comparison."""
-    from dpo_jax.hf.peft import factor_stamps
     from dpo_jax.hf.tensors import local_folder, stamps
+    from dpo_jax.run.sources import ADAPTER_FILES
 
     files = [
-        [*(stamps(local_folder(side.model.base))), *(factor_stamps(side.model.adapter) if side.model.adapter else ())]
+        [
+            *(stamps(local_folder(side.model.base))),
+            *(stamps(side.model.adapter, ADAPTER_FILES) if side.model.adapter else ()),
+        ]
         if side.model
         else digest_of(json.dumps(side.answers))
         for side in sides

@@ -347,9 +347,3 @@ class _Reader:
 def bias_name(weight: str) -> str:
     """The bias that goes with a weight."""
     return f"{weight.removesuffix('.weight')}.bias"
-
-
-def factor_stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, size and time of change of an adapter's files: another adapter has other ones."""
-    found = ((name, (folder / name).stat()) for name in (ADAPTER_CONFIG, FILE))
-    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)

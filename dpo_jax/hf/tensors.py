@@ -298,9 +298,9 @@ def weights_digest(folder: str | Path) -> str:
     return digest_of("".join(file_digest(member(folder, file)) for file in files))
 
 
-def stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, size and time of change of the tensor files of a folder: other weights have other ones."""
-    files, _ = _tensor_files(folder)
+def stamps(folder: Path, files: Sequence[str] = ()) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of change of files of a folder, by default those of tensors: other weights have others."""
+    files = files or _tensor_files(folder)[0]
     found = ((file, member(folder, file).stat()) for file in files)
     return tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in found)
 

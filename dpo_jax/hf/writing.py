@@ -40,7 +40,8 @@ def gathered(files: Files, by: Mapping[str, int]) -> Iterator[tuple[str, str]]:
     """File and name of every tensor in the order in which they are gathered: one of each process in turn, so that all
     of them have something to write; those of one process as its files have them."""
     rows = [
-        [(file, name) for file, part in files.items() if by[file] == process for name in part] for process in _of(by)
+        [(file, name) for file, part in files.items() if by[file] == process for name in part]
+        for process in sorted(set(by.values()))
     ]
     return (one for turn in itertools.zip_longest(*rows) for one in turn if one is not None)
 
@@ -90,7 +91,3 @@ def _put(feed: queue.Queue[np.ndarray | None], array: np.ndarray | None, writing
             writing.result()
         with contextlib.suppress(queue.Full):
             return feed.put(array, timeout=1.0)
-
-
-def _of(by: Mapping[str, int]) -> range:
-    return range(max(by.values(), default=-1) + 1)

@@ -164,10 +164,8 @@ def _changes(tree: ast.AST) -> Iterator[Given]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGES:
             if _loads(node.func.value) or sets & _names(node.func.value):
-                text = (
-                    f"{node.func.attr}({', '.join(map(ast.unparse, [*node.args, *(w.value for w in node.keywords)]))})"
-                )
-                yield Given(f"dataset.{node.func.attr}", Computed(text), node.lineno)
+                words = ", ".join(map(ast.unparse, [*node.args, *node.keywords]))
+                yield Given(f"dataset.{node.func.attr}", Computed(f"{node.func.attr}({words})"), node.lineno)
 
 
 def _names(tree: ast.AST) -> set[str]:
