@@ -7,24 +7,23 @@ gives the chosen answer the higher probability.
 import dataclasses
 import json
 import math
+import re
 import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, NamedTuple
 
 from dpo_jax.config import command as commands
 from dpo_jax.config.judges import add_judges, judges_of
+from dpo_jax.config.sections import sections_of
 from dpo_jax.data.settings import BatchSettings, DataSettings
-from dpo_jax.errors import UserError, printable
+from dpo_jax.errors import COMMAND_LINE, UserError, printable
 from dpo_jax.model.settings import MeshSettings, ModelSettings
 from dpo_jax.objectives.settings import ObjectiveSettings
 from dpo_jax.reporting.metrics import EVALUATED, shown
 from dpo_jax.reporting.settings import LogSettings
-from dpo_jax.settings import Section
 from dpo_jax.training.settings import ReferenceSettings
 
 if TYPE_CHECKING:
@@ -41,7 +40,6 @@ ASKED = {
     "kl": "kl",
 }
 """What --metrics takes, and what it is called among the metrics; an accuracy without a reference is the model's own."""
-Block = TypeVar("Block", bound=Section)
 
 
 @commands.command
@@ -202,11 +200,17 @@ def _adapted(options: Namespace) -> "Adapted":
 
 
 def _options(argv: Sequence[str]) -> Namespace:
-    parser = commands.Parser("evaluate")
+    parser = commands.Parser("evaluate", settings=True)
     parser.add_argument(
         "model", metavar="MODEL", help="Hugging Face folder (or hub id) of the model, or of an adapter of one"
     )
-    parser.add_argument("pairs", metavar="PAIRS", nargs="+", help="file, folder or data set of preference pairs")
+    parser.add_argument(
+        "pairs",
+        metavar="PAIRS",
+        nargs="+",
+        help="file, folder or data set of preference pairs; and settings of a run that are of data, batch or model, "
+        "such as data.columns={prompt: question}",
+    )
     parser.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter of the model: a folder, or hub id")
     parser.add_argument("--reference", metavar="FOLDER", help="what a language model's rewards are measured against")
     parser.add_argument("--beta", type=float, help="of a language model's rewards (default 0.1)")
@@ -218,8 +222,28 @@ def _options(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
     add_judges(parser)
     options = parser.parse_args(list(argv))
+    options.given = [word for word in options.pairs if _is_setting(word)]
+    options.pairs = [word for word in options.pairs if not _is_setting(word)]
+    if not options.pairs:
+        raise UserError(f"{COMMAND_LINE}: PAIRS: not given: name the pairs to measure on, a file, folder or data set")
     _check_metrics(options)
     return options
+
+
+OWN = {
+    "model.path": "give it as MODEL",
+    "data.train": "give it as PAIRS",
+    "data.eval": "all of PAIRS is measured; leave it out",
+    "data.eval_fraction": "all of PAIRS is measured; leave it out",
+    "reference.path": "give it as --reference",
+    "objective.beta": "give it as --beta",
+}
+"""Settings of a run that the arguments of this command are."""
+
+
+def _is_setting(word: str) -> bool:
+    """Whether one of PAIRS is `section.key=value`."""
+    return re.match(r"[a-z]+\.[\w.]+=", word) is not None and not Path(word).exists()
 
 
 def _settings(options: Namespace) -> EvaluatedBlocks:
@@ -230,29 +254,19 @@ def _settings(options: Namespace) -> EvaluatedBlocks:
     alone = options.reference is None
     if alone and options.beta is not None:
         raise UserError("command line: --beta is of rewards, which need a --reference; name one, or leave --beta out")
-    rows = {
-        "train": tuple(options.pairs),
-        "first": options.max_samples,
-        "max_length": options.max_length,
-        "ending": "template" if scores else None,
+    objective = {"objective.name": "reward"} if scores else {"objective.reference_free": alone}
+    arguments = {
+        "model.path": options.model,
+        "data.train": tuple(options.pairs),
+        "data.first": options.max_samples,
+        "data.max_length": options.max_length,
+        "data.ending": "template" if scores else None,
+        "batch.pairs": options.batch,
+        **({"reference.mode": "none"} if alone else {"reference.path": options.reference}),
+        **objective,
+        **({} if scores else {"objective.beta": 0.1 if options.beta is None else options.beta}),
     }
-    objective = {"beta": 0.1 if options.beta is None else options.beta, "reference_free": alone}
-    return EvaluatedBlocks(
-        _block(ModelSettings, "model", {"path": options.model}),
-        _block(ReferenceSettings, "reference", {"mode": "none"} if alone else {"path": options.reference}),
-        _block(DataSettings, "data", rows),
-        _block(BatchSettings, "batch", {"pairs": options.batch}),
-        _block(ObjectiveSettings, "objective", {"name": "reward"} if scores else objective),
-    )
-
-
-def _block(kind: type[Block], name: str, values: Mapping[str, Any]) -> Block:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join((name, *(str(part) for part in first["loc"])))
-        raise UserError(f"command line: {key}: {first['msg']}") from error
+    return EvaluatedBlocks(**sections_of(options.given, arguments, EvaluatedBlocks.__annotations__, OWN))
 
 
 def _is_reward_model(path: str) -> bool:

@@ -9,7 +9,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,20 +107,32 @@ class GivenSettings:
     unreadable: list[str] = dataclasses.field(default_factory=list)
     origin: str = COMMAND_LINE  # the place to name for a setting that is nowhere
 
-    def put(self, node: yaml.Node, key: str, where: str, file: str | None = None) -> None:
-        """Take over a value, or every value of a block; `file` numbers the lines of a block's keys."""
+    def put(
+        self, node: yaml.Node, key: str, where: str, file: str | None = None, seen: dict[str, str] | None = None
+    ) -> None:
+        """Take over a value, or every value of a block; `file` numbers the lines of a block's keys, and `seen` has the
+        keys of the same text so far, so that one that it has twice, in a block and dotted, is a fault.
+
+        A value in place of a whole section, as null or a list of objectives, ends what was given of it before.
+        """
+        seen = {} if seen is None else seen
         if not isinstance(node, yaml.MappingNode):
-            self.values.pop(key, None)  # in the order in which they were given last
+            self._forget(key, but=seen)
             self.values[key], self.where[key] = _plain(node), where
             return
-        seen: dict[str, str] = {}
         for name, value in node.value:
             here = f"{file}:{name.start_mark.line + 1}" if file else where
             inner = f"{key}.{name.value}" if key else str(name.value)
             if inner in seen:
                 self.problems.append(f"{here}: {short(inner)}: is given twice, first at {seen[inner]}; keep one")
             seen[inner] = here
-            self.put(value, inner, here, file)
+            self.put(value, inner, here, file, seen)
+
+    def _forget(self, key: str, but: Collection[str] = ()) -> None:
+        """Take out a value, so that the next stands in the order in which they were given last, and those inside it."""
+        inside = [known for known in self.values if known.startswith(f"{key}.") and known not in but]
+        for known in [key, *inside]:
+            self.values.pop(known, None)
 
     def read(self, file: str) -> None:
         """Take over a YAML file."""

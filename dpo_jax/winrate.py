@@ -77,7 +77,7 @@ def compare(
             continue
         _say(options, f"{side.name}: answering {len(asked):,} prompts")
         with Ledger(folder / f"answers-{number}.jsonl") as ledger:
-            texts.append(answered(asked, ledger, lambda side=side: _answering(side, options)))
+            texts.append(answered(asked, ledger, lambda side=side: _answering(side, options, asked)))
     contests = contests_of(asked, *texts)
     verdicts: dict[str, list[Verdict]] = {}
     rows: list[dict[str, Any]] = []
@@ -197,13 +197,19 @@ def _folder(options: argparse.Namespace, asked: "Sequence[Asked | Question]", si
     return folder
 
 
-def _answering(side: Contender, options: argparse.Namespace) -> "Answering":
+def _answering(side: Contender, options: argparse.Namespace, asked: "Sequence[Asked | Question]") -> "Answering":
+    from dpo_jax.data.templates import template_source
     from dpo_jax.evaluation.contests import open_answering
 
     assert side.model is not None
     how = {"dtype": options.dtype, "seed": options.seed, "batch_size": options.batch_size}
     new, temperature = options.max_new_tokens, options.temperature
-    return open_answering(side.model.base, side.model.adapter, max_new_tokens=new, temperature=temperature, **how)
+    opened = open_answering(side.model.base, side.model.adapter, max_new_tokens=new, temperature=temperature, **how)
+    texts = sum(isinstance(item.prompt, str) for item in asked)
+    if texts and template_source(opened.coder.tokenizer, None) is not None:
+        which = "the prompts are texts" if texts == len(asked) else f"{texts:,} of {len(asked):,} prompts are texts"
+        _say(options, f"note: {which}, and go on without this model's chat template; --as-chat makes messages of them")
+    return opened
 
 
 # ---------------------------------------------------------------------------------------------- what is shown

@@ -20,10 +20,10 @@ from pydantic.fields import FieldInfo
 import dpo_jax
 from dpo_jax.config import completion
 from dpo_jax.config.console import COMMANDS, program
-from dpo_jax.config.elsewhere import answer_to
+from dpo_jax.config.elsewhere import advice, another_kind
 from dpo_jax.config.rules import ADAPTER_RATE, IGNORED, RULES, best_problem, only_merged
 from dpo_jax.data.settings import BatchSettings, DataSettings
-from dpo_jax.errors import UserError, nearest, printable, redacted, short
+from dpo_jax.errors import UserError, printable, redacted, short
 from dpo_jax.evaluation.settings import EvaluationSettings
 from dpo_jax.files import digest_of
 from dpo_jax.hf.settings import ExportSettings
@@ -210,22 +210,9 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _advice(key: str) -> str:
-    """What to do about a key that is no setting."""
-    name, parent = key.rsplit(".", 1)[-1], key.rsplit(".", 1)[0]
-    if parent != key and parent in FIELDS:
-        return f"{parent} takes {allowed(FIELDS[parent])}, not a block"
-    if same := [known for known in FIELDS if known.rsplit(".", 1)[-1] == name]:
-        return f"no such setting; did you mean {' or '.join(same)}?"
-    if answer := answer_to(name):
-        return f"no such setting; here it is {answer}" if answer in FIELDS else f"no such setting; {answer}"
-    by_name = {known.rsplit(".", 1)[-1]: known for known in FIELDS}
-    near = nearest(key[:80], FIELDS, 0.7) or by_name.get(nearest(name[:80], by_name, 0.7) or "")
-    return f"no such setting; did you mean {near}?" if near else "no such setting; --help lists them all"
-
-
-def _problems(source: GivenSettings, error: ValidationError) -> Iterator[str]:
-    """One line for each setting that is at fault; pydantic reports a union once per member."""
+def problems_of(source: GivenSettings, error: ValidationError, section: str = "") -> Iterator[str]:
+    """One line for each setting that is at fault, of a run or of one section; pydantic reports a union once per
+    member."""
     seen: set[str] = set()
     for detail in error.errors():
         if detail["type"] == "value_error":
@@ -233,7 +220,7 @@ def _problems(source: GivenSettings, error: ValidationError) -> Iterator[str]:
                 key, _, remedy = line.partition(": ")
                 yield _problem(source, key, remedy)
             continue
-        parts = [str(part) for part in detail["loc"]]
+        parts = [section] * bool(section) + [str(part) for part in detail["loc"]]
         key = next((key for key in (".".join(parts[:2]), parts[0]) if key in FIELDS), None)
         if key is None:  # a default of an objective of the caller's own, whose name no setting of ours has
             as_a_list = "give it in the form of a list, as in objective: [{name: mine, slack: 2}]"
@@ -252,6 +239,17 @@ def _problem(source: GivenSettings, key: str, remedy: str) -> str:
     return f"{source.where[key]}: {key}: {_shown(source.values[key])}: {remedy}"
 
 
+def _take_mixture(source: GivenSettings) -> None:
+    """A list of objectives becomes the setting that holds one."""
+    if isinstance(mixture := source.values.get("objective"), tuple):
+        source.values["objective.mixture"] = source.values.pop("objective")
+        source.where["objective.mixture"] = source.where.pop("objective")
+        if not all(isinstance(block, dict) for block in mixture):
+            wanted = "a list of blocks is wanted, such as [{name: sigmoid, weight: 0.8}, {name: sft, weight: 1}]"
+            source.problems.append(f"{source.where['objective.mixture']}: objective: {wanted}")
+            source.values.pop("objective.mixture")
+
+
 def validated(source: GivenSettings) -> Run:
     """The run that settings describe; `source.values` changes on the way.
 
@@ -260,14 +258,8 @@ def validated(source: GivenSettings) -> Run:
     """
     for block in BLOCKS:
         source.gather(block)
+    _take_mixture(source)
     nested: dict[str, Any] = {section: {} for section in SECTIONS}
-    if isinstance(mixture := source.values.get("objective"), tuple):
-        source.values["objective.mixture"] = source.values.pop("objective")
-        source.where["objective.mixture"] = source.where.pop("objective")
-        if not all(isinstance(block, dict) for block in mixture):
-            wanted = "a list of blocks is wanted, such as [{name: sigmoid, weight: 0.8}, {name: sft, weight: 1}]"
-            source.problems.append(f"{source.where['objective.mixture']}: objective: {wanted}")
-            source.values.pop("objective.mixture")
     for key, value in source.values.items():
         if key in FIELDS:
             *section, name = key.split(".")
@@ -276,11 +268,13 @@ def validated(source: GivenSettings) -> Run:
             example = next(known for known in FIELDS if known.startswith(f"{key}."))
             source.problems.append(f"{source.where[key]}: {key}: must be a block of settings, such as {example}")
         elif key not in SECTIONS:
-            source.problems.append(f"{source.where[key]}: {short(key)}: {_advice(key)}")
+            source.problems.append(f"{source.where[key]}: {short(key)}: {advice(key, FIELDS)}")
+    if other := another_kind(source.where, [key for key in source.values if key not in FIELDS], nested):
+        raise UserError(other)
     try:
         run = Run.model_validate(nested, strict=True)
     except ValidationError as error:
-        source.problems += _problems(source, error)
+        source.problems += problems_of(source, error)
     if problems := source.unreadable + source.problems:
         raise UserError(redacted("\n".join(problems)))
     return run
@@ -296,16 +290,17 @@ def load(
 ) -> Run:
     """The run that YAML files (left to right) and overrides (`key=value`, `--key value`, `--key=value`) describe.
 
-    Later ones win. `--help`, `--print-config` and `--print-schema` print and exit. The help also has the lines
-    `options`, of what the command takes beside settings, and of the settings those of `sections`; all, where none are
-    named. `taken` takes out of what is given the settings that are not a run's.
+    Later ones win, and overrides win over files wherever they stand. `--help`, `--print-config` and `--print-schema`
+    print and exit. The help also has the lines `options`, of what the command takes beside settings, and of the
+    settings those of `sections`; all, where none are named. `taken` takes out of what is given the settings that are
+    not a run's.
 
     Raises:
       UserError: one line for each thing that is wrong.
     """
     if completion.ASKED in os.environ:
         completion.of_settings(options)
-    source, shows, rest = GivenSettings(), False, list(argv)
+    source, shows, rest, overrides = GivenSettings(), False, list(argv), []
     while rest:
         word = rest.pop(0)
         if word in ("-h", "--help"):
@@ -321,7 +316,9 @@ def load(
             if not equals and (not rest or rest[0].startswith("--")):
                 source.problems.append(f"{COMMAND_LINE}: {short(word)}: its value is missing; write {short(key)}=VALUE")
             else:
-                source.override(key, value if equals else rest.pop(0))
+                overrides.append((key, value if equals else rest.pop(0)))
+    for key, value in overrides:
+        source.override(key, value)
     taken(source)
     run = validated(source)
     if shows:
@@ -336,7 +333,7 @@ def _help(command: str, options: Sequence[str], sections: Collection[str]) -> st
         COMMANDS[command].says,
         *options,
         "",
-        "Later files and overrides win. Values are YAML; relative paths are relative to the current directory.",
+        "Later files win, and overrides over files. Values are YAML; relative paths start from the current directory.",
         "--print-config prints the settings a run would have, --print-schema a JSON schema for editors.",
     ]
     section = None

@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dpo_jax.data.columns import Columns, listed, sources_of
-from dpo_jax.data.layouts import LAYOUTS, PREFERENCES, RANKS, SCORES, RowLayout
+from dpo_jax.data.columns import KNOWN, Columns, listed, sources_of
+from dpo_jax.data.layouts import LAYOUTS, PREFERENCES, RANKS, SCORES, RowLayout, detected
 from dpo_jax.data.messages import shared_length
+from dpo_jax.errors import nearest
 
 PROMPTS = (
     "question",
@@ -60,7 +61,8 @@ SCORE_FIELDS = (*SCORES, "overall_score", "reward")
 def unread_prompt(row: Mapping[str, Any], layout: RowLayout, columns: Columns) -> str | None:
     """What to say of a row, under its new names, whose prompt seems to be where its detected layout does not look."""
     if layout.name == "implicit":
-        found = [name for name in PROMPTS if _holds_text(row.get(name)) and not _begins_with(row, row[name])]
+        names = [*PROMPTS, *_misspelt(row, "prompt")]
+        found = [name for name in names if _holds_text(row.get(name)) and not _begins_with(row, row[name])]
         either = "or data.layout=implicit if chosen and rejected begin with the prompt themselves"
     elif "prompt" in columns and "instruction" in sources_of(columns["prompt"]):
         found = ["input"] if _holds_text(row.get("input")) else []
@@ -107,7 +109,12 @@ def _begins_with(row: Mapping[str, Any], prompt: object) -> bool:
 
 
 def no_layout(row: Mapping[str, Any]) -> str:
-    """What to say of a file whose rows fit no layout: their columns, the nearest layout, and the mapping to write."""
+    """What to say of a file whose rows fit no layout: their columns, the nearest layout, and the mapping to write.
+
+    Or, where the file is one object around its rows, that these are wanted alone.
+    """
+    if inside := next((name for name, value in row.items() if _objects(value) and detected(value[0])), None):
+        return f"the rows seem to be in the list {inside!r} of this object; write that list alone into a file"
     layout = max((LAYOUTS[name] for name in _ORDER), key=lambda layout: _likeness(row, layout))
     groups = ", ".join(" or ".join(names) for names in layout.columns if names is not PREFERENCES)
     also = ", and with ranks, scores, best or strength" if PREFERENCES in layout.columns else ""
@@ -147,8 +154,15 @@ def _guess(row: Mapping[str, Any], name: str) -> list[str]:
     if name == "prompt" and close[:2] == ["instruction", "input"]:
         return close[:2]
     if name == "prompt" and not close:
-        return [like for like in ("messages", *LIKE["messages"]) if _is_turns(row.get(like))][:1]
-    return close[:1]
+        close = [like for like in ("messages", *LIKE["messages"]) if _is_turns(row.get(like))]
+    return close[:1] or _misspelt(row, name)
+
+
+def _misspelt(row: Mapping[str, Any], name: str) -> list[str]:
+    """The column whose name may be this one, written wrongly."""
+    strange = [str(column) for column, value in row.items() if column not in KNOWN and _suits(value, name)]
+    near = nearest(name, strange, 0.8)
+    return [near] if near else []
 
 
 def _suits(value: object, name: str) -> bool:

@@ -51,7 +51,7 @@ from dpo_jax.data.messages import (
     speaks,
     type_name,
 )
-from dpo_jax.data.report import REVERSED, WEIGHTLESS
+from dpo_jax.data.report import REVERSED, WEIGHTLESS, clean
 from dpo_jax.data.stored import tools_of, unpacked
 
 
@@ -103,9 +103,12 @@ def soft_label(row: Mapping[str, Any]) -> float:
 def hard_label(row: Mapping[str, Any]) -> float:
     """1 for a desirable completion, 0 for an undesirable one."""
     label = need(row, "label")
+    remedy = "give true or 1 (desirable), false or 0 (undesirable)"
+    if isinstance(label, str):
+        raise BadRow("wrong type", f"label is the text {clean(label, 40)!r}; {remedy}")
     value = float(label) if isinstance(label, bool) else number(label, "label")
     if value not in (0, 1):
-        raise BadRow("label out of range", f"label is {value:g}; give true or 1 (desirable), false or 0 (undesirable)")
+        raise BadRow("label out of range", f"label is {value:g}; {remedy}")
     return value
 
 

@@ -186,7 +186,7 @@ class Report:
         head = f"{self.rows:,} rows read: {self.kept:,} kept ({self._contents()}), {self.bad:,} bad{share}, "
         more = f", {self.unranked:,} without preference" if self.unranked else ""
         more += f", {self.joined:,} joined with others into ranked rows" if self.joined else ""
-        lines = [f"{head}{self.too_long:,} too long{more}"]
+        lines = [f"{head}{self.too_long:,} left out as too long{more}"]
         for name, about in self.files.items():
             unused = f"; columns not used: {clean(', '.join(about['unused']))}" if about["unused"] else ""
             known = f"; known as {about['known']}" if "known" in about else ""
@@ -199,6 +199,7 @@ class Report:
         for name, table in self.lengths.items():
             lines.append(f"tokens of {name}: " + ", ".join(f"{key} {value:,.0f}" for key, value in table.items()))
         lines += self._about_template() if self.template else []
+        lines += self._about_labels()
         return lines + ([f"cache: {self.cache}"] if self.cache else [])
 
     def _about_template(self) -> list[str]:
@@ -218,6 +219,14 @@ class Report:
                 "data.as_chat=true makes turns of them"
             )
         return lines
+
+    def _about_labels(self) -> list[str]:
+        """That there is only one kind of what is told apart by labels, where that is so."""
+        told = any(about["layout"] == "unpaired" for about in self.files.values())
+        if not told or self.pairs or self.undesirable not in (0, self.singles) or not self.singles:
+            return []
+        kind, other = ("undesirable", "desirable") if self.undesirable else ("desirable", "undesirable")
+        return [f"warning: all {self.singles:,} completions are {kind}; an objective of labels wants some {other} ones"]
 
     def _contents(self) -> str:
         """What the rows that are kept hold."""
@@ -273,5 +282,6 @@ class Report:
 
     def _largest(self, *effects: str) -> str:
         kinds = [kind for effect in effects for kind in self._of(effect)]
-        largest = sorted(kinds, key=lambda kind: -self.counts[kind])[:4]
-        return "; ".join(f"{self.counts[kind]:,} {kind} (first: {self.examples[kind][0]})" for kind in largest)
+        kinds = sorted(kinds, key=lambda kind: -self.counts[kind])
+        shown = [f"{self.counts[kind]:,} {kind} (first: {self.examples[kind][0]})" for kind in kinds[:4]]
+        return "; ".join(shown + [f"{self.counts[kind]:,} {kind}" for kind in kinds[4:]])

@@ -5,13 +5,13 @@ A source is one of:
     FILE                                    rows (see readers.py)
     FOLDER, FOLDER:SPLIT,                   files of rows; the splits are those that `datasets` sees: by the `configs`
     FOLDER:CONFIGURATION:SPLIT              of README.md or the names of the files; of several one is to be named
-    FOLDER, FOLDER:SPLIT                    what `datasets` saved; SPLIT is `train` unless given
+    FOLDER, FOLDER:SPLIT                    what `datasets` saved; of several splits one is to be named
     NAME, NAME:SPLIT,                       a data set of the Hub; SPLIT is `train`, or what known.py says of the set,
     NAME:CONFIGURATION:SPLIT                unless given, and may be a slice: `train[:100]`
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,13 +110,23 @@ def _folder(path: Path, split: str | None, source: str) -> list[SourceTable]:
     splits = _splits(path, source)
     if not splits:
         raise UserError(f"{clean(source)}: the folder holds no {', '.join(SUFFIXES)} file; name the right folder")
-    if split is None and len(splits) == 1:
-        split = next(iter(splits))
-    if split not in splits:
+    return [_file(file, str(file)) for file in splits[_split(path, split, splits, source)]]
+
+
+def _split(path: Path, split: str | None, splits: Iterable[str], source: str) -> str:
+    """The split that is meant: the one that is named, or the only one.
+
+    Raises:
+      UserError: there is no such split, or there are several and none is named.
+    """
+    known = list(map(str, splits))
+    if split is None and len(known) == 1:
+        return known[0]
+    if split is None or split not in known:
         what = "holds several splits" if split is None else f"no split {clean(split)!r}"
-        names = ", ".join(clean(f"{path}:{name}", 400) for name in splits)
-        raise UserError(f"{clean(source)}: {what}; give {'one of ' * (len(splits) > 1)}{names}")
-    return [_file(file, str(file)) for file in splits[split]]
+        names = ", ".join(clean(f"{path}:{name}", 400) for name in known)
+        raise UserError(f"{clean(source)}: {what}; give {'one of ' * (len(known) > 1)}{names}")
+    return split
 
 
 def _splits(path: Path, source: str) -> dict[str, list[Path]]:
@@ -177,11 +187,7 @@ def _saved(path: Path, source: str, split: str | None) -> SourceTable:
         raise UserError(f"{clean(source)}: not a folder that datasets can read: {clean(str(error))}") from error
     if isinstance(found, datasets.Dataset):
         return _dataset(found, source)
-    if (split or "train") not in found:
-        raise UserError(
-            f"{clean(source)}: no split {clean(split or 'train')!r}; give one of {', '.join(map(str, found))}"
-        )
-    return _dataset(found[split or "train"], source)
+    return _dataset(found[_split(path, split, found, source)], source)
 
 
 def _hub(source: str, name: str, configuration: str | None, split: str | None) -> SourceTable:

@@ -117,7 +117,10 @@ def _chosen(settings: AdapterSettings, known: list[Module], kind: str) -> list[M
         pattern = _compiled("adapter.targets", targets)
         found = [one for one in known if pattern.fullmatch(one.path)]
         if not found:
-            raise UserError(f"adapter.targets: {targets!r} matches no module; paths are such as {known[0].path}")
+            raise UserError(
+                f"adapter.targets: {targets!r} is a regular expression that matches no module; paths are such as "
+                f"{known[0].path}" + f"; several names are a list: [{targets}]" * ("," in targets)
+            )
         return found
     names = (targets,) if isinstance(targets, str) else targets
     if PEFT_DEFAULT in names and kind not in PEFT_TARGETS:

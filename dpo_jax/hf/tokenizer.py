@@ -127,8 +127,11 @@ def _try_whole(folder: str) -> None:
 def _template(path: Path) -> str:
     try:
         return path.read_text("utf-8")
+    except FileNotFoundError:
+        remedy = "give a Jinja file, or leave it out for the model's own"
+        raise UserError(f"data.template: {path}: no such file; {remedy}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"chat template {path} cannot be read ({one_line(error)}); give a Jinja file") from error
+        raise UserError(f"data.template: {path} cannot be read ({one_line(error)}); give a Jinja file") from error
 
 
 class GenerationSettings(NamedTuple):

@@ -51,7 +51,7 @@ def test_a_pair_is_shown_with_its_source_its_parts_and_its_ends(tmp_path):
     assert "prompt: 22 tokens, not scored\n⟦<|im_start|>⟧user\nHi?⟦<|im_end|>⟧\n⟦<|im_start|>⟧assistant\n" in text
     assert "chosen: 3 tokens, all scored\nYo⟦<|im_end|>⟧\n" in text
     assert "rejected: 3 tokens, all scored\nNo⟦<|im_end|>⟧\n" in text
-    assert "1 rows read: 1 kept (1 pairs), 0 bad, 0 too long" in text
+    assert "1 rows read: 1 kept (1 pairs), 0 bad, 0 left out as too long" in text
 
 
 @pytest.mark.parametrize("terminal", [False, True])

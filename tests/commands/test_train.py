@@ -273,6 +273,29 @@ def test_a_model_alone_says_which_answer_it_finds_more_likely_and_nothing_of_rew
     assert "--beta is of rewards, which need a --reference" in capsys.readouterr().err
 
 
+def test_evaluate_takes_settings_of_data_as_its_messages_advise_them(world, finished, tmp_path, capsys):
+    rows = [json.loads(line) for line in (world / "eval.jsonl").read_text().splitlines()]
+    names = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps({names[name]: row[name] for name in names}) + "\n" for row in rows))
+    model, capsys_text = str(finished / "model"), capsys.readouterr
+    assert evaluate.main([model, str(world / "eval.jsonl"), "--json"]) == 0
+    expected = json.loads(capsys_text().out)
+    assert evaluate.main([model, str(mine), "--json"]) == 2
+    said = capsys_text().err
+    mapping = "data.columns={prompt: question, chosen: good, rejected: bad}"
+    assert f"write {mapping}, or" in said
+    assert evaluate.main([model, str(mine), mapping, "--json"]) == 0
+    assert json.loads(capsys_text().out) == expected
+    wrong = ["data.layot=pair", "data.train=x", "optimizer.learning_rate=1", "model.remat=foo"]
+    assert evaluate.main([model, str(mine), *wrong]) == 2
+    lines = [line.removeprefix("error: command line: ") for line in capsys_text().err.splitlines()]
+    assert lines[0] == "data.layot: no such setting; did you mean data.layout?"
+    assert lines[1] == "data.train: give it as PAIRS"
+    assert lines[2] == "optimizer.learning_rate: is not used here; leave it out"
+    assert lines[3].startswith('model.remat: "foo": must be one of auto')
+
+
 def test_evaluate_measures_what_training_measured(world, finished, capsys):
     argv = [str(finished / "model"), str(world / "eval.jsonl"), "--reference", str(world / "model"), "--json"]
     assert evaluate.main(argv) == 0

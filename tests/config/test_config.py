@@ -200,6 +200,11 @@ BAD = {
     "empty list": (("[a.jsonl, \"b.jsonl\"]", "[]"), ":5: data.train: ", "at least one"),
     "missing": (("output: runs/tiny", ""), ": output: ", "not given: folder of everything"),
     "given twice": (("seed: 7", "steps: 7"), ":19: steps: ", "is given twice, first at bad.yaml:18"),
+    "given twice, once dotted": (
+        ("seed: 7", "objective.beta: 0.3"),
+        ":19: objective.beta: ",
+        "is given twice, first at bad.yaml:10",
+    ),
     "section twice": (("seed: 7", "model: {}"), ":19: model: ", "is given twice, first at bad.yaml:2"),
     "anchor": (("steps: 100", "steps: &a 100"), ":18: ", "anchors and aliases"),
     "alias": (("seed: 7", "seed: *a"), ":19: ", "anchors and aliases"),
@@ -405,8 +410,45 @@ def test_what_is_wrong_with_a_mixture_is_named_with_its_block(good, text, remedy
 
 
 def test_a_mixture_beside_settings_of_one_objective_is_refused(good):
-    (line,) = problems(good, "objective=[{name: sigmoid}, {name: sft}]")
-    assert line.startswith("run.yaml:10: objective.beta: 0.2: stands beside a list of objectives")
+    Path("run.yaml").write_text(GOOD.replace("  beta: 0.2", "- {name: sigmoid}\n- {name: sft}\nobjective.beta: 0.2"))
+    (line,) = problems(good)
+    assert line.startswith("run.yaml:12: objective.beta: 0.2: stands beside a list of objectives")
+
+
+def test_what_takes_the_place_of_a_section_ends_what_was_given_of_it(good):
+    mixture = config.load([good, "objective=[{name: sigmoid}, {name: sft}]"]).objective
+    assert (
+        mixture
+        == config.load(
+            ["model.path=m", "data.train=d", "output=o", "objective=[{name: sigmoid}, {name: sft}]"]
+        ).objective
+    )
+    assert config.load([good, "objective=null"]).objective == plain_run().objective
+    assert config.load([good, "objective=null", "objective.beta=0.7"]).objective.beta == 0.7
+    Path("more.yaml").write_text("evaluation: null\n")
+    assert config.load([good, "more.yaml"]).evaluation == plain_run("data.eval=e").evaluation
+
+
+def test_an_override_wins_over_files_wherever_it_stands(good):
+    orders = (["seed=3", good], [good, "seed=3"], ["--seed", "3", good], ["seed=2", good, "seed=3"])
+    assert [config.load(argv).seed for argv in orders] == [3] * 4
+
+
+def test_a_config_of_another_command_or_trainer_is_told_as_a_whole(good):
+    Path("rounds.yaml").write_text(GOOD + "rounds: {number: 3, prompts: p.jsonl, judge: rule}\n")
+    (line,) = problems("rounds.yaml")
+    assert line.startswith("rounds.yaml:21: rounds.number: is of the command rounds; run it with ")
+    Path("trl.yaml").write_text("model_name_or_path: m\ndataset_name: d\noutput_dir: o\nbeta: 0.1\n")
+    (line,) = problems("trl.yaml")
+    assert line.startswith("trl.yaml: has settings of another trainer (model_name_or_path, dataset_name, output_dir, ")
+    assert line.endswith("config trl.yaml writes the file that is wanted")
+    names = ["model_name_or_path=m", "output_dir=o", "dataset_name=d"]  # a few of their names in a run of ours
+    assert len(problems(good, *names)) == 3
+
+
+def test_a_name_that_a_section_has_in_a_longer_form_is_looked_for_there_first():
+    (line,) = problems("model.path=m", "data.train=d", "output=o", "model.dtype=bfloat16")
+    assert line.endswith("did you mean model.compute_dtype or model.gradient_dtype?")
 
 
 @pytest.mark.parametrize("name", ["dpo", "R-DPO", "Bradley_Terry", "nll"])

@@ -184,6 +184,18 @@ def test_mostly_empty_prompts_are_refused_unless_the_layout_is_given(tmp_path):
             "the nearest is messages, with messages: write data.columns={messages: conversations}",
         ),
         (
+            {"prompt": "a", "chosen": "b", "reject": "c"},
+            "the nearest is pair, with prompt, chosen, rejected: write data.columns={rejected: reject}",
+        ),
+        (
+            {"version": 1, "data": [{"prompt": "a", "chosen": "b", "rejected": "c"}]},
+            "the rows seem to be in the list 'data' of this object; write that list alone into a file",
+        ),
+        (
+            {"promt": "a", "chosen": "b", "rejected": "c"},
+            "promt seems to be the prompt and is not read; write data.columns={prompt: promt}, or data.layout=implicit",
+        ),
+        (
             {"odd one": 1, "x": 2},
             "columns odd one, x fit no layout; the nearest is pair, with prompt, chosen, rejected: write data.columns="
             "{prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}, where COLUMN stands for a name of yours",

@@ -211,7 +211,7 @@ def test_a_known_set_goes_through_the_tokenizer_and_the_report_says_what_it_is(t
     assert (encoded.num_units, encoded.num_pairs, report.kept) == (6, 12, 6)
     lines = report.lines()
     assert lines[0] == (
-        "39 rows read: 6 kept (12 pairs), 0 bad, 0 too long, 18 without preference, "
+        "39 rows read: 6 kept (12 pairs), 0 bad, 0 left out as too long, 18 without preference, "
         "15 joined with others into ranked rows"
     )
     assert lines[1].startswith(f"{path}: 39 rows, layout tree; known as OpenAssistant/oasst1; columns not used: ")

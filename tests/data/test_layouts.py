@@ -86,6 +86,11 @@ def test_an_undesirable_completion_has_label_0(label):
     assert pair == Pair(0, 0, 3.0, 0.0, 0.0)
 
 
+def test_a_label_that_is_a_text_is_refused_with_what_it_may_be():
+    with pytest.raises(BadRow, match=r"label is the text 'good'; give true or 1 \(desirable\), false or 0"):
+        one({"prompt": "p", "completion": "c", "label": "good"})
+
+
 DETECTED = [  # columns, and what they were read as before there were single completions: that stays
     ("prompt chosen rejected completion label messages", "pair"),
     ("chosen rejected messages label", "implicit"),

@@ -151,11 +151,16 @@ def test_parquet_arrow_and_saved_data_sets_give_the_same_rows(tmp_path):
     def found(source):
         return [(record.prompt, record.completions) for record in records(source)]
 
-    assert found(tmp_path / "rows.parquet") == found(arrow) == found(tmp_path / "both") == expected
+    assert found(tmp_path / "rows.parquet") == found(arrow) == found(f"{tmp_path / 'both'}:train") == expected
     assert found(f"{tmp_path / 'both'}:test") == expected[1:]
     assert found(tmp_path / "saved") == expected[::-1]
-    with pytest.raises(UserError, match="no split 'dev'; give one of train, test"):
-        found(f"{tmp_path / 'both'}:dev")
+    both = f"{tmp_path / 'both'}"
+    for source, what in ((f"{both}:dev", "no split 'dev'"), (both, "holds several splits")):
+        with pytest.raises(UserError) as caught:
+            found(source)
+        assert str(caught.value) == f"{source}: {what}; give one of {both}:train, {both}:test"
+    datasets.DatasetDict(dev=data).save_to_disk(str(tmp_path / "one"))
+    assert found(tmp_path / "one") == expected
 
 
 def test_arrow_files_with_a_footer_and_texts_that_are_not_utf8(tmp_path):
