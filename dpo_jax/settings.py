@@ -4,9 +4,11 @@ Imports neither jax nor transformers.
 """
 
 import dataclasses
+import json
 import numbers
 import os
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
@@ -18,7 +20,7 @@ import yaml.composer
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
-from dpo_jax.errors import COMMAND_LINE, UserError, nearest, short
+from dpo_jax.errors import COMMAND_LINE, UserError, nearest, printable, short
 
 
 class Section(BaseModel):
@@ -244,3 +246,16 @@ def allowed(field: FieldInfo) -> str:
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     limits = [(sign, getattr(rule, name, None)) for rule in field.metadata for name, sign in signs.items()]
     return _kind(field.annotation, " and".join(f" {sign} {limit}" for sign, limit in limits if limit is not None))
+
+
+def shown(value: object) -> str:
+    """A value as a message has it: as JSON, on one line, not too long."""
+    text = printable(json.dumps(value, ensure_ascii=False, default=str))
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def described(key: str, field: FieldInfo) -> list[str]:
+    """A setting in lines of help: its name, what it takes, its default, and what it means."""
+    default = "required" if field.is_required() else f"default {shown(field.get_default(call_default_factory=True))}"
+    about = textwrap.wrap(field.description or "", 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return [f"  {key}  ({allowed(field)}; {default})", *about]

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from pydantic.fields import FieldInfo  # noqa: E402
 
 from dpo_jax import recipes  # noqa: E402
+from dpo_jax.config import rounds  # noqa: E402
 from dpo_jax.config import run as config  # noqa: E402
 from dpo_jax.config.console import COMMANDS  # noqa: E402
 from dpo_jax.errors import UserError  # noqa: E402
@@ -46,11 +47,12 @@ HOW = """\
 
 ## Settings
 
-A run's settings are one YAML file or several, of which later ones win, and `section.key=value` after them. A key may
-also be written with its section, as in `batch.pairs: 16`. Relative paths are relative to the current directory. All
-that is wrong is reported at once, each in a line with its place, the value and what to do; what is unknown is refused
-with the nearest name, also by the names that other trainers have. `train --help` prints this list, `--print-config` the
-settings that a run would have, and `--print-schema` a JSON schema for editors.
+A run's settings are one YAML file or several, of which later ones win, and `section.key=value`, which win over files.
+A key may also be written with its section, as in `batch.pairs: 16`; null, or a list of objectives, in place of a whole
+section ends what an earlier file gave of it. Relative paths are relative to the current directory. All that is wrong is
+reported at once, each in a line with its place, the value and what to do; what is unknown is refused with the nearest
+name, also by the names that other trainers have. `train --help` prints this list, `--print-config` the settings that a
+run would have, and `--print-schema` a JSON schema for editors.
 """
 MEASURES = """\
 # Metrics
@@ -109,7 +111,7 @@ def recipe_rows() -> list[tuple[str, ...]]:
 
 def setting_row(key: str, field: FieldInfo) -> tuple[str, ...]:
     """A setting: what it takes, its default as YAML has it, and what it means."""
-    default = "required" if field.is_required() else code(json.dumps(field.default))
+    default = "required" if field.is_required() else code(json.dumps(field.get_default(call_default_factory=True)))
     return code(key), cell(allowed(field)), default, cell(field.description or "")
 
 
@@ -122,6 +124,10 @@ def settings_page() -> str:
         rows = [setting_row(key, field) for key, field in config.FIELDS.items() if key.rpartition(".")[0] == section]
         parts += [f"\n### {section or 'run'}\n\n{inspect.cleandoc(kind.__doc__ or '')}\n\n"]
         parts += [table(("setting", "takes", "default", "means"), *rows)]
+    rows = [setting_row(key, field) for key, field in rounds.FIELDS.items()]
+    about = inspect.cleandoc(rounds.RoundsSettings.__doc__ or "")
+    parts += [f"\n### {rounds.BLOCK}, of the command `rounds` alone\n\n{about}\n\n"]
+    parts += [table(("setting", "takes", "default", "means"), *rows)]
     return "".join(parts)
 
 

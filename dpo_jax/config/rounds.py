@@ -3,9 +3,6 @@
 Imports neither jax nor transformers.
 """
 
-import textwrap
-import types
-import typing
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -15,7 +12,7 @@ from dpo_jax.config import run as config
 from dpo_jax.errors import nearest, printable, short
 from dpo_jax.evaluation.judges.settings import JudgeSettings
 from dpo_jax.evaluation.settings import CollectSettings
-from dpo_jax.settings import GivenSettings, Section, allowed
+from dpo_jax.settings import GivenSettings, allowed, described
 
 BLOCK = "rounds"
 
@@ -37,6 +34,9 @@ class RoundsSettings(CollectSettings):
     )
 
 
+FIELDS = {f"{BLOCK}.{name}": field for name, field in RoundsSettings.model_fields.items() if name != "judge"}
+FIELDS |= {f"{BLOCK}.judge.{name}": field for name, field in JudgeSettings.model_fields.items()}
+"""Every setting of the block, by its full name."""
 TAKEN_CARE_OF = {
     "data.train": "each round trains on what it has collected; leave it out",
     "reference.path": "rounds.reference says which model it is: start or first; leave it out",
@@ -115,17 +115,5 @@ def _problem(source: GivenSettings, where: dict[str, str], detail: Any) -> str:
 
 def _help() -> list[str]:
     """The settings of the block, in lines."""
-    lines = ["", f"{BLOCK}: {RoundsSettings.__doc__}"]
-    for prefix, section in ((f"{BLOCK}.", RoundsSettings), (f"{BLOCK}.judge.", JudgeSettings)):
-        for name, field in section.model_fields.items():
-            if _is_section(field.annotation):
-                continue
-            default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)}"
-            lines.append(f"  {prefix}{name}  ({default})")
-            lines += textwrap.wrap(field.description or "", 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return lines
-
-
-def _is_section(annotation: object) -> bool:
-    kinds = typing.get_args(annotation) if typing.get_origin(annotation) is types.UnionType else (annotation,)
-    return any(isinstance(kind, type) and issubclass(kind, Section) for kind in kinds)
+    lines = (line for key, field in FIELDS.items() for line in described(key, field))
+    return ["", f"{BLOCK}: {RoundsSettings.__doc__}", *lines]

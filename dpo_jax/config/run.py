@@ -8,7 +8,6 @@ import functools
 import json
 import os
 import sys
-import textwrap
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from dpo_jax.config.console import COMMANDS, program
 from dpo_jax.config.elsewhere import advice, another_kind
 from dpo_jax.config.rules import ADAPTER_RATE, IGNORED, RULES, best_problem, only_merged
 from dpo_jax.data.settings import BatchSettings, DataSettings
-from dpo_jax.errors import UserError, printable, redacted, short
+from dpo_jax.errors import UserError, redacted, short
 from dpo_jax.evaluation.settings import EvaluationSettings
 from dpo_jax.files import digest_of
 from dpo_jax.hf.settings import ExportSettings
@@ -32,7 +31,7 @@ from dpo_jax.objectives import terms
 from dpo_jax.objectives.settings import ObjectiveSettings, as_written
 from dpo_jax.processes.settings import DistributedSettings
 from dpo_jax.reporting.settings import AlarmSettings, LogSettings
-from dpo_jax.settings import COMMAND_LINE, GivenSettings, Section, allowed
+from dpo_jax.settings import COMMAND_LINE, GivenSettings, Section, allowed, described, shown
 from dpo_jax.training.settings import CheckpointSettings, OptimizerSettings, ReferenceSettings, fitting_mode
 
 
@@ -205,11 +204,6 @@ def _given(run: Run, key: str) -> bool:
     return name in getattr(run, section).model_fields_set and value is not None and value is not False
 
 
-def _shown(value: object) -> str:
-    text = printable(json.dumps(value, ensure_ascii=False, default=str))
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def problems_of(source: GivenSettings, error: ValidationError, section: str = "") -> Iterator[str]:
     """One line for each setting that is at fault, of a run or of one section; pydantic reports a union once per
     member."""
@@ -236,7 +230,7 @@ def _problem(source: GivenSettings, key: str, remedy: str) -> str:
     if key not in source.values:
         what = FIELDS[key].description if FIELDS[key].is_required() else remedy
         return f"{source.origin}: {key}: not given: {what}"
-    return f"{source.where[key]}: {key}: {_shown(source.values[key])}: {remedy}"
+    return f"{source.where[key]}: {key}: {shown(source.values[key])}: {remedy}"
 
 
 def _take_mixture(source: GivenSettings) -> None:
@@ -347,9 +341,7 @@ def _help(command: str, options: Sequence[str], sections: Collection[str]) -> st
                 "",
                 f"{section}: {getattr(Run.model_fields[section].annotation, '__doc__', '')}" if section else "run:",
             ]
-        default = "required" if field.is_required() else f"default {_shown(field.default)}"
-        lines.append(f"  {key}  ({allowed(field)}; {default})")
-        lines += textwrap.wrap(field.description or "", 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += described(key, field)
     return "\n".join(lines)
 
 
@@ -405,7 +397,7 @@ def changed_mathematics(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[
     keys = [key for key in {**dict.fromkeys(FIELDS), **before, **after} if key not in KEEPS_MATHEMATICS]
     default = {key: None if field.is_required() else field.default for key, field in FIELDS.items()}
     pairs = ((key, before.get(key, default.get(key)), after.get(key, default.get(key))) for key in keys)
-    return [redacted(f"{key}: {_shown(a)} -> {_shown(b)}") for key, a, b in pairs if a != b]
+    return [redacted(f"{key}: {shown(a)} -> {shown(b)}") for key, a, b in pairs if a != b]
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:

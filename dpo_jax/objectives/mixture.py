@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt32
 
+from dpo_jax.errors import UserError
 from dpo_jax.objectives.pairs import LossOutput, Pairs, Scalar
 from dpo_jax.objectives.pairwise import desensitized, policy_weights
 from dpo_jax.objectives.table import OBJECTIVES
@@ -137,11 +138,26 @@ def _outcome(term: Term, pairs: Pairs, progress: Progress) -> LossOutput:
     if term.row.remembers:
         settings["memory"] = progress.memory
     found = term.row.function(seen, **settings)
+    _check(term, found, jnp.shape(pairs.policy_chosen))
     weight = seen.weight
     if term.weighting != "none":
         weight = weight * policy_weights(seen, clamped=term.weighting == "wpo_clamped")
     losses = jnp.where(pairs.real, weight * found.losses, 0.0)
     return found._replace(losses=losses, margins=jax.lax.stop_gradient(found.margins))
+
+
+def _check(term: Term, found: Any, shape: tuple[int, ...]) -> None:
+    """Refuse what a function of the caller's own gives that is no loss of each pair: a sum would be taken for each.
+
+    Raises:
+      UserError: names the objective and what is wanted.
+    """
+    wanted = f"objective {term.name!r}: its function gives"
+    if not isinstance(found, LossOutput):
+        raise UserError(f"{wanted} {type(found).__name__}, not dpo_jax.objectives.pairs.LossOutput(losses, margins)")
+    for name in ("losses", "margins"):
+        if (given := jnp.shape(getattr(found, name))) != shape:
+            raise UserError(f"{wanted} {name} of shape {given}; one for each pair is wanted, of shape {shape}")
 
 
 def _stand_in(term: Term) -> Term:

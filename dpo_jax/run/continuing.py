@@ -75,7 +75,7 @@ class Past:
             raise UserError(
                 "\n".join(
                     f"output: {self.folder} holds a run with another setting, {change}; change it back, name another "
-                    f"output, or {_accept(_key(change))}"
+                    f"output, or {_accept(run, *map(_key, changes))}"
                     for change in changes
                 )
             )
@@ -121,7 +121,7 @@ class Past:
         raise UserError(
             f"output: {self.folder} holds a run whose {DATA} was {self.facts[DATA][:9]} and is now {facts[DATA][:9]} "
             f"({pairs}): its steps so far would have seen other pairs; restore the data, name another output, or "
-            f"{_accept('data.train')}"
+            f"{_accept(run, 'data.train')}"
         )
 
     def _check_length(self, run: Run, facts: Mapping[str, Any]) -> str | None:
@@ -142,7 +142,7 @@ class Past:
         other = "objective.beta_end" if scheduled else f"optimizer.schedule={run.optimizer.schedule}"
         raise UserError(
             f"output: {self.folder} holds a run of {before:,} steps; with {now:,}, under {other}, the {made:,} steps "
-            f"already made would have been others; change it back, name another output, or {_accept('steps')}"
+            f"already made would have been others; change it back, name another output, or {_accept(run, 'steps')}"
         )
 
 
@@ -150,8 +150,9 @@ def _key(change: str) -> str:
     return change.split(":")[0]
 
 
-def _accept(key: str) -> str:
-    return f"accept it with checkpoint.allow_change=[{key}]"
+def _accept(run: Run, *keys: str) -> str:
+    """The setting that accepts changes of these, and still those that it accepts now."""
+    return f"accept it with checkpoint.allow_change=[{', '.join(dict.fromkeys([*run.checkpoint.allow_change, *keys]))}]"
 
 
 def _allows(run: Run, *names: str) -> bool:

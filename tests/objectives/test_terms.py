@@ -4,13 +4,16 @@ import inspect
 import math
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from dpo_jax.objectives.pairs import LossOutput
+from dpo_jax.errors import UserError
+from dpo_jax.objectives.mixture import objective_loss
+from dpo_jax.objectives.pairs import LossOutput, make_pairs
 from dpo_jax.objectives.settings import SETTINGS, ObjectiveSettings
-from dpo_jax.objectives.table import KNOWN_AS, MODIFIERS, OBJECTIVES, RECIPES, SCHEDULED, Setting
+from dpo_jax.objectives.table import KNOWN_AS, MODIFIERS, OBJECTIVES, RECIPES, SCHEDULED, Objective, Setting
 from dpo_jax.objectives.terms import data_of, make_terms, names, takes, with_defaults
 from tests.support.formulas import RECIPE_FORMULAS
 from tests.support.steps import PAIRS, by_name, evaluate, exact, numbers, random_step
@@ -261,3 +264,24 @@ def test_every_setting_of_the_table_is_one_of_the_command():
 
 
 BOUNDS = (0.0, 1e-9, 0.4999, 0.5, 0.9999, 1.0, 7.0)
+
+
+@pytest.mark.parametrize(
+    ("gives", "words"),
+    [
+        (lambda pairs: pairs.policy_chosen, "gives .*, not dpo_jax.objectives.pairs.LossOutput"),
+        (
+            lambda pairs: LossOutput(pairs.policy_chosen.sum(), pairs.policy_chosen),
+            r"gives losses of shape \(\); one for each",
+        ),
+        (
+            lambda pairs: LossOutput(pairs.policy_chosen, pairs.policy_chosen[:1]),
+            r"gives margins of shape \(1,\); .* \(3,\)",
+        ),
+    ],
+)
+def test_a_function_of_ones_own_that_gives_no_loss_of_each_pair_is_refused(monkeypatch, gives, words):
+    """A sum over the step would have been taken for the loss of each of its pairs."""
+    monkeypatch.setitem(OBJECTIVES, "mine", Objective(value=gives, equation="", paper="", reference="unused"))
+    with pytest.raises(UserError, match=f"objective 'mine': its function {words}"):
+        objective_loss("mine", make_pairs(jnp.zeros(3), jnp.zeros(3)))

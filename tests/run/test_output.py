@@ -76,6 +76,10 @@ def test_a_run_that_learned_something_is_held_to_its_settings_and_facts_and_no_o
     with pytest.raises(UserError, match="another setting, seed: 7 -> 0"):
         past.check_settings(first)
     past.check_settings(first.model_copy(update={"checkpoint": CheckpointSettings(allow_change=("seed",))}))
+    accepting = CheckpointSettings(allow_change=("data.train",))
+    changed = first.model_copy(update={"checkpoint": accepting})
+    with pytest.raises(UserError, match=r"accept it with checkpoint.allow_change=\[data.train, seed\]"):
+        past.check_settings(changed)
 
 
 @pytest.mark.parametrize(
