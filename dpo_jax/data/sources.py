@@ -187,7 +187,7 @@ def _saved(path: Path, source: str, split: str | None) -> SourceTable:
         raise UserError(f"{clean(source)}: not a folder that datasets can read: {clean(str(error))}") from error
     if isinstance(found, datasets.Dataset):
         return _dataset(found, source)
-    return _dataset(found[_split(path, split, found, source)], source)
+    return _dataset(found[_split(path, split, map(str, found), source)], source)
 
 
 def _hub(source: str, name: str, configuration: str | None, split: str | None) -> SourceTable:

@@ -297,5 +297,9 @@ def test_a_golden_that_is_written_again_is_the_same_to_peft(name, tmp_path):
     ids = load_file(base / "golden.safetensors")["ids"]
     with quiet():
         before, after = told_by_peft(base, folder, ids), told_by_peft(base, tmp_path / "a", ids)
-    # of several scales all but one are multiplied into B, and rounded
-    assert np.abs(before - after).max() <= (2e-5 if name == "qwen3_rank_pattern" else 0)
+    # Where the factors are not written as they were read (several scales, of which all but one are multiplied into B;
+    # several ranks, filled up with zeros; each expert's matrices put together), PEFT's products are added in another
+    # order, which depends on the machine: half of the 2e-4 that any two ways to the same logits may differ by.
+    factors = [load_file(where / "adapter_model.safetensors") for where in (folder, tmp_path / "a")]
+    alike = all(np.array_equal(value, factors[1].get(key)) for key, value in factors[0].items())
+    assert np.abs(before - after).max() <= (0 if alike else 1e-4)
