@@ -36,13 +36,18 @@ def main(argv: Sequence[str]) -> None:
     folder = Path(options.output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{COMMAND_LINE}: --output {folder}: is a file; name a folder")
-    from dpo_jax.evaluation.collecting import collect, read_asked
+    from dpo_jax.evaluation.collecting import collect, facts_of, read_asked
     from dpo_jax.evaluation.judges.opening import check_judge
 
     asked = read_asked(options.prompts, judge)
     model = _adapted(options)
     check_judge(judge)
-    made_by = {**_facts(model), "dtype": options.dtype, "judge": judge.model_dump(mode="json")}
+    made_by = {
+        "model": str(model.base),
+        **facts_of(model),
+        "dtype": options.dtype,
+        "judge": judge.model_dump(mode="json"),
+    }
     with locked(folder, f"{COMMAND_LINE}: --output"):
         result = collect(folder, made_by, asked, settings, lambda: _opened(options, model, judge), _say)
     print(json.dumps(result) if options.json else "\n".join(lines(result, folder)))
@@ -135,16 +140,6 @@ def _adapted(options: argparse.Namespace) -> "Adapted":
     if found.line:
         print(found.line, file=sys.stderr)
     return found
-
-
-def _facts(model: "Adapted") -> dict[str, Any]:
-    """What the answers depend on: the weights and the tokenizer, wherever they lie."""
-    from dpo_jax.evaluation.collecting import model_digest
-    from dpo_jax.files import file_digest
-    from dpo_jax.hf import peft
-
-    adapter = {} if model.adapter is None else {"adapter": file_digest(model.adapter / peft.FILE)}
-    return {"model": str(model.base), "weights": model_digest(model.base), **adapter}
 
 
 def _opened(options: argparse.Namespace, model: "Adapted", judge: JudgeSettings) -> "tuple[Writer, Judge]":

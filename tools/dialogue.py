@@ -1,6 +1,7 @@
 """The paper's dialogue experiment, small (figure 3 of arXiv:2305.18290): win rates over its SFT, by temperature.
 
-    python tools/dialogue.py MODEL TRAIN TEST WORK [--pairs 480] [--prompts 64] [--temperatures 0.25 0.7 1.0]
+    python tools/dialogue.py MODEL TRAIN TEST WORK [--pairs 432] [--prompts 128] [--temperatures 0.25 0.7 1.0]
+        [--dtype bfloat16]
 
 MODEL is a chat model (SmolLM2-135M-Instruct by tools/smollm2.py), TRAIN and TEST are hh-rlhf files. Three stretches of
 TRAIN that have no row in common: on the first the model is fine-tuned on chosen answers (SFT); on the second DPO, and
@@ -71,14 +72,15 @@ def write_stretches(train: Path, work: Path, pairs: int) -> list[Path]:
     return files
 
 
-def train(stage: Stage, model: Path, rows: Path, work: Path) -> None:
-    """Run `dpo_jax.train` to its end.
+def train(stage: Stage, model: Path, rows: Path, work: Path, dtype: str) -> None:
+    """Run `dpo_jax.train` to its end, computing in this dtype.
 
     Raises:
       UserError: it failed.
     """
     start = model if stage.start is None else work / stage.start / "model"
     own = {"model.path": str(start), "data.train": str(rows), "output": str(work / stage.name)}
+    own["model.compute_dtype"] = dtype
     words = [f"{key}={json.dumps(value)}" for key, value in {**SETTINGS, **stage.settings, **own}.items()]
     point = sweeping.Point(stage.name, {}, tuple(words), work / stage.name)
     if code := sweeping.run_all([point], [{}], print)[stage.name]:
@@ -98,6 +100,7 @@ def win_rate(name: str, temperature: float, test: Path, work: Path, options: arg
         "max-samples": options.prompts,
         "max-new-tokens": options.new_tokens,
         "temperature": temperature,
+        "dtype": options.dtype,
         "judge": f"reward:{work / 'reward' / 'model'}",
         "output": work / f"{name}-{temperature}",
     }
@@ -124,16 +127,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name in ("model", "train", "test", "work"):
         parser.add_argument(name, type=Path, metavar=name.upper())
-    parser.add_argument("--pairs", type=int, default=480, help="rows of each of the three stretches")
-    parser.add_argument("--prompts", type=int, default=64, help="prompts of TEST that are answered")
+    parser.add_argument("--pairs", type=int, default=432, help="rows of each of the three stretches")
+    parser.add_argument("--prompts", type=int, default=128, help="prompts of TEST that are answered")
     parser.add_argument("--new-tokens", type=int, default=96, help="longest answer")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.25, 0.7, 1.0])
+    parser.add_argument("--dtype", default="auto", help="to compute in; bfloat16 is fast on CPUs that have it")
     options = parser.parse_args(argv)
     work = options.work
     work.mkdir(parents=True, exist_ok=True)
     files = write_stretches(options.train, work, options.pairs)
     for stage in STAGES:
-        train(stage, options.model, files[stage.stretch], work)
+        train(stage, options.model, files[stage.stretch], work, options.dtype)
     found = {}
     for temperature, name in itertools.product(options.temperatures, COMPARED):
         found[f"{name} at {temperature}"] = win_rate(name, temperature, options.test, work, options)
@@ -142,4 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from dpo_jax.config import run as config
-from dpo_jax.errors import nearest, printable, short
+from dpo_jax.config.rules import only_merged
+from dpo_jax.errors import UserError, nearest, printable, short
 from dpo_jax.evaluation.judges.settings import JudgeSettings
 from dpo_jax.evaluation.settings import CollectSettings
 from dpo_jax.settings import GivenSettings, allowed, described
@@ -42,8 +43,7 @@ TAKEN_CARE_OF = {
     "reference.path": "rounds.reference says which model it is: start or first; leave it out",
     "reference.revision": "rounds.reference says which model it is: start or first; leave it out",
     "export.push": "the rounds' models stay here; push one with python -m dpo_jax.convert push",
-    "adapter.rank": "rounds train whole models; leave the adapter out",
-    "adapter.path": "rounds train whole models; leave the adapter out",
+    "reference.adapter": "rounds.reference says which it is: start or first; leave it out",
     "data.eval_fraction": "a share of what a round collects would be new in each; give rounds.held_out",
 }
 """Settings of a run that the rounds decide, or cannot follow."""
@@ -57,7 +57,26 @@ def load(argv: Sequence[str]) -> tuple[config.Run, RoundsSettings]:
     """
     found: list[RoundsSettings] = []
     run = config.load(argv, BLOCK, options=_help(), taken=lambda source: found.extend(_taken(source)))
+    if run.adapter.used:
+        _check_adapter(run, found[0])
     return run, found[0]
+
+
+def _check_adapter(run: config.Run, settings: RoundsSettings) -> None:
+    """Refuse an adapter that a later round cannot go on from, or be held to.
+
+    Raises:
+      UserError: a line for each reason.
+    """
+    found = []
+    if cause := only_merged(run):
+        found.append(f"adapter: the next round goes on from its folder, which {cause} has none of; leave it out")
+    elif "adapter" not in run.export_kinds:
+        found.append(f"export.kind: {run.export.kind}: the next round goes on from the adapter; give adapter or both")
+    if run.adapter.path is not None and settings.reference == "first":
+        found.append("rounds.reference: first: would be a second adapter beside that of the last round; give start")
+    if found:
+        raise UserError("\n".join(found))
 
 
 def _taken(source: GivenSettings) -> list[RoundsSettings]:

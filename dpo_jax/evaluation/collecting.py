@@ -38,6 +38,8 @@ from dpo_jax.evaluation.winrate import (
     text_of,
 )
 from dpo_jax.files import LOCK, digest_of, file_digest, sweep, write_whole
+from dpo_jax.hf import peft
+from dpo_jax.hf.adapted import Adapted
 from dpo_jax.hf.configs import find_model
 from dpo_jax.hf.tensors import SIDE_FILES, local_folder, weights_digest
 from dpo_jax.hf.tokenizer import load_tokenizer
@@ -88,6 +90,12 @@ def model_digest(folder_or_hub_id: str | Path) -> str:
     folder = find_model(folder_or_hub_id)
     names = sorted(name for name in os.listdir(folder) if name.endswith((".json", ".jinja")) and name != RESULT)
     return digest_of("".join([weights_digest(folder), *(f"{name} {file_digest(folder / name)}" for name in names)]))
+
+
+def facts_of(model: Adapted) -> dict[str, str]:
+    """Digests of all that the answers of a model, and of its adapter, depend on."""
+    adapter = {} if model.adapter is None else {"adapter": file_digest(model.adapter / peft.FILE)}
+    return {"weights": model_digest(model.base), **adapter}
 
 
 def collect(

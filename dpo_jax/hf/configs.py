@@ -61,16 +61,16 @@ def read_spec(folder: str | Path, *, scalar_head: bool | None = None) -> Decoder
     return dataclasses.replace(spec, scalar_head=own if scalar_head is None else scalar_head)
 
 
-def find_model(folder_or_hub_id: str | Path) -> Path:
-    """The folder of a model, or the hub repository of that name, downloaded; one that cannot be read is refused by its
-    small files, before the weights are downloaded.
+def find_model(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model, or the hub repository of that name (and revision), downloaded; one that cannot be read is
+    refused by its small files, before the weights are downloaded.
 
     Raises:
       UserError: it cannot be had, or as `read_spec`.
     """
     if not Path(folder_or_hub_id).expanduser().is_dir():
-        read_spec(local_folder(folder_or_hub_id, SIDE_FILES))
-    return local_folder(folder_or_hub_id)
+        read_spec(local_folder(folder_or_hub_id, SIDE_FILES, revision))
+    return local_folder(folder_or_hub_id, revision=revision)
 
 
 def family_of(folder: Path) -> Family:

@@ -25,7 +25,7 @@ from dpo_jax.evaluation.collecting import (
     collect,
     differences,
     drawn,
-    model_digest,
+    facts_of,
     open_writer,
     prompts_digest,
     read_asked,
@@ -36,6 +36,11 @@ from dpo_jax.evaluation.judging import Contest, Judge, Scorer
 from dpo_jax.evaluation.settings import CollectSettings
 from dpo_jax.evaluation.winrate import Asked, Question
 from dpo_jax.files import sweep, write_whole
+from dpo_jax.hf.adapted import Adapted
+from dpo_jax.hf.configs import find_model
+from dpo_jax.hf.merged import FILES
+from dpo_jax.hf.tensors import local_folder
+from dpo_jax.model.settings import AdapterSettings
 from dpo_jax.run import models, output
 
 RECORD, HELD_OUT, JUDGE = "rounds.json", "held-out", "judge"
@@ -71,9 +76,20 @@ class Rounds:
     def _several(self) -> jax.sharding.Mesh | None:
         return self.mesh if self.mesh.size > 1 else None
 
-    def model(self, number: int) -> str:
-        """Where the model is that a round left; of 0, the first one."""
-        return self.run.model.path if number == 0 else str(self.round_folder(number) / output.MODEL)
+    def model(self, number: int) -> Adapted:
+        """What a round left, a model or an adapter of the first one; of 0, where the first round starts."""
+        if number and not self.run.adapter.used:
+            return Adapted(str(self.round_folder(number) / output.MODEL), None, "")
+        return Adapted(self._base, self.round_folder(number) / output.ADAPTER if number else self._first_adapter, "")
+
+    @functools.cached_property
+    def _base(self) -> str:
+        return str(find_model(self.run.model.path, self.run.model.revision))
+
+    @functools.cached_property
+    def _first_adapter(self) -> Path | None:
+        path, revision = self.run.adapter.path, self.run.adapter.revision
+        return None if path is None else local_folder(path, FILES, revision)
 
     def round_folder(self, number: int) -> Path:
         """The output of a round's run."""
@@ -91,7 +107,8 @@ class Rounds:
         folder.mkdir(parents=True, exist_ok=True)
         start = self.model(number - 1)
         judge = self.settings.judge.model_dump(mode="json")
-        made_by = {"model": start, "weights": model_digest(start), "dtype": self._dtype, "judge": judge}
+        name = self.run.model.path if number == 1 else str(start.adapter or start.base)
+        made_by = {"model": name, **facts_of(start), "dtype": self._dtype, "judge": judge}
         values = {name: getattr(self.settings, name) for name in CollectSettings.model_fields}
         settings = CollectSettings(**{**values, "seed": (self.settings.seed + number - 1) % 2**32})
 
@@ -110,16 +127,20 @@ class Rounds:
         """The settings of a round's run."""
         run, folder = self.run, self.round_folder(number)
         first = self.settings.reference == "first" and number > 1 and run.reference.mode != "none"
-        reference = {"path": run.model.path, "revision": run.model.revision} if first else {}
-        of_hub = {"revision": run.model.revision} if number == 1 else {"revision": None}
-        return run.model_copy(
-            update={
-                "model": run.model.model_copy(update={"path": self.model(number - 1), **of_hub}),
-                "data": run.data.model_copy(update={"train": str(folder / output.COLLECTED / PAIRS)}),
-                "reference": run.reference.model_copy(update=reference),
-                "output": str(folder),
-            }
-        )
+        update = {
+            "data": run.data.model_copy(update={"train": str(folder / output.COLLECTED / PAIRS)}),
+            "output": str(folder),
+        }
+        if number > 1 and run.adapter.used:
+            path, own = str(self.model(number - 1).adapter), {"dropout", "lr_ratio"}
+            update["adapter"] = AdapterSettings(path=path, **run.adapter.model_dump(include=own))
+            update["reference"] = run.reference.model_copy(update={"adapter": "base"} if first else {})
+        elif number > 1:
+            moved = {"path": self.model(number - 1).base, "revision": None}
+            update["model"] = run.model.model_copy(update=moved)
+            reference = {"path": run.model.path, "revision": run.model.revision} if first else {}
+            update["reference"] = run.reference.model_copy(update=reference)
+        return run.model_copy(update=update)
 
     def _prompts(self, number: int) -> Sequence[Asked | Question]:
         count = self.settings.prompts_a_round
@@ -131,8 +152,8 @@ class Rounds:
     def _dtype(self) -> str:
         return models.compute_dtype(self.run.model, self.mesh)
 
-    def _writer(self, model: str) -> Writer:
-        return open_writer(model, dtype=self._dtype, mesh=self._several)
+    def _writer(self, model: Adapted) -> Writer:
+        return open_writer(model.base, dtype=self._dtype, adapter=model.adapter, mesh=self._several)
 
     # ------------------------------------------------------------------------------------------ judging
 
@@ -150,7 +171,7 @@ class Rounds:
         """Greedy answers of a round's model to the held-out prompts; kept, so that they are written once."""
         path, model = self.folder / HELD_OUT / f"{number}.json", self.model(number)
         facts = {
-            "weights": model_digest(model),
+            **facts_of(model),
             "prompts": prompts_digest(self.held_out),
             "max_new_tokens": self.settings.max_new_tokens,
         }

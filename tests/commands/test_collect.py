@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
-from dpo_jax import collect, rounds
+from dpo_jax import collect, rounds, train
 from dpo_jax.data.layouts import detect, to_record
 from tests.commands.test_sample import make
 from tests.support.tiny_rows import write
@@ -89,13 +90,45 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in held if path.is_file()}
 
 
-def test_rounds_go_on_from_each_other_and_finished_ones_are_not_done_again(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    model = make(tmp_path / "tiny")
-    prompts = write(tmp_path / "p.jsonl", *({"prompt": f"{n} and?", "good": "[a-m]"} for n in range(8)))
+def two_rounds(folder: Path) -> tuple[Path, list[str]]:
+    """A small model, and the words that make two rounds of it, each held to the first model."""
+    model = make(folder / "tiny")
+    prompts = write(folder / "p.jsonl", *({"prompt": f"{n} and?", "good": "[a-m]"} for n in range(8)))
     words = [str(ROOT / "configs" / "rounds.yaml"), f"model.path={model}", f"rounds.prompts={prompts}"]
     words += ["rounds.max_new_tokens=3", "rounds.held_out=null", "rounds.number=2", "output=rounds", "batch.pairs=1"]
     words += ["log.tensorboard=false", "rounds.reference=first", "rounds.temperature=2.0", "steps=2", "epochs=null"]
+    return model, words
+
+
+@pytest.mark.parametrize("reference", ["first", "start"])
+def test_rounds_of_an_adapter_are_the_commands_in_turn(tmp_path, monkeypatch, reference):
+    """The second round answers with the first one's adapter, goes on from it, and is held to the base or to it."""
+    monkeypatch.chdir(tmp_path)
+    model, words = two_rounds(tmp_path)
+    adapter = ["adapter.rank=2", "optimizer.learning_rate=0.01", "adapter.lr_ratio=4", "log.report=false"]
+    assert rounds.main([*words, *adapter, f"rounds.reference={reference}"]) == 0
+    last = tmp_path / "rounds" / "round-1" / "adapter"
+    again = [str(model), "--adapter", str(last), "--prompts", str(tmp_path / "p.jsonl"), "--judge", "rule"]
+    again += ["--max-new-tokens", "3", "--temperature", "2.0", "--seed", "1", "--batch-size", "64", "--output", "again"]
+    assert collect.main(again) == 0
+    second = tmp_path / "rounds" / "round-2"
+    pairs = (tmp_path / "again" / "pairs.jsonl").read_bytes()
+    assert (second / "collected" / "pairs.jsonl").read_bytes() == pairs
+    kept = [word for word in words[1:] if not word.startswith(("rounds.", "output=", "model.path="))]
+    config = yaml.safe_load((ROOT / "configs" / "rounds.yaml").read_text())
+    own = {key: value for key, value in config.items() if key not in ("rounds", "output", "model")}
+    (tmp_path / "by_hand.yaml").write_text(yaml.safe_dump(own))
+    by_hand = ["by_hand.yaml", *kept, f"model.path={model}", f"adapter.path={last}", *adapter[1:], "output=by_hand"]
+    by_hand += ["data.train=again/pairs.jsonl", f"reference.adapter={'base' if reference == 'first' else 'start'}"]
+    assert train.main(by_hand) == 0
+    weights = Path("adapter") / "adapter_model.safetensors"
+    assert (second / weights).read_bytes() == (tmp_path / "by_hand" / weights).read_bytes()
+    assert (second / weights).read_bytes() != (last / "adapter_model.safetensors").read_bytes()
+
+
+def test_rounds_go_on_from_each_other_and_finished_ones_are_not_done_again(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, words = two_rounds(tmp_path)
     assert rounds.main(words) == 0
     first = files(tmp_path / "rounds")
     assert {"round-1/collected/pairs.jsonl", "round-2/model/model.safetensors"} <= set(first)

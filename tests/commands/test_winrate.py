@@ -77,6 +77,17 @@ def test_answers_and_verdicts_are_kept_and_nothing_is_done_twice(run, place, mon
     assert always["position_bias"] == differ / 4 and always["calls"] == asked == 2 * differ and differ
 
 
+def test_prompts_that_are_texts_pass_by_a_chat_template_only_with_a_word(run, place):
+    """A chat model that is asked without its template answers as it never would to a person."""
+    write(place / "texts.jsonl", *({"prompt": f"Q{n}", "good": "e"} for n in range(3)), QUESTIONS[0])
+    code, _, err = run(prompts="texts.jsonl")
+    assert code == 0, err
+    note = "note: 3 of 4 prompts are texts, and go on without this model's chat template; --as-chat makes messages of"
+    assert err.count(note) == 2  # of each model
+    assert "note: " not in run("--as-chat", prompts="texts.jsonl")[2]
+    assert "note: " not in run()[2]
+
+
 def test_a_file_of_preferences_is_compared_with_itself(run, place):
     write(place / "pairs.jsonl", CHAT, CHAT)
     with ChatServer(
