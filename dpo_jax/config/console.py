@@ -33,7 +33,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "sample": Command("MODEL", "Ask a model, or a model and its reference side by side."),
     "evaluate": Command(
-        "MODEL PAIRS", "Preference accuracy and reward margin of a model against a reference, or of a reward model."
+        "MODEL PAIRS [data.key=value]",
+        "Preference accuracy and reward margin of a model against a reference, or of a reward model.",
     ),
     "winrate": Command(
         "MODEL BASE --prompts FILE", "How often a model's answers are better than another's, by one judge or several."
