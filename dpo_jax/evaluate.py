@@ -85,7 +85,7 @@ def evaluate(
     from dpo_jax.reporting.journal import Journal
     from dpo_jax.run import compile_cache, models
     from dpo_jax.run.attention_choice import attention_for
-    from dpo_jax.run.data import Packing, check_tokens, read_data
+    from dpo_jax.run.data import Packing, check_tokens, print_for_now, read_data
     from dpo_jax.run.evaluator import Evaluator
     from dpo_jax.run.reference import ReferenceScorer, make_reference
     from dpo_jax.run.sources import find_models
@@ -100,7 +100,7 @@ def evaluate(
     if adapter is not None:  # the same folder without it is another model
         sources = dataclasses.replace(sources, reference_is_policy=False)
     tokenizer = load_tokenizer(sources.policy, rows.template)
-    data = read_data(rows, tokenizer, folder, _silent if quiet else print).examples(wanted.terms, length)
+    data = read_data(rows, tokenizer, folder, _silent if quiet else print_for_now).examples(wanted.terms, length)
     check_tokens(data, read_spec(sources.policy, scalar_head=scalar_head).vocab_size, tokenizer)
     policy = models.load_model(sources.policy, mesh, scalar_head=scalar_head, adapter=adapter)
     weights = Weights(policy.params)

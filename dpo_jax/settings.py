@@ -179,14 +179,14 @@ class GivenSettings:
             inside[name] = value
         self.values[block], self.where[block] = found, where
 
-    def give(self, key: str, value: object, where: str) -> None:
+    def give(self, key: str, value: object, where: str, but: Collection[str] = ()) -> None:
         """Take over a Python value, or every value of a mapping; a list becomes a tuple, a path text, a number of NumPy
-        one of Python."""
+        one of Python. In place of a section it ends what was given before of that, `but` for these keys."""
         if isinstance(value, Mapping):
             for name, inner in value.items():
-                self.give(f"{key}.{name}" if key else str(name), inner, where)
+                self.give(f"{key}.{name}" if key else str(name), inner, where, but)
             return
-        self.values.pop(key, None)
+        self._forget(key, but)
         self.values[key], self.where[key] = _as_setting(value), where
 
     def override(self, key: str, text: str) -> None:

@@ -56,7 +56,7 @@ def run_of(keywords: Mapping[str, Any], files: Sequence[str] = (), *, origin: st
             if key in given:
                 source.problems.append(f"{origin}: {short(key)}: is given twice, as {given[key]} and {name}; keep one")
             given[key] = name
-            source.give(key, inner, origin)
+            source.give(key, inner, origin, given)
     return validated(source)
 
 

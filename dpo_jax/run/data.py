@@ -85,6 +85,12 @@ def read_data(
     return Data(train, held_out, report.bad + report.too_long + report.unranked, tables)
 
 
+def print_for_now(line: str) -> None:
+    """Print a line of a report, but where its cache is, for a command with which that goes."""
+    if not line.startswith("  cache: "):
+        print(line)
+
+
 def examples(encoded: Encoded, terms: tuple[Term, ...], max_length: int) -> Encoded:
     """The data as the objective wants it: pairs, whole rankings, single completions, or chosen answers alone.
 

@@ -23,7 +23,7 @@ from dpo_jax.planning.report import fit_line, scaled, table
 from dpo_jax.reporting.journal import METRICS_FILE, read_records
 from dpo_jax.run import continuing, models, output, program, result, sources
 from dpo_jax.run.continuing import Past
-from dpo_jax.run.data import Data, check_tokens, read_data
+from dpo_jax.run.data import Data, check_tokens, print_for_now, read_data
 from dpo_jax.run.evaluator import read_prompts
 from dpo_jax.run.fitting import room_of
 from dpo_jax.run.prepare import Start, steps_over
@@ -72,19 +72,13 @@ def _read(run: Run, folder: Path, mesh: jax.sharding.Mesh, cache: Path) -> tuple
     how = {"model": run.model, "reference": run.reference, "max_length": length, "scalar_head": scores}
     models.check_models(found, mesh, **how)
     found, tokenizer, _, policy = Start.of(run, found, mesh)
-    data = read_data(run.data, tokenizer, cache, _say_of_data, date=output.template_date(folder), seed=run.seed)
+    data = read_data(run.data, tokenizer, cache, print_for_now, date=output.template_date(folder), seed=run.seed)
     data = data.examples(terms, length)
     check_tokens(data, policy.spec.vocab_size, tokenizer)
     read_prompts(
         run.evaluation, found.policy, dated(tokenizer, date=data.date).tokenizer, run.data.chat_template_kwargs
     )
     return found, data
-
-
-def _say_of_data(line: str) -> None:
-    """Print a line of the report, but where its cache is, which will be gone."""
-    if not line.startswith("  cache: "):
-        print(line)
 
 
 def _length(run: Run, data: Data, found: Sources, past: Past) -> int:

@@ -61,6 +61,12 @@ def test_a_file_is_read_first_and_keywords_win(tmp_path):
     )
     run = keywords.run_of({"beta": 0.5}, [str(file)], origin="fit")
     assert (run.objective.beta, run.objective.name, run.steps) == (0.5, "ipo", 7)
+    mixture = [{"name": "sigmoid"}, {"name": "sft"}]
+    run = keywords.run_of({"objective": mixture}, [str(file)], origin="fit")
+    assert [term.name for term in run.objective.terms] == ["sigmoid", "sft"]
+    assert keywords.run_of({"objective": None}, [str(file)], origin="fit").objective.name == "sigmoid"
+    with pytest.raises(UserError, match="stands beside a list of objectives"):
+        keywords.run_of({"beta": 0.5, "objective": mixture}, [str(file)], origin="fit")
 
 
 def test_all_that_is_wrong_is_said_at_once_in_the_words_of_yaml():
