@@ -294,11 +294,24 @@ def load(
     """
     if completion.ASKED in os.environ:
         completion.of_settings(options)
-    source, shows, rest, overrides = GivenSettings(), False, list(argv), []
+    if not argv:
+        raise UserError(f"{COMMAND_LINE}: no settings; give CONFIG.yaml, such as one that {program('recipes')} lists")
+    source = GivenSettings()
+    shows = _take(source, argv, lambda: _help(command, options, sections or ("", *SECTIONS)))
+    taken(source)
+    run = validated(source)
+    if shows:
+        sys.exit(print(redacted(yaml.safe_dump(dump(run), sort_keys=False)), end=""))
+    return run
+
+
+def _take(source: GivenSettings, argv: Sequence[str], helped: Callable[[], str]) -> bool:
+    """Take over the files, and then the overrides, of a command line; whether it asks to print the settings."""
+    shows, rest, overrides = False, list(argv), []
     while rest:
         word = rest.pop(0)
         if word in ("-h", "--help"):
-            sys.exit(print(_help(command, options, sections or ("", *SECTIONS))))
+            sys.exit(print(helped()))
         if word == "--print-schema":
             sys.exit(print(json.dumps(Run.model_json_schema(), indent=2)))
         if word == "--print-config":
@@ -313,11 +326,7 @@ def load(
                 overrides.append((key, value if equals else rest.pop(0)))
     for key, value in overrides:
         source.override(key, value)
-    taken(source)
-    run = validated(source)
-    if shows:
-        sys.exit(print(redacted(yaml.safe_dump(dump(run), sort_keys=False)), end=""))
-    return run
+    return shows
 
 
 def _help(command: str, options: Sequence[str], sections: Collection[str]) -> str:

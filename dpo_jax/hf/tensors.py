@@ -91,7 +91,7 @@ def member(folder: Path, name: str) -> Path:
     """
     path, root = folder / name, folder.resolve()
     if not os.path.lexists(path):
-        raise UserError(f"{path} is missing; the folder is not complete")
+        raise UserError(f"{folder}: {name} is missing; the folder is not complete, or the wrong one")
     try:
         real = path.resolve()
     except (OSError, RuntimeError) as error:

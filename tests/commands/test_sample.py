@@ -84,7 +84,7 @@ def ask(capsys, monkeypatch):
     [
         (b"{oops", "not JSON"),
         (b"[1]", "not an object"),
-        (b'{"good": "a"}', "no 'prompt'"),
+        (b'{"good": "a"}', "no 'prompt' (columns: good); write rows such as"),
         (b'{"prompt": "a"}', "no 'good'"),
         (b'{"prompt": 3, "good": "a"}', "prompt is a number"),
         (b'{"prompt": [{"role": "pope", "content": "a"}], "good": "a"}', "unknown role"),

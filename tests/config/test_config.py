@@ -446,6 +446,11 @@ def test_a_config_of_another_command_or_trainer_is_told_as_a_whole(good):
     assert len(problems(good, *names)) == 3
 
 
+def test_nothing_at_all_is_answered_with_where_to_begin():
+    (line,) = problems()
+    assert line.startswith("command line: no settings; give CONFIG.yaml, such as one that ")
+
+
 def test_a_name_that_a_section_has_in_a_longer_form_is_looked_for_there_first():
     (line,) = problems("model.path=m", "data.train=d", "output=o", "model.dtype=bfloat16")
     assert line.endswith("did you mean model.compute_dtype or model.gradient_dtype?")
