@@ -18,8 +18,8 @@ from pydantic.fields import FieldInfo
 
 import dpo_jax
 from dpo_jax.config import completion
+from dpo_jax.config.advice import advice, another_kind
 from dpo_jax.config.console import COMMANDS, program
-from dpo_jax.config.elsewhere import advice, another_kind
 from dpo_jax.config.rules import ADAPTER_RATE, IGNORED, RULES, best_problem, only_merged
 from dpo_jax.data.settings import BatchSettings, DataSettings
 from dpo_jax.errors import UserError, redacted, short

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dpo_jax.config.elsewhere import advice
+from dpo_jax.config.advice import advice
 from dpo_jax.config.run import BLOCKS, FIELDS, problems_of
 from dpo_jax.errors import COMMAND_LINE, UserError, redacted, short
 from dpo_jax.settings import GivenSettings, Section
