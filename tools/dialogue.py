@@ -52,7 +52,7 @@ STAGES = (
     Stage("sft", None, 0, {"objective.name": "sft", "optimizer.learning_rate": 2e-5}),
     Stage("dpo", "sft", 1, {"objective.beta": 0.1, "optimizer.learning_rate": 1e-5}),
     Stage("preferred-ft", "sft", 1, {"objective.name": "sft", "optimizer.learning_rate": 2e-5}),
-    Stage("reward", None, 2, {"objective.name": "reward", "optimizer.learning_rate": 1e-5}),
+    Stage("reward", None, 2, {"objective.name": "reward", "optimizer.learning_rate": 1e-4}),  # whose head begins at 0
 )
 COMPARED = ("dpo", "preferred-ft", "chosen")
 
@@ -111,6 +111,20 @@ def win_rate(name: str, temperature: float, test: Path, work: Path, options: arg
     return json.loads(done.stdout)
 
 
+def accuracy_of(judge: Path, test: Path, options: argparse.Namespace) -> float:
+    """How often the judge prefers the chosen answers of TEST, which it was not trained on.
+
+    Raises:
+      UserError: it cannot be measured.
+    """
+    settings = ("data.as_chat=true", f"model.compute_dtype={options.dtype}")
+    command = [sys.executable, "-m", "dpo_jax.evaluate", str(judge), str(test), *settings, "--json"]
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE)
+    if done.returncode:
+        raise UserError(f"evaluate of the judge ended with exit code {done.returncode}; run the same command again")
+    return json.loads(done.stdout)["rewards/accuracies"]
+
+
 def rows_of(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The table: a line for each comparison, with 95 % intervals."""
     lines = []
@@ -138,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = write_stretches(options.train, work, options.pairs)
     for stage in STAGES:
         train(stage, options.model, files[stage.stretch], work, options.dtype)
+    accuracy = accuracy_of(work / "reward" / "model", options.test, options)
+    print(f"the judge prefers the chosen answer of {accuracy:.1%} of TEST's pairs")
     found = {}
     for temperature, name in itertools.product(options.temperatures, COMPARED):
         found[f"{name} at {temperature}"] = win_rate(name, temperature, options.test, work, options)
