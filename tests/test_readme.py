@@ -7,6 +7,7 @@ import pytest
 
 from dpo_jax.config import run as config
 from dpo_jax.config.console import COMMANDS
+from dpo_jax.config import rounds
 from dpo_jax.config.run import FIELDS
 from dpo_jax.errors import UserError
 from dpo_jax.hf.configs import WRAPPERS
@@ -28,7 +29,8 @@ def test_a_page_is_what_the_code_says(page):
 
 def test_pages_have_every_setting_metric_and_objective():
     settings, metrics = (pages.pages()[f"configs/{name}.md"] for name in ("README", "METRICS"))
-    assert re.findall(r"^\| `([\w.]+)` \|", settings, re.MULTILINE) == sorted(FIELDS, key=lambda key: "." in key)
+    wanted = [*sorted(FIELDS, key=lambda key: "." in key), *rounds.FIELDS]
+    assert re.findall(r"^\| `([\w.]+)` \|", settings, re.MULTILINE) == wanted
     assert re.findall(r"^\| `([^`]+)` \|", metrics, re.MULTILINE) == list(METRICS)
     rows = pages.objectives().splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == [*OBJECTIVES, *RECIPES]
