@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pytest
 
+from dpo_jax.config import rounds
 from dpo_jax.config import run as config
 from dpo_jax.config.console import COMMANDS
-from dpo_jax.config import rounds
 from dpo_jax.config.run import FIELDS
 from dpo_jax.errors import UserError
 from dpo_jax.hf.configs import WRAPPERS
