@@ -1,6 +1,6 @@
 """The paper's dialogue experiment, small (figure 3 of arXiv:2305.18290): win rates over its SFT, by temperature.
 
-    python tools/dialogue.py MODEL TRAIN TEST WORK [--pairs 432] [--prompts 128] [--temperatures 0.25 0.7 1.0]
+    python tools/dialogue.py MODEL TRAIN TEST WORK [--pairs 432] [--prompts 64] [--temperatures 0.25 0.7 1.0]
         [--dtype bfloat16]
 
 MODEL is a chat model (SmolLM2-135M-Instruct by tools/smollm2.py), TRAIN and TEST are hh-rlhf files. Three stretches of
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("model", "train", "test", "work"):
         parser.add_argument(name, type=Path, metavar=name.upper())
     parser.add_argument("--pairs", type=int, default=432, help="rows of each of the three stretches")
-    parser.add_argument("--prompts", type=int, default=128, help="prompts of TEST that are answered")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts of TEST that are answered")
     parser.add_argument("--new-tokens", type=int, default=96, help="longest answer")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.25, 0.7, 1.0])
     parser.add_argument("--dtype", default="auto", help="to compute in; bfloat16 is fast on CPUs that have it")
