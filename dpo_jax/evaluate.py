@@ -221,7 +221,7 @@ def _options(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer of win_rate")
     parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
     add_judges(parser)
-    options = parser.parse_args(list(argv))
+    options = parser.parse_intermixed_args(list(argv))  # settings may stand behind options
     options.given = [word for word in options.pairs if _is_setting(word)]
     options.pairs = [word for word in options.pairs if not _is_setting(word)]
     if not options.pairs:

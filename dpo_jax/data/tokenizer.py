@@ -1,7 +1,7 @@
 """What is used of a tokenizer of transformers, which is imported only where one is loaded."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from dpo_jax.data.messages import Messages
 
@@ -12,10 +12,11 @@ class Tokenizer(Protocol):
 
     chat_template: str | dict[str, str] | None
     """A text, or several by name."""
-    bos_token: str | None
-    eos_token: str | None
-    eos_token_id: int | None
-    bos_token_id: int | None
+    if TYPE_CHECKING:  # transformers makes these when they are asked for, which isinstance does not since Python 3.12
+        bos_token: str | None
+        eos_token: str | None
+        eos_token_id: int | None
+        bos_token_id: int | None
 
     backend_tokenizer: Any
     """Of the package tokenizers."""

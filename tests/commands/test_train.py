@@ -287,6 +287,9 @@ def test_evaluate_takes_settings_of_data_as_its_messages_advise_them(world, fini
     assert f"write {mapping}, or" in said
     assert evaluate.main([model, str(mine), mapping, "--json"]) == 0
     assert json.loads(capsys_text().out) == expected
+    behind = [model, "--batch", "4", str(mine), "--json", mapping, "--max-samples", "3", "data.shuffle=false"]
+    assert evaluate.main(behind) == 0 and json.loads(capsys_text().out)["pairs"] == 3
+    assert evaluate.main([model, "--json"]) == 2 and "PAIRS" in capsys_text().err
     wrong = ["data.layot=pair", "data.train=x", "optimizer.learning_rate=1", "model.remat=foo"]
     assert evaluate.main([model, str(mine), *wrong]) == 2
     lines = [line.removeprefix("error: command line: ") for line in capsys_text().err.splitlines()]
