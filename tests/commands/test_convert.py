@@ -59,6 +59,7 @@ def test_what_cannot_be_exported_is_one_line(source, tmp_path, capsys):
 
 
 def test_a_check_keeps_the_export_where_it_is_wanted_and_nowhere_else(source, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("torch", reason="without PyTorch the check says so, whatever is asked")
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(verify.tempfile, "tempdir", str(temporary))
