@@ -89,11 +89,11 @@ def type_name(value: object) -> str:
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
-def need(row: Mapping[str, Any], name: str) -> Any:
-    """A column that must be there and not be null."""
+def need(row: Mapping[str, Any], name: str, remedy: str = "") -> Any:
+    """A column that must be there and not be null; `remedy` is said behind that it is not there."""
     if name not in row:
         columns = ", ".join(sorted(map(str, row))) or "none"
-        raise BadRow("missing column", f"no {name!r} (columns: {columns})")
+        raise BadRow("missing column", f"no {name!r} (columns: {columns}){remedy}")
     if row[name] is None:
         raise BadRow("null value", f"{name} is null")
     return row[name]

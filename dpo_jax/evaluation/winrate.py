@@ -140,10 +140,7 @@ def _object(value: object) -> Mapping[str, Any]:
 
 
 def _prompt(row: Mapping[str, Any]) -> Prompt:
-    if "prompt" not in row:
-        columns = ", ".join(sorted(map(str, row))) or "none"
-        raise BadRow("missing column", f'no \'prompt\' (columns: {columns}); write rows such as {{"prompt": "..."}}')
-    value = need(row, "prompt")
+    value = need(row, "prompt", '; write rows such as {"prompt": "..."}')
     return prompt_of(conversation(value, "prompt") if isinstance(value, str) else value)
 
 
