@@ -180,5 +180,10 @@ def _no_word_on_pytorch(record: logging.LogRecord) -> bool:
     return "PyTorch was not found" not in record.getMessage()
 
 
-FILTERS = (("absl", _no_cache_misses), ("transformers", _no_word_on_pytorch))
+def _nothing_raised(record: logging.LogRecord) -> bool:
+    """gcsfs logs the traceback of what it raises."""
+    return record.exc_info is None
+
+
+FILTERS = (("absl", _no_cache_misses), ("transformers", _no_word_on_pytorch), ("gcsfs", _nothing_raised))
 """What else of libraries' logs is left out, by logger."""

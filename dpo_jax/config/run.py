@@ -159,7 +159,7 @@ KEEPS_MATHEMATICS = frozenset(
     data.workers batch.micro_tokens batch.share_prompts mesh.data mesh.fsdp mesh.expert mesh.tensor mesh.context
     evaluation.every evaluation.answers evaluation.max_new_tokens evaluation.patience
     evaluation.judge evaluation.judge_template evaluation.judge_model evaluation.judge_key_variable
-    evaluation.judge_call_budget checkpoint.every checkpoint.keep
+    evaluation.judge_call_budget checkpoint.every checkpoint.keep checkpoint.folder
     checkpoint.keep_every checkpoint.best
     checkpoint.allow_change log.every log.report log.tensorboard log.loggers log.project log.name log.tags
     log.token_statistics log.max_nonfinite

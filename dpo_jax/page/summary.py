@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from dpo_jax.evaluation.statistics import sign_test, wilson
 from dpo_jax.page.folder import AnsweredStep, RunFolder
-from dpo_jax.reporting.metrics import by_set, evaluations_in, judges_in, of_judge, shown, table
+from dpo_jax.reporting.metrics import before_and_after, by_set, evaluations_in, judges_in, of_judge, shown, table
 
 LIKELY = 0.05
 """Chance of as large a difference between equals, above which it says nothing."""
@@ -36,13 +36,11 @@ def results(run: RunFolder) -> list[tuple[str, str, str]]:
 
 
 def measured(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The first evaluation, and that of what is exported: of the best step, or of the newest. The first is empty where
-    there is no other."""
+    """The evaluation of the start, and that of what is exported: of the best step, or of the newest. The first is empty
+    where it is not there, or is the only one."""
     found = evaluations_in(run.records)
-    if not found:
-        return {}, {}
-    after = run.best if run.best in found else max(found)
-    return (found[min(found)] if min(found) != after else {}), found[after]
+    before, after = before_and_after(found, run.best if run.best in found else None)
+    return (before or {}) if before is not after else {}, after or {}
 
 
 def evidence(run: RunFolder) -> list[Evidence]:

@@ -6,7 +6,9 @@ be explained or shown.
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
 class Metric(NamedTuple):
@@ -163,6 +165,15 @@ def evaluations_in(records: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, 
         if named := {name: value for name, value in record.items() if name.startswith(MEASURED)}:
             found[record["step"]] = {**found.get(record["step"], {}), **named}
     return found
+
+
+def before_and_after(found: Mapping[int, T], step: int | None = None) -> tuple[T | None, T | None]:
+    """Of evaluations by step that of the start, and that after `step`, or the newest; None where it is not among them.
+
+    >>> before_and_after({0: "tied", 3: "better"}), before_and_after({3: "better"}), before_and_after({0: "tied"}, 2)
+    (('tied', 'better'), (None, 'better'), ('tied', None))
+    """
+    return found.get(0), found.get(max(found, default=0) if step is None else step)
 
 
 def recorded(metric: str, held_out: str = "") -> str:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from dpo_jax.config.run import Run
 from dpo_jax.errors import UserError, nearest
+from dpo_jax.processes.here import here
 from dpo_jax.reporting.journal import METRICS_FILE, read_records
 from dpo_jax.reporting.metrics import BETTER, held_out_of, recorded
 
@@ -109,7 +110,7 @@ def watch_of(
     if known.get("metric") == name:
         return MetricWatch(name, run.evaluation.patience, {int(step): v for step, v in known["evaluations"].items()})
     path = folder / METRICS_FILE
-    rows = read_records(path) if record and path.exists() else []
+    rows = here().decide("records", lambda: read_records(path) if record and path.exists() else [])
     found = {row["step"]: row[name] for row in rows if name in row and row["step"] > 0}
     watch = MetricWatch(name, run.evaluation.patience, found)
     if watch.best is None or watch.best.step in kept:

@@ -16,12 +16,13 @@ from dpo_jax.processes.here import here
 from dpo_jax.reporting.journal import METRICS_FILE, Journal
 from dpo_jax.run import continuing
 from dpo_jax.run.best import Best
-from dpo_jax.run.output import CHECKPOINTS, record_of
+from dpo_jax.run.output import CHECKPOINTS, RECORDS, record_of
 from dpo_jax.run.recorder import Recorder
 from dpo_jax.run.trainer import Trainer
-from dpo_jax.training.checkpoints import Checkpoints, kept_steps, read_part
+from dpo_jax.training.checkpoints import Checkpoints, read_part
 from dpo_jax.training.loss_scale import completed, fitted
 from dpo_jax.training.step import ON_DISK, State, as_saved, from_saved, with_trained
+from dpo_jax.training.steps import Steps
 from dpo_jax.trees import Params
 
 
@@ -61,7 +62,7 @@ class Saver:
     @property
     def kept(self) -> list[int]:
         """Steps with a checkpoint."""
-        return kept_steps(self._checkpoints.folder)
+        return self._checkpoints.kept()
 
     def save(self, step: int, state: State, recorder: Recorder, *, at_once: bool) -> bool:
         """Save the state after this step if that is due, or `at_once`; what it measured first.
@@ -94,7 +95,7 @@ class Saver:
             return last
         self._checkpoints.wait()
         try:
-            return with_trained(last, trained_at(self._checkpoints.folder, best.step, last))
+            return with_trained(last, trained_at(self._checkpoints.place, best.step, last))
         except UserError as error:
             raise UserError(
                 f"checkpoint.best: step {best.step} is the best by {best.metric}, and its weights are lost: {error}; "
@@ -102,7 +103,7 @@ class Saver:
             ) from error
 
 
-def trained_at(folder: Path, step: int, weights: Weights) -> Params:
+def trained_at(place: Steps, step: int, weights: Weights) -> Params:
     """The trained weights of a step, read to where those of `weights` are, which are given up for them; no other part
     of its state is read.
 
@@ -115,7 +116,7 @@ def trained_at(folder: Path, step: int, weights: Weights) -> Params:
     }
     for leaf in jax.tree.leaves(weights.trained):  # or they would stand beside those that are read
         leaf.delete()
-    return read_part(folder.absolute(), step, wanted)[name]
+    return read_part(place, step, wanted)[name]
 
 
 @contextlib.contextmanager
@@ -123,5 +124,5 @@ def opened(run: Run, folder: Path, facts: Mapping[str, Any]) -> Iterator[Saver]:
     """The checkpoints in a run's folder, each with the run's settings and `facts`; what is still being written when
     this ends is waited for."""
     every = steps_between(run.checkpoint.every, facts[continuing.PAIRS], run.batch.pairs)
-    with Checkpoints(folder / CHECKPOINTS, run.checkpoint) as checkpoints:
+    with Checkpoints(folder / CHECKPOINTS, run.checkpoint, records=RECORDS) as checkpoints:
         yield Saver(checkpoints, every=every, record=record_of(run, facts))

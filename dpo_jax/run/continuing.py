@@ -14,6 +14,7 @@ from dpo_jax.config.run import Run
 from dpo_jax.data.batches import Batches
 from dpo_jax.data.encoded import Encoded, head
 from dpo_jax.errors import UserError, redacted_values
+from dpo_jax.processes.here import here
 from dpo_jax.run import output
 from dpo_jax.training.optimizer import same_rates
 from dpo_jax.training.reference import data_digest
@@ -50,14 +51,9 @@ class Past:
 
     @classmethod
     def of(cls, folder: Path) -> "Past":
-        """That of an output folder, empty if it has neither a step nor a model to lose: one that was refused in the
-        middle of its start may be begun again with other settings, data or weights."""
-        known = output.recorded(folder, say=print)
-        step, model = output.newest_step(folder), output.has_exports(folder)
-        learned = known if step is not None or model or output.has_steps(folder) else {}
-        finished = bool(learned.get("finished"))
-        exported = known.get("exported") or {}
-        return cls(folder, learned.get("settings", {}), learned.get("facts", {}), step, finished, exported)
+        """That of process 0's output folder, empty if it has neither a step nor a model to lose: one that was refused
+        in the middle of its start may be begun again with other settings, data or weights."""
+        return cls(folder, **here().decide("what the run has been", lambda: _found(folder)))
 
     def changes(self, run: Run) -> list[str]:
         """Settings that lead to another model than the run's own: lines `key: old -> new`."""
@@ -144,6 +140,20 @@ class Past:
             f"output: {self.folder} holds a run of {before:,} steps; with {now:,}, under {other}, the {made:,} steps "
             f"already made would have been others; change it back, name another output, or {_accept(run, 'steps')}"
         )
+
+
+def _found(folder: Path) -> dict[str, Any]:
+    """All of `Past` but the folder."""
+    known = output.recorded(folder, say=print)
+    step, model = output.newest_step(folder), output.has_exports(folder)
+    learned = known if step is not None or model or output.has_steps(folder) else {}
+    return {
+        "settings": learned.get("settings", {}),
+        "facts": learned.get("facts", {}),
+        "step": step,
+        "finished": bool(learned.get("finished")),
+        "exported": known.get("exported") or {},
+    }
 
 
 def _key(change: str) -> str:

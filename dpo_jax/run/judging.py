@@ -45,8 +45,7 @@ class AgainstStart:
         self, questions: Sequence[Question], rows: Sequence[Mapping[str, Any]], folder: Path, step: int
     ) -> dict[str, float]:
         """The win rates of these answers over those of the run's first evaluation; `folder` is the run's."""
-        here().meet("answers written")
-        base = _first(folder / "answers")
+        base = here().decide("first answers", lambda: _first(folder / "answers"))
         if [row["prompt"] for row in base] != [row["prompt"] for row in rows]:
             self.faults.append(
                 "evaluation.judge: evaluation.answers has other prompts than at the start; nothing is compared"

@@ -12,7 +12,7 @@ from dpo_jax.run.adapted import Text
 from dpo_jax.run.checkpoints import trained_at
 from dpo_jax.run.policy import policy_of
 from dpo_jax.run.sources import find_models
-from dpo_jax.training import checkpoints
+from dpo_jax.training import steps
 from dpo_jax.training.settings import ReferenceSettings
 from dpo_jax.training.step import with_trained
 
@@ -49,13 +49,14 @@ def export_kept(
     if not known:
         raise UserError(f"{folder} has no {output.RUN_FILE}, and no checkpoint that says what it is of; give a run")
     run = config.from_dump(known["settings"], str(folder / output.RUN_FILE))
-    steps = checkpoints.kept_steps(folder / output.CHECKPOINTS)
+    place = steps.at(folder / output.CHECKPOINTS)
+    kept = steps.kept(place)
     best = (known.get("best") or {}).get("step")
-    newest = best if best in steps else max(steps, default=None)
+    newest = best if best in kept else max(kept, default=None)
     chosen = newest if step is None else step
-    if chosen is None or chosen not in steps:
+    if chosen is None or chosen not in kept:
         raise UserError(
-            f"{folder} has no checkpoint of step {chosen}; kept are {steps or 'none'}: see checkpoint.keep_every"
+            f"{folder} has no checkpoint of step {chosen}; kept are {kept or 'none'}: see checkpoint.keep_every"
         )
     found = find_models(run.model, ReferenceSettings(mode="none"), known, adapter=run.adapter)
     tokenizer = load_tokenizer(found.policy, run.data.template)
@@ -66,7 +67,7 @@ def export_kept(
     mesh = models.make_mesh(MeshSettings(), run.model)
     policy = policy_of(run, found, mesh)
     weights = policy.load(mesh, run.seed)
-    weights = with_trained(weights, trained_at(folder / output.CHECKPOINTS, chosen, weights))
+    weights = with_trained(weights, trained_at(place, chosen, weights))
     ending = models.check_ending(found, tokenizer, run.export, scalar_head=run.objective.trains_reward_model)
     card, files = result.described(run, found, ending, step=chosen)
     options = {} if max_shard_bytes is None else {"max_shard_bytes": max_shard_bytes}

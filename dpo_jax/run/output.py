@@ -14,13 +14,15 @@ from dpo_jax.errors import UserError, redacted, redacted_values
 from dpo_jax.files import LEFT_OVER as HALF_WRITTEN
 from dpo_jax.files import LOCK, locked, sweep, write_whole
 from dpo_jax.processes.here import Failure, here
-from dpo_jax.training import manifest
+from dpo_jax.training import steps
 
 RUN_FILE, MODEL, ADAPTER, CHECKPOINTS = "run.json", "model", "adapter", "checkpoints"
 COLLECTED = "collected"
 """Folder of the data that a round was trained on (`python -m dpo_jax.rounds`)."""
 ROWS = "rows"
 """Folder of the rows that `fit` was given in memory."""
+RECORDS = (RUN_FILE, "metrics.jsonl", "notes.jsonl", "data.json", "answers/*.jsonl", "verdicts/**/*.jsonl")
+"""What a bucket keeps of a run beside its checkpoints, for a disk that does not last."""
 EXPORTS = {"merged": MODEL, "adapter": ADAPTER}
 """Folder of each kind of result (`Run.export_kinds`)."""
 OURS = frozenset(
@@ -44,10 +46,13 @@ def opened(run: Run) -> Iterator[Path]:
     with contextlib.ExitStack() as held:
         place.decide("output", lambda: _hold(folder, held))
         if not place.shares("output folder", folder):
-            raise UserError(
-                f"output: {folder} is not the same folder on all {place.count} hosts, and all write checkpoints; "
-                "name a folder on a disk that they share"
-            )
+            if run.checkpoint.folder is None:
+                raise UserError(
+                    f"output: {folder} is not the same folder on all {place.count} hosts, and all write checkpoints; "
+                    "name a folder on a disk that they share, or set checkpoint.folder=gs://BUCKET/PATH"
+                )
+            print(f"output: each host has a {folder} of its own; the result will be on {place.host}")
+        place.in_turn("checkpoint.folder", lambda: _reach(folder, run.checkpoint.folder))
         place.on_failure = lambda failure: _mark_failed(folder, failure)
         yield folder
         place.on_failure = None  # of an error it is still to be told
@@ -65,6 +70,13 @@ def _hold(folder: Path, held: contextlib.ExitStack) -> None:
     held.enter_context(locked(folder, "output"))
     for held_too in (folder, folder / "cache", folder / ROWS):
         sweep(held_too, LEFT_OVER)
+
+
+def _reach(folder: Path, address: str | None) -> None:
+    """Have checkpoints where they are to be; a folder that has lost the run's records gets them back from there."""
+    steps.keep_in(folder / CHECKPOINTS, address)
+    if here().owns:
+        steps.at(folder / CHECKPOINTS).bring_records(folder)
 
 
 def check(folder: Path) -> None:
@@ -85,7 +97,7 @@ def check(folder: Path) -> None:
 
 def has_steps(folder: Path) -> bool:
     """Whether there is anything among the folder's checkpoints, usable or not."""
-    return any((folder / CHECKPOINTS).glob("*"))
+    return not steps.at(folder / CHECKPOINTS).is_empty()
 
 
 def has_exports(folder: Path) -> bool:
@@ -95,7 +107,7 @@ def has_exports(folder: Path) -> bool:
 
 def newest_step(folder: Path) -> int | None:
     """The newest checkpoint whose record verifies."""
-    found = manifest.newest_record(folder / CHECKPOINTS)
+    found = steps.newest_record(steps.at(folder / CHECKPOINTS))
     return found[0] if found else None
 
 
@@ -112,7 +124,7 @@ def recorded(folder: Path, say: Callable[[str], None] | None = None) -> dict[str
     if known is not None:
         return known
     state = "is damaged" if path.exists() else "is missing"
-    found = manifest.newest_record(folder / CHECKPOINTS)
+    found = steps.newest_record(steps.at(folder / CHECKPOINTS))
     if found is not None and _is_record(found[1]):
         if say is not None:
             say(f"{path} {state}; what it said is taken from checkpoint {found[0]}")

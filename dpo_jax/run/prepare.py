@@ -105,21 +105,22 @@ class Job:
         """
         for judge in run.evaluation.judging.values():
             check_judge(judge)
-        named = run.model, run.reference, output.recorded(folder)
+        place = here()
+        named = run.model, run.reference, place.decide("record", lambda: output.recorded(folder))
         mesh = models.make_mesh(run.mesh, run.model)
         _check_processes()
-        if here().count > 1:
+        if place.count > 1:
             print(processes_line(mesh))
         terms, length, scores = run.objective.terms, run.data.max_length, run.objective.trains_reward_model
         settings = {"model": run.model, "reference": run.reference, "max_length": length, "scalar_head": scores}
-        place = here()
         first = place.in_turn("models", lambda: find_models(*named, SIDE_FILES, adapter=run.adapter))
         models.check_models(first, mesh, **settings)  # before gigabytes are downloaded
         if run.adapter.path is None:
             policy_of(run, first, mesh)
         sources = place.in_turn("weights", lambda: find_models(*named, adapter=run.adapter))
         sources, tokenizer, ending, policy = Start.of(run, sources, mesh)
-        cache, date = output.cache_folder(run.data, folder), output.template_date(folder)
+        cache = output.cache_folder(run.data, folder)
+        date = place.decide("date", lambda: output.template_date(folder))
         together = place if place.shares("data.cache", cache) else None
         data = read_data(run.data, tokenizer, cache, print, date=date, seed=run.seed, place=together)
         output.write_json(folder / "data.json", data.report)

@@ -19,8 +19,8 @@ from dpo_jax.model.decoder import Model
 from dpo_jax.model.weights import Weights
 from dpo_jax.page.render import PAGE
 from dpo_jax.processes.here import here
-from dpo_jax.reporting.journal import Journal, read_records
-from dpo_jax.reporting.metrics import evaluations_in
+from dpo_jax.reporting import metrics
+from dpo_jax.reporting.journal import METRICS_FILE, Journal, read_records
 from dpo_jax.reporting.terminal import summary
 from dpo_jax.run import adapted, continuing, output, sources, written
 from dpo_jax.run.best import Best, MetricWatch, best_lines
@@ -79,16 +79,15 @@ class Ended(NamedTuple):
 
 def evaluations(folder: Path) -> dict[int, dict[str, float]]:
     """The evaluations of a run by step, from its records."""
-    return evaluations_in(read_records(folder / "metrics.jsonl"))
+    path = folder / METRICS_FILE
+    return metrics.evaluations_in(read_records(path)) if path.exists() else {}
 
 
 def before_and_after(folder: Path, best: Best | None = None) -> tuple[dict[str, float], dict[str, float]]:
-    """The first evaluation of a run, and that of what it exports: of the best step, or else the last."""
-    found = evaluations(folder)
-    if not found:
-        return {}, {}
-    after = max(found) if best is None else best.step
-    return found[min(found)], found.get(after, {} if best is None else {best.metric: best.value})
+    """The evaluation of a run's start, and that of what it exports: of the best step, or else the last. Empty where it
+    was not made, or its record is gone."""
+    before, after = metrics.before_and_after(evaluations(folder), None if best is None else best.step)
+    return before or {}, after or ({} if best is None else {best.metric: best.value})
 
 
 def export(
@@ -100,8 +99,8 @@ def export(
     """
     folder, said = journal.folder, ended.record()
     journal.phase("exporting")
-    _, metrics = before_and_after(folder, ended.best)
-    card, files = described(run, found, end, metrics=metrics, **said)
+    _, measured = before_and_after(folder, ended.best)
+    card, files = described(run, found, end, metrics=measured, **said)
     card["notes"] = [*card["notes"], *best_lines(ended.best, ended.stopped, evaluations(folder))]
     for kind in run.export_kinds:
         target = folder / output.EXPORTS[kind]
@@ -196,7 +195,7 @@ def show(run: Run, folder: Path, word: str) -> int:
     Raises:
       UserError: it was not pushed. The run is finished all the same.
     """
-    known, kinds = output.recorded(folder), run.export_kinds
+    known, kinds = here().decide("result", lambda: output.recorded(folder)), run.export_kinds
     ended = Ended.recorded(known)
     before, after = before_and_after(folder, ended.best)
     summary(before, after)

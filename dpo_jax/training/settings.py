@@ -1,5 +1,6 @@
 """Settings of the reference, the optimizer and the checkpoints."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -131,9 +132,24 @@ class CheckpointSettings(Section):
         description="metric of the evaluations, such as eval_loss, eval_rewards/accuracies, eval/NAME/loss, pass_rate: "
         "the checkpoint that is best by it is kept, and exported in place of the last",
     )
+    folder: str | None = Field(
+        default=None,
+        description="gs://BUCKET/PATH where checkpoints are kept, for hosts without a disk that they share or that "
+        "outlasts them (extra gcs); by default they lie in the output folder",
+    )
     allow_change: tuple[str, ...] = Field(default=(), description="settings whose change a resumed run accepts")
 
     @field_validator("every", mode="before")
     @classmethod
     def _steps_or_epochs(cls, value: object) -> object:
         return check_interval("checkpoint.every", value, never=False)
+
+    @field_validator("folder")
+    @classmethod
+    def _is_a_bucket(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"gs://[^/]+/.*[^/]/*", value):
+            raise ValueError(
+                "checkpoint.folder: must be gs://BUCKET/PATH, as Orbax writes to no other store; for a disk, or a "
+                "store that is mounted as one, leave it out and set output"
+            )
+        return value and value.rstrip("/")

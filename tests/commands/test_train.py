@@ -19,7 +19,8 @@ from dpo_jax.reporting.journal import Journal, read_records
 from dpo_jax.reporting.metrics import METRICS, TIME_FIELDS
 from dpo_jax.run.trainer import Trainer
 from dpo_jax.training import reference as references
-from dpo_jax.training.checkpoints import Checkpoints, kept_steps
+from dpo_jax.training import steps
+from dpo_jax.training.checkpoints import Checkpoints
 from tests.support.tiers import night
 from tests.support.tiny_folders import write_folder
 from tests.support.tiny_rows import assistant, user, write
@@ -107,7 +108,8 @@ def test_it_evaluates_at_the_start_on_the_way_and_at_the_end(finished):
 def test_passes_over_the_data_are_saved_after_the_step_that_ends_one(world, tmp_path):
     words = ("checkpoint.every=0.75 epochs", "checkpoint.keep=9", "steps=7", "evaluation.every=null", "data.eval=null")
     assert train.main(arguments(world, tmp_path / "run", *words)) == 0
-    assert kept_steps(tmp_path / "run" / "checkpoints") == [3, 6, 7]  # of 14 pairs, 4 a step: 10.5, 21, and the end
+    kept = steps.kept(steps.at(tmp_path / "run" / "checkpoints"))
+    assert kept == [3, 6, 7]  # of 14 pairs, 4 a step: 10.5, 21, and the end
 
 
 def test_the_result_is_a_folder_like_the_one_it_came_from(world, finished):

@@ -35,7 +35,7 @@ def main(kind: str, process: int, step: int, *arguments: str) -> int:
 
     def saves(self: Checkpoints, at: int, *args: Any, **named: Any) -> None:
         if kind == "full" and here().process == process and at >= step:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.place.root))
         save(self, at, *args, **named)
 
     Recorder.take, Checkpoints.save = misbehave, saves

@@ -21,8 +21,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dpo_jax.errors import UserError
 from dpo_jax.processes.here import Here
+from dpo_jax.training import steps
 from dpo_jax.training.checkpoints import Checkpoints
-from dpo_jax.training.manifest import newest_record
 from dpo_jax.training.settings import CheckpointSettings
 from dpo_jax.trees import paths
 from tests.support.threads import Store
@@ -137,10 +137,10 @@ def test_keep_rules(tmp_path, settings, kept):
 def test_an_old_step_stays_until_a_newer_one_is_sealed(tmp_path, monkeypatch):
     with_steps(tmp_path, 1, keep=1)
 
-    def full(step):
+    def full(place, step):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr("dpo_jax.training.checkpoints.seal", full)
+    monkeypatch.setattr("dpo_jax.training.folder.Folder.seal", full)
     with pytest.raises(UserError, match="No space left"), opened(tmp_path, keep=1) as checkpoints:
         checkpoints.save(2, a_state(2), {})
     with opened(tmp_path) as checkpoints:
@@ -246,12 +246,12 @@ def test_a_newer_step_that_is_gone_is_said(tmp_path):
 
 
 def test_the_newest_record_that_verifies_is_read_without_touching_anything(tmp_path):
-    assert newest_record(tmp_path / "none") is None
+    assert steps.newest_record(steps.at(tmp_path / "none")) is None
     with_steps(tmp_path, 1, 2)
-    assert newest_record(tmp_path) == (2, {"step": 2})
+    assert steps.newest_record(steps.at(tmp_path)) == (2, {"step": 2})
     (tmp_path / "2" / "record" / "metadata").write_text('{"step": 3}')
     before = names(tmp_path)
-    assert newest_record(tmp_path) == (1, {"step": 1}) and names(tmp_path) == before
+    assert steps.newest_record(steps.at(tmp_path)) == (1, {"step": 1}) and names(tmp_path) == before
 
 
 def test_stray_entries_are_ignored(tmp_path):
@@ -341,10 +341,10 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_there(tmp_path, caplog):
 def test_an_error_inside_the_block_is_not_hidden_by_a_failed_save(tmp_path, monkeypatch):
     said = []
 
-    def full(step):
+    def full(place, step):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr("dpo_jax.training.checkpoints.seal", full)
+    monkeypatch.setattr("dpo_jax.training.folder.Folder.seal", full)
     with pytest.raises(ZeroDivisionError), opened(tmp_path, said) as checkpoints:
         checkpoints.save(1, a_state(1), {})
         raise ZeroDivisionError
@@ -382,7 +382,7 @@ def test_an_error_of_all_processes_does_not_lose_the_save_that_is_under_way(tmp_
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "below", "gs://bucket/run"):
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match="checkpoint"):
             opened(folder)
 
@@ -391,6 +391,7 @@ KILLED = """
 import os, sys, time
 import jax.numpy as jnp
 from dpo_jax.training import checkpoints as module
+from dpo_jax.training.folder import Folder
 from dpo_jax.training.settings import CheckpointSettings
 root, moment = sys.argv[1:]
 state = lambda step: {"w": jnp.full((64, 64), step, jnp.float32)}
@@ -403,14 +404,14 @@ def die_at_commit(source, target, **kwargs):
         os._exit(9)
     if not str(target).endswith("/first/1"):
         rename(source, target, **kwargs)
-def die_at_seal(step):
-    if str(step).endswith("/second/2"):
+def die_at_seal(place, step):
+    if str(place.at(step)).endswith("/second/2"):
         os._exit(9)
     raise SystemExit
 if moment == "commit":
     os.rename = die_at_commit
 else:
-    module.seal = die_at_seal
+    Folder.seal = die_at_seal
 first, second = opened("first"), opened("second")
 assert second.latest() == 1
 first.save(1, state(1), {})

@@ -1,0 +1,153 @@
+"""Runs whose checkpoints lie in an object store: no disk need be shared, and none need last. A stand-in serves it."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+
+from dpo_jax import train
+from dpo_jax.files import file_digest
+from dpo_jax.reporting.journal import read_records
+from tests.support.hosts import Hosts
+from tests.support.object_store import serving
+from tests.support.worlds import write_world
+
+pytest.importorskip("gcsfs", reason="extra gcs is not installed")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model folder, and files of pairs and questions."""
+    return write_world(tmp_path_factory.mktemp("world"), 14, 6, shards=2)
+
+
+@pytest.fixture(scope="module")
+def served():
+    with serving() as found:
+        yield found
+
+
+def words(world, output, *more):
+    given = {
+        "model.path": world / "model",
+        "data.train": world / "train.jsonl",
+        "data.eval": world / "eval.jsonl",
+        "evaluation.answers": world / "answers.jsonl",
+        "evaluation.max_new_tokens": 4,
+        "batch.pairs": 4,
+        "batch.micro_tokens": 256,
+        "steps": 6,
+        "optimizer.learning_rate": 1e-3,
+        "optimizer.schedule": "constant",
+        "optimizer.warmup_steps": 0,
+        "checkpoint.every": 2,
+        "evaluation.every": 3,
+        "log.tensorboard": False,
+        "output": output,
+    }
+    return [*(f"{key}={value}" for key, value in given.items()), *more]
+
+
+def weights(output):
+    return {path.name: file_digest(path) for path in sorted((output / "model").glob("*.safetensors"))}
+
+
+def trained(world, output, *more):
+    assert train.main(words(world, output, *more)) == 0
+    return weights(output)
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """The weights of a run that kept all on its disk."""
+    return trained(world, tmp_path_factory.mktemp("whole") / "run")
+
+
+def test_a_run_goes_on_from_a_disk_that_is_lost(world, whole, served, tmp_path, monkeypatch, capsys):
+    for name, value in served[1].items():
+        monkeypatch.setenv(name, value)
+    place = "checkpoint.folder=gs://pairs/runs/lost"
+    trained(world, tmp_path / "run", "steps=3", place)
+    before = read_records(tmp_path / "run" / "metrics.jsonl")
+    shutil.rmtree(tmp_path / "run")
+    assert trained(world, tmp_path / "elsewhere", place) == whole
+    assert "resumed after step 3" in capsys.readouterr().out
+    after = read_records(tmp_path / "elsewhere" / "metrics.jsonl")
+    assert [row for row in after if row["step"] <= 3 and "loss" in row] == [row for row in before if "loss" in row]
+    assert after[0]["step"] == 0 and (tmp_path / "elsewhere" / "answers" / "0.jsonl").exists()
+    assert json.loads((tmp_path / "elsewhere" / "run.json").read_text())["finished"]
+    assert train.main(words(world, tmp_path / "elsewhere")) == 2  # without its place
+    assert "checkpoint.folder: those of this run are in gs://pairs/runs/lost" in capsys.readouterr().err
+
+
+@pytest.mark.nightly
+def test_a_killed_run_goes_on_on_another_machine(world, whole, served, tmp_path):
+    environment = {**os.environ, **served[1]}
+    for number, moment in enumerate(("step 3/6", "step 5/6", "exporting")):
+        place = f"checkpoint.folder=gs://pairs/runs/killed{number}"
+        first = Hosts(
+            ["-m", "dpo_jax.train", *words(world, tmp_path / f"first{number}", place)],
+            tmp_path / f"first{number}.logs",
+            processes=1,
+            environment=environment,
+        )
+        assert first.until(lambda moment=moment, first=first: moment in first.said())
+        first.send(0, signal.SIGKILL)
+        first.ends()
+        again = Hosts(
+            ["-m", "dpo_jax.train", *words(world, tmp_path / f"again{number}", place)],
+            tmp_path / f"again{number}.logs",
+            processes=1,
+            environment=environment,
+        )
+        assert again.ends() == [0], again.said()
+        assert number == 0 or "resumed after step" in again.said()  # step 2 may not have been sealed yet
+        assert weights(tmp_path / f"again{number}") == whole
+
+
+APART = """
+import os, sys
+from pathlib import Path
+own = Path(sys.argv[1]) / os.environ["JAX_PROCESS_ID"]
+own.mkdir(parents=True)
+os.chdir(own)
+from dpo_jax import train
+sys.exit(train.main(sys.argv[2:]))
+"""
+"""Each process in a folder of its own, as on hosts that share no disk."""
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("more", [(), ("adapter.rank=2", "checkpoint.best=eval_loss", "export.kind=merged")])
+def test_hosts_without_a_common_disk_give_the_bytes_of_one_and_go_on_from_new_disks(world, served, tmp_path, more):
+    own = [
+        "evaluation.judge=rule",
+        "log.report=false",
+        "distributed.timeout=20",
+        "distributed.start_timeout=300",
+        *more,
+    ]
+    alone = Hosts(
+        ["-m", "dpo_jax.train", *words(world, tmp_path / "alone", *own)],
+        tmp_path / "alone.logs",
+        processes=1,
+        devices=2,
+    )
+    assert alone.ends() == [0], alone.said()
+    place = f"checkpoint.folder=gs://pairs/runs/apart{len(more)}"
+
+    def start(name):
+        command = ["-c", APART, str(tmp_path / name), *words(world, "run", place, *own)]
+        return Hosts(command, tmp_path / f"{name}.logs", environment=served[1])
+
+    first = start("first")
+    assert first.until(lambda: "step 5/6" in first.said()), first.said()
+    first.send(1, signal.SIGKILL)
+    assert all(code != 0 for code in first.ends())
+    again = start("again")
+    assert again.ends() == [0, 0], (again.said(0), again.said(1))
+    assert "each host has a run of its own" in again.said(0) and "resumed after step 4" in again.said(0)
+    assert weights(tmp_path / "again" / "0" / "run") == weights(tmp_path / "alone")
+    assert not (tmp_path / "again" / "1" / "run" / "model").exists()
