@@ -13,7 +13,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_jax.config import command as commands
 from dpo_jax.config.judges import add_judges, judges_of
@@ -21,7 +21,9 @@ from dpo_jax.config.sections import sections_of
 from dpo_jax.data.settings import BatchSettings, DataSettings
 from dpo_jax.errors import COMMAND_LINE, UserError, printable
 from dpo_jax.model.settings import MeshSettings, ModelSettings
+from dpo_jax.objectives import terms
 from dpo_jax.objectives.settings import ObjectiveSettings
+from dpo_jax.objectives.table import OBJECTIVES
 from dpo_jax.reporting.metrics import EVALUATED, shown
 from dpo_jax.reporting.settings import LogSettings
 from dpo_jax.training.settings import ReferenceSettings
@@ -55,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     if options.metrics is not None:
         _print_chosen(options, found, pairs, model)
         return 0
-    if blocks.reference.mode == "none" and not blocks.objective.trains_reward_model:
+    if any(term.settings.get("reference_free") for term in blocks.objective.terms):
         found = {name: value for name, value in found.items() if name.startswith(OF_ONE_MODEL)}
     print(json.dumps({"pairs": pairs, **found}) if options.json else "\n".join(_lines(found, pairs)))
     return 0
@@ -254,7 +256,6 @@ def _settings(options: Namespace) -> EvaluatedBlocks:
     alone = options.reference is None
     if alone and options.beta is not None:
         raise UserError("command line: --beta is of rewards, which need a --reference; name one, or leave --beta out")
-    objective = {"objective.name": "reward"} if scores else {"objective.reference_free": alone}
     arguments = {
         "model.path": options.model,
         "data.train": tuple(options.pairs),
@@ -263,10 +264,31 @@ def _settings(options: Namespace) -> EvaluatedBlocks:
         "data.ending": "template" if scores else None,
         "batch.pairs": options.batch,
         **({"reference.mode": "none"} if alone else {"reference.path": options.reference}),
-        **objective,
-        **({} if scores else {"objective.beta": 0.1 if options.beta is None else options.beta}),
+        **_objective(options, scores),
     }
     return EvaluatedBlocks(**sections_of(options.given, arguments, EvaluatedBlocks.__annotations__, OWN))
+
+
+def _objective(options: Namespace, scores: bool) -> dict[str, Any]:
+    """What the arguments say of the objective, where the settings may name one.
+
+    Raises:
+      UserError: it compares with a reference, and there is none.
+    """
+    if scores:
+        return {"objective.name": "reward"}
+    given = dict(word.split("=", 1) for word in options.given)
+    named = given.get("objective.name")
+    known = named if named in terms.names() else "sigmoid"
+    takes, alone = terms.takes(known), options.reference is None
+    beta = {"objective.beta": options.beta} if options.beta is not None else {}
+    if "objective.mixture" in given or not alone:
+        return beta
+    if "reference_free" in takes:
+        return {**beta, "objective.reference_free": True}
+    if known in OBJECTIVES and OBJECTIVES[known].reference != "unused":
+        raise UserError(f"{COMMAND_LINE}: objective.name={known} compares with a reference; give --reference FOLDER")
+    return beta
 
 
 def _is_reward_model(path: str) -> bool:

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import select
 import signal
 import sys
@@ -168,6 +169,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")  # a log wants no bars
     for name, kept in FILTERS:
         logging.getLogger(name).addFilter(kept)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its own, which need not be printed twice
 
 
 def _no_cache_misses(record: logging.LogRecord) -> bool:
@@ -185,5 +187,18 @@ def _nothing_raised(record: logging.LogRecord) -> bool:
     return record.exc_info is None
 
 
-FILTERS = (("absl", _no_cache_misses), ("transformers", _no_word_on_pytorch), ("gcsfs", _nothing_raised))
+def _said_once(record: logging.LogRecord) -> bool:
+    """The hub's client tells of each of six attempts at the same file, in two lines that differ by a number."""
+    text = re.sub(r"\d+", "", record.getMessage())
+    new, _ = text not in _SAID, _SAID.add(text)
+    return new
+
+
+_SAID: set[str] = set()
+FILTERS = (
+    ("absl", _no_cache_misses),
+    ("transformers", _no_word_on_pytorch),
+    ("gcsfs", _nothing_raised),
+    ("huggingface_hub.utils._http", _said_once),
+)
 """What else of libraries' logs is left out, by logger."""

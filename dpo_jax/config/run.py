@@ -406,7 +406,7 @@ def changed_mathematics(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[
     keys = [key for key in {**dict.fromkeys(FIELDS), **before, **after} if key not in KEEPS_MATHEMATICS]
     default = {key: None if field.is_required() else field.default for key, field in FIELDS.items()}
     pairs = ((key, before.get(key, default.get(key)), after.get(key, default.get(key))) for key in keys)
-    return [redacted(f"{key}: {shown(a)} -> {shown(b)}") for key, a, b in pairs if a != b]
+    return [redacted(f"{key}: {shown(a)} -> {shown(b)}") for key, a, b in pairs if a != b and shown(a) != shown(b)]
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:

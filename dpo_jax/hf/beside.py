@@ -122,6 +122,7 @@ def check_kind(folder: Path) -> None:
             f"and followed by transformers; take {ADAPTER_CONFIG} and {ADAPTER}.* out of a copy of it, or {merge}"
         )
     raise UserError(
-        f"{folder} is an adapter{of}, not a model ({ADAPTER_CONFIG} without config.json); give its base, and this as "
-        f"the adapter (--adapter; load_hf(BASE, adapter=ADAPTER)), or {merge}"
+        f"{folder} is an adapter{of}, not a model ({ADAPTER_CONFIG} without config.json); give its base and this: to "
+        f"train model.path=BASE adapter.path={folder}, elsewhere BASE --adapter {folder}, in Python "
+        f"load_hf(BASE, adapter={str(folder)!r}); or {merge}"
     )

@@ -61,7 +61,9 @@ DPO = """\
 {base}, trained on preference pairs with Direct Preference Optimization (DPO) by `dpo_jax`, in JAX.
 {files}"""
 
-SAME_FILES = "Names, dtypes and files are those of the base model; the tokenizer and its chat template are unchanged."
+UNCHANGED = "tokenizer and its chat template are unchanged"
+OTHER_TEMPLATE = "tokenizer is unchanged, and its chat template is the one that it was trained with (data.template)"
+SAME_FILES = f"Names, dtypes and files are those of the base model; the {UNCHANGED}."
 ADAPTER_FILES = """\
 This is a low-rank adapter (LoRA), to be loaded with its base model; it brings that model's tokenizer and template."""
 
@@ -69,11 +71,11 @@ OBJECTIVES = """\
 {{base}}, trained by `dpo_jax`, in JAX, with {names}.
 {{files}}"""
 
-BRADLEY_TERRY = """\
-{base}, trained as a reward model on preference pairs with the Bradley-Terry loss by `dpo_jax`, in JAX. A scalar head
+BRADLEY_TERRY = f"""\
+{{base}}, trained as a reward model on preference pairs with the Bradley-Terry loss by `dpo_jax`, in JAX. A scalar head
 gives a text its score, read at the text's last token: the difference of the scores of two answers to a prompt is the
 log-odds that the first is preferred. Names, dtypes and files of all other tensors are those of the base model; the
-tokenizer and its chat template are unchanged."""
+{UNCHANGED}."""
 
 CITATION = """\
 ## Citation
@@ -134,6 +136,8 @@ def model_card(
     if datasets:
         front["datasets"] = datasets
     parts = [(kind.trained if card else WRITTEN).format(base=printable(base), files=kind.files)]
+    if ((card.get("config") or {}).get("data") or {}).get("template"):
+        parts = [part.replace(UNCHANGED, OTHER_TEMPLATE) for part in parts]
     parts += [*([note] if note else []), *(printable(said) for said in card.get("notes", ()))]
     if card.get("metrics"):
         rows = [f"| {printable(str(name))} | {_number(value)} |" for name, value in card["metrics"].items()]

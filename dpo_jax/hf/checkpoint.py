@@ -190,7 +190,7 @@ def save_hf(
       like: folder or hub id that the model was loaded from.
       card: what the model card says about the training: any of `base_model`, `datasets` (names), `metrics` (numbers by
         name), `objectives` (name to where it comes from), `config` (a table) and `notes`.
-      extra_files: further text files by name, such as `dpo_jax.json`, or another `generation_config.json`.
+      extra_files: further text files by name, such as `dpo_jax.json`, or in place of one that would be copied.
       replace: an earlier export at `folder`, with nothing in it changed or added, may be replaced.
       dtype: of the tensors written; `keep` is each tensor's own in `like`.
       max_shard_bytes: split into files of at most this size; None keeps the files of `like` (5 GB if dtype changes, or
@@ -219,7 +219,7 @@ def save_hf(
         if not here().owns:
             return None
         sums = {file: one.digest for file, one in written.items()}
-        sums |= _beside(export, staging, generation=beside.GENERATION not in (extra_files or {}))
+        sums |= _beside(export, staging, extra_files or {})
         texts = _texts(export, base_name(like, card), card, dict(extra_files or {}), sums)
         sums |= {name: tensors.write_bytes(staging / name, data) for name, data in texts.items()}
         listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
@@ -374,14 +374,15 @@ def _entry_of(leaf, index):
 # ---------------------------------------------------------------------------------------------- the rest of the folder
 
 
-def _beside(export: _Export, folder: Path, generation: bool) -> dict[str, str]:
-    """Copies what the source has beside its tensors; SHA-256 by name."""
+def _beside(export: _Export, folder: Path, written: Collection[str]) -> dict[str, str]:
+    """Copies what the source has beside its tensors, but for what is `written` anew; SHA-256 by name."""
     names = beside.files(
         export.source.folder,
-        generation=generation and not export.spec.scalar_head,
+        generation=not export.spec.scalar_head,
         quantised=bool(export.source.quantised),
     )
-    copied = [name for name in names if export.config is None or name != "config.json"]
+    written = {*written, *([] if export.config is None else ["config.json"])}
+    copied = [name for name in names if name not in written]
     return beside.copy(export.source.folder, copied, folder)
 
 

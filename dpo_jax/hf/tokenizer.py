@@ -45,7 +45,7 @@ def load_tokenizer(folder_or_hub_id: str | Path, template: str | None = None) ->
         except BaseException as error:
             raise _unloadable(folder, error) from error
     if template is not None:
-        tokenizer.chat_template = _template(Path(template))
+        tokenizer.chat_template = read_template(template)
     own = tokenizer.chat_template
     try:
         check_template(*(own.values() if isinstance(own, Mapping) else [own] if own is not None else []))
@@ -124,7 +124,13 @@ def _try_whole(folder: str) -> None:
     _use(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
 
 
-def _template(path: Path) -> str:
+def read_template(name: str) -> str:
+    """The chat template of `data.template`.
+
+    Raises:
+      UserError: the file is not there, or is no text.
+    """
+    path = Path(name)
     try:
         return path.read_text("utf-8")
     except FileNotFoundError:

@@ -71,6 +71,8 @@ def fit(
         code = _train(run, (train, evaluate), told)
     if code:  # stopped by a signal, which is for whoever listens to it outside, now that the run is saved
         signal.raise_signal(signal.SIGINT if code == 130 else signal.SIGTERM)
+        if code == 130:  # nobody does, as in a script that runs in the background
+            raise KeyboardInterrupt
     return Result(run.output)
 
 

@@ -16,7 +16,7 @@ from dpo_jax.data.encoded import Encoded, head
 from dpo_jax.errors import UserError, redacted_values
 from dpo_jax.processes.here import here
 from dpo_jax.run import output
-from dpo_jax.training.optimizer import same_rates
+from dpo_jax.training.optimizer import same_rates, warmup_steps
 from dpo_jax.training.reference import data_digest
 
 STEPS, PAIRS, DATA, WEIGHTS, ADAPTER = (
@@ -29,6 +29,7 @@ STEPS, PAIRS, DATA, WEIGHTS, ADAPTER = (
 """Facts of a run: what it depends on beside its settings."""
 JUDGED_BY_FACTS = ("steps", "epochs", "data.train", "data.first")
 """Settings of which only the data themselves can tell whether the steps already made would have been others."""
+ACCEPTED = "which checkpoint.allow_change accepts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Past:
       step: of its newest checkpoint; None before the first.
       finished: whether it was trained to its end and exported.
       exported: the settings of the folder that it exported.
+      changed: what `checkpoint.allow_change` has accepted so far, and from which step on.
     """
 
     folder: Path
@@ -48,6 +50,7 @@ class Past:
     step: int | None
     finished: bool
     exported: Mapping[str, Any]
+    changed: Sequence[str] = ()
 
     @classmethod
     def of(cls, folder: Path) -> "Past":
@@ -63,18 +66,27 @@ class Past:
         """Refuse what is known to make it another run, before anything is read.
 
         Raises:
-          UserError: a line for each such setting that `checkpoint.allow_change` does not name.
+          UserError: a setting is another one, and `checkpoint.allow_change` does not name it.
         """
         accepted = {*run.checkpoint.allow_change, *JUDGED_BY_FACTS}
-        changes = [change for change in self.changes(run) if _key(change) not in accepted]
+        changes = [change for change in _roots(self.changes(run)) if _key(change) not in accepted]
         if changes:
+            what, it = ("another setting", "it") if len(changes) == 1 else ("other settings", "them")
+            if self.finished:
+                remedy = f"name another output, or change {it} back; to train it further, give more steps and"
+            else:
+                remedy = f"change {it} back, name another output, or"
             raise UserError(
-                "\n".join(
-                    f"output: {self.folder} holds a run with another setting, {change}; change it back, name another "
-                    f"output, or {_accept(run, *map(_key, changes))}"
-                    for change in changes
-                )
+                f"output: {self.folder} holds a run with {what}, {', '.join(changes)}; {remedy} "
+                f"{_accept(run, *map(_key, changes))}"
             )
+
+    def changed_by(self, run: Run, said: Sequence[str]) -> list[str]:
+        """What was accepted before, and what this run changes after the steps that are made; `said` is what
+        `check_facts` had to say."""
+        new = [change for change in _roots(self.changes(run)) if _key(change) not in JUDGED_BY_FACTS]
+        new = [*new, *(line for line in said if ACCEPTED in line)] if self.step else []
+        return [*self.changed, *(f"from step {(self.step or 0) + 1:,} on: {change}" for change in new)]
 
     def check_facts(self, run: Run, facts: Mapping[str, Any], train: Encoded) -> list[str]:
         """Refuse data, weights and lengths under which the steps already made would have been others.
@@ -113,7 +125,7 @@ class Past:
         if _saw_the_same(run, self.facts, self.step or 0, train):
             return f"the training data have grown ({pairs}); the steps already made saw the same"
         if _allows(run, "data."):
-            return f"the training data have changed ({pairs}), which checkpoint.allow_change accepts"
+            return f"the training data have changed ({pairs}), {ACCEPTED}"
         raise UserError(
             f"output: {self.folder} holds a run whose {DATA} was {self.facts[DATA][:9]} and is now {facts[DATA][:9]} "
             f"({pairs}): its steps so far would have seen other pairs; restore the data, name another output, or "
@@ -134,12 +146,29 @@ class Past:
         if not scheduled and same_rates(run.optimizer, before, now, made):
             return f"{length}; the steps already made would have been the same"
         if _allows(run, "steps", "epochs", "batch.pairs", "data."):
-            return f"{length}, which checkpoint.allow_change accepts; the rates are those of {now:,} steps from now on"
-        other = "objective.beta_end" if scheduled else f"optimizer.schedule={run.optimizer.schedule}"
+            return f"{length}, {ACCEPTED}; the rates are those of {now:,} steps from now on"
+        other, keep = f"optimizer.schedule={run.optimizer.schedule}", ""
+        warmed = warmup_steps(run.optimizer, before)
+        if scheduled:
+            other = "objective.beta_end"
+        elif run.optimizer.schedule == "constant":
+            other = f"optimizer.warmup_fraction={run.optimizer.warmup_fraction}"
+            other += f" ({warmup_steps(run.optimizer, now):,} steps of warm-up in place of {warmed:,})"
+            keep = self._keeping(run, warmed)
         raise UserError(
             f"output: {self.folder} holds a run of {before:,} steps; with {now:,}, under {other}, the {made:,} steps "
-            f"already made would have been others; change it back, name another output, or {_accept(run, 'steps')}"
+            f"already made would have been others; {keep}change it back, name another output, or "
+            f"{_accept(run, 'steps')}"
         )
+
+    @staticmethod
+    def _keeping(run: Run, warmed: int) -> str:
+        """How to keep a warm-up of so many steps."""
+        given, names = "", ["optimizer.warmup_steps"]
+        if "warmup_fraction" in run.optimizer.model_fields_set:
+            given, names = " optimizer.warmup_fraction=null", [*names, "optimizer.warmup_fraction"]
+        accepted = ", ".join(dict.fromkeys([*run.checkpoint.allow_change, *names]))
+        return f"keep them with optimizer.warmup_steps={warmed}{given} and checkpoint.allow_change=[{accepted}], "
 
 
 def _found(folder: Path) -> dict[str, Any]:
@@ -153,7 +182,17 @@ def _found(folder: Path) -> dict[str, Any]:
         "step": step,
         "finished": bool(learned.get("finished")),
         "exported": known.get("exported") or {},
+        "changed": learned.get("changed") or [],
     }
+
+
+def _roots(changes: Sequence[str]) -> list[str]:
+    """The changes without those of an objective's settings that came with another objective: accepting that accepts
+    them."""
+    names = {"objective.name", "objective.mixture"}
+    if not names & {*map(_key, changes)}:
+        return list(changes)
+    return [change for change in changes if _key(change) in names or not change.startswith("objective.")]
 
 
 def _key(change: str) -> str:

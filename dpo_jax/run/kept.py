@@ -69,7 +69,7 @@ def export_kept(
     weights = policy.load(mesh, run.seed)
     weights = with_trained(weights, trained_at(place, chosen, weights))
     ending = models.check_ending(found, tokenizer, run.export, scalar_head=run.objective.trains_reward_model)
-    card, files = result.described(run, found, ending, step=chosen)
+    card, files = result.described(run, found, ending, known.get("changed", []), step=chosen)
     options = {} if max_shard_bytes is None else {"max_shard_bytes": max_shard_bytes}
     text = Text(card, files, run.model.path)
     result.write(run.export_kinds[0], run, policy, weights, target, text, dtype=dtype, **options)

@@ -29,7 +29,7 @@ from dpo_jax.run import models, output, result
 from dpo_jax.run.attention_choice import attention_for
 from dpo_jax.run.best import MetricWatch, watch_of
 from dpo_jax.run.checkpoints import Saver
-from dpo_jax.run.continuing import Past
+from dpo_jax.run.continuing import ACCEPTED, Past
 from dpo_jax.run.data import Data, Packing, check_tokens, length_line, number_of_steps, read_data
 from dpo_jax.run.evaluator import EvaluationPrompts, Evaluator, read_prompts
 from dpo_jax.run.first_step import FirstStep
@@ -257,9 +257,12 @@ class Job:
         """
         facts = result.facts(self.sources, self.data, self.steps)
         here().same("what the run is made of differs", facts)
-        for line in past.check_facts(self.run, facts, self.data.train):
+        said = past.check_facts(self.run, facts, self.data.train)
+        changed = past.changed_by(self.run, said)
+        for line in [*said, *(line for line in changed[len(past.changed) :] if ACCEPTED not in line)]:
             print(line)
-        output.record_run(self.run, self.folder, facts, machine=machine_of(self.mesh))
+        more = {"changed": changed} if changed else {}
+        output.record_run(self.run, self.folder, facts, machine=machine_of(self.mesh), **more)
         return facts
 
 

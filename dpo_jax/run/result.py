@@ -4,7 +4,7 @@ import functools
 import json
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from dpo_jax.errors import UserError, public
 from dpo_jax.files import file_digest, move_aside
 from dpo_jax.hf import checkpoint, peft, tensors
 from dpo_jax.hf.ending import Ending, aligned
+from dpo_jax.hf.tokenizer import read_template
 from dpo_jax.model.decoder import Model
 from dpo_jax.model.weights import Weights
 from dpo_jax.page.render import PAGE
@@ -33,6 +34,8 @@ from dpo_jax.training import reference
 from dpo_jax.training.step import State
 
 RECORD = "dpo_jax.json"
+TEMPLATE = "chat_template.jinja"
+"""File of a folder in which transformers and servers look for the chat template first."""
 """The file of an exported folder that says how it was trained."""
 CARD = "README.md"
 """The file of an exported folder that is there for people to write on."""
@@ -80,7 +83,7 @@ class Ended(NamedTuple):
 def evaluations(folder: Path) -> dict[int, dict[str, float]]:
     """The evaluations of a run by step, from its records."""
     path = folder / METRICS_FILE
-    return metrics.evaluations_in(read_records(path)) if path.exists() else {}
+    return metrics.evaluations_in(read_records(path)) if here().owns or path.exists() else {}
 
 
 def before_and_after(folder: Path, best: Best | None = None) -> tuple[dict[str, float], dict[str, float]]:
@@ -100,7 +103,8 @@ def export(
     folder, said = journal.folder, ended.record()
     journal.phase("exporting")
     _, measured = before_and_after(folder, ended.best)
-    card, files = described(run, found, end, metrics=measured, **said)
+    changed = output.recorded(folder).get("changed", [])
+    card, files = described(run, found, end, changed, metrics=measured, **said)
     card["notes"] = [*card["notes"], *best_lines(ended.best, ended.stopped, evaluations(folder))]
     for kind in run.export_kinds:
         target = folder / output.EXPORTS[kind]
@@ -125,9 +129,12 @@ def write(
     return {"moved": checkpoint.save_hf(model, target, policy.folder, card=text.card, extra_files=text.files, **how)}
 
 
-def described(run: Run, found: Sources, end: Ending | None, **more: Any) -> tuple[dict[str, Any], dict[str, str]]:
+def described(
+    run: Run, found: Sources, end: Ending | None, changed: Sequence[str] = (), **more: Any
+) -> tuple[dict[str, Any], dict[str, str]]:
     """What the card of an export says of its run, and the files beside its weights that are written for it.
 
+    What was `changed` on the way is said beside the settings, which are those of the end.
     What is `more` is said in the card if it is its `metrics`, and in `dpo_jax.json` whatever it is.
     """
     names = [run.data.train] if isinstance(run.data.train, str) else list(run.data.train)
@@ -136,10 +143,12 @@ def described(run: Run, found: Sources, end: Ending | None, **more: Any) -> tupl
     pinned = {part: {**settings[part], "revision": commit} for part, commit in found.commits.items()}
     card = {"datasets": datasets, "config": {**settings, **pinned}}
     card["objectives"] = {term.name: term.row.paper for term in run.objective.terms}
-    more["notes"] = card["notes"] = notes(found, end, run.export)
+    more["notes"] = card["notes"] = [*notes(found, end, run.export), *changed]
     record = {"settings": settings, "settings_sha256": config.digest(run), "commits": found.commits, **more}
     files = {RECORD: json.dumps(public(record), indent=2, ensure_ascii=False) + "\n"}
     card |= {"metrics": more["metrics"]} if "metrics" in more else {}
+    if run.data.template is not None:  # or whoever talks to the model would not use the one that it knows
+        files[TEMPLATE] = read_template(run.data.template)
     return card, files | (aligned(found.policy, end) if run.export.align_eos else {})
 
 

@@ -52,7 +52,7 @@ def warmup_steps(settings: OptimizerSettings, steps: int) -> int:
     """Steps of warm-up: as given, or the given share of all steps, rounded up, but for the last one."""
     if settings.warmup_steps is not None:
         return settings.warmup_steps
-    return min(math.ceil(steps * settings.warmup_fraction), steps - 1)
+    return min(math.ceil(steps * (settings.warmup_fraction or 0.0)), steps - 1)
 
 
 def same_rates(settings: OptimizerSettings, steps: int, other: int, first: int) -> bool:

@@ -90,7 +90,9 @@ class OptimizerSettings(Section):
         default="linear", description="how the rate falls after warm-up"
     )
     warmup_steps: int | None = Field(default=None, ge=0, description="steps over which the rate rises from 0")
-    warmup_fraction: float = Field(default=0.1, ge=0, le=1, description="the same as a share of all steps")
+    warmup_fraction: float | None = Field(
+        default=0.1, ge=0, le=1, description="the same as a share of all steps; null: none"
+    )
     beta1: float = Field(
         default=0.9, ge=0, le=0.999999, description="decay of the first moment (of its part of a step, for lion)"
     )

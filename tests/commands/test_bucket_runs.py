@@ -1,7 +1,6 @@
 """Runs whose checkpoints lie in an object store: no disk need be shared, and none need last. A stand-in serves it."""
 
 import json
-import os
 import shutil
 import signal
 
@@ -83,28 +82,23 @@ def test_a_run_goes_on_from_a_disk_that_is_lost(world, whole, served, tmp_path, 
 
 
 @pytest.mark.nightly
-def test_a_killed_run_goes_on_on_another_machine(world, whole, served, tmp_path):
-    environment = {**os.environ, **served[1]}
+def test_a_killed_run_goes_on_on_another_machine(world, served, tmp_path):
+    def start(name, *more):
+        command = ["-m", "dpo_jax.train", *words(world, tmp_path / name, *more)]
+        return Hosts(command, tmp_path / f"{name}.logs", processes=1, environment=served[1])
+
+    alone = start("alone")
+    assert alone.ends() == [0], alone.said()
     for number, moment in enumerate(("step 3/6", "step 5/6", "exporting")):
         place = f"checkpoint.folder=gs://pairs/runs/killed{number}"
-        first = Hosts(
-            ["-m", "dpo_jax.train", *words(world, tmp_path / f"first{number}", place)],
-            tmp_path / f"first{number}.logs",
-            processes=1,
-            environment=environment,
-        )
+        first = start(f"first{number}", place)
         assert first.until(lambda moment=moment, first=first: moment in first.said())
         first.send(0, signal.SIGKILL)
         first.ends()
-        again = Hosts(
-            ["-m", "dpo_jax.train", *words(world, tmp_path / f"again{number}", place)],
-            tmp_path / f"again{number}.logs",
-            processes=1,
-            environment=environment,
-        )
+        again = start(f"again{number}", place)
         assert again.ends() == [0], again.said()
         assert number == 0 or "resumed after step" in again.said()  # step 2 may not have been sealed yet
-        assert weights(tmp_path / f"again{number}") == whole
+        assert weights(tmp_path / f"again{number}") == weights(tmp_path / "alone")
 
 
 APART = """
@@ -148,6 +142,6 @@ def test_hosts_without_a_common_disk_give_the_bytes_of_one_and_go_on_from_new_di
     assert all(code != 0 for code in first.ends())
     again = start("again")
     assert again.ends() == [0, 0], (again.said(0), again.said(1))
-    assert "each host has a run of its own" in again.said(0) and "resumed after step 4" in again.said(0)
+    assert "each host has a run of its own" in again.said(0) and "resumed after step" in again.said(0)
     assert weights(tmp_path / "again" / "0" / "run") == weights(tmp_path / "alone")
     assert not (tmp_path / "again" / "1" / "run" / "model").exists()

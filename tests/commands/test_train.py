@@ -301,6 +301,25 @@ def test_evaluate_takes_settings_of_data_as_its_messages_advise_them(world, fini
     assert lines[3].startswith('model.remat: "foo": must be one of auto')
 
 
+def test_evaluate_takes_another_objective_or_says_what_that_needs(world, finished, tmp_path, capsys):
+    model, pairs, start = str(finished / "model"), str(world / "eval.jsonl"), str(world / "model")
+    for name in ("simpo", "orpo", "sft"):  # of the model alone, so that its loss means something
+        assert evaluate.main([model, pairs, f"objective.name={name}", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["loss"] > 0
+    assert evaluate.main([model, pairs, "objective.name=ipo", "--json"]) == 0
+    assert "loss" not in json.loads(capsys.readouterr().out)
+    labelled = tmp_path / "kto.jsonl"
+    rows = [json.loads(line) for line in (world / "eval.jsonl").read_text().splitlines()]
+    write(
+        labelled, *({"prompt": r["prompt"], "completion": r["chosen"], "label": n % 2 == 0} for n, r in enumerate(rows))
+    )
+    assert evaluate.main([model, str(labelled), "objective.name=kto"]) == 2
+    error = capsys.readouterr().err
+    assert "objective.name=kto" in error and "--reference" in error and error.count("\n") == 1
+    assert evaluate.main([model, str(labelled), "objective.name=kto", "--reference", start, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] > 0
+
+
 def test_evaluate_measures_what_training_measured(world, finished, capsys):
     argv = [str(finished / "model"), str(world / "eval.jsonl"), "--reference", str(world / "model"), "--json"]
     assert evaluate.main(argv) == 0

@@ -60,7 +60,9 @@ def done(world):
     return ran(world, "done", "adapter.rank=4", "adapter.dropout=0.1", "export.kind=both")
 
 
-FEW = ("adapter.rank=4", "adapter.dropout=0.1", "checkpoint.every=1")
+FEW = ("adapter.rank=4", "adapter.dropout=0.1", "checkpoint.every=1", "optimizer.epsilon=1e-3")
+"""With an epsilon that is no less than most gradients: by Adam's own, one of 10,000 that is 0 but for rounding has gone
+the other way by its sign, which moved the next loss by 2e-4."""
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +148,9 @@ MESHES = [("mesh.data=2", "mesh.fsdp=2"), ("mesh.tensor=2",), ("reference.mode=l
 @pytest.mark.parametrize(
     ("more", "few"), by_pairs(itertools.product(MESHES, ("null", "nf4")), [(("mesh.tensor=2",), "nf4")])
 )
-def test_devices_and_the_kind_of_reference_are_invisible(world, done, in_few_bits, more, few):
+def test_devices_and_the_kind_of_reference_are_invisible(world, in_few_bits, more, few):
     """Losses to 1e-5 of a run on four devices that share the weights, on a base in four bits as well."""
-    one = done if few == "null" else in_few_bits(few)
+    one = in_few_bits(few)
     found = ran(world, f"{few} {' '.join(more)}", *FEW, f"model.quantise={few}", *more)
     assert losses(found) == pytest.approx(losses(one), abs=1e-5)
 

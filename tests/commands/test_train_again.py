@@ -201,7 +201,41 @@ def test_a_length_that_would_have_changed_the_past_is_refused_unless_it_is_accep
     run(world, output, falling, "steps=6", "checkpoint.allow_change=[steps]")
     rates = [record["learning_rate"] for record in lasting(output) if "loss" in record]
     assert len(rates) == 6 and rates[5] == pytest.approx(1e-3 / 6) and rates[3] == pytest.approx(1e-3 / 4)
+    changed = "from step 5 on: the run is to have 6 steps in place of 4, which checkpoint.allow_change accepts"
+    assert changed in (output / "model" / "README.md").read_text()
     run(world, output, falling, "steps=6")  # accepted once, it is the run's own
+
+
+def test_a_warm_up_that_would_have_been_longer_is_named_and_the_one_that_was_made_can_be_kept(world, tmp_path, capsys):
+    warm = ("optimizer.warmup_steps=null", "optimizer.warmup_fraction=0.5")
+    output = run(world, tmp_path / "run", *warm)
+    line = refused(world, output, capsys, *warm, "steps=6")
+    assert "optimizer.warmup_fraction=0.5 (3 steps of warm-up in place of 2)" in line and "\n" not in line.strip()
+    names = "[optimizer.warmup_steps, optimizer.warmup_fraction]"
+    kept = "optimizer.warmup_steps=2", "optimizer.warmup_fraction=null", f"checkpoint.allow_change={names}"
+    assert all(word in line for word in kept)
+    run(world, output, *kept, "steps=6")
+    assert weights(output) == weights(run(world, tmp_path / "whole", kept[0], "steps=6"))
+
+
+def test_what_is_changed_on_the_way_is_said_in_the_record_the_card_and_once(world, copied, capsys):
+    more = ("steps=6", "optimizer.learning_rate=1e-4", "checkpoint.allow_change=[optimizer.learning_rate]")
+    run(world, copied, *more)
+    line = "from step 5 on: optimizer.learning_rate: 0.001 -> 0.0001"
+    assert line in capsys.readouterr().out
+    assert json.loads((copied / "run.json").read_text())["changed"] == [line]
+    assert line in (copied / "model" / "README.md").read_text()
+    run(world, copied, *more, "steps=7")
+    assert line not in capsys.readouterr().out and line in (copied / "model" / "README.md").read_text()
+
+
+def test_settings_that_come_with_another_objective_are_not_told_apart(world, copied, capsys):
+    line = refused(world, copied, capsys, "objective.name=simpo", "seed=3")
+    assert "\n" not in line.strip() and "objective.gamma" not in line and "objective.label_smoothing" not in line
+    assert 'objective.name: "sigmoid" -> "simpo"' in line and "seed: 0 -> 3" in line
+    assert "name another output" in line and "give more steps" in line  # the run is finished
+    accepted = "checkpoint.allow_change=[objective.name, reference.mode]"
+    run(world, copied, "objective.name=simpo", "steps=5", accepted)
 
 
 def test_overflows_while_the_loss_scale_falls_stop_no_run(world, tmp_path, capsys, monkeypatch):

@@ -1,11 +1,14 @@
 """What a run says of the folder that it starts from, and mends in the folder that it leaves."""
 
 import json
+import shutil
 
 import pytest
 from safetensors.numpy import load_file
+from transformers import AutoTokenizer
 
 from dpo_jax import doctor, evaluate, sample, train
+from dpo_jax.hf import tensors
 from dpo_jax.run import output
 from tests.support.tiny_folders import write_folder
 from tests.support.tiny_rows import byte_tokenizer, write, yes_or_no
@@ -70,6 +73,25 @@ def test_the_folder_of_a_run_is_told_from_its_model(world, capsys):
     ):
         assert command.main(argv) == 2
         assert f"{run} is the folder of a run, with its model in {run}/model; give that" in capsys.readouterr().err
+
+
+def test_the_template_that_a_model_was_trained_with_goes_with_it(world, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(world / "model", bare)
+    (bare / "chat_template.jinja").unlink()
+    other = tmp_path / "other.jinja"
+    other.write_text("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}")
+    for name, model in (("none", bare), ("own", world / "model")):  # one that has none, and one that has its own
+        more = ("model.resize_embedding=true", f"model.path={model}", f"data.template={other}")
+        assert train.main(arguments(world, tmp_path / name, *more)) == 0
+        made = tmp_path / name / "model"
+        assert AutoTokenizer.from_pretrained(made).get_chat_template() == other.read_text()
+        assert tensors.changed_files(made) == [] and "(data.template)" in (made / "README.md").read_text()
+        capsys.readouterr()
+        assert (
+            evaluate.main([str(made), str(world / "train.jsonl"), "--max-samples", "2", "data.control_tokens=tokens"])
+            == 0
+        )
 
 
 def test_the_doctor_says_it_too(world, capsys):

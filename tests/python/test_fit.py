@@ -180,6 +180,17 @@ def test_a_run_goes_on_after_ctrl_c_and_after_what_a_caller_raised(world, heard,
     assert state() == before
 
 
+@pytest.mark.parametrize("outside", [signal.SIG_IGN, lambda *_: None])
+def test_ctrl_c_is_raised_where_nobody_listens_outside(world, monkeypatch, outside):
+    monkeypatch.setattr("dpo_jax.python.fit._train", lambda *_: 130)
+    before = signal.signal(signal.SIGINT, outside)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fitted(world, world / "unheard")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_what_is_wrong_is_said_before_a_row_is_read_or_a_folder_made(world):
     rows = iter(ROWS)
     with pytest.raises(ValueError) as caught:
