@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, create_model, model_validator
 
-from dpo_jax.objectives.table import Setting
+from dpo_jax.objectives.rows import Setting
 from dpo_jax.objectives.terms import Term, make_terms, names, takes, with_defaults
 from dpo_jax.settings import GivenSettings, Section
 

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dpo_jax.errors import nearest
-from dpo_jax.objectives.table import KNOWN_AS, OBJECTIVES, RECIPES, SCHEDULED, WEIGHT, Kind, Objective, Setting
+from dpo_jax.objectives.rows import Kind, Objective, Setting
+from dpo_jax.objectives.table import KNOWN_AS, OBJECTIVES, RECIPES, SCHEDULED, WEIGHT
 
 
 @dataclasses.dataclass(frozen=True)
