@@ -72,7 +72,7 @@ def _kinds(field: FieldInfo) -> tuple[Any, ...]:
 def no_block(key: str, value: object, fields: Mapping[str, FieldInfo]) -> str:
     """What to do about a value in place of a section: give it to the section's first setting, if that takes it."""
     first = next(known for known in fields if known.startswith(f"{key}."))
-    told = type(value) in _kinds(fields[first])
+    told = type(value) in _kinds(fields[first]) or value in get_args(fields[first].annotation)
     return f"must be a block of settings, such as {first}" + (f"={short(str(value))}" if told else "")
 
 

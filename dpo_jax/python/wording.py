@@ -63,7 +63,8 @@ def _keyword(key: str, value: str, arguments: Mapping[str, str]) -> str:
     except yaml.YAMLError:
         return f"{key}={value}"
     section, _, name = key.rpartition(".")
-    keyword = arguments.get(key) or SHORT.get(key) or (name if full_name(name) == key else "")
+    argument = arguments.get(key) if written != "None" else None  # an argument that is None is one that is not given
+    keyword = argument or SHORT.get(key) or (name if full_name(name) == key else "")
     return f"{keyword}={written}" if keyword else f'{section}={{"{name}": {written}}}'
 
 

@@ -353,6 +353,7 @@ COMMAND_LINE = {
     "seed=*a": "seed: not valid YAML: anchors and aliases",
     "sed=3": "sed: no such setting; did you mean seed?",
     "=3": "no such setting",
+    "optimizer=lion": "such as optimizer.name=lion",
     "batch=3": "batch: 3: must be a block of settings, such as batch.pairs=3",
     "evaluation.evry=3": "did you mean evaluation.every?",
     "--output": "its value is missing",

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import Result, fit, train
+from dpo_jax.config import keywords
 from dpo_jax.errors import UserError
 from dpo_jax.files import file_digest
 from dpo_jax.python.fit import _problems_of_calls
@@ -222,6 +223,13 @@ def test_what_is_wrong_is_said_in_the_words_of_python(tmp_path, given, said):
     with pytest.raises(UserError) as caught:
         fit("m", train=ROWS, output=tmp_path / "out", **given)
     assert str(caught.value).splitlines() == said and not (tmp_path / "out").exists()
+
+
+def test_the_null_that_is_advised_turns_off_what_a_file_gives(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: {path: m}\ndata: {train: t, eval: e}\noutput: o\n")
+    with pytest.raises(UserError, match="data.eval_fraction.* as eval=None"):
+        fit(config=tmp_path / "run.yaml", eval_fraction=0.1)
+    assert keywords.run_of({"eval": None, "eval_fraction": 0.1}, [str(tmp_path / "run.yaml")], origin="fit")
 
 
 def test_advice_that_is_followed_literally_is_taken(world, tmp_path):
