@@ -42,6 +42,13 @@ REMEDIES = {
 """What to do about what a machine refuses to do with a file."""
 
 
+def configs_folder() -> Path:
+    """`configs/`, with recipes and templates: inside the installed package, or beside the package in a checkout."""
+    here = Path(__file__).resolve().parent
+    installed = here / "configs"
+    return installed if installed.is_dir() else here.parent / "configs"
+
+
 def refusal(error: OSError) -> str | None:
     """The line that a user gets for an error of the machine and not of the program; None for any other."""
     if error.errno not in REMEDIES:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from dpo_jax.config import command as commands
 from dpo_jax.errors import UserError, nearest, short
-from dpo_jax.files import write_whole
+from dpo_jax.files import configs_folder, write_whole
 
 FACTS = ("from", "data", "hardware", "plan", "here")
 """What a header may say of a run, in this order; `from`, `hardware` and `here` are in every one."""
@@ -36,16 +36,9 @@ class Recipe(NamedTuple):
     text: str
 
 
-def folder() -> Path:
-    """Where the recipes are: inside the installed package, or beside the package in a checkout."""
-    here = Path(__file__).resolve().parent
-    installed = here / "configs"
-    return installed if installed.is_dir() else here.parent / "configs"
-
-
 def names() -> list[str]:
     """Names of all recipes."""
-    return sorted(path.stem for path in folder().glob("*.yaml"))
+    return sorted(path.stem for path in configs_folder().glob("*.yaml"))
 
 
 def parsed(text: str) -> Recipe:
@@ -78,7 +71,7 @@ def recipe(name: str) -> Recipe:
     Raises:
       UserError: there is none.
     """
-    return parsed((folder() / f"{_known(name)}.yaml").read_text(encoding="utf-8"))
+    return parsed((configs_folder() / f"{_known(name)}.yaml").read_text(encoding="utf-8"))
 
 
 def _known(name: str) -> str:
@@ -99,7 +92,7 @@ def files(name: str) -> dict[str, bytes]:
     settings = "\n".join(line.partition("#")[0] for line in recipe(name).text.splitlines())
     found = {}
     for path in dict.fromkeys([f"configs/{_known(name)}.yaml", *NAMED.findall(settings)]):
-        source = folder() / path.removeprefix("configs/")
+        source = configs_folder() / path.removeprefix("configs/")
         parts = [source] if source.is_file() else sorted(part for part in source.rglob("*") if part.is_file())
         found |= {f"{path}{str(part)[len(str(source)) :]}": part.read_bytes() for part in parts}
     return found

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from dpo_jax import recipes  # noqa: E402
 from dpo_jax.config import run as config  # noqa: E402
+from dpo_jax.files import configs_folder  # noqa: E402
 from dpo_jax.planning.chips import CHIPS  # noqa: E402
 from tests.support.hub_configs import HUB  # noqa: E402
 
@@ -63,7 +64,7 @@ def plan_of(name: str) -> dict[str, Any]:
     devices, title = found(HARDWARE, facts["hardware"])
     chip = next(chip.name for chip in CHIPS.values() if chip.title == title)
     prompt, answer = found(LENGTHS, facts["data"])
-    file = recipes.folder() / f"{name}.yaml"
+    file = configs_folder() / f"{name}.yaml"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODELS[config.load([str(file)]).model.path]))
         lengths = ["--prompt-tokens", prompt, "--completion-tokens", answer, "--compiler", "cpu", "--json"]
@@ -75,7 +76,7 @@ def plan_of(name: str) -> dict[str, Any]:
 
 def line_of(name: str, plan: dict[str, Any]) -> str:
     """A `plan:` line: memory of a device, steps and seconds, hours."""
-    run = config.load([str(recipes.folder() / f"{name}.yaml")])
+    run = config.load([str(configs_folder() / f"{name}.yaml")])
     pairs = number(*found(COUNT, recipes.recipe(name).facts["data"]))
     steps = run.steps or math.ceil(pairs * (run.epochs or 1) / run.batch.pairs)
     memory = sum(plan["memory"]["predicted"].values())
@@ -114,7 +115,7 @@ def main() -> int:
     given = parser.parse_args().names or [name for name in recipes.names() if "plan" in recipes.recipe(name).facts]
     for name in given:
         line = line_of(name, plan_of(name))
-        file = recipes.folder() / f"{name}.yaml"
+        file = configs_folder() / f"{name}.yaml"
         file.write_text(with_plan(file.read_text(), line))
         print(f"{name}: {line}", flush=True)
     return 0

@@ -8,6 +8,10 @@ FOREIGN = {
     name: answer
     for names, answer in (
         ("model_name_or_path model_name base_model pretrained_model_name_or_path tokenizer", "model.path"),
+        ("model.name model.id model.model model.checkpoint", "model.path"),
+        ("data.path data.paths data.file data.files data.name data.dataset data.training", "data.train"),
+        ("data.validation data.valid data.dev data.test data.evaluation", "data.eval"),
+        ("reference.model reference.name", "reference.path"),
         ("bf16 dtype torch_dtype precision mixed_precision", "model.compute_dtype"),
         ("fp16 float16 half", "model.compute_dtype=float16; its loss scale is found by itself"),
         ("gradient_checkpointing activation_checkpointing enable_activation_checkpointing", "model.remat"),
@@ -25,7 +29,7 @@ FOREIGN = {
             "arguments of the template are data.chat_template_kwargs={enable_thinking: false}",
         ),
         ("prompt_column chosen_column rejected_column field_mapping column_mapping", "data.columns"),
-        ("template", "the model's own chat template is used; data.template takes a file with another"),
+        ("template", "the model's own chat template is used; data.template takes a Jinja file with another"),
         (
             "val_set_size eval_split test_split_size val_size validation_split",
             "data.eval_fraction holds out a share of the prompts, data.eval names held-out pairs of their own",

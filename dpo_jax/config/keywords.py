@@ -17,7 +17,6 @@ MAIN = {
     "model": "model.path",
     "reference": "reference.path",
     "adapter": "adapter.path",
-    "objective": "objective.name",
 }
 """What a keyword sets that is given a text, and no mapping."""
 

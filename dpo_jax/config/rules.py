@@ -34,6 +34,10 @@ def measures(run: "Run") -> bool:
     return run.data.holds_out or run.evaluation.answers is not None
 
 
+USUAL = {"acc": "rewards/accuracies", "margin": "rewards/margins", "loss": "loss", "perplexity": "loss"}
+"""What is likely to be meant by a metric whose name has this in it, and is none of those that there are."""
+
+
 def best_problem(run: "Run") -> str | None:
     """What is wrong with the metric that the best checkpoint is to be chosen by: `checkpoint.best: remedy`."""
     if run.checkpoint.best is None:
@@ -43,7 +47,9 @@ def best_problem(run: "Run") -> str | None:
     names = [metric if metric in OF_ANSWERS else recorded(metric) for metric in BETTER]
     names += [recorded(metric, name) for name in sets for metric in BETTER if metric not in OF_ANSWERS]
     if run.checkpoint.best not in [*names, *map(recorded, OF_ANSWERS)]:
-        near = nearest(run.checkpoint.best, names)
+        in_set = held_out if held_out in sets else ""
+        usual = (recorded(name, in_set) for word, name in USUAL.items() if word in metric.lower())
+        near = nearest(run.checkpoint.best, names, 0.8) or next(usual, None) or nearest(run.checkpoint.best, names)
         listed = (
             "choose one of the evaluations, such as eval_loss, eval_rewards/accuracies, eval/NAME/loss or pass_rate"
         )
@@ -62,7 +68,11 @@ def best_problem(run: "Run") -> str | None:
 
 
 RULES: tuple[tuple[str, Callable[["Run"], bool], str], ...] = (
-    ("steps", lambda r: r.steps is not None and r.epochs is not None, "give steps or epochs, not both"),
+    (
+        "steps",
+        lambda r: r.steps is not None and r.epochs is not None,
+        "give steps or epochs, not both: null turns one off, as steps=null",
+    ),
     (
         "reference.mode",
         lambda r: r.objective.compares is False and r.reference.mode != "none",
@@ -128,7 +138,7 @@ RULES: tuple[tuple[str, Callable[["Run"], bool], str], ...] = (
     (
         "data.eval_fraction",
         lambda r: r.data.eval is not None and r.data.eval_fraction is not None,
-        "data.eval has held-out pairs already; keep one of the two",
+        "data.eval has held-out pairs already; keep one of the two: null turns one off, as data.eval=null",
     ),
     (
         "checkpoint.best",
@@ -170,7 +180,7 @@ IGNORED: tuple[tuple[str, Callable[["Run"], bool], str], ...] = (
     (
         "optimizer.warmup_fraction",
         lambda r: r.optimizer.warmup_steps is not None,
-        "give warmup_steps or warmup_fraction, not both",
+        "give warmup_steps or warmup_fraction, not both: optimizer.warmup_steps=null turns that one off",
     ),
     *UNUSED,
     *(

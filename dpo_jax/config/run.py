@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 
 import dpo_jax
 from dpo_jax.config import completion
-from dpo_jax.config.advice import advice, another_kind
+from dpo_jax.config.advice import advice, another_kind, no_block
 from dpo_jax.config.console import COMMANDS, program
 from dpo_jax.config.rules import ADAPTER_RATE, IGNORED, RULES, best_problem, only_merged
 from dpo_jax.data.settings import BatchSettings, DataSettings
@@ -28,7 +28,7 @@ from dpo_jax.files import digest_of
 from dpo_jax.hf.settings import ExportSettings
 from dpo_jax.model.settings import AdapterSettings, MeshSettings, ModelSettings
 from dpo_jax.objectives import terms
-from dpo_jax.objectives.settings import ObjectiveSettings, as_written
+from dpo_jax.objectives.settings import ObjectiveSettings, as_written, take_short_form
 from dpo_jax.processes.settings import DistributedSettings
 from dpo_jax.reporting.settings import AlarmSettings, LogSettings
 from dpo_jax.settings import COMMAND_LINE, GivenSettings, Section, allowed, described, shown
@@ -233,17 +233,6 @@ def _problem(source: GivenSettings, key: str, remedy: str) -> str:
     return f"{source.where[key]}: {key}: {shown(source.values[key])}: {remedy}"
 
 
-def _take_mixture(source: GivenSettings) -> None:
-    """A list of objectives becomes the setting that holds one."""
-    if isinstance(mixture := source.values.get("objective"), tuple):
-        source.values["objective.mixture"] = source.values.pop("objective")
-        source.where["objective.mixture"] = source.where.pop("objective")
-        if not all(isinstance(block, dict) for block in mixture):
-            wanted = "a list of blocks is wanted, such as [{name: sigmoid, weight: 0.8}, {name: sft, weight: 1}]"
-            source.problems.append(f"{source.where['objective.mixture']}: objective: {wanted}")
-            source.values.pop("objective.mixture")
-
-
 def validated(source: GivenSettings) -> Run:
     """The run that settings describe; `source.values` changes on the way.
 
@@ -252,15 +241,14 @@ def validated(source: GivenSettings) -> Run:
     """
     for block in BLOCKS:
         source.gather(block)
-    _take_mixture(source)
+    take_short_form(source)
     nested: dict[str, Any] = {section: {} for section in SECTIONS}
     for key, value in source.values.items():
         if key in FIELDS:
             *section, name = key.split(".")
             (nested[section[0]] if section else nested)[name] = value
         elif key in SECTIONS and value is not None:
-            example = next(known for known in FIELDS if known.startswith(f"{key}."))
-            source.problems.append(f"{source.where[key]}: {key}: must be a block of settings, such as {example}")
+            source.problems.append(f"{source.where[key]}: {key}: {shown(value)}: {no_block(key, value, FIELDS)}")
         elif key not in SECTIONS:
             source.problems.append(f"{source.where[key]}: {short(key)}: {advice(key, FIELDS)}")
     if other := another_kind(source.where, [key for key in source.values if key not in FIELDS], nested):

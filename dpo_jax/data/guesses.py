@@ -3,6 +3,7 @@
 A guess is never acted on: it is the mapping that the message advises.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -51,6 +52,16 @@ LIKE = {
     "rank": "ranking position order".split(),
 }
 """What others call the columns of layouts."""
+_GOOD = "good better best chosen preferred accepted positive win wins winner winning won correct right w".split()
+_BAD = (
+    "bad worse worst rejected dispreferred refused negative lose loses loser losing lost incorrect wrong "
+    "undesirable unpreferred nonpreferred l"
+).split()
+_NOT = ("non", "not", "un", "dis", "less")
+"""Words in names of columns that tell the better of two answers from the other; a good one after these is a bad one."""
+_OPENAI = ("preferred_output", "non_preferred_output")
+_ASKS = ("prompt", "question", "instruction", "query", "problem", "request")
+"""Words in names of columns that ask."""
 NUMBERS = ("score", "best", "strength", "rank", "label")
 """Columns that hold numbers; but for completions, the others of LIKE hold texts or conversations."""
 TEXT_FIELDS = ("answer", "response", "text", "content", "completion", "output", "generation")
@@ -132,7 +143,14 @@ _ORDER = (*_FIRST, *(name for name in LAYOUTS if name not in _FIRST))
 def _likeness(row: Mapping[str, Any], layout: RowLayout) -> tuple[float, int]:
     """The share of a layout's columns that are found, and how many these are."""
     found = sum(bool(found) for _, found in _mapping(row, layout))
+    if layout.name == "completion" and found < len(layout.columns) and _texts(row) > 2:
+        return 0.0, 0  # a prompt and several answers, of which it cannot be said which is which
     return found / len(layout.columns), found
+
+
+def _texts(row: Mapping[str, Any]) -> int:
+    """How many columns hold a text, or a conversation."""
+    return sum(map(_holds_text, row.values()))
 
 
 def _mapping(row: Mapping[str, Any], layout: RowLayout) -> Iterator[tuple[str, list[str]]]:
@@ -155,7 +173,33 @@ def _guess(row: Mapping[str, Any], name: str) -> list[str]:
         return close[:2]
     if name == "prompt" and not close:
         close = [like for like in ("messages", *LIKE["messages"]) if _is_turns(row.get(like))]
-    return close[:1] or _misspelt(row, name)
+    return close[:1] or _by_words(row, name) or _misspelt(row, name)
+
+
+def _by_words(row: Mapping[str, Any], name: str) -> list[str]:
+    """The column that a word in its name says to be the prompt, or the better or the worse of two answers.
+
+    >>> row = {"user_question": "Why?", "answerGood": "yes", "answer_bad": "no", "source": "web"}
+    >>> [_by_words(row, name) for name in ("prompt", "chosen", "rejected")]
+    [['user_question'], ['answerGood'], ['answer_bad']]
+    """
+    columns = [column for column in row if column not in KNOWN or column in _OPENAI]
+    texts = {column: _words(column) for column in columns if _suits(row[column], "prompt")}
+    asking = [column for column, words in texts.items() if words & {*_ASKS}]
+    if name == "prompt":
+        return asking[:1]
+    texts = {column: words for column, words in texts.items() if column not in asking}
+    bad = {column: words for column, words in texts.items() if words & {*_BAD} or words & {*_NOT} and words & {*_GOOD}}
+    good = {column: words for column, words in texts.items() if words & {*_GOOD} and column not in bad}
+    good = good or {column: words for column, words in texts.items() if column in LIKE["completion"]}
+    for better, worse in itertools.product(good, bad):
+        if good[better] - {*_GOOD} == bad[worse] - {*_BAD, *_GOOD, *_NOT} or len(good) == len(bad) == 1:
+            return {"chosen": [better], "rejected": [worse]}.get(name, [])
+    return []
+
+
+def _words(name: str) -> set[str]:
+    return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", str(name))}
 
 
 def _misspelt(row: Mapping[str, Any], name: str) -> list[str]:

@@ -11,6 +11,7 @@ import io
 import json
 import lzma
 import re
+import shlex
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -63,7 +64,7 @@ def reader_of(path: Path, name: str) -> Reader:
     """
     suffix = path.suffix.lower()
     if suffix in TABLES:
-        raise UserError(f"{clean(name, 400)}: {_TABLE}")
+        raise UserError(f"{clean(name, 400)}: {_how_to_convert(path)}")
     if suffix in (".parquet", ".arrow"):
         return _read_parquet if suffix == ".parquet" else _read_arrow
     inner = Path(path.stem).suffix.lower() if suffix in PACKED else suffix
@@ -86,10 +87,16 @@ def reader_of(path: Path, name: str) -> Reader:
     )
 
 
-_TABLE = (
-    'a table of texts without types cannot be read; convert it: python -c "import pandas; '
-    "pandas.read_csv('rows.csv').to_json('rows.jsonl', orient='records', lines=True)\""
-)
+def _how_to_convert(path: Path) -> str:
+    """The command that makes rows of a table of texts without types."""
+    name, into, suffix = str(path), str(path.with_suffix(".jsonl")), path.suffix.lower()
+    read = "read_excel" if suffix.startswith(".xls") else "read_csv"
+    tabs = r", sep='\t'" if suffix == ".tsv" else ""
+    code = f"import pandas; pandas.{read}({name!r}{tabs}).to_json({into!r}, orient='records', lines=True)"
+    quoted = shlex.quote(code) if set(code) & set('"$`') else f'"{code}"'
+    return (
+        f"a table of texts without types cannot be read; convert it: python -c {clean(quoted, 1000)}, and give {into}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ packed

@@ -12,6 +12,7 @@ EXAMPLES = 5
 BAD, TOO_LONG, UNRANKED, NOTED = "bad", "too long", "without preference", "noted"
 WEIGHTLESS, REVERSED, NO_PROMPT = "weight of 0", "reversed pair", "no prompt"
 RENDERED, AS_TEXT = "rendered text", "rendered text, kept as text"
+MERGED = "prompt merges with the answer"
 LEFT_OUT = "left out by the chat template"
 WHOLLY = {
     WEIGHTLESS: "nothing would be learned; correct the column weight, or remove it",
@@ -35,6 +36,7 @@ KINDS = {
     "two system messages": BAD,
     "last message not assistant": BAD,
     "empty prompt": BAD,
+    MERGED: BAD,
     "empty completion": BAD,
     "identical completions": BAD,
     "prompts differ": BAD,

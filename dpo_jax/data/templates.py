@@ -16,9 +16,9 @@ from dpo_jax.data.layouts import Record, completion_name
 from dpo_jax.data.messages import BadRow, is_chat, shared_length
 from dpo_jax.data.probes import Frame, Turn, begins, frame_of, renderer, turn_of
 from dpo_jax.data.rendering import Voice, written
-from dpo_jax.data.report import AS_TEXT, RENDERED, clean
+from dpo_jax.data.report import AS_TEXT, MERGED, RENDERED, clean
 from dpo_jax.data.strangers import check_template, ids_of
-from dpo_jax.data.tokenizer import Tokenizer, special_ids
+from dpo_jax.data.tokenizer import Tokenizer, no_template, special_ids
 from dpo_jax.errors import UserError
 from dpo_jax.files import digest_of
 
@@ -323,9 +323,7 @@ def _control_note(texts: Iterable[str], codec: Codec) -> tuple[tuple[str, str], 
 
 def _chat_job(record: Record, codec: Codec) -> _Job:
     if template_source(codec.tokenizer, codec.template) is None:
-        raise UserError(
-            f"{_where(record)}: messages need a chat template and the tokenizer has none; give data.template"
-        )
+        raise no_template(_where(record))
     if taken := sorted(codec.reserved & record.chat_template_kwargs.keys()):
         raise BadRow("reserved template argument", f"chat_template_kwargs may not set {', '.join(taken)}")
     count = len(record.completions)
@@ -356,7 +354,7 @@ def _tokens(job: _Job, codec: Codec) -> Tokens:
         cut = f"{len(whole) - end} tokens of the prompt are left out: the text goes on in another way after them"
         notes += (("prompt tokens not a prefix", cut),)
     if not prompt:
-        prompt = _empty_prompt(codec)
+        prompt = _empty_prompt(codec, merged=bool(whole))
     endings = [_ended(ids[end:], job.kind, codec) for ids in together]
     notes += tuple(dict.fromkeys(note for _, ending in endings for note in ending))
     unscored = [
@@ -388,8 +386,11 @@ def _ranges(whole: list[int], heads: Sequence[str | list[int]], start: int) -> l
     return [(first, last) for first, last in zip(places[::2], places[1::2], strict=True) if first < last]
 
 
-def _empty_prompt(codec: Codec) -> list[int]:
+def _empty_prompt(codec: Codec, *, merged: bool) -> list[int]:
     """What stands where a prompt is empty: something has to, or the first completion token has no source."""
+    if codec.bos is None and merged:
+        turns = ", or set data.as_chat=true" if template_source(codec.tokenizer, codec.template) else ""
+        raise BadRow(MERGED, f"its last token reaches into an answer; end it with a space or a line break{turns}")
     if codec.bos is None:
         raise BadRow("empty prompt", "no token is left of the prompt, and the tokenizer has no BOS token for its place")
     return [codec.bos]

@@ -1,9 +1,12 @@
 """What is used of a tokenizer of transformers, which is imported only where one is loaded."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from dpo_jax.data.messages import Messages
+from dpo_jax.errors import UserError
+from dpo_jax.files import configs_folder
 
 
 @runtime_checkable
@@ -70,3 +73,12 @@ def added_ids(tokenizer: Tokenizer) -> frozenset[int]:
 def rows_for(tokenizer: Tokenizer) -> int:
     """Rows that an embedding must have for every token of a tokenizer."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+
+
+def no_template(where: str) -> UserError:
+    """What to raise where messages are met and no chat template is known; `where` is the row."""
+    plain = os.path.relpath(configs_folder() / "plain.jinja")
+    return UserError(
+        f"{where}: messages need a chat template and the tokenizer has none; give a Jinja file, such as "
+        f"data.template={plain}"
+    )

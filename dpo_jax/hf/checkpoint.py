@@ -29,7 +29,7 @@ from dpo_jax.hf.leaves import Found, leaf_of, quantised_leaf
 from dpo_jax.hf.mapping import Claims, LeafPart, Scheme, TensorEntry, claim, names
 from dpo_jax.hf.quantised import opened, without_quantisation
 from dpo_jax.hf.tensors import DTYPES, TensorInfo, Tensors, local_folder, member, read_json
-from dpo_jax.model.decoder import Model, abstract_params
+from dpo_jax.model.decoder import Model, abstract_params, check_model
 from dpo_jax.model.quantised import Kind
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.processes.here import here, is_seen
@@ -204,6 +204,7 @@ def save_hf(
       UserError: the target is not free, `like` is not of this model, a weight is NaN or too large for its dtype, or the
         folder cannot be written. What stood at `folder` is then as it was.
     """
+    check_model("save_hf: model", model)
     target, origin = Path(folder), local_folder(like)
     source = opened(origin)
     _check_like(model, origin)

@@ -5,6 +5,7 @@ Letters: B rows, T positions, S cache slots, D width, V vocabulary, R layers of 
 
 import dataclasses
 import functools
+import os
 import re
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dpo_jax import trees
+from dpo_jax.errors import UserError
 from dpo_jax.logprobs.fused import HeadSplit
 from dpo_jax.model import spec as specs
 from dpo_jax.model.adapters import Noise, composed
@@ -49,6 +51,18 @@ class Model:
     def logits(self, tokens: Int[Array, "B T"] | Int[np.ndarray, "B T"]) -> Float[Array, "B T V"]:
         """Logits of ordinary rows, float32: `[:, t]` is the prediction of token t + 1 from tokens 0..t."""
         return logits(self.spec, self.params, jnp.asarray(tokens))
+
+
+def check_model(where: str, given: object, *, folder: bool = False) -> None:
+    """Refuse what is no model, as parameters alone; a `folder` or hub id may do as well.
+
+    Raises:
+      UserError: begins with `where`.
+    """
+    if not isinstance(given, (Model, str, os.PathLike) if folder else Model):
+        either = ", or a folder or hub id" if folder else ""
+        what = f"a Model: what load_hf gave, or Model(spec, params) around parameters alone{either}"
+        raise UserError(f"{where}: is of type {type(given).__name__}; give {what}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, UInt32
 from dpo_jax.errors import UserError
 from dpo_jax.objectives.pairs import LossOutput, Pairs, Scalar
 from dpo_jax.objectives.pairwise import desensitized, policy_weights
-from dpo_jax.objectives.table import OBJECTIVES
-from dpo_jax.objectives.terms import Term, make_terms, takes
+from dpo_jax.objectives.table import OBJECTIVES, RECIPES
+from dpo_jax.objectives.terms import Term, make_terms, meant_by, takes
 
 
 class Progress(NamedTuple):
@@ -51,12 +51,36 @@ def objective_loss(name: str, pairs: Pairs, **settings: Any) -> LossOutput:
     Raises:
       ValueError: a name or a setting is unknown or out of range.
     """
+    if name in RECIPES:
+        parts = ", ".join(f"objective_loss({part!r}, ...)" for part, _, _ in RECIPES[name].parts)
+        raise UserError(
+            f"{name!r} is not an objective of the table but a sum of some over a step, {RECIPES[name].equation}; take "
+            f"{parts}, or train with objective.name={name}"
+        )
     if name not in OBJECTIVES:
-        raise ValueError(f"{name!r} is not an objective of the table; it has {', '.join(OBJECTIVES)}")
+        raise UserError(f"{name!r} is not an objective of the table; {meant_by(name)}")
     traced = {key: value for key, value in settings.items() if isinstance(value, jax.Array) and key in takes(name)}
     (term,) = make_terms([{"name": name, **{key: value for key, value in settings.items() if key not in traced}}])
+    _check_given(term, pairs)
     (found,) = outcomes((dataclasses.replace(term, settings={**term.settings, **traced}),), pairs)
     return found
+
+
+def _check_given(term: Term, pairs: Pairs) -> None:
+    """Refuse pairs without what an objective looks at.
+
+    Raises:
+      UserError: names the argument of `make_pairs` that is missing.
+    """
+    lacking = {
+        "chosen_length=N, rejected_length=N, the numbers of tokens": "length" in term.row.uses
+        and pairs.assumed is not None,
+        "shared=Sums(...), over the tokens that both have (ld_alpha)": term.desensitizes and pairs.shared is None,
+        "alignment=(chosen, rejected) (weighting)": term.weighting != "none" and pairs.alignment is None,
+        "ranking=Ranking(...)": term.row.data == "rankings" and pairs.ranking is None,
+    }
+    if missing := [name for name, gone in lacking.items() if gone]:
+        raise UserError(f"objective {term.name}: pairs: lack what it looks at; give make_pairs {missing[0]}")
 
 
 def outcomes(terms: Sequence[Term], pairs: Pairs, progress: Progress = START) -> list[LossOutput]:

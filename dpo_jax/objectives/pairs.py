@@ -3,6 +3,7 @@
 Letters as in pairwise.py.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 Scalar = float | Float[Array, ""]
+Numbers = ArrayLike | Sequence[Any]
+"""One for each pair: an array, or a list."""
 
 
 class Sums(NamedTuple):
@@ -42,6 +45,7 @@ class Pairs(NamedTuple):
       noise: a uniform number in (0, 1), for objectives that draw.
       shared: sums over the first `min(chosen_length, rejected_length)` tokens of each completion (LD-DPO).
       alignment: for chosen and rejected, mean over the tokens of `log p(token) - log sum_v p(v)^2` (WPO).
+      assumed: () where lengths were not given, and are 1.
       ranking: all ranked completions, where more than two are compared.
     """
 
@@ -59,6 +63,7 @@ class Pairs(NamedTuple):
     shared: Sums | None = None
     alignment: tuple[Float[Array, "*P"], Float[Array, "*P"]] | None = None
     ranking: Ranking | None = None
+    assumed: tuple[()] | None = None
 
 
 class LossOutput(NamedTuple):
@@ -73,10 +78,10 @@ class LossOutput(NamedTuple):
 
 
 def make_pairs(
-    policy_chosen: ArrayLike,
-    policy_rejected: ArrayLike,
-    reference_chosen: ArrayLike = 0.0,
-    reference_rejected: ArrayLike = 0.0,
+    policy_chosen: Numbers,
+    policy_rejected: Numbers,
+    reference_chosen: Numbers = 0.0,
+    reference_rejected: Numbers = 0.0,
     **more: Any,
 ) -> Pairs:
     """`Pairs` in float32 of one shape, the reference cut off from gradients.
@@ -88,11 +93,12 @@ def make_pairs(
       reference_rejected: the reference's.
       **more: other fields of `Pairs`; lengths, labels and weights are 1 and margins 0 where they are not given.
     """
-    shape = jnp.shape(policy_chosen)
+    shape = jnp.asarray(policy_chosen).shape
 
-    def full(value: ArrayLike) -> Array:
+    def full(value: Numbers) -> Array:
         return jnp.broadcast_to(jnp.asarray(value).astype(jnp.float32), shape)
 
+    more.setdefault("assumed", None if {"chosen_length", "rejected_length"} <= more.keys() else ())
     ones, zeros = ("chosen_length", "rejected_length", "label", "weight"), ("margin",)
     filled = {name: full(more.pop(name, 1.0)) for name in ones} | {name: full(more.pop(name, 0.0)) for name in zeros}
     reference = jax.lax.stop_gradient((full(reference_chosen), full(reference_rejected)))

@@ -8,14 +8,17 @@ nats. In the docstrings u is a completion's log-ratio `log pi(y | x) - log pi_re
 rejected completion, n a number of tokens, S the sigmoid, and e the label smoothing.
 """
 
+import math
+import numbers
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from dpo_jax.objectives.pairs import LossOutput, Pairs, Scalar, make_pairs
+from dpo_jax.errors import UserError
+from dpo_jax.objectives.pairs import LossOutput, Numbers, Pairs, Scalar, make_pairs
 
 LARGEST_EXPONENT = 40.0
 """The f-divergences' phi is at least -exp(40): constant beyond (log-ratios of tens of nats), and its square finite."""
@@ -31,12 +34,11 @@ class DPOLoss(NamedTuple):
     rejected_rewards: Float[Array, "*P"]
 
 
-@jax.jit
 def dpo_loss(
-    policy_chosen_logps: Float[Array, "*P"],
-    policy_rejected_logps: Float[Array, "*P"],
-    reference_chosen_logps: Float[Array, "*P"],
-    reference_rejected_logps: Float[Array, "*P"],
+    policy_chosen_logps: Numbers,
+    policy_rejected_logps: Numbers,
+    reference_chosen_logps: Numbers,
+    reference_rejected_logps: Numbers,
     *,
     beta: Scalar = 0.1,
     label_smoothing: Scalar = 0.0,
@@ -57,17 +59,30 @@ def dpo_loss(
     >>> [round(float(number[0]), 4) for number in found]  # loss, chosen and rejected reward
     [0.3133, 0.5, -0.5]
     """
-    pairs = make_pairs(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    _check_number("beta", beta, lambda number: 0 < number < math.inf, "must be a number > 0, such as 0.1")
+    _check_number("label_smoothing", label_smoothing, lambda number: 0 <= number <= 1, "must be a chance, from 0 to 1")
+    sums = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    return _dpo_loss(tuple(map(jnp.asarray, sums)), beta, label_smoothing)
+
+
+@jax.jit
+def _dpo_loss(sums: tuple[Array, Array, Array, Array], beta: Scalar, label_smoothing: Scalar) -> DPOLoss:
+    pairs = make_pairs(*sums)
     losses = sigmoid(pairs, beta=beta, label_smoothing=label_smoothing).losses
     return DPOLoss(losses, *jax.lax.stop_gradient(rewards(pairs, beta)))
 
 
-@jax.jit
+def _check_number(name: str, value: object, allowed: Callable[[Any], bool], remedy: str) -> None:
+    """Refuse a number of Python or NumPy that is out of range; one of JAX may be traced, and is not looked at."""
+    if isinstance(value, numbers.Real) and not allowed(value):
+        raise UserError(f"{name}: {value}: {remedy}")
+
+
 def dpo_loss_from_indices(
-    pi_logps: Float[Array, " C"],
-    ref_logps: Float[Array, " C"],
-    yw_idxs: Int[Array, " P"],
-    yl_idxs: Int[Array, " P"],
+    pi_logps: Numbers,
+    ref_logps: Numbers,
+    yw_idxs: Numbers,
+    yl_idxs: Numbers,
     *,
     beta: Scalar = 0.1,
     label_smoothing: Scalar = 0.0,
@@ -82,14 +97,9 @@ def dpo_loss_from_indices(
     >>> [round(float(loss), 4) for loss in found.losses]
     [0.3133, 0.1269, 0.3133]
     """
-    return dpo_loss(
-        pi_logps[yw_idxs],
-        pi_logps[yl_idxs],
-        ref_logps[yw_idxs],
-        ref_logps[yl_idxs],
-        beta=beta,
-        label_smoothing=label_smoothing,
-    )
+    pi, ref, better, worse = map(jnp.asarray, (pi_logps, ref_logps, yw_idxs, yl_idxs))
+    sums = (pi[better], pi[worse], ref[better], ref[worse])
+    return dpo_loss(*sums, beta=beta, label_smoothing=label_smoothing)
 
 
 def rewards(pairs: Pairs, beta: Scalar, *, average: bool = False) -> tuple[Float[Array, "*P"], Float[Array, "*P"]]:

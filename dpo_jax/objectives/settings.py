@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, create_model, model_validator
 
-from dpo_jax.objectives.table import Setting
+from dpo_jax.objectives.rows import Setting
 from dpo_jax.objectives.terms import Term, make_terms, names, takes, with_defaults
-from dpo_jax.settings import Section
+from dpo_jax.settings import GivenSettings, Section
 
 SETTINGS: dict[str, str] = {
     "beta": "strength of the pull towards the reference",
@@ -139,3 +139,19 @@ def as_written(objective: object) -> ObjectiveSettings | None:
         return ObjectiveSettings.model_validate(objective or {})
     except ValueError:
         return None
+
+
+def take_short_form(source: GivenSettings) -> None:
+    """The name of an objective, or a list of them, in place of its block becomes the setting that holds one."""
+    given, where = source.values.get("objective"), source.where.get("objective", "")
+    if isinstance(given, str):
+        name = source.values.pop("objective")
+        if "objective.name" not in source.values:  # or it was given later, as what is earlier does not stay
+            source.values["objective.name"], source.where["objective.name"] = name, where
+    elif isinstance(given, tuple):
+        source.values["objective.mixture"] = source.values.pop("objective")
+        source.where["objective.mixture"] = where
+        if not all(isinstance(block, dict) for block in given):
+            wanted = "a list of blocks is wanted, such as [{name: sigmoid, weight: 0.8}, {name: sft, weight: 1}]"
+            source.problems.append(f"{where}: objective: {wanted}")
+            source.values.pop("objective.mixture")

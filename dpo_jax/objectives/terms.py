@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dpo_jax.errors import nearest
-from dpo_jax.objectives.table import KNOWN_AS, OBJECTIVES, RECIPES, SCHEDULED, WEIGHT, Kind, Objective, Setting
+from dpo_jax.objectives.rows import Kind, Objective, Setting
+from dpo_jax.objectives.table import KNOWN_AS, OBJECTIVES, RECIPES, SCHEDULED, WEIGHT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,13 @@ def make_terms(blocks: Iterable[Mapping[str, Any]]) -> tuple[Term, ...]:
     return tuple(terms)
 
 
+def meant_by(name: str) -> str:
+    """What is likely to be meant by a name that no objective has."""
+    plain = name.lower().replace("-", "_").replace(" ", "_")
+    near = nearest(plain, names(), 0.5)
+    return KNOWN_AS.get(plain, f"did you mean {near}?" if near else f"one of {', '.join(names())}")
+
+
 NEUTRAL = {"label_smoothing": 0, "length_penalty": 0, "sft_weight": 0, "calibration_weight": 0, "weighting": False}
 """Values that change nothing, and so may be given to an objective that has no such setting."""
 
@@ -106,10 +114,7 @@ NEUTRAL = {"label_smoothing": 0, "length_penalty": 0, "sft_weight": 0, "calibrat
 def _problems(block: Mapping[str, Any]) -> Iterable[str]:
     name = block.get("name", "sigmoid")
     if name not in names():
-        near = nearest(str(name), names(), 0.5)
-        hint = f"did you mean {near}?" if near else f"one of {', '.join(names())}"
-        hint = KNOWN_AS.get(str(name).lower().replace("-", "_"), hint)
-        return [f"name: no objective {name!r}; {hint}"]
+        return [f"name: no objective {name!r}; {meant_by(str(name))}"]
     known = takes(name)
     if not WEIGHT.accepts(block.get("weight", 1.0)):
         return [f"weight: must be {WEIGHT.allowed()}"]

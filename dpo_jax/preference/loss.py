@@ -20,7 +20,7 @@ from dpo_jax.model.weights import Weights
 from dpo_jax.objectives.metrics import Means, Values, means, merge, preference_metrics
 from dpo_jax.objectives.mixture import START, Progress, counts_of, outcomes, start_constant, total
 from dpo_jax.objectives.pairs import Pairs
-from dpo_jax.objectives.table import Kind
+from dpo_jax.objectives.rows import Kind
 from dpo_jax.objectives.terms import Term, data_of, make_terms
 from dpo_jax.preference.micro_batches import fold, micro_batch
 from dpo_jax.preference.scoring import Dropout, Scores, Wanted, pairs_of, score, token_metrics

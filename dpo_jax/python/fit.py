@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +12,15 @@ from typing import Any
 
 from dpo_jax.config import keywords
 from dpo_jax.config.run import Run
+from dpo_jax.errors import short
 from dpo_jax.python import rows
 from dpo_jax.python.result import Result
+from dpo_jax.python.wording import in_python
 
+ARGUMENTS = {"data.train": "train", "data.eval": "evaluate", "model.path": "model"}
+"""Settings that are arguments here."""
+CALLBACK = re.compile("(.*_)?callbacks?|on_(log|step_end|evaluate|eval)")
+"""What others call the arguments `on_step` and `on_evaluation`."""
 STEP_LINES = 12
 """Steps that are shown while a run goes on, where lines are."""
 OnRecord = Callable[[int, dict[str, float]], object]
@@ -62,8 +69,10 @@ def fit(
       KeyboardInterrupt: Ctrl-C, or a notebook's stop button. The run has been saved.
     """
     files = [config] if isinstance(config, str | os.PathLike) else config
-    run = _run_of(model, (train, evaluate), [os.fspath(file) for file in files], settings)
+    problems = _problems_of_calls({"on_step": on_step, "on_evaluation": on_evaluation})
     with contextlib.ExitStack() as stack:
+        stack.enter_context(in_python(ARGUMENTS))
+        run = _run_of(model, (train, evaluate), [os.fspath(file) for file in files], settings, problems)
         told = [_told(call, sys.stdout) for call in (on_step, on_evaluation)]
         if not verbose:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -76,9 +85,23 @@ def fit(
     return Result(run.output)
 
 
-def _run_of(model: object, data: tuple[Any, Any], files: Sequence[str], given: Mapping[str, Any]) -> Run:
+def _problems_of_calls(calls: Mapping[str, object]) -> list[str]:
+    """What is wrong with the caller's functions, by the name of their argument."""
+    return [
+        f"fit: {name}: is of type {type(call).__name__}; give a function, to be called as {name}(step, metrics)"
+        for name, call in calls.items()
+        if call is not None and not callable(call)
+    ]
+
+
+def _run_of(
+    model: object, data: tuple[Any, Any], files: Sequence[str], given: Mapping[str, Any], problems: Sequence[str] = ()
+) -> Run:
     """The run of all arguments; rows are not read before everything else is right."""
-    (train, evaluate), problems, given = data, [], dict(given)
+    (train, evaluate), problems, given = data, list(problems), dict(given)
+    for name in [name for name in given if CALLBACK.fullmatch(name)]:
+        given.pop(name)
+        problems.append(f"fit: {short(name)}: no such argument; give functions to on_step= and on_evaluation=")
     if model is not None:
         given["model"] = model
     if not isinstance(model, str | os.PathLike | Mapping | None):

@@ -26,7 +26,7 @@ from dpo_jax.evaluation import winrate
 from dpo_jax.evaluation.models import decoding_of, open_model
 from dpo_jax.hf.adapted import adapted
 from dpo_jax.hf.tokenizer import load_tokenizer
-from dpo_jax.model.decoder import Execution, Model, Params, cast
+from dpo_jax.model.decoder import Execution, Model, Params, cast, check_model
 from dpo_jax.model.settings import MeshSettings, ModelSettings
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights
@@ -35,6 +35,7 @@ from dpo_jax.preference import heldout
 from dpo_jax.preference.scoring import score_batch
 from dpo_jax.python import rows as memory
 from dpo_jax.python.restoring import restored
+from dpo_jax.python.wording import in_python
 from dpo_jax.run import models
 from dpo_jax.run.data import Data, Packing, check_tokens
 
@@ -43,6 +44,16 @@ PAIRS = 32
 """Pairs that are scored at a time."""
 DECODING = ("temperature", "top_p", "top_k")
 """What `generate` takes of how tokens are chosen."""
+
+
+KNOWN_AS = {
+    "max_length": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "do_sample": "temperature",
+    "random_seed": "seed",
+    "messages": "prompts",
+}
+"""What others call arguments of `generate`."""
 
 
 class PairLogprobs(NamedTuple):
@@ -77,7 +88,10 @@ def score_pairs(
     Raises:
       UserError: a row cannot be used, so that numbers and rows would not go together; or a model or setting is wrong.
     """
-    settings = _data_settings(data)
+    for name, model in (("policy", policy), ("reference", reference)):
+        check_model(f"score_pairs: {name}", model, folder=True)
+    with in_python():
+        settings = _data_settings(data)
     named = [model for model in (policy, reference) if not isinstance(model, Model)]
     if tokenizer is None and not named:
         raise UserError(
@@ -86,11 +100,12 @@ def score_pairs(
     with restored(), tempfile.TemporaryDirectory(prefix="dpo_jax-") as folder:
         tokenizer = tokenizer or load_tokenizer(adapted(os.fspath(named[0])).base)
         source = str(memory.keep(rows, Path(folder), "rows")) if memory.are_rows(rows) else rows
-        encoded = _pairs(source, tokenizer, settings)
-        mesh = _mesh_of(policy, reference)
-        first = _scored(_on(policy, mesh), encoded, tokenizer, mesh)
-        same = reference is policy or (isinstance(reference, Folder) and reference == policy)
-        second = first if same else _scored(_on(reference, mesh), encoded, tokenizer, mesh)
+        with in_python(rows=Path(str(source)) if source is not rows else None):
+            encoded = _pairs(source, tokenizer, settings)
+            mesh = _mesh_of(policy, reference)
+            first = _scored(_on(policy, mesh), encoded, tokenizer, mesh)
+            same = reference is policy or (isinstance(reference, Folder) and reference == policy)
+            second = first if same else _scored(_on(reference, mesh), encoded, tokenizer, mesh)
     return PairLogprobs(*first, *second)
 
 
@@ -189,10 +204,11 @@ def generate(
       UserError: a prompt or an argument is not as it must be, or there is no such model.
     """
     if strange := [name for name in decoding if name not in DECODING]:
-        near = nearest(strange[0], DECODING)
-        raise UserError(f"generate: {short(strange[0])}: no such argument; give {near or ', '.join(DECODING)}")
-    alone = isinstance(prompts, str) or bool(prompts) and isinstance(prompts[0], Mapping)
-    asked = [prompts] if alone else list(prompts)
+        known = (*DECODING, "max_new_tokens", "seed", "chat", "tokenizer")
+        near = KNOWN_AS.get(strange[0]) or nearest(strange[0], known)
+        raise UserError(f"generate: {short(strange[0])}: no such argument; give {near or ', '.join(known)}")
+    check_model("generate: model", model, folder=True)
+    asked, alone = _asked(prompts)
     with restored():
         base, adapter, _ = (None, None, "") if isinstance(model, Model) else adapted(os.fspath(model))
         if tokenizer is None and base is None:
@@ -206,6 +222,19 @@ def generate(
         answers = generation.generate(opened.spec, opened.params, ids, how, seed=seed)
     texts = [winrate.text_of(tokenizer, answer.tokens) for answer in answers]
     return texts[0] if alone else texts
+
+
+def _asked(prompts: Any) -> tuple[list[Any], bool]:
+    """Prompts, and whether there was one, and no list: a text, a message, or messages."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts if isinstance(prompts, str) else [prompts]], True
+    try:
+        found = list(prompts)
+    except TypeError:
+        what = "a text, messages with role and content, or a list of such prompts"
+        raise UserError(f"generate: prompts: is of type {type(prompts).__name__}; give {what}") from None
+    alone = bool(found) and isinstance(found[0], Mapping)
+    return [found] if alone else found, alone
 
 
 def _prompt_ids(prompts: Sequence[Any], tokenizer: Tokenizer, chat: bool | None) -> list[list[int]]:

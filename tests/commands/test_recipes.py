@@ -12,6 +12,7 @@ import pytest
 
 from dpo_jax import recipes, train
 from dpo_jax.config import run as config
+from dpo_jax.files import configs_folder
 from dpo_jax.planning.chips import CHIPS
 from dpo_jax.reporting.journal import read_records
 from dpo_jax.settings import GivenSettings
@@ -44,7 +45,7 @@ def test_a_published_run_is_short_and_planned(name):
     number, _, title = found.facts["hardware"].partition(" x ")
     assert int(number) > 0 and title in [chip.title for chip in CHIPS.values()]
     assert re.search(r"GiB a device .* steps of .* (hours|minutes|seconds) at best \(jax [\d.]+\)", found.facts["plan"])
-    run = config.load([str(recipes.folder() / f"{name}.yaml")])
+    run = config.load([str(configs_folder() / f"{name}.yaml")])
     assert run.output == f"runs/{name}"
 
 

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from dpo_jax.config import command as commands
 from dpo_jax.config import rounds
 from dpo_jax.config import run as config
-from dpo_jax.config.elsewhere import FOREIGN
+from dpo_jax.config.advice import WITH_VALUE
+from dpo_jax.config.elsewhere import FOREIGN, answer_to
 from dpo_jax.config.run import CHANGES_MATHEMATICS, FIELDS, KEEPS_MATHEMATICS, Run, changed_mathematics, dump
 from dpo_jax.errors import UserError
 from dpo_jax.objectives.table import KNOWN_AS
@@ -352,7 +353,8 @@ COMMAND_LINE = {
     "seed=*a": "seed: not valid YAML: anchors and aliases",
     "sed=3": "sed: no such setting; did you mean seed?",
     "=3": "no such setting",
-    "batch=3": "batch: must be a block of settings",
+    "optimizer=lion": "such as optimizer.name=lion",
+    "batch=3": "batch: 3: must be a block of settings, such as batch.pairs=3",
     "evaluation.evry=3": "did you mean evaluation.every?",
     "--output": "its value is missing",
     "output=a\x1b[2J=b\udc80": "not valid YAML",
@@ -493,6 +495,78 @@ def test_what_a_name_from_elsewhere_means_is_a_setting_that_there_is():
         sections = "|".join({key.split(".")[0] for key in FIELDS if "." in key})
         named = re.findall(rf"\b((?:{sections})\.[a-z_0-9]+)\b", answer)
         assert [key for key in named if key not in FIELDS and key != "metrics.jsonl"] == []
+
+
+def test_the_name_of_an_objective_may_stand_for_its_block(good):
+    Path("named.yaml").write_text("objective: hinge\n")
+    assert plain_run("objective=simpo") == plain_run("objective.name=simpo")
+    assert plain_run("named.yaml").objective.name == "hinge"
+    assert plain_run("named.yaml", "objective=ipo", "objective.beta=0.2") == plain_run(
+        "objective.name=ipo", "objective.beta=0.2"
+    )
+    assert plain_run("objective={name: ipo, beta: 0.2}", "objective=simpo") == plain_run("objective=simpo")
+    (line,) = problems(good, "objective=dpo")
+    assert line.startswith('command line: objective.name: "dpo": ') and "sigmoid is DPO" in line
+
+
+@pytest.mark.parametrize("name", ["SimPO", "Sig-moid", "IPO"])
+def test_an_objective_in_other_letters_is_recognised(good, name):
+    (line,) = problems(good, f"objective.name={name}")
+    near = name.lower().replace("-", "")
+    assert line.endswith(f"did you mean {near}?")
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("data.path", "data.train"),
+        ("data.file", "data.train"),
+        ("data.validation", "data.eval"),
+        ("model.name", "model.path"),
+        ("reference.model", "reference.path"),
+    ],
+)
+def test_what_a_section_has_under_another_name_is_looked_for_there(good, name, key):
+    assert problems(good, f"{name}=x") == [f"command line: {name}: no such setting; did you mean {key}?"]
+
+
+def test_of_two_settings_that_exclude_each_other_the_advised_null_turns_one_off(good):
+    (line,) = problems(good, "epochs=2")
+    assert "steps=null" in line
+    assert config.load([good, "epochs=2", "steps=null"]).epochs == 2
+    (line,) = problems("model.path=m", "data.train=d", "output=o", "data.eval=e", "data.eval_fraction=0.1")
+    assert "data.eval=null" in line
+    (line,) = problems(good, "optimizer.warmup_steps=3")
+    assert "optimizer.warmup_steps=null" in line
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("eval_accuracy", "eval_rewards/accuracies"),
+        ("acc", "eval_rewards/accuracies"),
+        ("logps/accuracie", "eval_logps/accuracies"),
+    ],
+)
+def test_the_metric_that_is_likely_meant_is_offered_first(given, meant):
+    words = ["data.eval=e", "evaluation.every=5"]
+    (line,) = problems("model.path=m", "data.train=d", "output=o", *words, f"checkpoint.best={given}")
+    assert line.endswith(f"did you mean {meant}?")
+    assert plain_run(*words, f"checkpoint.best={meant}").checkpoint.best == meant
+
+
+@pytest.mark.parametrize("name", WITH_VALUE)
+def test_a_value_that_is_advised_for_a_name_from_elsewhere_is_taken(good, name):
+    (line,) = problems(good, f"{name}=true")
+    assert f"here it is {WITH_VALUE[name]}" in line
+    words = [word.rstrip(",") for word in WITH_VALUE[name].split() if "=" in word]
+    assert words and answer_to(name) in WITH_VALUE[name]
+    plain_run(*(word.replace("OWNER", "me") for word in words))
+
+
+def test_what_a_name_from_elsewhere_may_be_is_listed_where_it_is_a_choice(good):
+    (line,) = problems(good, "optim=adamw_torch")
+    assert line.endswith("here it is optimizer.name, one of adamw, lion, adafactor")
 
 
 SECRETS = ("hf_abcdefghijklmnopqrstuvwxyz", "ghp_abcdefghijklmnopqrstuvwxyz", "https://me:hunter2@host/x", "swordfish")

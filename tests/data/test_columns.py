@@ -1,5 +1,7 @@
 """Columns under other names: mapped by the run, or missed, and then said with the mapping to write."""
 
+import re
+
 import pytest
 
 from dpo_jax.data.columns import problems_of, renamed
@@ -236,6 +238,29 @@ def test_the_mapping_that_is_advised_works(tmp_path):
     encoded, _ = read(tmp_path, {"conversations": turns}, columns={"messages": "conversations"})
     assert encoded.num_pairs == 1
     assert read(tmp_path, {"prompt": "a", "response": "b"}, columns={"completion": "response"})[0].num_pairs == 1
+
+
+TOLD = [
+    {"question": "Why?", "answer_good": "yes", "answer_bad": "no"},
+    {"user_question": "Why?", "winningResponse": "yes", "losingResponse": "no", "source": "web"},
+    {"question": "Why?", "answer": "yes", "wrong_answer": "no"},
+    {"query": "Why?", "preferred_output": "yes", "non_preferred_output": "no"},
+    {"prompt": "Why?", "y_w": "yes", "y_l": "no"},
+]
+
+
+@pytest.mark.parametrize("row", TOLD, ids=lambda row: "-".join(row))
+def test_a_word_in_a_name_tells_the_better_answer_and_the_advice_works(tmp_path, row):
+    said = re.search(r"data\.columns=\{(.*?)\}", refused(tmp_path, row))[1]
+    columns = dict(part.split(": ") for part in said.split(", "))
+    encoded, _ = read(tmp_path, row, columns=columns)
+    plain, _ = read(tmp_path, {"prompt": "Why?", "chosen": "yes", "rejected": "no"})
+    assert encoded.num_pairs == 1 and encoded.tokens.tolist() == plain.tokens.tolist()
+
+
+def test_a_prompt_and_two_unknown_texts_are_no_single_answer(tmp_path):
+    assert "nearest is pair" in refused(tmp_path, {"question": "Why?", "one": "yes", "two": "no"})
+    assert "completion: answer}" in refused(tmp_path, {"question": "Why?", "answer": "yes", "source": "web"})
 
 
 def test_a_file_whose_first_rows_are_odd_is_read_all_the_same(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from dpo_jax.data.encode import collect, encode
 from dpo_jax.data.layouts import detect, to_record
 from dpo_jax.data.messages import BadRow
-from dpo_jax.data.report import BAD, KINDS, NOTED, TOO_LONG, UNRANKED, Report
+from dpo_jax.data.report import BAD, KINDS, MERGED, NOTED, TOO_LONG, UNRANKED, Report
 from dpo_jax.data.settings import LAYOUTS as NAMES
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.data.sources import read_rows, tables
@@ -68,7 +69,30 @@ def test_a_bad_row_is_counted_and_named_and_the_others_are_kept(tmp_path, tokeni
 
 def test_there_are_sixty_bad_rows_and_every_class_of_them_is_met():
     assert len(BAD_ROWS) >= 60
-    assert {kind for _, _, kind in BAD_ROWS} == {kind for kind, effect in KINDS.items() if effect == BAD}
+    assert {*(kind for _, _, kind in BAD_ROWS), MERGED} == {kind for kind, effect in KINDS.items() if effect == BAD}
+
+
+@pytest.mark.parametrize("end", [" ", "\n"])
+def test_a_prompt_whose_only_token_reaches_into_the_answer_is_not_called_empty(tmp_path, end):
+    tokenizer = byte_tokenizer(merges=(("a", "b"),))
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    for layout in ("auto", "pair"):
+        with pytest.raises(UserError) as caught:
+            encode(str(write(tmp_path / "rows.jsonl", row)), tokenizer, DataSettings(train="x", layout=layout))
+        for words in ("rows.jsonl:1", "reaches into an answer", "a space or a line break", "data.as_chat=true"):
+            assert words in str(caught.value)
+        assert "empty" not in str(caught.value)
+    mended = write(tmp_path / "rows.jsonl", {**row, "prompt": f"a{end}"})
+    assert encode(str(mended), tokenizer, SETTINGS)[0].num_pairs == 1
+    path = write(tmp_path / "rows.jsonl", row)
+    assert encode(str(path), tokenizer, SETTINGS.model_copy(update={"as_chat": True}))[0].num_pairs == 1
+
+
+def test_rows_of_messages_without_a_template_are_told_of_a_file_that_is_there(tmp_path):
+    with pytest.raises(UserError, match="data.template=") as caught:
+        encode(str(write(tmp_path / "rows.jsonl", CHAT)), byte_tokenizer(template=None), SETTINGS)
+    plain = re.search("data.template=(.*)", str(caught.value))[1]
+    assert Path(plain).is_file() and Path(plain).name == "plain.jinja"
 
 
 def test_too_many_bad_rows_stop_the_run_with_one_line_that_names_the_largest_classes(tmp_path, tokenizer):
@@ -206,7 +230,7 @@ def test_only_the_first_rows_are_read(tmp_path):
         ("{}/rows.jsnol", "did you mean {}/rows.jsonl?"),
         ("{}/no/rows.jsonl", "no such file or folder"),
         ("./nothing", "no such file or folder"),
-        ("{}/rows.csv", "pandas.read_csv('rows.csv').to_json('rows.jsonl', orient='records', lines=True)"),
+        ("{}/rows.csv", "pandas.read_csv('{0}/rows.csv').to_json('{0}/rows.jsonl', orient='records', lines=True)"),
         ("{}/rows.bin", "files that can be read are .jsonl"),
         ("{}/empty", "holds no .jsonl"),
         ("{}/empty:test", "holds no .jsonl"),

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_jax import dpo_loss, dpo_loss_from_indices
+from dpo_jax.errors import UserError
 from dpo_jax.objectives.mixture import objective_loss
 from dpo_jax.objectives.pairs import make_pairs
-from dpo_jax.objectives.table import OBJECTIVES
+from dpo_jax.objectives.table import OBJECTIVES, Objective
 
 nats = st.floats(-50, 50, width=32)
 
@@ -110,8 +111,69 @@ def test_an_objective_is_had_by_name_and_refuses_what_it_does_not_take():
     np.testing.assert_allclose([found.margins[0], found.losses[0]], [3.0, np.log1p(np.exp(-3.0))], rtol=1e-6)
     with pytest.raises(ValueError, match="tau: objective simpo does not use it; it takes beta, gamma"):
         objective_loss("simpo", pairs, tau=0.1)
-    with pytest.raises(ValueError, match="'rpo' is not an objective of the table"):
-        objective_loss("rpo", pairs)
+    for name, words in {
+        "rpo": "a sum .* sigmoid [+] sft_weight [*] sft; take .*'sigmoid'.*'sft'.* objective.name=rpo",
+        "orpo": "sft [+] odds_weight [*] odds_ratio; .*'sft'.*'odds_ratio'.*",
+        "dpo": "sigmoid is DPO",
+        "SimPO": "did you mean simpo[?]",
+    }.items():
+        with pytest.raises(UserError, match=f"'{name}' is not an objective of the table.*{words}"):
+            objective_loss(name, pairs)
+
+
+PLAIN = make_pairs([-10.0], [-30.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        *((name, {}, "chosen_length=") for name in ("ipo", "simpo", "sigmoid_norm", "rdpo", "odds_ratio")),
+        ("sigmoid", {"ld_alpha": 0.5}, "shared="),
+        ("sigmoid", {"weighting": "wpo"}, "alignment="),
+        ("plackett_luce", {}, "ranking="),
+    ],
+)
+def test_pairs_without_what_an_objective_looks_at_are_refused(name, settings, said):
+    with pytest.raises(UserError, match=f"objective {name}: .*give make_pairs {said}"):
+        objective_loss(name, PLAIN, **settings)
+    with pytest.raises(UserError, match=said):
+        jax.jit(lambda pairs: objective_loss(name, pairs, **settings).losses)(PLAIN)
+
+
+def test_lengths_that_are_given_are_taken_and_what_needs_none_runs_without():
+    assert objective_loss("ipo", make_pairs([-10.0], [-30.0], chosen_length=2, rejected_length=3)).losses.shape == (1,)
+    assert objective_loss("sigmoid", PLAIN).losses.shape == (1,)
+    with pytest.raises(UserError, match="chosen_length="):
+        objective_loss("ipo", make_pairs([-10.0], [-30.0], chosen_length=2))
+
+
+def test_lists_are_taken_like_arrays():
+    sums = [-1.0, -4.0], [-2.0, -3.0], [-1.0, -1.0], [-1, -1]
+    for one, other in zip(dpo_loss(*sums, beta=0.1), dpo_loss(*(f32(*part) for part in sums), beta=0.1), strict=True):
+        np.testing.assert_array_equal(one, other)
+    by_index = dpo_loss_from_indices([-1.0, -2.0, -3.0], [-2.0] * 3, [0, 0], [1, 2])
+    wanted = dpo_loss_from_indices(f32(-1, -2, -3), f32(-2, -2, -2), jnp.array([0, 0]), jnp.array([1, 2]))
+    np.testing.assert_array_equal(by_index.losses, wanted.losses)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"beta": -1.0}, {"beta": 0.0}, {"beta": np.float64(-0.1)}, {"beta": np.inf}, {"label_smoothing": 1.5}]
+)
+def test_numbers_out_of_range_are_refused_where_they_can_be_seen(wrong):
+    (name,) = wrong
+    with pytest.raises(UserError, match=f"{name}: .*: must be a"):
+        dpo_loss(*[f32(-1.0)] * 4, **wrong)
+    with pytest.raises(UserError, match=f"{name}: "):
+        dpo_loss_from_indices(f32(-1, -2), f32(-1, -2), jnp.array([0]), jnp.array([1]), **wrong)
+    slope = jax.grad(lambda beta: dpo_loss(f32(-1), f32(-2), f32(0), f32(0), beta=beta).losses.sum())(0.1)
+    assert np.isfinite(slope)
+
+
+def test_settings_of_a_new_objective_must_say_what_they_may_be():
+    made = object.__new__(Objective)  # as the tests' own check of types looks at what a call is given
+    object.__setattr__(made, "settings", {"beta": 0.1})
+    with pytest.raises(UserError, match=r"settings: beta: 0.1: .*Setting\(0.1\)"):
+        made.__post_init__()
 
 
 def test_settings_may_be_traced():

@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from dpo_jax.errors import UserError
 from dpo_jax.objectives.mixture import objective_loss
 from dpo_jax.objectives.pairs import LossOutput, make_pairs
+from dpo_jax.objectives.rows import MODIFIERS
 from dpo_jax.objectives.settings import SETTINGS, ObjectiveSettings
-from dpo_jax.objectives.table import KNOWN_AS, MODIFIERS, OBJECTIVES, RECIPES, SCHEDULED, Objective, Setting
+from dpo_jax.objectives.table import KNOWN_AS, OBJECTIVES, RECIPES, SCHEDULED, Objective, Setting
 from dpo_jax.objectives.terms import data_of, make_terms, names, takes, with_defaults
 from tests.support.formulas import RECIPE_FORMULAS
 from tests.support.steps import PAIRS, by_name, evaluate, exact, numbers, random_step
@@ -29,7 +30,7 @@ def test_names_are_used_once():
 def test_a_row_says_where_it_comes_from_and_its_defaults_are_allowed(name):
     row = OBJECTIVES[name]
     assert row.equation and row.when and (re.search(r"arXiv:\d{4}\.\d{5}", row.paper) or name == "sft")
-    assert set(row.modifiers) <= set(MODIFIERS) and set(row.uses) <= {"margin", "label"}
+    assert set(row.modifiers) <= set(MODIFIERS) and set(row.uses) <= {"margin", "label", "length"}
     assert row.measured_as is None or (row.measured_as in OBJECTIVES and not OBJECTIVES[row.measured_as].remembers)
     for key, setting in row.takes.items():
         assert setting.accepts(setting.default), key

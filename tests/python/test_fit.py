@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 
 from dpo_jax import Result, fit, train
+from dpo_jax.config import keywords
 from dpo_jax.errors import UserError
 from dpo_jax.files import file_digest
+from dpo_jax.python.fit import _problems_of_calls
 from dpo_jax.reporting.journal import read_records
 from tests.support.tiny_rows import write, yes_or_no
 from tests.support.worlds import write_model
@@ -212,3 +215,42 @@ def test_rows_that_cannot_be_used_are_named_by_their_number(world, tmp_path):
     with pytest.raises(UserError, match=r"rows/train-\w+\.jsonl:2: no 'rejected'"):
         fitted(world, tmp_path / "bad", rows=[ROWS[0], {"prompt": "a", "chosen": "b"}], verbose=False)
     assert json.loads((tmp_path / "bad" / "rows").glob("train-*").__next__().read_text().splitlines()[0]) == ROWS[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"eval_dataset": ROWS}, ["fit: eval_dataset: no such setting; here it is evaluate"]),
+        ({"train_dataset": ROWS}, ["fit: train_dataset: no such setting; here it is train"]),
+        ({"callbacks": [print]}, ["fit: callbacks: no such argument; give functions to on_step= and on_evaluation="]),
+        ({"callback": print}, ["fit: callback: no such argument; give functions to on_step= and on_evaluation="]),
+        (
+            {"steps": 3, "epochs": 2},
+            ["fit: steps: 3: give steps or epochs, not both: null turns one off, as steps=None"],
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_in_the_words_of_python(tmp_path, given, said):
+    with pytest.raises(UserError) as caught:
+        fit("m", train=ROWS, output=tmp_path / "out", **given)
+    assert str(caught.value).splitlines() == said and not (tmp_path / "out").exists()
+
+
+def test_the_null_that_is_advised_turns_off_what_a_file_gives(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: {path: m}\ndata: {train: t, eval: e}\noutput: o\n")
+    with pytest.raises(UserError, match="data.eval_fraction.* as eval=None"):
+        fit(config=tmp_path / "run.yaml", eval_fraction=0.1)
+    assert keywords.run_of({"eval": None, "eval_fraction": 0.1}, [str(tmp_path / "run.yaml")], origin="fit")
+
+
+def test_advice_that_is_followed_literally_is_taken(world, tmp_path):
+    rows = [{"question": "Why?", "good": "yes", "bad": "no"}]
+    with pytest.raises(UserError) as caught:
+        fitted(world, tmp_path / "out", rows)
+    advised = eval(re.search(r"columns=(\{.*?\})", str(caught.value))[1])
+    assert advised == {"prompt": "question", "chosen": "good", "rejected": "bad"}
+
+
+def test_a_function_that_is_none_is_refused_at_the_call():
+    (line,) = _problems_of_calls({"on_step": "x", "on_evaluation": print})
+    assert line == "fit: on_step: is of type str; give a function, to be called as on_step(step, metrics)"

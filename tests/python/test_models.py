@@ -5,6 +5,7 @@ import pytest
 
 from dpo_jax import dpo_loss, generate, load_hf, load_tokenizer, sample, score_pairs
 from dpo_jax.errors import UserError
+from dpo_jax.model.decoder import check_model
 from tests.support.tiny_rows import GOOD, write, yes_or_no
 from tests.support.worlds import write_model
 
@@ -58,8 +59,17 @@ def test_a_model_is_its_own_reference(folders):
 @pytest.mark.parametrize(
     ("rows", "more", "said"),
     [
-        ([*ROWS, {"prompt": "a", "chosen": "b"}], {}, r":6: no 'rejected'"),
-        ([{"prompt": "Hi", "completion": "yes", "label": True}], {}, "has one answer; a pair has a chosen and a"),
+        ([*ROWS, {"prompt": "a", "chosen": "b"}], {}, r"first: row 6: no 'rejected'"),
+        (
+            [{"question": "Why?", "good": "yes", "bad": "no"}],
+            {},
+            r'^row 1: .*write columns=\{"prompt": "question", "chosen": "good", "rejected": "bad"\}',
+        ),
+        (
+            [{"prompt": "Hi", "completion": "yes", "label": True}],
+            {},
+            "score_pairs: row 1: has one answer; a pair has a",
+        ),
         (
             [GOOD, {"prompt": "Hi" * 40, "chosen": "a" * 40, "rejected": "a" * 39 + "b"}],
             {"max_length": 24},
@@ -84,11 +94,18 @@ def test_answers_are_those_of_the_command(folders, tmp_path, capsys):
     assert found == generate(model, texts, tokenizer=tokenizer, max_new_tokens=6)
     assert found[0] == generate(model, texts[0], tokenizer=tokenizer, max_new_tokens=6)
     assert found[0] == generate(model, [{"role": "user", "content": texts[0]}], tokenizer=tokenizer, max_new_tokens=6)
+    assert found[0] == generate(model, {"role": "user", "content": texts[0]}, tokenizer=tokenizer, max_new_tokens=6)
+    assert found == generate(model, iter(texts), tokenizer=tokenizer, max_new_tokens=6)
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
+        ({"max_tokens": 5}, "max_tokens: no such argument; give max_new_tokens"),
+        ({"max_length": 5}, "max_length: no such argument; give max_new_tokens"),
+        ({"zzz": 5}, "zzz: no such argument; give temperature, top_p, top_k, max_new_tokens, seed"),
+        ({"prompts": {"content": "Say 3"}}, "prompt 1: .*messages with role and content"),
+        ({"prompts": None}, "prompts: is of type NoneType; give a text, messages"),
         ({"temperatur": 1.0}, "temperatur: no such argument; give temperature"),
         ({"temperature": 0.0, "top_p": 0.5}, "top_p: greedy decoding draws nothing; give a temperature too"),
         ({"prompts": [3]}, "prompt 1: wrong type"),
@@ -99,3 +116,11 @@ def test_answers_are_those_of_the_command(folders, tmp_path, capsys):
 def test_what_cannot_be_asked_is_refused(folders, given, said):
     with pytest.raises(UserError, match=said):
         generate(folders / "policy", **({"prompts": "Say 3"} | given))
+
+
+def test_parameters_alone_are_no_model():
+    with pytest.raises(UserError, match="save_hf: model: is of type dict; give a Model: .*Model[(]spec, params[)]"):
+        check_model("save_hf: model", {"embed": 1})
+    with pytest.raises(UserError, match="generate: model: is of type int; .* or hub id"):
+        check_model("generate: model", 3, folder=True)
+    check_model("generate: model", "base", folder=True)
