@@ -115,7 +115,11 @@ def _check(argv: Sequence[str]) -> int:
 def _push(argv: Sequence[str]) -> int:
     parser = Parser("convert push", "Upload a model folder to the hub, as a private repository unless told otherwise.")
     parser.add_argument("folder", help="model folder, such as an export")
-    parser.add_argument("repo_id", metavar="REPO_ID", help="OWNER/NAME on the hub; it is made if it does not exist")
+    parser.add_argument(
+        "repo_id",
+        metavar="REPO_ID",
+        help="OWNER/NAME on the hub, which is made if it does not exist; or gs://BUCKET/PATH or s3://BUCKET/PATH",
+    )
     parser.add_argument("--public", action="store_true", help="make a new repository public")
     parser.add_argument("--revision", help="branch to upload to (default: main)")
     options = parser.parse_args(argv)

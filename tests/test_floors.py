@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dpo_jax"
 
 # Floor by floor, each folder or loose module. A module imports lower floors and its own folder.
 FLOORS = (
-    ("errors", "files", "intervals", "limits", "settings", "trees"),
+    ("errors", "files", "intervals", "limits", "settings", "stores", "trees"),
     ("objectives", "logprobs", "processes"),
     ("model", "data", "sharding"),
     ("hf", "preference"),

@@ -10,6 +10,8 @@ from dpo_jax.errors import UserError
 from dpo_jax.hf import tensors
 from dpo_jax.hf.hub import COMMIT, LOG_IN, REVISION, reason
 from dpo_jax.hf.settings import REPOSITORY
+from dpo_jax.hf.upload import check_place, upload
+from dpo_jax.stores import ADDRESS
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -41,7 +43,7 @@ def push(
 
     Args:
       folder: what `save_hf` wrote, with nothing in it changed or added.
-      repo_id: OWNER/NAME.
+      repo_id: OWNER/NAME; or `gs://BUCKET/PATH` or `s3://BUCKET/PATH`, for which the rest has no meaning.
       private: what a new repository will be, and an old one must be.
       revision: branch; None is `main`.
       message: first line of the commit.
@@ -52,6 +54,8 @@ def push(
     """
     folder = Path(folder)
     files = _whole_export(folder)
+    if ADDRESS.fullmatch(repo_id):
+        return upload(folder, files, repo_id, "the store")
     with _explained(f"{folder} was not pushed to {repo_id!r}", repo_id):
         api = _client(repo_id, revision)
         _check_token(api.whoami(), repo_id)
@@ -76,6 +80,9 @@ def check_push(repo_id: str, *, private: bool = True, revision: str | None = Non
     Raises:
       UserError: there is no token, or none that may write for that owner; or the repository is not one to push to.
     """
+    if ADDRESS.fullmatch(repo_id):
+        check_place(repo_id, "the store")
+        return
     with _explained(f"nothing could be pushed to {repo_id!r}", repo_id):
         api = _client(repo_id, revision)
         _check_token(api.whoami(), repo_id)

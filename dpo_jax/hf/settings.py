@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from dpo_jax.settings import Section
+from dpo_jax.stores import ADDRESS
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 
@@ -35,15 +36,15 @@ class ExportSettings(Section):
     )
     push: str | None = Field(
         default=None,
-        description="OWNER/NAME of a hub repository that the result is pushed to; "
-        "the token is that of HF_TOKEN or of `hf auth login`",
+        description="OWNER/NAME of a hub repository that the result is pushed to, with the token of HF_TOKEN or of "
+        "`hf auth login`; or gs://BUCKET/PATH or s3://BUCKET/PATH",
     )
     private: bool = Field(default=True, description="whether that repository is private")
 
     @model_validator(mode="after")
     def _names_a_repository(self) -> "ExportSettings":
-        if self.push is not None and not REPOSITORY.fullmatch(self.push):
-            raise ValueError("export.push: must be OWNER/NAME, a repository of the hub")
+        if self.push is not None and not REPOSITORY.fullmatch(self.push) and not ADDRESS.fullmatch(self.push):
+            raise ValueError("export.push: must be OWNER/NAME, a repository of the hub, or gs:// or s3://BUCKET/PATH")
         if self.push is None and not self.private:
             raise ValueError("export.private: nothing is pushed without export.push; leave it out")
         return self

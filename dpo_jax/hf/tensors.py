@@ -383,8 +383,12 @@ def check_target(target: Path, replace: bool) -> None:
 
 def listed_files(folder: Path) -> dict[str, str]:
     """What an export's `SHA256SUMS` says: digest by name. Empty where there is none."""
-    lines = (folder / SUMS).read_text("utf-8").splitlines() if (folder / SUMS).is_file() else []
-    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    return listed_in((folder / SUMS).read_text("utf-8")) if (folder / SUMS).is_file() else {}
+
+
+def listed_in(sums: str) -> dict[str, str]:
+    """The same of the file's text."""
+    return {name: digest for digest, _, name in (line.partition("  ") for line in sums.splitlines())}
 
 
 def changed_files(folder: Path) -> list[str]:

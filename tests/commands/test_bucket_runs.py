@@ -10,7 +10,7 @@ from dpo_jax import train
 from dpo_jax.files import file_digest
 from dpo_jax.reporting.journal import read_records
 from tests.support.hosts import Hosts
-from tests.support.object_store import serving
+from tests.support.object_store import empty_store, served
 from tests.support.worlds import write_world
 
 pytest.importorskip("gcsfs", reason="extra gcs is not installed")
@@ -20,12 +20,6 @@ pytest.importorskip("gcsfs", reason="extra gcs is not installed")
 def world(tmp_path_factory):
     """A model folder, and files of pairs and questions."""
     return write_world(tmp_path_factory.mktemp("world"), 14, 6, shards=2)
-
-
-@pytest.fixture(scope="module")
-def served():
-    with serving() as found:
-        yield found
 
 
 def words(world, output, *more):
@@ -64,9 +58,13 @@ def whole(world, tmp_path_factory):
     return trained(world, tmp_path_factory.mktemp("whole") / "run")
 
 
-def test_a_run_goes_on_from_a_disk_that_is_lost(world, whole, served, tmp_path, monkeypatch, capsys):
-    for name, value in served[1].items():
-        monkeypatch.setenv(name, value)
+@pytest.fixture
+def store():
+    with empty_store() as store:
+        yield store
+
+
+def test_a_run_goes_on_from_a_disk_that_is_lost(world, whole, store, tmp_path, capsys):
     place = "checkpoint.folder=gs://pairs/runs/lost"
     trained(world, tmp_path / "run", "steps=3", place)
     before = read_records(tmp_path / "run" / "metrics.jsonl")
@@ -82,10 +80,10 @@ def test_a_run_goes_on_from_a_disk_that_is_lost(world, whole, served, tmp_path, 
 
 
 @pytest.mark.nightly
-def test_a_killed_run_goes_on_on_another_machine(world, served, tmp_path):
+def test_a_killed_run_goes_on_on_another_machine(world, tmp_path):
     def start(name, *more):
         command = ["-m", "dpo_jax.train", *words(world, tmp_path / name, *more)]
-        return Hosts(command, tmp_path / f"{name}.logs", processes=1, environment=served[1])
+        return Hosts(command, tmp_path / f"{name}.logs", processes=1, environment=served()[1])
 
     alone = start("alone")
     assert alone.ends() == [0], alone.said()
@@ -115,7 +113,7 @@ sys.exit(train.main(sys.argv[2:]))
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("more", [(), ("adapter.rank=2", "checkpoint.best=eval_loss", "export.kind=merged")])
-def test_hosts_without_a_common_disk_give_the_bytes_of_one_and_go_on_from_new_disks(world, served, tmp_path, more):
+def test_hosts_without_a_common_disk_give_the_bytes_of_one_and_go_on_from_new_disks(world, tmp_path, more):
     own = [
         "evaluation.judge=rule",
         "log.report=false",
@@ -134,7 +132,7 @@ def test_hosts_without_a_common_disk_give_the_bytes_of_one_and_go_on_from_new_di
 
     def start(name):
         command = ["-c", APART, str(tmp_path / name), *words(world, "run", place, *own)]
-        return Hosts(command, tmp_path / f"{name}.logs", environment=served[1])
+        return Hosts(command, tmp_path / f"{name}.logs", environment=served()[1])
 
     first = start("first")
     assert first.until(lambda: "step 5/6" in first.said()), first.said()

@@ -6,6 +6,7 @@ on an object's generation hold.
 
 import base64
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -15,6 +16,8 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
+
+import pytest
 
 API = re.compile(r"(?:/upload|/download)?/storage/v1/b/(?P<bucket>[^/]+)(?P<objects>/o(?:/(?P<name>.+))?)?")
 Answer = tuple[int, dict[str, Any] | bytes, dict[str, str]]
@@ -183,13 +186,25 @@ class Server(ThreadingHTTPServer):
         """Nothing: who asked is gone."""
 
 
-@contextlib.contextmanager
-def serving() -> Iterator[tuple[ObjectStore, dict[str, str]]]:
-    """A store, and the environment of whoever is to use it in place of the real one."""
+@functools.cache
+def served() -> tuple[ObjectStore, dict[str, str]]:
+    """A store, and the environment of whoever is to use it in place of the real one: one for a process and all that it
+    starts, as TensorStore reads its environment once."""
     store = ObjectStore()
-    with Server(("127.0.0.1", 0), type("Bound", (Handler,), {"store": store})) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        asking = {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
-        yield store, {**asking, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
-        server.shutdown()
+    server = Server(("127.0.0.1", 0), type("Bound", (Handler,), {"store": store}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    asking = {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
+    return store, {**asking, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+
+
+@contextlib.contextmanager
+def empty_store() -> Iterator[ObjectStore]:
+    """That store, empty, for this process and while the block lasts."""
+    store, environment = served()
+    store.objects.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield store
+    store.shut = None

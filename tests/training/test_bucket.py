@@ -8,29 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import stores
 from dpo_jax.errors import UserError
-from dpo_jax.training import bucket, steps
+from dpo_jax.training import steps
 from dpo_jax.training.checkpoints import Checkpoints, read_part
 from dpo_jax.training.settings import CheckpointSettings
-from tests.support.object_store import serving
+from tests.support.object_store import empty_store
 
 pytest.importorskip("gcsfs", reason="extra gcs is not installed")
 
 
-@pytest.fixture(scope="module")
-def stand_in():
-    """TensorStore reads the environment once in a process, so there is one server."""
-    with serving() as (store, environment), pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        yield store
-
-
 @pytest.fixture
-def store(stand_in):
-    stand_in.objects.clear()
-    yield stand_in
-    stand_in.shut = None
+def store():
+    with empty_store() as store:
+        yield store
 
 
 ADDRESS = "gs://pairs/runs/first"
@@ -202,7 +193,7 @@ def test_a_store_that_refuses_in_the_middle_is_one_line_and_keeps_what_it_has(st
 
 
 def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(bucket.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(stores.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs gcsfs; pip install 'dpo_jax\[gcs\]'"):
         steps.at(ADDRESS)
 
@@ -215,7 +206,8 @@ def test_only_an_address_of_a_bucket_is_one(wrong):
 
 
 def test_the_store_may_give_either_checksum():
-    assert bucket._about("x", {"size": "3", "crc32c": "A", "md5Hash": "B"}) == (3, "A")
-    assert bucket._about("x", {"size": 3, "md5Hash": "B"}) == (3, "B")
-    with pytest.raises(UserError, match="no checksum of x"):
-        bucket._about("x", {"size": 3})
+    there = stores.Store(ADDRESS, "checkpoint.folder")
+    assert there._about("x", {"size": "3", "crc32c": "A", "md5Hash": "B"}) == (3, "A")
+    assert there._about("x", {"size": 3, "md5Hash": "B"}) == (3, "B")
+    with pytest.raises(UserError, match=r"checkpoint\.folder: .* no checksum of x"):
+        there._about("x", {"size": 3})
