@@ -73,8 +73,8 @@ class Still:
         if self._count < IN_A_ROW:
             return None
         return (
-            f"grad_norm is exactly 0 since step {self._since}, and the loss {loss:.4g}: nothing more is learned; weights"
-            " may be so large that outputs no longer depend on them; lower optimizer.learning_rate, train from the start"
+            f"grad_norm is exactly 0 since step {self._since}, the loss {loss:.4g}: nothing more is learned; weights"
+            " may be so large that outputs no longer vary; lower optimizer.learning_rate and train from the start"
         )
 
 

@@ -347,7 +347,7 @@ def test_what_began_far_from_its_reference_or_was_not_finite_is_not_ruined():
 def test_a_gradient_of_exactly_0_is_said_once_and_not_where_it_may_be_so():
     still = {**MOVING, "grad_norm": 0.0, "learning_rate": 1e-3}
     (line,) = said(watch(60, 8), [still] * 60)
-    assert line.startswith("alarm: step 8: grad_norm is exactly 0 since step 1, and the loss 0.5")
+    assert line.startswith("alarm: step 8: grad_norm is exactly 0 since step 1, the loss 0.5")
     assert "optimizer.learning_rate" in line and len(line) < 220
     (still,) = without([still], "rewards/accuracies")
     for legal in ({"learning_rate": 0.0}, {"loss": 0.0}, {"loss": -0.0}, {"grad_norm": 1e-30}, {"grad_norm": None}):
