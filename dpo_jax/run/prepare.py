@@ -21,6 +21,7 @@ from dpo_jax.hf.tokenizer import load_tokenizer
 from dpo_jax.intervals import steps_between
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights
+from dpo_jax.objectives.terms import CALLED, data_of
 from dpo_jax.page.keeping import Page
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.processes.here import here
@@ -30,7 +31,7 @@ from dpo_jax.run.attention_choice import attention_for
 from dpo_jax.run.best import MetricWatch, watch_of
 from dpo_jax.run.checkpoints import Saver
 from dpo_jax.run.continuing import Past
-from dpo_jax.run.data import Data, Packing, check_tokens, length_line, number_of_steps, read_data
+from dpo_jax.run.data import Data, Packing, check_tokens, labels_line, length_line, number_of_steps, read_data
 from dpo_jax.run.evaluator import EvaluationPrompts, Evaluator, read_prompts
 from dpo_jax.run.first_step import FirstStep
 from dpo_jax.run.fitting import fitted, room_of
@@ -74,7 +75,9 @@ def steps_over(run: Run, data: Data) -> int:
     pairs = data.train.num_pairs
     steps = number_of_steps(pairs, run.batch.pairs, steps=run.steps, epochs=run.epochs)
     check_warmup(run.optimizer, steps)
-    print(length_line(pairs, run.batch.pairs, steps))
+    if (line := labels_line(data, run.objective.terms)) is not None:
+        print(line)
+    print(length_line(pairs, run.batch.pairs, steps, CALLED[data_of(run.objective.terms)]))
     return steps
 
 

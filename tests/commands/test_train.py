@@ -333,6 +333,9 @@ def test_single_completions_are_learned_as_desirable_or_not(world, tmp_path, cap
     write(world / "good.jsonl", *good)
     for record in run_on(world, tmp_path / "good", "good.jsonl", "objective.name=kto"):
         assert "rewards/rejected" not in record and "nonfinite" not in record and None not in record.values()
+    said = capsys.readouterr().out
+    assert "compiling the reference for data.train\n" in said and "log-probabilities of data.train 1/" in said
+    assert " steps of 4 single answers: " in said
     argv = [a for a in arguments(world, tmp_path / "no") if not a.startswith("data.")] + [
         "evaluation.every=null",
         f"data.train={world / 'single.jsonl'}",
