@@ -24,9 +24,10 @@ SAME_LOSS = 0.005
 
 
 class Evidence(NamedTuple):
-    """Something that was measured and bears on whether the new model is better: +1, -1, or 0 where it may be chance."""
+    """Something that was measured and bears on whether the new model is better: +1, -1, or 0 where it may be chance;
+    None where it is worth knowing and does not tell."""
 
-    says: int
+    says: int | None
     text: str
 
 
@@ -90,8 +91,8 @@ def _beyond_half(run: RunFolder, after: Mapping[str, Any], which: str, words: st
 def _of_single_answers(run: RunFolder, which: str) -> Iterator[Evidence]:
     """How many desirable answers became more likely, and how many undesirable ones less likely.
 
-    Both kinds may become likelier together, which tells nothing; so what says something is that shares of them differ,
-    or where there is one kind, that its share is not a half.
+    Both kinds may become likelier together, which tells nothing; so what says something is that shares of them differ.
+    One kind alone cannot say that.
     """
     if len(sides := _rewards(run, which)) < 2:
         return
@@ -107,8 +108,9 @@ def _of_single_answers(run: RunFolder, which: str) -> Iterator[Evidence]:
         chance = exact_test((up, len(good) - up), (len(bad) - down, down))
         yield Evidence(_sign(up / len(good) + down / len(bad) - 1) if chance < LIKELY else 0, text)
     else:
-        share, low, high = wilson(up + down, len(good) + len(bad))
-        yield Evidence(_beyond(low, high), f"{text} ({share:.1%}, 95 % interval {low:.1%} to {high:.1%})")
+        yield Evidence(
+            None, f"{text}; there are no {'undesirable' if len(good) else 'desirable'} ones to tell them from"
+        )
 
 
 def _of_loss(run: RunFolder, before: Mapping[str, Any], after: Mapping[str, Any], which: str) -> Iterator[Evidence]:
@@ -197,8 +199,8 @@ def verdict(
 
 
 def _without_alarms(found: Sequence[Evidence], *, finished: bool, measured: bool) -> tuple[str, str]:
-    said = {one.says for one in found}
-    if not found:
+    said = {one.says for one in found if one.says is not None}
+    if not said:
         later = "what was measured twice does not tell" if measured else "nothing held-out was measured twice"
         return f"Not known: {later}" + ("" if measured or finished else " yet"), "unknown"
     if {1, -1} <= said:

@@ -261,8 +261,8 @@ CASES = {
         {"loss": 0.5},
         {"loss": 0.4, "drift/chosen": 1.0},
         [(0 * ALL_GOOD[0], ALL_GOOD[1]), ALL_GOOD],
-        "No difference",
-        "of 6 held-out single answers, 5 of 6 desirable ones became more likely (83.3%, 95 % interval 43.6% to 97.0%)",
+        "Not known: what was measured twice does not tell",
+        "of 6 held-out single answers, 5 of 6 desirable ones became more likely; there are no undesirable ones to",
     ),
 }
 
@@ -271,7 +271,7 @@ CASES = {
 def test_every_kind_of_objective_has_evidence_of_its_own(tmp_path, name):
     objective, before, after, rewards, word, words = CASES[name]
     text = Parsed(write_page(held_out(tmp_path / "run", objective, before, after, rewards)).read_text()).text
-    assert words in text and word in text and "measured twice" not in text
+    assert words in text and word in text and "nothing held-out was" not in text
     assert ("pairs" not in text.partition("Settings")[0].replace("pairs.jsonl", "")) == (objective in ("sft", "kto"))
 
 

@@ -334,8 +334,13 @@ def test_a_policy_that_is_far_from_its_reference_is_said_once_though_it_goes_no_
     lines = said(watch(61, 32, start=start), records)
     assert [kind(line) for line in lines] == ["ruined"]
     assert lines[0].startswith("alarm: step 9: ") and len(lines[0]) < 220
-    for words in ("560 nats" if kl == 560 else "too large", "alarms.kl: 1)", "optimizer.learning_rate (1e+03 at most)"):
+    for words in (
+        "560 nats" if kl == 560 else "too large",
+        "alarms.kl is 1)",
+        "optimizer.learning_rate (1e+03 at most)",
+    ):
         assert words in lines[0]
+    assert lines[0].count(": ") == 3  # what was seen stands before the third, where a verdict cuts it
 
 
 def test_what_began_far_from_its_reference_or_was_not_finite_is_not_ruined():
