@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from dpo_jax.config.command import Parser, command, quiet_libraries
-from dpo_jax.config.judges import add_judges, judges_of
+from dpo_jax.config.judges import add_as_chat, add_judges, judges_of
 from dpo_jax.errors import UserError
 from dpo_jax.evaluation.judges.settings import KINDS, JudgeSettings
 from dpo_jax.evaluation.settings import CollectSettings
@@ -24,6 +24,7 @@ from dpo_jax.settings import COMMAND_LINE, allowed
 if TYPE_CHECKING:
     from dpo_jax.evaluation.collecting import Writer
     from dpo_jax.evaluation.judging import Judge
+    from dpo_jax.evaluation.winrate import Asked, Question
     from dpo_jax.hf.adapted import Adapted
 
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     from dpo_jax.evaluation.collecting import collect, facts_of, read_asked
     from dpo_jax.evaluation.judges.opening import check_judge
 
-    asked = read_asked(options.prompts, judge)
+    asked = read_asked(options.prompts, judge, as_chat=options.as_chat)
     model = _adapted(options)
     check_judge(judge)
     made_by = {
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
         "judge": judge.model_dump(mode="json"),
     }
     with locked(folder, f"{COMMAND_LINE}: --output"):
-        result = collect(folder, made_by, asked, settings, lambda: _opened(options, model, judge), _say)
+        result = collect(folder, made_by, asked, settings, lambda: _opened(options, model, judge, asked), _say)
     print(json.dumps(result) if options.json else "\n".join(lines(result, folder)))
 
 
@@ -81,6 +82,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("collect")
     parser.add_argument("folder", help="model folder, or hub id; or that of an adapter, which names its base")
     parser.add_argument("--prompts", required=True, metavar="FILE", help='a row {"prompt": ...} for each prompt')
+    add_as_chat(parser)
     add_judges(parser)
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where pairs.jsonl goes, and all answers")
     parser.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter of the model: a folder, or hub id")
@@ -142,18 +144,23 @@ def _adapted(options: argparse.Namespace) -> "Adapted":
     return found
 
 
-def _opened(options: argparse.Namespace, model: "Adapted", judge: JudgeSettings) -> "tuple[Writer, Judge]":
+def _opened(
+    options: argparse.Namespace, model: "Adapted", judge: JudgeSettings, asked: "Sequence[Asked | Question]"
+) -> "tuple[Writer, Judge]":
     import jax
 
     from dpo_jax import sharding
     from dpo_jax.evaluation.collecting import open_writer
     from dpo_jax.evaluation.judges.opening import open_judge
+    from dpo_jax.evaluation.winrate import texts_note
     from dpo_jax.run import compile_cache
 
     compile_cache.use(compile_cache.AUTO)
     mesh = sharding.make_mesh(-1, 1, options.tensor) if jax.device_count() > 1 or options.tensor != 1 else None
     kept = Path(options.output) / "judge"
     writer = open_writer(model.base, dtype=options.dtype, adapter=model.adapter, mesh=mesh)
+    if note := texts_note(asked, writer.coder.tokenizer, "--as-chat"):
+        _say(note)
     return writer, open_judge(judge, folder=kept, mesh=mesh)
 
 

@@ -44,8 +44,9 @@ def train(run: config.Run, listener: "Listener | None" = None) -> int:
     began = time.perf_counter()
     from dpo_jax.run import checkpoints, compile_cache, output, result, sources
     from dpo_jax.run.continuing import Past
-    from dpo_jax.run.prepare import Job
+    from dpo_jax.run.prepare import Job, check_new
 
+    here().decide("a new run", lambda: check_new(run))
     with output.opened(run) as folder:
         past = Past.of(folder)
         past.check_settings(run)

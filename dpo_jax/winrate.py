@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_jax.config.command import Parser, command, quiet_libraries
-from dpo_jax.config.judges import add_judges, judges_of
+from dpo_jax.config.judges import add_as_chat, add_judges, judges_of
 from dpo_jax.errors import COMMAND_LINE, UserError, printable
 from dpo_jax.evaluation.judges import settings as judges
 from dpo_jax.files import digest_of, write_whole
@@ -105,7 +105,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter of MODEL")
     parser.add_argument("--base-adapter", metavar="FOLDER", help="PEFT adapter of BASE")
     parser.add_argument("--prompts", metavar="FILE", required=True, help='rows of {"prompt"[, "good"]}, or preferences')
-    parser.add_argument("--as-chat", action="store_true", help="make a user's message of prompts that are texts")
+    add_as_chat(parser)
     parser.add_argument("--max-samples", type=int, metavar="N", help="only the first N prompts")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, which is greedy, unless given")
@@ -198,17 +198,15 @@ def _folder(options: argparse.Namespace, asked: "Sequence[Asked | Question]", si
 
 
 def _answering(side: Contender, options: argparse.Namespace, asked: "Sequence[Asked | Question]") -> "Answering":
-    from dpo_jax.data.templates import template_source
     from dpo_jax.evaluation.contests import open_answering
+    from dpo_jax.evaluation.winrate import texts_note
 
     assert side.model is not None
     how = {"dtype": options.dtype, "seed": options.seed, "batch_size": options.batch_size}
     new, temperature = options.max_new_tokens, options.temperature
     opened = open_answering(side.model.base, side.model.adapter, max_new_tokens=new, temperature=temperature, **how)
-    texts = sum(isinstance(item.prompt, str) for item in asked)
-    if texts and template_source(opened.coder.tokenizer, None) is not None:
-        which = "the prompts are texts" if texts == len(asked) else f"{texts:,} of {len(asked):,} prompts are texts"
-        _say(options, f"note: {which}, and go on without this model's chat template; --as-chat makes messages of them")
+    if note := texts_note(asked, opened.coder.tokenizer, "--as-chat"):
+        _say(options, note)
     return opened
 
 

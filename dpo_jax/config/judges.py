@@ -1,4 +1,4 @@
-"""The arguments of a command that name judges."""
+"""The arguments of a command that asks models and judges: who judges, and how prompts that are texts are asked."""
 
 import argparse
 import json
@@ -17,6 +17,11 @@ def add_judges(parser: argparse.ArgumentParser) -> None:
         if name not in ("name", "seed"):
             flag = f"--judge-{name.replace('_', '-')}"
             parser.add_argument(flag, metavar="X", help=field.description, dest=f"judge_{name}")
+
+
+def add_as_chat(parser: argparse.ArgumentParser) -> None:
+    """The argument that has prompts which are texts asked through the chat template."""
+    parser.add_argument("--as-chat", action="store_true", help="make a user's message of prompts that are texts")
 
 
 def judges_of(options: argparse.Namespace) -> list[JudgeSettings]:

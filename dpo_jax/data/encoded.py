@@ -116,6 +116,11 @@ class Encoded:
         unit = self.pair_unit[pair]
         return f"{clean(self.files[self.file[unit]], 400)}:{self.line[unit]}"
 
+    def first_origin(self, examples: Int[np.ndarray, " X"]) -> str:
+        """Where the first of these examples stands in the files as they are read, whatever order they have here."""
+        units = self.pair_unit[examples]
+        return self.origin(int(examples[np.lexsort((self.line[units], self.file[units]))[0]]))
+
     def prompt_span(self, completion: int) -> tuple[int, int]:
         """Start and length, in `tokens`, of what a completion is read after: never empty, and never scored."""
         unit = self.completion_unit[completion]

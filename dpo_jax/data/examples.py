@@ -83,10 +83,14 @@ def first_completions(encoded: Encoded) -> Int[np.ndarray, " _"]:
 
 
 def _paired(encoded: Encoded, objective: str) -> Encoded:
-    if encoded.single.any():
-        where = encoded.origin(int(np.argmax(encoded.single)))
+    single = encoded.single
+    if single.any():
+        where, name = (
+            encoded.first_origin(np.flatnonzero(single)),
+            "kto" if (encoded.label[single] == 0).any() else "sft",
+        )
         raise UserError(
-            f"objective.name={objective} compares two completions and {where} has one; use objective.name=kto or sft"
+            f"objective.name={objective} compares two completions and {where} has one; use objective.name={name}"
         )
     return encoded
 
@@ -165,7 +169,7 @@ def _merged(one: np.ndarray, places: np.ndarray, other: np.ndarray, other_places
 def _chosen(encoded: Encoded, objective: str) -> Encoded:
     undesirable = encoded.single & (encoded.label == 0)
     if undesirable.any():
-        where = encoded.origin(int(np.argmax(undesirable)))
+        where = encoded.first_origin(np.flatnonzero(undesirable))
         raise UserError(
             f"objective.name={objective} learns every completion and that of {where} is undesirable; use "
             "objective.name=kto, or leave such rows out"

@@ -17,16 +17,26 @@ class DataSplit(NamedTuple):
     held_out: Encoded
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Prompts and pairs (or single completions) of each part."""
-        return {
-            name: {"prompts": len(np.unique(prompts(part))), "pairs": part.num_pairs}
-            for name, part in self._asdict().items()
-        }
+        """Prompts, pairs and single completions of each part; the last where there are any."""
+        return {name: _counts(part) for name, part in self._asdict().items()}
 
     def line(self) -> str:
         """What went where, in words."""
-        stay, held = (f"{c['prompts']:,} prompts ({c['pairs']:,} pairs)" for c in self.counts().values())
+        stay, held = map(_in_words, self.counts().values())
         return f"held out by prompt: {held}; for training: {stay}"
+
+
+def _counts(part: Encoded) -> dict[str, int]:
+    singles = int(part.single.sum())
+    found = {"prompts": len(np.unique(prompts(part))), "pairs": part.num_pairs - singles}
+    return found | ({"singles": singles} if singles else {})
+
+
+def _in_words(counts: dict[str, int]) -> str:
+    pairs, singles = counts["pairs"], counts.get("singles", 0)
+    parts = [f"{pairs:,} pairs"] if pairs or not singles else []
+    parts += [f"{singles:,} single completions"] if singles else []
+    return f"{counts['prompts']:,} prompts ({', '.join(parts)})"
 
 
 def prompts(encoded: Encoded) -> Int64[np.ndarray, " U"]:

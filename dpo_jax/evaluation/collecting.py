@@ -62,13 +62,14 @@ class Writer(NamedTuple):
     mesh: Mesh | None = None
 
 
-def read_asked(path: str, judge: JudgeSettings) -> Sequence[Asked | Question]:
-    """The prompts of a file of prompts or of preferences; of questions, for the rule.
+def read_asked(path: str, judge: JudgeSettings, *, as_chat: bool = False) -> Sequence[Asked | Question]:
+    """The prompts of a file of prompts or of preferences; of questions, for the rule. `as_chat` as of
+    `read_comparable`.
 
     Raises:
       UserError: it, or one of its rows, is not as it must be.
     """
-    return read_questions(path) if judge.name == RULE else read_comparable(path)[0]
+    return read_questions(path, as_chat=as_chat) if judge.name == RULE else read_comparable(path, as_chat=as_chat)[0]
 
 
 def open_writer(

@@ -140,6 +140,21 @@ def sign_test(wins: int, losses: int) -> float:
     return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
+def exact_test(one: tuple[int, int], other: tuple[int, int]) -> float:
+    """The chance of shares at least as different in two separate groups where both are alike: Fisher's exact test,
+    two-sided. A group is how many of it are counted, and how many are not.
+
+    >>> round(exact_test((3, 1), (1, 3)), 3), exact_test((0, 0), (2, 3))
+    (0.486, 1.0)
+    """
+    from scipy.stats import fisher_exact
+
+    if not sum(one) or not sum(other):
+        return 1.0
+    _, chance = np.asarray(fisher_exact([one, other]), float)
+    return float(chance)
+
+
 def at_equal_length(outcomes: Sequence[float] | np.ndarray, differences: Float[np.ndarray, " N"]) -> Rate | None:
     """The win rate that is left at equal length, with a 95 % interval (Wald's, on the scale of log-odds).
 

@@ -60,13 +60,13 @@ def read_prompts(path: str) -> list[Asked]:
     return _read(path, lambda row, where: Asked(_prompt(row), where))
 
 
-def read_questions(path: str) -> list[Question]:
-    """The questions of a file.
+def read_questions(path: str, *, as_chat: bool = False) -> list[Question]:
+    """The questions of a file; `as_chat` as of `read_comparable`.
 
     Raises:
       UserError: the file, or one of its rows, is not as it must be.
     """
-    return _read(path, lambda row, where: Question(_prompt(row), where, _pattern(row)))
+    return _read(path, lambda row, where: Question(_turned(_prompt(row), as_chat), where, _pattern(row)))
 
 
 def read_comparable(path: str, *, as_chat: bool = False) -> tuple[list[Asked | Question], dict[str, list[str]]]:
@@ -83,9 +83,7 @@ def read_comparable(path: str, *, as_chat: bool = False) -> tuple[list[Asked | Q
 
     def take(row: Mapping[str, Any], where: str) -> tuple[Asked | Question, tuple[str, str] | None]:
         if (layout := detected(row)) is None:
-            prompt = _prompt(row)
-            if as_chat and isinstance(prompt, str):
-                prompt = _as_texts(in_turns(Answers(prompt, ()), splits=False).prompt)
+            prompt = _turned(_prompt(row), as_chat)
             return (Question(prompt, where, _pattern(row)) if "good" in row else Asked(prompt, where)), None
         record = to_record(row, layout, file=path, line=0, as_chat=as_chat)
         prompt = _as_texts(record.prompt)
@@ -100,6 +98,23 @@ def read_comparable(path: str, *, as_chat: bool = False) -> tuple[list[Asked | Q
     pairs = [pair for _, pair in rows if pair is not None]
     given = {name: [pair[side] for pair in pairs] for side, name in enumerate(("chosen", "rejected"))}
     return [asked for asked, _ in rows], given if len(pairs) == len(rows) else {}
+
+
+def texts_note(asked: Sequence[Asked | Question], tokenizer: Tokenizer, option: str) -> str | None:
+    """That prompts are texts which do without the chat template, in words; None where none is, or there is no template.
+    `option` makes messages of them."""
+    texts = sum(isinstance(item.prompt, str) for item in asked)
+    if not texts or template_source(tokenizer, None) is None:
+        return None
+    which = "the prompts are texts" if texts == len(asked) else f"{texts:,} of {len(asked):,} prompts are texts"
+    return f"note: {which}, and go on without this model's chat template; {option} makes messages of them"
+
+
+def _turned(prompt: Prompt, as_chat: bool) -> Prompt:
+    """The prompt, or where it is a text and `as_chat`, the turns that it is."""
+    return (
+        _as_texts(in_turns(Answers(prompt, ()), splits=False).prompt) if as_chat and isinstance(prompt, str) else prompt
+    )
 
 
 def _as_texts(prompt: Part) -> Prompt:

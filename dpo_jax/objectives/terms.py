@@ -168,6 +168,15 @@ def _contradictions(terms: list[Term]) -> Iterable[str]:
         yield "name: only one objective of a mixture may remember earlier steps"
 
 
+CALLED: dict[Kind, str] = {
+    "pairs": "pairs",
+    "rankings": "rankings",
+    "unpaired": "single answers",
+    "chosen": "answers",
+}
+"""What the entries of a step are called, of each kind."""
+
+
 def data_of(terms: Iterable[Term]) -> Kind:
     """What one entry of a step is."""
     for term in terms:

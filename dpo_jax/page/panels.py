@@ -1,6 +1,7 @@
 """Which figures a page has: one table for the page of a run, one for pages that compare runs."""
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from dpo_jax.page.curves import Thin, thin
 from dpo_jax.page.drawing import Bars, Line, Plot
+from dpo_jax.page.evidence import called, kind_of
 from dpo_jax.page.folder import Curve, Rewards, RunFolder
 from dpo_jax.reporting.metrics import TIED, judges_in, of_judge
 
@@ -113,8 +115,16 @@ def plots(run: RunFolder, metrics: Sequence[str] = ()) -> list[Plot]:
             start = run.held_out("loss").first if panel.title == "Loss" else math.nan
             start = run.curve("loss").first if panel.title == "Loss" and math.isnan(start) else start
             rules = panel.rules + ((start,) if math.isfinite(start) else ())
-            found.append(Plot(panel.title, panel.unit, parts, rules, bounds=panel.bounds, about=panel.about))
+            title, unit, about = (_called(text, run) for text in (panel.title, panel.unit, panel.about))
+            found.append(Plot(title, unit, parts, rules, bounds=panel.bounds, about=about))
     return found
+
+
+def _called(text: str, run: RunFolder) -> str:
+    """Words of a figure, which are of pairs, for what a run trains on."""
+    if kind_of(run) == "unpaired" and text == "Pairs told apart":
+        return "On the right side of the baseline"
+    return re.sub("pairs|Pairs", called(run), text) if kind_of(run) in ("unpaired", "chosen") else text
 
 
 def _panel_of(metric: str) -> Panel:
@@ -230,7 +240,8 @@ def _before_and_after(title: str, margins: Sequence[tuple[int, np.ndarray]]) -> 
 
 
 def _histogram(values: Sequence[tuple[str, str, np.ndarray]]) -> list[Bars]:
-    finite = [(label, colour, side[np.isfinite(side)]) for label, colour, side in values]
+    sides = [(label, colour, side[np.isfinite(side)]) for label, colour, side in values]
+    finite = [one for one in sides if len(one[2])]  # of single answers there may be none of a kind
     every = np.concatenate([side for _, _, side in finite]) if finite else np.zeros(0)
     if not len(every):
         return []

@@ -9,7 +9,7 @@ from typing import Any
 import dpo_jax
 from dpo_jax.errors import UserError, redacted
 from dpo_jax.files import write_whole
-from dpo_jax.page import answers, panels, sections, serving, summary, tables
+from dpo_jax.page import answers, evidence, panels, sections, serving, summary, tables
 from dpo_jax.page.drawing import Line, Plot, draw
 from dpo_jax.page.folder import RunFolder, read
 from dpo_jax.page.texts import count, number, visible
@@ -67,7 +67,9 @@ def page_of(run: RunFolder) -> str:
         "subtitle": sections.title_of(run),
         "status": sections.status(run),
         "written": sections.written_at(run),
-        "verdict": summary.verdict(found, finished=run.finished),
+        "verdict": evidence.verdict(
+            found, finished=run.finished, measured=all(summary.measured(run)), alarms=health["alarms"]
+        ),
         "evidence": found,
         "results": summary.results(run),
         "what": sections.what(run),

@@ -9,6 +9,7 @@ import numpy as np
 from dpo_jax.config import run as config
 from dpo_jax.data.report import BAD, KINDS, NOTED, TOO_LONG, UNRANKED
 from dpo_jax.files import size_text
+from dpo_jax.page.evidence import called
 from dpo_jax.page.folder import RunFolder
 from dpo_jax.page.texts import count, duration, number, published
 from dpo_jax.reporting.notes import ALARM
@@ -48,6 +49,7 @@ def status(run: RunFolder) -> str:
 def what(run: RunFolder) -> Rows:
     """The model, the data, the length and the objective, a line each."""
     settings, facts = config.flat(run.settings) if run.settings else {}, run.facts
+    word = called(run)
     pairs, per_step = facts.get("number of pairs"), settings.get("batch.pairs")
     rows = [("model", published(settings.get("model.path", "not known")))]
     if settings.get("adapter.rank") or settings.get("adapter.path"):
@@ -59,10 +61,10 @@ def what(run: RunFolder) -> Rows:
         rows.append(("objective", published(objective)))
     files = settings.get("data.train")
     named = ", ".join(map(published, files)) if isinstance(files, list) else published(files)
-    rows.append(("data", f"{count(pairs)} pairs of {named}" if isinstance(pairs, int) else named))
+    rows.append(("data", f"{count(pairs)} {word} of {named}" if isinstance(pairs, int) else named))
     if run.steps and isinstance(per_step, int):
         passes = f": {run.steps * per_step / pairs:.2f} passes" if isinstance(pairs, int) and pairs else ""
-        rows.append(("length", f"{run.steps:,} steps of {per_step:,} pairs{passes}"))
+        rows.append(("length", f"{run.steps:,} steps of {per_step:,} {word}{passes}"))
     rows.append(("held out", _held_out(settings)))
     if run.best is not None:
         chosen = settings.get("checkpoint.best")
@@ -140,7 +142,7 @@ def costs(run: RunFolder) -> Rows:
         whole = float(np.nanmean(seconds)) * run.step
         rows.append(("time in steps", duration(whole)))
         rows.append(("a step", f"{number(float(np.nanmedian(seconds)))} s in the median"))
-        rows.append(("speed", f"{number(float(np.nanmedian(speed)))} pairs a second in the median"))
+        rows.append(("speed", f"{number(float(np.nanmedian(speed)))} {called(run)} a second in the median"))
     if tokens := run.curve("tokens_per_second"):
         rows.append(("tokens", f"{count(float(np.nanmedian(tokens.values)))} a second in the median"))
     if first := run.curve("time_to_first_step"):

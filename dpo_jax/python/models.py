@@ -124,7 +124,7 @@ def _pairs(source: Any, tokenizer: Tokenizer, settings: DataSettings) -> Encoded
             f"(first: {where}); raise it, or leave these rows out"
         )
     if encoded.single.any():
-        where = encoded.origin(int(np.flatnonzero(encoded.single)[0]))
+        where = encoded.first_origin(np.flatnonzero(encoded.single))
         raise UserError(f"score_pairs: {where}: has one answer; a pair has a chosen and a rejected one")
     return encoded
 

@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+from dpo_jax.reporting.collapse import Ruined, Still
 from dpo_jax.reporting.overfitting import Overfitting
 
 SURE = 3.0
@@ -359,7 +360,13 @@ class Gradient:
         )
 
 
-IMPLIED = {"accuracy": "flat", "flat": "accuracy", "runaway": "chosen"}
+IMPLIED = {
+    "accuracy": ("flat", "ruined", "still"),
+    "flat": ("accuracy",),
+    "ruined": ("runaway",),
+    "chosen": ("ruined",),
+    "runaway": ("chosen", "ruined"),
+}
 """What is not worth saying after something else was: it has the same cause and the same remedies."""
 
 
@@ -390,6 +397,8 @@ class Alarms:
         """
         course = Course(start, warmup_steps, total_steps, pairs, every)
         self._waiting: dict[str, Alarm] = {
+            "ruined": Ruined(kl, starts_at_reference=start is not None),
+            "still": Still(),
             "flat": Flat(course),
             "accuracy": Accuracy(course),
             "chosen": Chosen(course, chosen_drift),
@@ -404,7 +413,7 @@ class Alarms:
         """Lines to show after a step (from 1), usually none. What is missing, None or not finite is passed over."""
         lines = []
         for name, alarm in list(self._waiting.items()):
-            if IMPLIED.get(name) in self._said:
+            if self._said.intersection(IMPLIED.get(name, ())):
                 continue
             if text := alarm.take(step, metrics):
                 lines.append(f"alarm: step {step}: {text}")

@@ -7,7 +7,7 @@ import importlib
 import math
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -188,6 +188,16 @@ class MLflow:
 SERVICES: dict[str, Callable[[About], Logger]] = {"wandb": Wandb, "trackio": Trackio, "mlflow": MLflow}
 """By their names in `log.loggers`, which are those of their packages."""
 COLUMNS = ("prompt", "answer", "good")
+
+
+def check(services: Iterable[str]) -> None:
+    """Refuse services whose package is not there.
+
+    Raises:
+      UserError: names the first one.
+    """
+    for name in services:
+        _module(name)
 
 
 def _module(name: str) -> Any:

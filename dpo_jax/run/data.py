@@ -41,6 +41,14 @@ class Data:
         """The day that the chat template writes (YYYY-MM-DD), if it may write one."""
         return self.report["data.train"]["date"]
 
+    @property
+    def sets(self) -> dict[str, Encoded]:
+        """Training and held-out data by what they are called: as in the settings, where they have files of their own;
+        a part of data.train that is held out has the name of the share."""
+        share = "data.eval_fraction" in self.report
+        held_out = {"data.eval_fraction" if share else set_name(name): part for name, part in self.held_out.items()}
+        return {"data.train": self.train, **held_out}
+
     def examples(self, terms: tuple[Term, ...], max_length: int) -> "Data":
         """The same as the objective wants it; raises as the function `examples`."""
         held_out = {name: examples(encoded, terms, max_length) for name, encoded in self.held_out.items()}
@@ -104,7 +112,7 @@ def examples(encoded: Encoded, terms: tuple[Term, ...], max_length: int) -> Enco
         rows = np.flatnonzero(getattr(encoded, column) != plain)
         if len(rows) and column not in used:
             raise UserError(
-                f"{encoded.origin(int(rows[0]))}: has a {column} (as have {len(rows)} examples in all), which "
+                f"{encoded.first_origin(rows)}: has a {column} (as have {len(rows)} examples in all), which "
                 f"objective.name={name} would ignore; remove the column or choose an objective that takes it"
             )
     return found
@@ -116,8 +124,7 @@ def check_tokens(data: Data, rows: int, tokenizer: Tokenizer) -> None:
     Raises:
       UserError: it has `rows`, and a token's number is larger: the tokenizer knows more tokens than the model.
     """
-    held_out = {set_name(name): encoded for name, encoded in data.held_out.items()}
-    for name, encoded in {"data.train": data.train, **held_out}.items():
+    for name, encoded in data.sets.items():
         beyond = found_where(encoded.tokens, lambda tokens: tokens >= rows)
         if not len(beyond):
             continue
@@ -144,12 +151,34 @@ def number_of_steps(examples: int, pairs_per_step: int, *, steps: int | None, ep
     return steps if steps is not None else math.ceil((epochs or 1) * examples / pairs_per_step)
 
 
-def length_line(examples: int, pairs_per_step: int, steps: int) -> str:
-    """How long a run is, in words, and what becomes of an epoch that steps do not divide."""
-    passes, rest = divmod(steps * pairs_per_step, examples)
-    said = f"{steps:,} steps of {pairs_per_step:,} pairs: {steps * pairs_per_step / examples:.2f} passes over the data"
-    over = rest if passes and rest < pairs_per_step else 0
-    return said + (f"; the last step ends with {over:,} pair{'s' * (over > 1)} of the next pass" if over else "")
+def length_line(examples: int, per_step: int, steps: int, called: str = "pairs") -> str:
+    """How long a run is, in words, and what becomes of an epoch that steps do not divide; examples are `called` so."""
+    passes, rest = divmod(steps * per_step, examples)
+    said = f"{steps:,} steps of {per_step:,} {called}: {steps * per_step / examples:.2f} passes over the data"
+    over = rest if passes and rest < per_step else 0
+    some = called if over > 1 else called.removesuffix("s")
+    return said + (f"; the last step ends with {over:,} {some} of the next pass" if over else "")
+
+
+def labels_line(data: Data, terms: tuple[Term, ...]) -> str | None:
+    """That an objective of labels gets one kind of label to train on alone, in words, where the report has not said so;
+    None where it has, or where there are both kinds."""
+    labels = data.train.label
+    if data_of(terms) != "unpaired" or (labels > 0.5).any() == (labels <= 0.5).any():
+        return None
+    report, (name, *_) = data.report["data.train"], (term.name for term in terms)
+    labelled = any(about.get("layout") == "unpaired" for about in report["files"].values())
+    if labelled and report["undesirable"] in (0, report["singles"]):
+        return None
+    kind, other = ("desirable", "undesirable") if labels[0] > 0.5 else ("undesirable", "desirable")
+    if not labelled and kind == "desirable":
+        return (
+            f"warning: data.train: no row has a label; all {len(labels):,} answers are taken as desirable, and {name} "
+            "wants some undesirable ones too; give the rows labels, or use objective.name=sft"
+        )
+    return (
+        f"warning: data.train: all {len(labels):,} answers to train on are {kind}; {name} wants some {other} ones too"
+    )
 
 
 def length_on(platform: str) -> int:

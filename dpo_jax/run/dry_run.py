@@ -26,7 +26,7 @@ from dpo_jax.run.continuing import Past
 from dpo_jax.run.data import Data, check_tokens, print_for_now, read_data
 from dpo_jax.run.evaluator import read_prompts
 from dpo_jax.run.fitting import room_of
-from dpo_jax.run.prepare import Start, steps_over
+from dpo_jax.run.prepare import Start, check_named, steps_over
 from dpo_jax.run.program import PlannedStep
 from dpo_jax.run.sources import Sources
 from dpo_jax.training.reference import data_digest
@@ -51,6 +51,7 @@ def dry_run(run: Run) -> int:
         print(f"{folder}: this run is finished already")
         return 0
     sources.check_export(run.export)
+    check_named(run)
     mesh = models.make_mesh(run.mesh, run.model)
     with tempfile.TemporaryDirectory() as scratch:
         found, data = _read(run, folder, mesh, Path(run.data.cache or scratch))

@@ -34,7 +34,7 @@ from dpo_jax.evaluation.generate import Decoding
 from dpo_jax.evaluation.judges.opening import check_judge, open_judge
 from dpo_jax.evaluation.judging import Contest, Judge, Scorer
 from dpo_jax.evaluation.settings import CollectSettings
-from dpo_jax.evaluation.winrate import Asked, Question
+from dpo_jax.evaluation.winrate import Asked, Question, texts_note
 from dpo_jax.files import sweep, write_whole
 from dpo_jax.hf.adapted import Adapted
 from dpo_jax.hf.configs import find_model
@@ -56,9 +56,10 @@ class Rounds:
           UserError: they cannot be read, or the output folder holds rounds of other settings.
         """
         self.run, self.settings, self.folder = run, settings, Path(run.output)
-        self.asked: Sequence[Asked | Question] = read_asked(settings.prompts, settings.judge)
+        how = {"as_chat": run.data.as_chat}  # asked as the answers will be trained on
+        self.asked: Sequence[Asked | Question] = read_asked(settings.prompts, settings.judge, **how)
         self.held_out: Sequence[Asked | Question] = (
-            [] if settings.held_out is None else read_asked(settings.held_out, settings.judge)
+            [] if settings.held_out is None else read_asked(settings.held_out, settings.judge, **how)
         )
         check_judge(settings.judge)
         self.mesh = models.make_mesh(run.mesh, run.model)
@@ -113,7 +114,10 @@ class Rounds:
         settings = CollectSettings(**{**values, "seed": (self.settings.seed + number - 1) % 2**32})
 
         def opened() -> tuple[Writer, Judge]:
-            return self._writer(start), self.judge
+            writer = self._writer(start)
+            if note := texts_note(self.asked, writer.coder.tokenizer, "data.as_chat=true"):
+                _say(number, note)
+            return writer, self.judge
 
         found = collect(folder, made_by, self._prompts(number), settings, opened, lambda line: _say(number, line))
         if not found["rows"]:

@@ -15,22 +15,25 @@ from dpo_jax.data.arguments import dated
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.errors import UserError, public
 from dpo_jax.evaluation.judges.opening import check_judge
+from dpo_jax.evaluation.winrate import read_questions
 from dpo_jax.hf.ending import Ending
 from dpo_jax.hf.tensors import SIDE_FILES
 from dpo_jax.hf.tokenizer import load_tokenizer
 from dpo_jax.intervals import steps_between
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.model.weights import Weights
+from dpo_jax.objectives.terms import CALLED, data_of
 from dpo_jax.page.keeping import Page
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.processes.here import here
+from dpo_jax.reporting import loggers
 from dpo_jax.reporting.journal import Background, Journal
 from dpo_jax.run import models, output, result
 from dpo_jax.run.attention_choice import attention_for
 from dpo_jax.run.best import MetricWatch, watch_of
 from dpo_jax.run.checkpoints import Saver
 from dpo_jax.run.continuing import ACCEPTED, Past
-from dpo_jax.run.data import Data, Packing, check_tokens, length_line, number_of_steps, read_data
+from dpo_jax.run.data import Data, Packing, check_tokens, labels_line, length_line, number_of_steps, read_data
 from dpo_jax.run.evaluator import EvaluationPrompts, Evaluator, read_prompts
 from dpo_jax.run.first_step import FirstStep
 from dpo_jax.run.fitting import fitted, room_of
@@ -69,12 +72,31 @@ class Start(NamedTuple):
         return cls(sources, tokenizer, ending, policy)
 
 
+def check_named(run: Run) -> None:
+    """Refuse services that are not installed, and questions that are not as they must be, before anything costs time.
+
+    Raises:
+      UserError: names the first one.
+    """
+    loggers.check(run.log.loggers)
+    if run.evaluation.answers is not None:
+        read_questions(run.evaluation.answers)
+
+
+def check_new(run: Run) -> None:
+    """The same before a new run makes its folder; one that has begun may be finished, and need nothing any more."""
+    if not (Path(run.output) / output.RUN_FILE).exists():
+        check_named(run)
+
+
 def steps_over(run: Run, data: Data) -> int:
     """Steps of a run over these data, which are said; raises as `number_of_steps` and `check_warmup`."""
     pairs = data.train.num_pairs
     steps = number_of_steps(pairs, run.batch.pairs, steps=run.steps, epochs=run.epochs)
     check_warmup(run.optimizer, steps)
-    print(length_line(pairs, run.batch.pairs, steps))
+    if (line := labels_line(data, run.objective.terms)) is not None:
+        print(line)
+    print(length_line(pairs, run.batch.pairs, steps, CALLED[data_of(run.objective.terms)]))
     return steps
 
 
@@ -106,6 +128,7 @@ class Job:
         for judge in run.evaluation.judging.values():
             check_judge(judge)
         place = here()
+        place.decide("what is named", lambda: check_named(run))
         named = run.model, run.reference, place.decide("record", lambda: output.recorded(folder))
         mesh = models.make_mesh(run.mesh, run.model)
         _check_processes()

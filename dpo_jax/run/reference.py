@@ -58,7 +58,9 @@ class ReferenceScorer:
     cache: Path
     journal: Journal
 
-    def logps(self, model: Model, objective: TrainingObjective, encoded: Encoded, digest: str, kind: str) -> np.ndarray:
+    def logps(
+        self, model: Model, objective: TrainingObjective, encoded: Encoded, digest: str, kind: str, name: str
+    ) -> np.ndarray:
         """Log-probability of each scored token, in nats.
 
         Args:
@@ -67,12 +69,13 @@ class ReferenceScorer:
           encoded: the data.
           digest: of the reference's weights.
           kind: what it is computed in; with the digest, the data, platform and attention the key of the cached file.
+          name: what the data are called where it is said what is being done.
         """
 
         def compute() -> np.ndarray:
-            self.journal.phase("compiling the reference")
+            self.journal.phase(f"compiling the reference for {name}")
             batches = self.packing.sweep(encoded, model.spec)
-            return score_all(objective, model, batches, self.mesh, self.journal)
+            return score_all(objective, model, batches, self.mesh, self.journal, name)
 
         computed = f"{kind} {sharding.platform(self.mesh)} {objective.execution.attention}"
         key = references.cache_key(digest, encoded, computed)
@@ -113,7 +116,7 @@ def make_reference(
     kind += "" if sources.rows is None else f" {model.spec.vocab_size} rows"
     kind += start.reference_kind(settings.adapter) if own and start is not None else ""
     train, *others = (
-        scorer.logps(model, objective, encoded, digest, kind) for encoded in (data.train, *data.held_out.values())
+        scorer.logps(model, objective, encoded, digest, kind, name) for name, encoded in data.sets.items()
     )
     return Reference(train=train, held_out=dict(zip(data.held_out, others, strict=True)))
 
@@ -139,16 +142,16 @@ def _computed_in(policy: Weights, objective: TrainingObjective) -> str:
 
 
 def score_all(
-    objective: TrainingObjective, model: Model, batches: Batches, mesh: jax.sharding.Mesh, journal: Journal
+    objective: TrainingObjective, model: Model, batches: Batches, mesh: jax.sharding.Mesh, journal: Journal, name: str
 ) -> np.ndarray:
-    """Log-probability of each scored token under a model, in nats."""
+    """Log-probability of each scored token of the data of this name under a model, in nats."""
     params = cast(model.params, jnp.dtype(objective.compute_dtype))
     scorer = sharding.Compiled(
         lambda params, batch: score_batch(model.spec, params, batch, execution=objective.execution), mesh
     )
 
     def progress(done: int, total: int) -> None:
-        journal.phase(f"reference log-probabilities {done}/{total}")
+        journal.phase(f"reference log-probabilities of {name} {done}/{total}")
 
     place = functools.partial(sharding.place, mesh=mesh)
     return heldout.token_logprobs(scorer, params, batches, place, progress)

@@ -70,6 +70,17 @@ def test_the_rule_needs_patterns(tmp_path, capsys):
     assert "prompts.jsonl:1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("as_chat", [False, True])
+def test_prompts_that_are_texts_go_without_the_template_which_is_said_or_become_messages(tmp_path, capsys, as_chat):
+    prompts = str(write(tmp_path / "prompts.jsonl", *({"prompt": f"What is {n} plus 1?", "good": "."} for n in (1, 2))))
+    words = [MODEL, "--prompts", prompts, "--judge", "rule", "--output", str(tmp_path / "out"), "--answers", "2"]
+    assert collect.main([*words, "--max-new-tokens", "8", *["--as-chat"] * as_chat]) == 0
+    assert ("chat template; --as-chat makes messages" in capsys.readouterr().err) != as_chat
+    row = json.loads((tmp_path / "out" / "answers.jsonl").read_text().splitlines()[0])
+    text = "What is 1 plus 1?"
+    assert row["prompt"] == ([{"role": "user", "content": text}] if as_chat else text)
+
+
 # ---------------------------------------------------------------------------------------------- rounds
 
 

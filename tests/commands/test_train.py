@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 
 import jax
 import numpy as np
@@ -352,6 +353,9 @@ def test_single_completions_are_learned_as_desirable_or_not(world, tmp_path, cap
     write(world / "good.jsonl", *good)
     for record in run_on(world, tmp_path / "good", "good.jsonl", "objective.name=kto"):
         assert "rewards/rejected" not in record and "nonfinite" not in record and None not in record.values()
+    said = capsys.readouterr().out
+    assert "compiling the reference for data.train\n" in said and "log-probabilities of data.train 1/" in said
+    assert " steps of 4 single answers: " in said
     argv = [a for a in arguments(world, tmp_path / "no") if not a.startswith("data.")] + [
         "evaluation.every=null",
         f"data.train={world / 'single.jsonl'}",
@@ -429,6 +433,17 @@ def refused(argv, capsys):
     assert "Traceback" not in captured.err
     (line,) = captured.err.splitlines()
     return line
+
+
+@pytest.mark.parametrize("more", ["log.loggers=[wandb]", "evaluation.answers=bare.jsonl"])
+def test_what_is_named_and_not_there_is_refused_before_the_folder_is_made(world, tmp_path, capsys, monkeypatch, more):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    write(tmp_path / "bare.jsonl", {"prompt": "Hi"})
+    line = refused(arguments(world, tmp_path / "no", more), capsys)
+    words = "log.loggers: wandb: is not installed; pip install wandb" if "wandb" in more else "bare.jsonl:1: "
+    assert words in line and ("good" in line) == ("answers" in more)
+    assert not (tmp_path / "no").exists()
 
 
 def test_other_mathematics_in_the_same_folder_is_refused_with_the_difference(world, plain, capsys):

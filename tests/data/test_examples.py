@@ -299,8 +299,8 @@ def mixed() -> Encoded:
 @pytest.mark.parametrize(
     ("kind", "objective", "line", "remedy"),
     [
-        ("pairs", "sigmoid", 3, "use objective.name=kto or sft"),
-        ("rankings", "plackett_luce", 3, "use objective.name=kto or sft"),
+        ("pairs", "sigmoid", 3, "use objective.name=kto"),
+        ("rankings", "plackett_luce", 3, "use objective.name=kto"),
         ("chosen", "sft", 4, "use objective.name=kto, or leave such rows out"),
     ],
 )
@@ -310,6 +310,16 @@ def test_rows_that_an_objective_cannot_use_are_refused_by_name(kind, objective, 
     message = str(caught.value)
     assert message.startswith(f"objective.name={objective} ") and message.endswith(remedy)
     assert rf" a\nb.jsonl:{line} " in message and "\n" not in message
+
+
+def test_the_row_that_is_named_is_the_first_of_the_file_whatever_the_order():
+    encoded = mixed()
+    turned = dataclasses.replace(encoded, line=encoded.line[::-1].copy(), label=np.ones_like(encoded.label))
+    with pytest.raises(UserError) as caught:
+        entries(turned, "pairs", objective="sigmoid")
+    assert rf" a\nb.jsonl:{turned.line[2:].min()} " in str(caught.value)
+    assert str(caught.value).endswith("use objective.name=sft")  # nothing says that a row has a label
+    assert turned.first_origin(np.arange(encoded.num_pairs)) == r"a\nb.jsonl:1"
 
 
 def test_a_kind_that_there_is_not_is_an_error():

@@ -1,10 +1,14 @@
 """Rows with one completion, soft labels and ranks: how they reach the arrays, and what the report says of them."""
 
+import numpy as np
 import pytest
 
 from dpo_jax.data.encode import collect
+from dpo_jax.data.encoded import of_units
 from dpo_jax.data.messages import shared_length
 from dpo_jax.data.truncation import TRUNCATIONS
+from dpo_jax.objectives.terms import make_terms
+from dpo_jax.run.data import Data, labels_line
 from tests.support.encoding import encoded_rows, settings
 from tests.support.tiny_rows import CHAT, GOOD, MESSAGES, assistant, byte_tokenizer, user, write
 
@@ -99,3 +103,29 @@ def test_completions_of_equal_tokens_have_ranks_that_no_pair_contradicts(tmp_pat
     assert report.counts["pair left out of a ranked row"] == 1
     assert encoded.rank.tolist() == ranks
     assert (encoded.rank[encoded.chosen] < encoded.rank[encoded.rejected]).all()
+
+
+LABELLED = {"prompt": "p", "completion": "c"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "kept", "objective", "said"),
+    [
+        ([MESSAGES] * 3, 3, "kto", ("no row has a label", "all 3 answers", "use objective.name=sft")),
+        ([MESSAGES] * 3, 3, "sft", None),
+        ([{**LABELLED, "label": 1}] * 3, 3, "kto", None),  # the report says it
+        ([{**LABELLED, "label": 1}] * 3 + [{**LABELLED, "label": 0}], 4, "kto", None),
+        (
+            [{**LABELLED, "label": 1}] * 3 + [{**LABELLED, "label": 0}],
+            3,
+            "kto",
+            ("3 answers", "wants some undesirable"),
+        ),
+    ],
+)
+def test_labels_that_are_all_alike_are_said_once(tmp_path, rows, kept, objective, said):
+    encoded, report = encoded_rows(tmp_path, byte_tokenizer(), *rows)
+    encoded = of_units(encoded, np.arange(len(rows)) < kept)  # as where the others are held out
+    line = labels_line(Data(encoded, {}, 0, {"data.train": report.to_dict()}), make_terms([{"name": objective}]))
+    assert line is None if said is None else line and line.startswith("warning: data.train: ")
+    assert all(words in (line or "") for words in said or ())

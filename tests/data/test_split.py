@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo_jax.data.encode import collect
 from dpo_jax.data.encoded import Encoded, of_units
 from dpo_jax.data.split import held_out_units, prompts, shared_line, split
 from dpo_jax.errors import UserError
 from tests.support.encoding import assert_equal, encoded_rows
+from tests.support.encoding import settings as settings_of
 from tests.support.forests import random_encoded
-from tests.support.tiny_rows import assistant, byte_tokenizer, user
+from tests.support.tiny_rows import assistant, byte_tokenizer, user, write
 
 MERGED = byte_tokenizer(merges=(("o", "k"), ("a", "b")))  # so that the last letter of a prompt may join the answer
 
@@ -180,6 +182,19 @@ def test_a_share_that_leaves_one_side_empty_is_refused(tmp_path):
         split(encoded, 1e-6, 0)
     with pytest.raises(UserError, match="holds out all of the 3 prompts of data.train; lower it"):
         split(encoded, 1 - 1e-6, 0)
+
+
+def test_single_completions_are_not_called_pairs(tmp_path):
+    single = [{"prompt": f"Say {n}", "completion": "c", "label": n % 2} for n in range(20)]
+    parts = split(encoded_rows(tmp_path, byte_tokenizer(), *single)[0], 0.3, seed=1)
+    (stay, held) = (count["prompts"] for count in parts.counts().values())
+    assert parts.counts()["train"] == {"prompts": stay, "pairs": 0, "singles": stay}
+    said = [f"{count} prompts ({count} single completions)" for count in (held, stay)]
+    assert parts.line() == f"held out by prompt: {said[0]}; for training: {said[1]}"
+    several = [*single, *({"prompt": f"Ask {n}", "chosen": "a", "rejected": "b"} for n in range(20))]
+    files = [str(write(tmp_path / f"{name}.jsonl", *rows)) for name, rows in (("a", single), ("b", several[20:]))]
+    parts = split(collect(files, byte_tokenizer(), settings_of())[0], 0.5, seed=1)
+    assert parts.counts()["train"]["pairs"] and f"({parts.counts()['held_out']['pairs']} pairs, " in parts.line()
 
 
 @pytest.mark.parametrize("layout", ["pair", "ranked", "unpaired"])

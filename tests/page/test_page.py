@@ -1,5 +1,6 @@
 """The page: what it says follows from the folder, and whatever stands there comes out as text."""
 
+import dataclasses
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_jax.errors import UserError
-from dpo_jax.page import panels, render, sections, summary, tables
+from dpo_jax.page import evidence, panels, render, sections, summary, tables
 from dpo_jax.page.answers import MOST, prompt_text
 from dpo_jax.page.answers import table as answers_table
 from dpo_jax.page.curves import COLUMNS, thin
@@ -199,7 +200,111 @@ def test_the_verdict_follows_from_what_is_sure(tmp_path, accuracy, after, word):
     rows = [{**row, "good": {"good": True, "bad": False, "same": row["good"]}[after]} for row in first]
     (folder / "answers" / "60.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = read(folder)
-    assert summary.verdict(summary.evidence(run), finished=True)[0].startswith(word)
+    assert evidence.verdict(summary.evidence(run), finished=True)[0].startswith(word)
+
+
+def held_out(folder, objective, before, after, rewards=()):
+    """A run with this objective, whose evaluations have these metrics, and two files of rewards."""
+    make_run(folder, objective={"name": objective}, evaluation={})
+    for name in ("notes.jsonl", "answers/0.jsonl", "answers/60.jsonl", "evaluations/0.npz", "evaluations/60.npz"):
+        (folder / name).unlink()
+    rows = [{"step": step, **{f"eval_{k}": v for k, v in found.items()}} for step, found in ((0, before), (60, after))]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step, (chosen, rejected) in zip((0, 60), rewards, strict=False):
+        np.savez(folder / "evaluations" / f"{step}.npz", chosen=np.array(chosen), rejected=np.array(rejected))
+    return folder
+
+
+TOLD = {"rewards/accuracies": 0.0, "rewards/margins": 0.0, "loss": 0.6931}
+NAN, KINDS = math.nan, np.arange(12) % 2 == 0
+UP = np.where(KINDS, 1.0, NAN), np.where(KINDS, NAN, 1.0)  # six are desirable; all became more likely
+APART = np.where(KINDS, 1.0, NAN), np.where(KINDS, NAN, -1.0)
+ALL_GOOD = np.array([1.0] * 5 + [-1.0]), np.full(6, NAN)
+CASES = {
+    "sft": ("sft", {"loss": 0.878}, {"loss": 0.8499}, (), "Better", "held-out loss fell from 0.8780 to 0.8499"),
+    "sft, worse": ("sft", {"loss": 0.8}, {"loss": 0.9}, (), "Worse", "held-out loss rose from 0.8000 to 0.9000"),
+    "sft, the same": ("sft", {"loss": 0.8}, {"loss": 0.801}, (), "No difference", "held-out loss hardly changed"),
+    "reward": (
+        "reward",
+        TOLD,
+        {"rewards/accuracies": 0.9, "rewards/margins": 1.0},
+        [(np.zeros(40), np.zeros(40)), (np.ones(40), np.zeros(40))],
+        "Better",
+        "greater reward in 90.0% of 40 held-out pairs (95 % interval 76.9% to 96.0%)",
+    ),
+    "simpo": (
+        "simpo",
+        {"rewards/accuracies": 0.5, "rewards/margins": 0.1},
+        {"rewards/accuracies": 1.0, "rewards/margins": 0.2},
+        [(KINDS * 1.0, np.full(12, 0.5)), (np.ones(12), np.full(12, 0.5))],
+        "Better",
+        "greater reward in 12 of 12 held-out pairs, and had it in 6 before (6 became so, 0 are so no more)",
+    ),
+    "kto": (
+        "kto",
+        TOLD,
+        {"rewards/accuracies": 0.9, "drift/chosen": 1.0},
+        [(0 * APART[0], 0 * APART[1]), APART],
+        "Better",
+        "of 12 held-out single answers, 6 of 6 desirable ones became more likely and 6 of 6 undesirable ones became",
+    ),
+    "kto, all more likely": (
+        "kto",
+        TOLD,
+        {"rewards/accuracies": 0.9, "drift/chosen": 1.0},
+        [(0 * UP[0], 0 * UP[1]), UP],
+        "No difference",
+        "6 of 6 desirable ones became more likely and 0 of 6 undesirable ones became less likely",
+    ),
+    "kto, one kind": (
+        "kto",
+        {"loss": 0.5},
+        {"loss": 0.4, "drift/chosen": 1.0},
+        [(0 * ALL_GOOD[0], ALL_GOOD[1]), ALL_GOOD],
+        "Not known: what was measured twice does not tell",
+        "of 6 held-out single answers, 5 of 6 desirable ones became more likely; there are no undesirable ones to",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_kind_of_objective_has_evidence_of_its_own(tmp_path, name):
+    objective, before, after, rewards, word, words = CASES[name]
+    text = Parsed(write_page(held_out(tmp_path / "run", objective, before, after, rewards)).read_text()).text
+    assert words in text and word in text and "nothing held-out was" not in text
+    assert ("pairs" not in text.partition("Settings")[0].replace("pairs.jsonl", "")) == (objective in ("sft", "kto"))
+
+
+def test_what_was_measured_twice_and_tells_nothing_is_not_called_unmeasured(tmp_path):
+    moving = {"reference": {"update_every": 2, "mode": "live"}}
+    run = read(held_out(tmp_path / "run", "sigmoid", {"loss": 0.7}, {"loss": 0.6}))
+    assert [one.says for one in summary.evidence(run)] == [1]
+    run = dataclasses.replace(run, known={**run.known, "settings": {**run.settings, **moving}})
+    assert summary.evidence(run) == [] and all(summary.measured(run))
+    assert evidence.verdict([], finished=True, measured=True)[0] == "Not known: what was measured twice does not tell"
+
+
+def test_an_alarm_stands_beside_the_verdict(page):
+    good = [evidence.Evidence(1, "it is")]
+    alarms = [
+        (9, "step 9: kl is 560 nats per token: the policy has left; lower it"),
+        (11, "step 11: grad_norm is exactly 0: nothing"),
+    ]
+    text, colour = evidence.verdict(good, finished=True, alarms=alarms[:1])
+    assert (text, colour) == (
+        "Better than where it started by these measures, but an alarm fired: kl is 560 nats per token",
+        "mixed",
+    )
+    assert "2 alarms fired, the first: kl is 560" in evidence.verdict(good, finished=True, alarms=alarms)[0]
+    assert evidence.verdict([], finished=True, alarms=alarms)[1] == "unknown"
+    assert evidence.verdict(good, finished=True) == ("Better than where it started", "good")
+    assert "by these measures, but an alarm fired: kl is large" in page.text
+
+
+def test_a_histogram_leaves_out_a_kind_of_answer_that_there_is_none_of(tmp_path):
+    folder = held_out(tmp_path / "run", "kto", {"loss": 0.5}, {"loss": 0.4}, [(0 * ALL_GOOD[0], ALL_GOOD[1]), ALL_GOOD])
+    (plot,) = panels.histograms(read(folder).rewards)  # a mean of nothing would be a warning, which is an error here
+    assert [part.label for part in plot.parts] == ["chosen"]
 
 
 def test_a_sample_of_answers_is_not_only_of_gains(run):

@@ -26,7 +26,9 @@ KINDS = {
     "chosen": "/chosen fell by",
     "kl": "leaves the reference",
     "memorised": "memorised",
-    "gradient": "grad_norm is",
+    "gradient": "times what it was",
+    "ruined": "left the reference altogether",
+    "still": "grad_norm is exactly 0",
 }
 OF_THE_REFERENCE = ("drift/chosen", "drift/rejected", "kl", "rewards/accuracies", "rewards/margins")
 
@@ -318,6 +320,44 @@ def test_a_start_without_divergence_does_not_delay_the_alarm():
 def test_a_large_divergence_that_does_not_grow_is_no_alarm():
     rng = np.random.default_rng(0)
     assert said(watch(500, 8), [{**MOVING, "kl": float(kl)} for kl in rng.lognormal(1.5, 0.5, 500)]) == []
+
+
+FAR_AWAY = {"kl": 560.0, "loss": 2.0, "rewards/accuracies": 0.3, "learning_rate": 1e3}
+
+
+@pytest.mark.parametrize("start", [LN2, None])
+@pytest.mark.parametrize("kl", [560.0, math.inf, None])
+def test_a_policy_that_is_far_from_its_reference_is_said_once_though_it_goes_no_further(start, kl):
+    """In a record null stands for what overflowed, and the alarms say the same when they read it again."""
+    drift = {"drift/chosen": -80.0, "lengths/chosen": 14.0}
+    records = [{**AT_REST, "learning_rate": 2e2}, *([{**FAR_AWAY, **drift, "kl": kl}] * 60)]
+    lines = said(watch(61, 32, start=start), records)
+    assert [kind(line) for line in lines] == ["ruined"]
+    assert lines[0].startswith("alarm: step 9: ") and len(lines[0]) < 220
+    for words in (
+        "560 nats" if kl == 560 else "too large",
+        "alarms.kl is 1)",
+        "optimizer.learning_rate (1e+03 at most)",
+    ):
+        assert words in lines[0]
+    assert lines[0].count(": ") == 3  # what was seen stands before the third, where a verdict cuts it
+
+
+def test_what_began_far_from_its_reference_or_was_not_finite_is_not_ruined():
+    assert said(watch(60, 8, start=None), without([FAR_AWAY] * 60, "rewards/accuracies")) == []
+    assert said(watch(60, 8), [{**MOVING, "kl": None, "loss": None}] * 60) == []
+    assert said(watch(60, 8), [{**MOVING, "kl": 560.0 if step % 8 else 1.0} for step in range(60)]) == []
+
+
+def test_a_gradient_of_exactly_0_is_said_once_and_not_where_it_may_be_so():
+    still = {**MOVING, "grad_norm": 0.0, "learning_rate": 1e-3}
+    (line,) = said(watch(60, 8), [still] * 60)
+    assert line.startswith("alarm: step 8: grad_norm is exactly 0 since step 1, the loss 0.5")
+    assert "optimizer.learning_rate" in line and len(line) < 220
+    (still,) = without([still], "rewards/accuracies")
+    for legal in ({"learning_rate": 0.0}, {"loss": 0.0}, {"loss": -0.0}, {"grad_norm": 1e-30}, {"grad_norm": None}):
+        assert said(watch(60, 8), [{**still, **legal}] * 60) == []
+    assert said(watch(60, 8), [{**still, "grad_norm": float(step % 8 == 7)} for step in range(60)]) == []
 
 
 def test_single_records_of_any_size_are_no_alarm():

@@ -24,6 +24,10 @@ def test_what_the_last_step_takes_of_the_next_pass_is_said():
         "2 steps of 64 pairs: 1.01 passes over the data; the last step ends with 1 pair of the next pass"
     )
     assert length_line(128, 64, 2) == "2 steps of 64 pairs: 1.00 passes over the data"
+    assert length_line(127, 64, 2, "single answers") == (
+        "2 steps of 64 single answers: 1.01 passes over the data; the last step ends with 1 single answer of the next"
+        " pass"
+    )
     assert length_line(1000, 64, 3) == "3 steps of 64 pairs: 0.19 passes over the data"
 
 
