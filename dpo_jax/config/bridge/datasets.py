@@ -21,6 +21,7 @@ FRAME = "there the prompt stands in a frame of words ({}), as in `### Instructio
 ONE_MAPPING = "data.columns is one mapping for all files; the other data sets need {}: rename their columns"
 PART = "a share of the rows is drawn there; here it is the first of them"
 ROWS = "{} rows are held out there; here it is a share of the prompts: give data.eval_fraction, as in 0.05"
+SAME = "evaluations are asked for and no held-out rows are named; give data.eval, or data.eval_fraction as 0.05"
 HELD = "held-out rows are named, or nothing is measured there"
 
 
@@ -127,7 +128,11 @@ def _one(c: Conversion) -> None:
         if files:
             held = c.get("data_files.test")
             return _put(c, "data.eval", [str(held)] if held else [], "data_files.test")
-        _put(c, "data.eval", list(where(name, c.get("dataset_config"), split)), "dataset_test_split", note=note)
+        held = list(where(name, c.get("dataset_config"), split))
+        if held == list(found):
+            c.asked["data.eval_fraction"] = SAME
+            return c.leave("a file has no splits", "dataset_test_split")
+        _put(c, "data.eval", held, "dataset_test_split", note=note)
     c.leave(HELD, "dataset_test_split")
 
 

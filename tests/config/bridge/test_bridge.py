@@ -299,6 +299,16 @@ def test_a_notebook_is_its_code():
     assert run.objective.name == "kto" and run.model.path == "org/base-7b"
 
 
+def test_a_file_is_not_held_out_from_itself():
+    text = (
+        "model_name_or_path: m\ndataset_name: pairs.jsonl\neval_strategy: steps\neval_steps: 10\nloss_type: sigmoid\n"
+    )
+    made, asked = written.rewritten(write("t.yaml", text), told(), method="dpo", devices=1)
+    assert "eval:" not in made and [line.partition(":")[0] for line in asked] == ["data.eval_fraction"]
+    made, asked = written.rewritten(write("t.yaml", text), told("data.eval_fraction=0.05"), method="dpo", devices=1)
+    assert "eval_fraction: 0.05" in made and asked == []
+
+
 def test_data_sets_that_need_different_columns_are_asked_about():
     sets = "[{path: a, type: chatml.intel}, {path: b, type: chatml.ultra}]"
     text = f"base_model: m\nrl: dpo\nlearning_rate: 1e-6\ndatasets: {sets}\n"
