@@ -120,9 +120,11 @@ def memory_lines(step: PlannedStep) -> tuple[bool, list[str]]:
 
 
 def disk_lines(run: Run, step: PlannedStep, folder: Path) -> list[str]:
-    """What checkpoints take of the disk, and what is free there."""
+    """What checkpoints take of the disk, and what is free there; or of the bucket that they lie in."""
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(step.trainer.abstract))
     kept = run.checkpoint.keep + (run.checkpoint.best is not None)
+    if (bucket := run.checkpoint.folder) is not None:
+        return [f"{bucket}: {kept} checkpoints of {size_text(size)} and one that is written; it was not asked for"]
     place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(place).free
     most = (kept + 1) * size  # an old one goes when the next is whole

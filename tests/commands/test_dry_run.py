@@ -69,6 +69,16 @@ def test_it_says_what_training_says_then_and_neither_writes_nor_compiles_nor_rea
     )
 
 
+def test_it_says_what_a_bucket_will_hold_and_asks_nobody(world, capsys):
+    more = arguments(world, "elsewhere", "checkpoint.folder=gs://pairs/run")
+    assert train.main(["--dry-run", *more]) == 0
+    said = capsys.readouterr().out
+    assert (
+        re.search(r"gs://pairs/run: 2 checkpoints of [\d.]+ \w+ and one that is written", said) and "disk: " not in said
+    )
+    assert not (world / "elsewhere").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
