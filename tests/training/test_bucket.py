@@ -129,6 +129,26 @@ def test_what_a_killed_run_was_writing_is_no_step_and_gives_way(store, tmp_path,
     assert first_parts(store) == {"1", "2"} and ("pairs", "runs/first/2/state/d/0") not in store.objects
 
 
+def test_a_kill_while_a_step_is_removed_leaves_one_that_was_never_finished(store, tmp_path, monkeypatch):
+    with_steps(tmp_path, 1, 2)
+    delete = stores.Store.delete
+
+    def killed(self, names):
+        delete(self, [*names][:1])
+        raise SystemExit
+
+    monkeypatch.setattr(stores.Store, "delete", killed)
+    with pytest.raises(SystemExit):
+        steps.at(tmp_path / "checkpoints").remove(1)
+    monkeypatch.undo()
+    said = []
+    with opened(tmp_path, said, keep=9) as checkpoints:
+        assert checkpoints.kept() == [2] and steps.at(tmp_path / "checkpoints").is_unfinished(1)
+        assert checkpoints.latest() == 2 and said == []
+        checkpoints.save(3, a_state(3), {})
+    assert first_parts(store) == {"2", "3"}
+
+
 def test_what_is_not_ours_is_moved_and_never_deleted(store, tmp_path):
     store.put(("pairs", "runs/first/2/thesis.tex"), b"years")
     with_steps(tmp_path, 2)
