@@ -300,7 +300,7 @@ def _is_reward_model(path: str) -> bool:
 
 def _lines(found: Mapping[str, float], pairs: int) -> list[str]:
     """The table; the accuracy with its standard error."""
-    lines = [f"{pairs:,} pairs"]
+    lines = [f"{pairs:,} pairs (+- is one standard error)"]
     for name, label, form in EVALUATED:
         if name not in found:
             continue

@@ -52,7 +52,10 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("folder", help="model folder, or hub id; or that of an adapter, which names its base")
     parser.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter of the model: a folder, or hub id")
     parser.add_argument(
-        "--against", metavar="FOLDER", help="a second model with the same tokens, such as the reference"
+        "--against",
+        metavar="FOLDER",
+        help="a second model with the same tokens, such as the reference; of each answer the log-probability (nats) is "
+        "given under both",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given again")

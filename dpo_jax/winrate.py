@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -244,8 +245,15 @@ def _lines(found: Mapping[str, Any], folder: Path) -> list[str]:
 def _cells(row: Mapping[str, Any]) -> list[str]:
     ends = f"{_percent(row['win_rate_low'])} - {_percent(row['win_rate_high'])}"
     counts = [f"{row[name]:,}" for name in ("wins", "ties", "losses")]
-    rest = (_percent(row["length_controlled_win_rate"]), _number(row["position_bias"]))
+    rest = (_at_equal_length(row), _number(row["position_bias"]))
     return [_percent(row["win_rate"]), ends, *counts, _percent(row["decided_win_rate"]), f"{row['p_value']:.2g}", *rest]
+
+
+def _at_equal_length(row: Mapping[str, Any]) -> str:
+    """With its interval, which is wide where few answers are of about the same length."""
+    rate, *ends = (row[f"length_controlled_{name}"] for name in ("win_rate", "low", "high"))
+    known = rate is not None and all(end is not None and math.isfinite(end) for end in ends)
+    return f"{_percent(rate)} ({ends[0]:.0%}-{ends[1]:.0%})" if known else _percent(rate)
 
 
 def _percent(value: float | None) -> str:

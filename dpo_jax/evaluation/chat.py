@@ -134,7 +134,7 @@ def _show(rows: Sequence[dict[str, Any]]) -> None:
         _columns(rows)
     else:
         for row in rows:
-            heading = f"[{visible(row['model'])}: {_numbers(row)}]\n" if len(rows) > 1 else ""
+            heading = f"[answer of {visible(row['model'])}: {_numbers(row, rows)}]\n" if len(rows) > 1 else ""
             print(heading + visible(row["answer"]) + _cut(row))
     print()
 
@@ -149,13 +149,15 @@ def _columns(rows: Sequence[dict[str, Any]]) -> None:
         table.add_column(Text(visible(row["model"])), ratio=1, overflow="fold")
     table.add_row(*(Text(visible(row["answer"]) + _cut(row)) for row in rows))
     table.add_section()
-    table.add_row(*(Text(_numbers(row), "dim") for row in rows))
+    table.add_row(*(Text(_numbers(row, rows), "dim") for row in rows))
     Console(highlight=False, markup=False, emoji=False).print(table)
 
 
-def _numbers(row: dict[str, Any]) -> str:
-    logp, reference, ratio = row["logp"], row["reference_logp"], row["log_ratio"]
-    return f"logp {logp:.2f}, reference {reference:.2f}, log-ratio {ratio:+.2f}, {row['tokens']} tokens"
+def _numbers(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """The log-probabilities (nats) of one of two models' answers, under both."""
+    first, second = (visible(one["model"]) for one in rows)
+    scores = f"logp {row['logp']:.2f} under {first}, {row['reference_logp']:.2f} under {second}"
+    return f"{scores}, log-ratio {row['log_ratio']:+.2f}, {row['tokens']} tokens"
 
 
 def _cut(row: dict[str, Any]) -> str:

@@ -17,6 +17,8 @@ from dpo_jax.hf.tensors import PICKLES, member, read_json
 WRITTEN_ANEW = frozenset({"README.md", tensors.OURS, tensors.SUMS})
 GENERATION = "generation_config.json"
 """Not taken over for a reward model, which generates nothing."""
+MAY_BE_OTHERS = {GENERATION, "chat_template.jinja"}
+"""Files of a folder in place of which an export may have its own."""
 PACKING = frozenset({"quantize_config.json", "quant_config.json", "hf_quant_config.json"})
 """How weights are packed, which those of an export are not."""
 ADAPTER, ADAPTER_CONFIG = "adapter_model", "adapter_config.json"

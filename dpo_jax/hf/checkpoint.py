@@ -190,7 +190,8 @@ def save_hf(
       like: folder or hub id that the model was loaded from.
       card: what the model card says about the training: any of `base_model`, `datasets` (names), `metrics` (numbers by
         name), `objectives` (name to where it comes from), `config` (a table) and `notes`.
-      extra_files: further text files by name, such as `dpo_jax.json`, or in place of one that would be copied.
+      extra_files: further text files by name, such as `dpo_jax.json`, or another `generation_config.json` or
+        `chat_template.jinja`.
       replace: an earlier export at `folder`, with nothing in it changed or added, may be replaced.
       dtype: of the tensors written; `keep` is each tensor's own in `like`.
       max_shard_bytes: split into files of at most this size; None keeps the files of `like` (5 GB if dtype changes, or
@@ -382,8 +383,8 @@ def _beside(export: _Export, folder: Path, written: Collection[str]) -> dict[str
         generation=not export.spec.scalar_head,
         quantised=bool(export.source.quantised),
     )
-    written = {*written, *([] if export.config is None else ["config.json"])}
-    copied = [name for name in names if name not in written]
+    other = {*([] if export.config is None else ["config.json"]), *(beside.MAY_BE_OTHERS & {*written})}
+    copied = [name for name in names if name not in other]
     return beside.copy(export.source.folder, copied, folder)
 
 

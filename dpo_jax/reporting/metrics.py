@@ -25,7 +25,11 @@ METRICS: dict[str, Metric] = {
     "epoch": Metric("passes over the data so far", "passes"),
     "rewards/chosen": Metric("mean of beta x (policy - reference) log-probability of chosen completions", "nats"),
     "rewards/rejected": Metric("the same of rejected completions", "nats"),
-    "rewards/accuracies": Metric("share of pairs whose chosen reward is greater", "0 to 1"),
+    "rewards/accuracies": Metric(
+        "share of pairs whose chosen reward is greater; shown as tied while the mean margin is below 1e-4 nats, as "
+        "before the first step, where only rounding decides",
+        "0 to 1",
+    ),
     "rewards/margins": Metric("mean of chosen reward - rejected reward", "nats"),
     "rewards/margins_p10": Metric("10th percentile of the pairs' margins", "nats"),
     "rewards/margins_p50": Metric("their median", "nats"),

@@ -21,7 +21,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from dpo_jax.errors import printable, redacted
-from dpo_jax.reporting.metrics import TERMINAL, table
+from dpo_jax.reporting.metrics import TERMINAL, shown, table
 from dpo_jax.reporting.waiting import Waiting, clock
 
 PLAIN_LINES = 200
@@ -30,7 +30,7 @@ TRAINING = "training"
 
 
 def _labelled(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    return [(label, form.format(metrics[name])) for name, label, form in TERMINAL if name in metrics]
+    return [(label, shown(metrics, name, form)) for name, label, form in TERMINAL if name in metrics]
 
 
 def put(console: Console, line: str) -> None:
@@ -72,8 +72,8 @@ class PlainTerminal:
         self._first = step if self._first is None else self._first
         if step in (self._first, self._total) or step % self._every == 0:
             tail = "" if left is None else f"  left {clock(left)}"
-            shown = "  ".join(f"{label} {value:>7}" for label, value in _labelled(metrics))
-            self.note(f"step {step:>{len(str(self._total))}}/{self._total}  {shown}{tail}")
+            said = "  ".join(f"{label} {value:>7}" for label, value in _labelled(metrics))
+            self.note(f"step {step:>{len(str(self._total))}}/{self._total}  {said}{tail}")
 
     def note(self, line: str) -> None:
         """Print a line."""

@@ -5,8 +5,9 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
-from dpo_jax.errors import UserError, nearest
+from dpo_jax.errors import UserError, nearest, redacted_values
 from dpo_jax.processes.here import here
 from dpo_jax.reporting.journal import METRICS_FILE, read_records
 from dpo_jax.reporting.metrics import BETTER, held_out_of, recorded
@@ -107,6 +108,9 @@ def watch_of(
     if run.checkpoint.best is None:
         return None
     name, known = recorded(run.checkpoint.best), record.get(WATCHED, {})
+    if (other := _measured_otherwise(run, record)) is not None:
+        say(f"{name} was of another {other} until now; only what is measured from here on is compared")
+        return MetricWatch(name, run.evaluation.patience)
     if known.get("metric") == name:
         return MetricWatch(name, run.evaluation.patience, {int(step): v for step, v in known["evaluations"].items()})
     path = folder / METRICS_FILE
@@ -119,6 +123,22 @@ def watch_of(
         f"the checkpoint of step {watch.best.step}, the best by {name}, is not there; the best is one of those that are"
     )
     return MetricWatch(name, run.evaluation.patience, {step: value for step, value in found.items() if step in kept})
+
+
+MEASURED_BY = (
+    *("objective.", "reference.", "data.eval", "data.max_length", "data.template"),
+    *("evaluation.answers", "evaluation.judge", "evaluation.max_new_tokens"),
+)
+"""How the names of settings begin that decide what an evaluation measures."""
+
+
+def _measured_otherwise(run: Run, record: Mapping[str, Any]) -> str | None:
+    """A setting by which the evaluations up to a checkpoint with this record measured something else; None if none."""
+    if not record.get("settings"):
+        return None
+    before, now = config.flat(record["settings"]), config.flat(redacted_values(config.dump(run)))
+    keys = (key for key in {**before, **now} if key.startswith(MEASURED_BY))
+    return next((key for key in keys if (before.get(key) or None) != (now.get(key) or None)), None)
 
 
 def best_lines(best: Best | None, stopped: int | None, evaluations: Mapping[int, Mapping[str, Any]]) -> list[str]:

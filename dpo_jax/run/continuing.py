@@ -29,6 +29,10 @@ STEPS, PAIRS, DATA, WEIGHTS, ADAPTER = (
 """Facts of a run: what it depends on beside its settings."""
 JUDGED_BY_FACTS = ("steps", "epochs", "data.train", "data.first")
 """Settings of which only the data themselves can tell whether the steps already made would have been others."""
+NEVER = frozenset(
+    f"adapter.{name}" for name in ("rank", "targets", "layers", "rank_pattern", "dora", "modules_to_save")
+) | {"model.freeze", "optimizer.name"}
+"""Settings without which a checkpoint has other leaves, so that none can be gone on from under others."""
 ACCEPTED = "which checkpoint.allow_change accepts"
 
 
@@ -68,18 +72,25 @@ class Past:
         Raises:
           UserError: a setting is another one, and `checkpoint.allow_change` does not name it.
         """
-        accepted = {*run.checkpoint.allow_change, *JUDGED_BY_FACTS}
-        changes = [change for change in _roots(self.changes(run)) if _key(change) not in accepted]
-        if changes:
-            what, it = ("another setting", "it") if len(changes) == 1 else ("other settings", "them")
-            if self.finished:
-                remedy = f"name another output, or change {it} back; to train it further, give more steps and"
-            else:
-                remedy = f"change {it} back, name another output, or"
-            raise UserError(
-                f"output: {self.folder} holds a run with {what}, {', '.join(changes)}; {remedy} "
-                f"{_accept(run, *map(_key, changes))}"
-            )
+        all_changes = _roots(self.changes(run))
+        accepted = {*run.checkpoint.allow_change, *JUDGED_BY_FACTS} - NEVER
+        changes = [change for change in all_changes if _key(change) not in accepted]
+        if not changes:
+            return
+        what, it = ("another setting", "it") if len(changes) == 1 else ("other settings", "them")
+        keys = [*map(_key, changes)]
+        if NEVER & {*keys}:
+            remedy = f"no checkpoint of it could become that: name another output, or change {it} back"
+        elif "model.path" in keys:
+            remedy = f"name another output to start from that, or change {it} back; if it is the same model elsewhere"
+            remedy += f", {_accept(run, *keys)}"
+        elif self.finished:
+            longer = [] if run.optimizer.schedule == "constant" else ["steps"]
+            remedy = f"name another output, or change {it} back; to train it further, give more steps and "
+            remedy += _accept(run, *keys, *longer)
+        else:
+            remedy = f"change {it} back, name another output, or {_accept(run, *keys)}"
+        raise UserError(f"output: {self.folder} holds a run with {what}, {', '.join(changes)}; {remedy}")
 
     def changed_by(self, run: Run, said: Sequence[str]) -> list[str]:
         """What was accepted before, and what this run changes after the steps that are made; `said` is what

@@ -183,7 +183,8 @@ def is_finished(run: Run, past: Past) -> bool:
             f"output: {past.folder} holds a finished run and none of its checkpoints, so it can neither go on nor be "
             f"exported again; put {past.folder / output.CHECKPOINTS} back, or name another output"
         )
-    if past.finished and damaged is not None:
+    other = past.exported not in ({}, exported_as(run))
+    if past.finished and damaged is not None and not (other and not damaged.parent.exists()):
         print(f"{damaged} is missing or was changed since the export; the model is exported again")
     elif past.finished and not changes:
         print(f"the model is exported again, by {exported_as(run)} in place of {dict(past.exported)}")

@@ -320,9 +320,15 @@ def test_without_a_terminal_answers_stand_under_their_models_and_prompts(folders
     code, shown, err = ask(folders[0], "--against", folders[1], *TWO, "--max-new-tokens", OFTEN, json_rows=False)
     _, rows, _ = ask(folders[0], "--against", folders[1], *TWO, "--max-new-tokens", OFTEN)
     places = [
-        shown.index(part) for part in ("> Hi\n[policy: logp ", "\n[reference: logp ", "\n\n> Name one.\n[policy: ")
+        shown.index(part)
+        for part in (
+            "> Hi\n[answer of policy: logp ",
+            "\n[answer of reference: logp ",
+            "\n\n> Name one.\n[answer of policy",
+        )
     ]
     assert code == 0 and places == sorted(places) and "tokens/s" in err
     for row in rows:
-        assert f"reference {row['reference_logp']:.2f}, log-ratio {row['log_ratio']:+.2f}, 20 tokens]\n" in shown
+        both = f"logp {row['logp']:.2f} under policy, {row['reference_logp']:.2f} under reference"
+        assert f"{both}, log-ratio {row['log_ratio']:+.2f}, 20 tokens]\n" in shown
         assert chat.visible(row["answer"]) + " [cut off after 20 tokens]\n" in shown

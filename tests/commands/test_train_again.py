@@ -229,6 +229,38 @@ def test_what_is_changed_on_the_way_is_said_in_the_record_the_card_and_once(worl
     assert line not in capsys.readouterr().out and line in (copied / "model" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("word", "key"), [("optimizer.name=adafactor", "optimizer.name"), ("model.freeze=[embed/.*]", "model.freeze")]
+)
+def test_what_no_checkpoint_can_become_is_refused_before_anything_is_written(world, copied, capsys, word, key):
+    before = (copied / "run.json").read_bytes()
+    for more in ((), ("steps=6", f"checkpoint.allow_change=[{key}]")):
+        line = refused(world, copied, capsys, word, *more)
+        assert key in line and "name another output" in line and "allow_change" not in line
+    assert (copied / "run.json").read_bytes() == before
+
+
+def test_the_remedies_of_a_finished_run_are_whole(world, tmp_path, capsys):
+    falling = ("optimizer.schedule=linear", "objective.beta=0.3")
+    output = run(world, tmp_path / "run", falling[0])
+    line = refused(world, output, capsys, *falling)
+    remedy = "checkpoint.allow_change=[objective.beta, steps]"
+    assert "give more steps" in line and remedy in line
+    run(world, output, *falling, "steps=6", remedy)
+    line = refused(world, output, capsys, *falling, "steps=6", "model.path=/else")
+    assert "start from that" in line and "the same model elsewhere" in line
+
+
+def test_another_kind_of_export_is_said_as_that(world, tmp_path, capsys):
+    output = tmp_path / "run"
+    words = [word for word in arguments(world, output, "adapter.rank=2") if "rounding" not in word]
+    assert train.main(words) == 0
+    capsys.readouterr()
+    assert train.main([*words, "export.kind=both"]) == 0
+    said = capsys.readouterr().out
+    assert "in place of" in said and "is missing or was changed" not in said and (output / "model").exists()
+
+
 def test_settings_that_come_with_another_objective_are_not_told_apart(world, copied, capsys):
     line = refused(world, copied, capsys, "objective.name=simpo", "seed=3")
     assert "\n" not in line.strip() and "objective.gamma" not in line and "objective.label_smoothing" not in line

@@ -251,3 +251,17 @@ def test_weights_and_named_ends_are_what_kill_resume_compares(finished, copied):
     (copied / "run.json").write_text(json.dumps({**run, "best": {**run["best"], "step": 4}}))
     assert any("run.json" in line for line in kill_resume.differences(finished, copied))
     assert load_file(copied / "model" / "model.safetensors")
+
+
+def test_what_was_measured_by_another_objective_is_not_compared(world, tmp_path, capsys):
+    """A loss of another objective, or beta, may be less and says nothing; the best begins again, which is said."""
+    plain = ("evaluation.patience=null", "optimizer.schedule=constant", "steps=4", "checkpoint.best=eval/alike/loss")
+    assert train.main(arguments(world, tmp_path / "run", *plain)) == 0
+    assert "exported: step 4" in capsys.readouterr().out  # beta 0.1
+    more = (*plain[:2], "steps=6", plain[3], "objective.name=ipo", "checkpoint.allow_change=[objective.name]")
+    assert train.main(arguments(world, tmp_path / "run", *more)) == 0
+    said = capsys.readouterr().out
+    assert "of another objective.name until now" in said and "exported: step 6" in said
+    found = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if "eval/alike/loss" in r]
+    losses = {record["step"]: record["eval/alike/loss"] for record in found}
+    assert losses[6] > losses[4]  # which would have been exported
