@@ -2,8 +2,8 @@
 
 python tools/rounding.py CONFIG [key=value ...] --rates 5e-7 2e-6 1e-5 5e-5 [--work FOLDER] [--out FILE]
 
-For each learning rate the run is made once and exported three times: rounded to nearest, rounded at random
-(the default), and in float32. Of each export: the held-out margin that the run reports (nats, times beta), the margin that
+For each learning rate the run is made once and exported three times: rounded to nearest, rounded at random (the
+default), and in float32. Of each export: the held-out margin that the run reports (nats, times beta), the margin that
 PyTorch gives the exported folder against the folder that the run began with, both in float32, and the shares of the
 float32 export's margin and of the moved weights that are left. Exit code 1 if a reported margin is further from
 PyTorch's than 1e-4 of it, or 1e-6, whichever is larger. Needs torch; held-out rows must be lists of chat messages.
