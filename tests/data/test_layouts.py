@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_jax.data.answers import answer_start, split_texts
+from dpo_jax.data.gathering import GATHERERS
 from dpo_jax.data.layouts import LAYOUTS, Pair, Record, detect, to_record, unused_columns
 from dpo_jax.data.messages import BadRow, shared_length
 from dpo_jax.data.settings import LAYOUTS as NAMES
@@ -101,6 +102,8 @@ DETECTED = [  # columns, and what they were read as before there were single com
     ("input preferred_output prompt completion", "openai"),
     ("prompt completion label", "unpaired"),
     ("prompt completion label messages", "unpaired"),
+    ("prompt completion label score", "unpaired"),  # a label says more of one answer than a score
+    ("prompt completion score", "scored"),
     ("prompt completion messages", "completion"),
     ("prompt prompt_id messages", "messages"),
 ]
@@ -118,7 +121,8 @@ def test_the_first_layout_that_fits_is_the_one(columns, layout):
 )
 def test_no_row_of_pairs_is_read_as_a_single_completion(columns):
     row = dict.fromkeys(columns)
-    pairs = [layout for layout in LAYOUTS.values() if layout.name not in SAME_ANSWER and layout.fits(row)]
+    single = {*SAME_ANSWER, *GATHERERS}
+    pairs = [layout for layout in LAYOUTS.values() if layout.name not in single and layout.fits(row)]
     if pairs:
         assert detect(row) is pairs[0]
 
