@@ -178,8 +178,7 @@ class Past:
         given, names = "", ["optimizer.warmup_steps"]
         if "warmup_fraction" in run.optimizer.model_fields_set:
             given, names = " optimizer.warmup_fraction=null", [*names, "optimizer.warmup_fraction"]
-        accepted = ", ".join(dict.fromkeys([*run.checkpoint.allow_change, *names]))
-        return f"keep them with optimizer.warmup_steps={warmed}{given} and checkpoint.allow_change=[{accepted}], "
+        return f"keep them with optimizer.warmup_steps={warmed}{given} and {_allowing(run, *names)}, "
 
 
 def _found(folder: Path) -> dict[str, Any]:
@@ -212,7 +211,11 @@ def _key(change: str) -> str:
 
 def _accept(run: Run, *keys: str) -> str:
     """The setting that accepts changes of these, and still those that it accepts now."""
-    return f"accept it with checkpoint.allow_change=[{', '.join(dict.fromkeys([*run.checkpoint.allow_change, *keys]))}]"
+    return f"accept it with {_allowing(run, *keys)}"
+
+
+def _allowing(run: Run, *keys: str) -> str:
+    return f"checkpoint.allow_change=[{', '.join(dict.fromkeys([*run.checkpoint.allow_change, *keys]))}]"
 
 
 def _allows(run: Run, *names: str) -> bool:

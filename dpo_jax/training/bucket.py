@@ -147,7 +147,7 @@ class Bucket:
         """Write the files that were kept into a folder of a run that has lost them."""
         for name in self._store.objects(_RECORDS):
             path = run / name
-            if not path.exists():
+            if ".." not in path.parts and not path.exists():  # a store's names lead nowhere else
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(path, self._store.read(f"{_RECORDS}/{name}"))
 

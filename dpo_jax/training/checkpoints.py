@@ -216,7 +216,7 @@ class Checkpoints:
         keep = {*sealed[: self._settings.keep], also}
         if self._settings.keep_every is not None:
             keep |= {step for step in sealed if step % self._settings.keep_every == 0}
-        unfinished = {step for step in there if step < newest and self.place.is_unfinished(step)}
+        unfinished = {step for step in {*there} - {*sealed} if step < newest and self.place.is_unfinished(step)}
         for step in set(sealed) - keep | unfinished:
             self._good.discard(step)
             self.place.remove(step)

@@ -177,7 +177,9 @@ def test_a_disk_that_has_lost_the_records_gets_them_back(store, tmp_path):
     steps.at(tmp_path / "checkpoints").bring_records(tmp_path)
     assert (tmp_path / "m.jsonl").read_text() == "newer\n" and (tmp_path / "a/0.jsonl").read_text() == '{"b": 2}\n'
     (tmp_path / "m.jsonl").unlink()
+    store.put(("pairs", "runs/first/records/../../escaped"), b"by whoever may write to the bucket")
     steps.at(tmp_path / "checkpoints").bring_records(tmp_path)
+    assert not list(tmp_path.parent.parent.glob("escaped")) and not list(tmp_path.parent.glob("escaped"))
     assert (tmp_path / "m.jsonl").read_text() == '{"a": 1}\n'
 
 
