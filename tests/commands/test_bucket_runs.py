@@ -11,7 +11,7 @@ from dpo_jax.files import file_digest
 from dpo_jax.reporting.journal import read_records
 from tests.support.hosts import Hosts
 from tests.support.object_store import empty_store, served
-from tests.support.worlds import write_world
+from tests.support.worlds import settings_in, write_world
 
 pytest.importorskip("gcsfs", reason="extra gcs is not installed")
 
@@ -23,23 +23,7 @@ def world(tmp_path_factory):
 
 
 def words(world, output, *more):
-    given = {
-        "model.path": world / "model",
-        "data.train": world / "train.jsonl",
-        "data.eval": world / "eval.jsonl",
-        "evaluation.answers": world / "answers.jsonl",
-        "evaluation.max_new_tokens": 4,
-        "batch.pairs": 4,
-        "batch.micro_tokens": 256,
-        "steps": 6,
-        "optimizer.learning_rate": 1e-3,
-        "optimizer.schedule": "constant",
-        "optimizer.warmup_steps": 0,
-        "checkpoint.every": 2,
-        "evaluation.every": 3,
-        "log.tensorboard": False,
-        "output": output,
-    }
+    given = settings_in(world) | {"optimizer.schedule": "constant", "output": output}
     return [*(f"{key}={value}" for key, value in given.items()), *more]
 
 

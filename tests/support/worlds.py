@@ -27,3 +27,22 @@ def write_world(root: Path, trained: int, held_out: int, *, shards: int = 1) -> 
     write(root / "eval.jsonl", *rows[trained:])
     write(root / "answers.jsonl", {"prompt": [user("Say 3")], "good": "."})
     return root
+
+
+def settings_in(world):
+    """Of a run of six steps in a world that `write_world` has written, which saves and measures on the way."""
+    return {
+        "model.path": world / "model",
+        "data.train": world / "train.jsonl",
+        "data.eval": world / "eval.jsonl",
+        "evaluation.answers": world / "answers.jsonl",
+        "evaluation.max_new_tokens": 4,
+        "batch.pairs": 4,
+        "batch.micro_tokens": 256,
+        "steps": 6,
+        "optimizer.learning_rate": 1e-3,
+        "optimizer.warmup_steps": 0,
+        "checkpoint.every": 2,
+        "evaluation.every": 3,
+        "log.tensorboard": False,
+    }
