@@ -7,7 +7,7 @@ that leads out of it, or a file that cannot be read, would otherwise be found wh
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from dpo_jax.errors import UserError, printable
@@ -17,7 +17,7 @@ from dpo_jax.hf.tensors import PICKLES, member, read_json
 WRITTEN_ANEW = frozenset({"README.md", tensors.OURS, tensors.SUMS})
 GENERATION = "generation_config.json"
 """Not taken over for a reward model, which generates nothing."""
-MAY_BE_OTHERS = {GENERATION, "chat_template.jinja"}
+MAY_BE_OTHERS = frozenset({GENERATION, "chat_template.jinja"})
 """Files of a folder in place of which an export may have its own."""
 PACKING = frozenset({"quantize_config.json", "quant_config.json", "hf_quant_config.json"})
 """How weights are packed, which those of an export are not."""
@@ -28,9 +28,9 @@ MOST_FILES = 10_000
 PIECE = 1 << 20
 
 
-def files(folder: Path, *, generation: bool = True, quantised: bool = False) -> list[str]:
+def files(folder: Path, *, generation: bool = True, quantised: bool = False, own: Collection[str] = ()) -> list[str]:
     """Names of the files that an export takes over, `generation_config.json` among them unless told otherwise, and
-    those that say how weights are packed unless these were.
+    those that say how weights are packed unless these were; but for what it may have, and has, as its `own`.
 
     Those are all but hidden ones, weights, and what is written anew. A folder inside that holds weights of its own (an
     earlier checkpoint, another format) is another model, and stays behind whole.
@@ -46,7 +46,12 @@ def files(folder: Path, *, generation: bool = True, quantised: bool = False) -> 
         except OSError as error:
             remedy = "make it readable, or take it out of a copy of the folder"
             raise UserError(f"{folder / name} cannot be read ({error.strerror}); {remedy}") from None
-    left = WRITTEN_ANEW | (PACKING if quantised else set()) | (set() if generation else {GENERATION})
+    left = (
+        WRITTEN_ANEW
+        | (MAY_BE_OTHERS & {*own})
+        | (PACKING if quantised else set())
+        | (set() if generation else {GENERATION})
+    )
     return [name for name in found if name not in left]
 
 

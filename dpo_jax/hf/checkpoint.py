@@ -382,9 +382,9 @@ def _beside(export: _Export, folder: Path, written: Collection[str]) -> dict[str
         export.source.folder,
         generation=not export.spec.scalar_head,
         quantised=bool(export.source.quantised),
+        own=written,
     )
-    other = {*([] if export.config is None else ["config.json"]), *(beside.MAY_BE_OTHERS & {*written})}
-    copied = [name for name in names if name not in other]
+    copied = [name for name in names if export.config is None or name != "config.json"]
     return beside.copy(export.source.folder, copied, folder)
 
 

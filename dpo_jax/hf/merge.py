@@ -112,8 +112,8 @@ def write_merged(
             metadata = {"format": "pt", **view.metadata.get(file, {})}
             sums[file] = tensors.write_tensors(staging / file, part, metadata, counted.fetch)
             tensors.check_tensors(staging / file, part, sums[file])
-        other = {"config.json", *(beside.MAY_BE_OTHERS & {*(extra_files or {})})}
-        sums |= beside.copy(origin, [name for name in beside.files(origin) if name not in other], staging)
+        names = beside.files(origin, own=extra_files or {})
+        sums |= beside.copy(origin, [name for name in names if name != "config.json"], staging)
         texts = {"config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
         if list(files) != [tensors.SINGLE]:
             texts[tensors.INDEX] = shards.index_text(infos)

@@ -98,8 +98,8 @@ def write_adapter(
         digest = tensors.write_tensors(staging / FILE, infos, {"format": "pt"}, plain.arrays.__getitem__)
         tensors.check_tensors(staging / FILE, infos, digest)
         sums = {FILE: digest}
-        other = beside.MAY_BE_OTHERS & {*(extra_files or {})}
-        copied = [name for name in beside.files(base.folder) if TOKENIZER.fullmatch(name) and name not in other]
+        names = beside.files(base.folder, own=extra_files or {})
+        copied = [name for name in names if TOKENIZER.fullmatch(name)]
         sums |= beside.copy(base.folder, copied, staging)
         texts = {ADAPTER_CONFIG: json.dumps(_config(plain, adapter, spec, named), indent=2) + "\n"}
         texts["README.md"] = model_card(
