@@ -5,7 +5,7 @@ import statistics
 import tempfile
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -33,6 +33,9 @@ from dpo_jax.training.reference import data_digest
 
 MEASURED = 50
 """Newest steps of a run that is gone on with, whose time is looked at."""
+
+SLOWER = 1.5
+"""How much faster float32 is than the dtype that is computed in before that is said."""
 
 
 def dry_run(run: Run) -> int:
@@ -166,7 +169,8 @@ def time_lines(run: Run, step: PlannedStep, data: Data, left: int, folder: Path)
     """Hours of what is left of a run: as measured where it has made steps, and what its products alone would take."""
     work = work_of(run, step, data, left)
     dtype, device = step.objective.compute_dtype, step.mesh.devices.flat[0]
-    rate = 1e9 * machine.matmul_gflops(device, dtype) * step.mesh.size / _alike(step.mesh)
+    gflops = machine.matmul_gflops(device, dtype)
+    rate = 1e9 * gflops * step.mesh.size / _alike(step.mesh)
     hours = sum(work) / rate / 3600
     parts = [f"{left:,} steps {scaled(work.steps, 'FLOP')}"]
     parts += [
@@ -176,6 +180,7 @@ def time_lines(run: Run, step: PlannedStep, data: Data, left: int, folder: Path)
         f"time of products of matrices alone: {_hours(hours)} ({', '.join(parts)}, at {scaled(rate, 'FLOP/s')} in "
         f"{dtype}, measured here on one product)",
         "  beside it: compiling, answers, checkpoints, and all else that a step does",
+        *_faster_in_float32(device, dtype, gflops),
     ]
     records = read_records(folder / METRICS_FILE) if (folder / METRICS_FILE).exists() else []
     seconds = [record["step_seconds"] for record in records if record.get("step_seconds")][-MEASURED:]
@@ -185,6 +190,14 @@ def time_lines(run: Run, step: PlannedStep, data: Data, left: int, folder: Path)
             0, f"time of {left:,} steps: {_hours(left * each / 3600)}, at {each:.3g} s each as measured so far"
         )
     return lines
+
+
+def _faster_in_float32(device: Any, dtype: str, gflops: float) -> list[str]:
+    """That this device is faster in float32 than in the 16 bits that were asked for, as CPUs before jax 0.12 are."""
+    times = 1.0 if dtype == "float32" else machine.matmul_gflops(device, "float32") / gflops
+    if times < SLOWER:
+        return []
+    return [f"  in float32 a product is {times:.1f} times as fast here: model.compute_dtype=float32"]
 
 
 def _alike(mesh: jax.sharding.Mesh) -> int:

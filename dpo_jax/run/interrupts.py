@@ -2,6 +2,7 @@
 
 import functools
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -14,6 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dpo_jax import sharding
 from dpo_jax.config.command import ENDING
 from dpo_jax.processes.here import here
+
+AGAIN = 0.05
+"""Seconds after which a Ctrl-C that Python dropped is sent again."""
 
 
 class Interrupts:
@@ -34,10 +38,15 @@ class Interrupts:
         # a signal that is ignored, as SIGHUP is under nohup, stays so
         ending = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, *ending) if is_main}
+        self._hook = sys.unraisablehook
+        if is_main:
+            sys.unraisablehook = self._again
         return self
 
     def __exit__(self, *_: object) -> None:
         """Listen no more."""
+        if self._before:
+            sys.unraisablehook = self._hook
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -59,6 +68,13 @@ class Interrupts:
         if self.asked is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = number
+
+    def _again(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        """Send a Ctrl-C again, a little later, where Python drops what it raises, as at the end of an object."""
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            self._hook(unraisable)
+        else:
+            threading.Timer(AGAIN, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
 
 
 def _largest(mesh: Mesh, number: int) -> jax.Array:

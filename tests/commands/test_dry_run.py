@@ -102,6 +102,16 @@ def test_a_run_that_does_not_fit_is_told_by_the_exit_code(world, capsys, monkeyp
     assert "does not fit: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "speeds, said", [({"bfloat16": 20.0, "float32": 61.0}, True), ({"bfloat16": 60.0, "float32": 61.0}, False)]
+)
+def test_a_dtype_that_is_slow_on_this_device_is_named_with_the_faster(world, capsys, monkeypatch, speeds, said):
+    monkeypatch.setattr(machine, "matmul_gflops", lambda device, dtype: speeds[dtype])
+    assert train.main([*arguments(world, "slow", "model.compute_dtype=bfloat16"), "--dry-run"]) == 0
+    line = "in float32 a product is 3.0 times as fast here: model.compute_dtype=float32"
+    assert (line in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize("every", [None, Fraction(1), Fraction(3), Fraction(5, 2), Fraction(40)])
 def test_evaluations_are_counted_as_they_will_be_made(every):
     evaluator = object.__new__(Evaluator)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -801,6 +802,22 @@ def test_a_hangup_that_nohup_ignores_stays_ignored(capsys):
         assert interrupts.asked == signal.SIGHUP
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_ctrl_c_that_python_drops_comes_again(capsys):
+    """What a handler raises in the end of an object goes nowhere: the run would not stop at once, nor say why."""
+
+    class Ends:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    hook = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts.asked == signal.SIGINT
+        Ends()
+        time.sleep(10)
+    assert "ignored" not in capsys.readouterr().err and sys.unraisablehook is hook
 
 
 def test_a_pipe_of_ours_that_broke_is_a_fault():
