@@ -12,7 +12,7 @@ from dpo_jax.errors import UserError, one_line
 
 ADDRESS = re.compile(r"(gs|s3)://[^/]+/.*[^/]/*")
 """An address in a store, below the bucket itself."""
-NEEDED = {"gs": ("gcsfs", "dpo_jax[gcs]"), "s3": ("s3fs", "s3fs")}
+NEEDED = {"gs": ("gcsfs", "dpo_jax[gcs]"), "s3": ("s3fs", "dpo_jax[s3]")}
 """The package that reaches each kind of store, and what is installed for it."""
 CHECKSUMS = ("crc32c", "md5Hash", "ETag")
 """What a store says of an object's bytes; the first that it says counts."""
@@ -82,11 +82,11 @@ class Store:
 
     def write(self, name: str, data: bytes) -> None:
         """Write an object, whole or not at all."""
-        self._ask(self._files.pipe_file, f"{self._path}/{name}", data)
+        self._made(self._files.pipe_file, f"{self._path}/{name}", data)
 
     def put(self, path: Path, name: str) -> None:
         """Write an object from a file, some bytes at a time."""
-        self._ask(self._files.put_file, str(path), f"{self._path}/{name}")
+        self._made(self._files.put_file, str(path), f"{self._path}/{name}")
 
     def copy(self, source: str, target: str) -> None:
         """Write an object again under another name."""
@@ -109,6 +109,14 @@ class Store:
         if not sums:
             raise UserError(f"{self._key}: the store gives no checksum of {name}; choose a folder on a disk")
         return Stored(int(info["size"]), sums[0])
+
+    def _made(self, call: Callable[..., Any], *arguments: Any) -> None:
+        """Call the store to write an object."""
+        try:
+            self._ask(call, *arguments)
+        except FileNotFoundError as error:
+            problem = "there is no such bucket; make it, or correct the address"
+            raise UserError(f"{self._key}: {self.address}: {problem}") from error
 
     def _ask(self, call: Callable[..., Any], *arguments: Any, **how: Any) -> Any:
         """Call the store, past what is remembered of it; raises FileNotFoundError where an object is not there.
