@@ -195,7 +195,7 @@ def save_hf(
       replace: an earlier export at `folder`, with nothing in it changed or added, may be replaced.
       dtype: of the tensors written; `keep` is each tensor's own in `like`.
       max_shard_bytes: split into files of at most this size; None keeps the files of `like` (5 GB if dtype changes, or
-        weights were packed).
+        weights were packed), or makes as many as there are processes where these are more.
 
     Returns:
       How many of the folder's weights differ from those of `like` (dequantised, if they were packed); None in all
@@ -210,8 +210,9 @@ def save_hf(
     source = opened(origin)
     _check_like(model, origin)
     claims, infos = _claimed(model.spec, source, origin)
-    infos = shards.laid_out(infos, claims.weights, dtype, max_shard_bytes, packed=bool(source.quantised))
-    config = _new_config(model.spec, origin, dtype, packed=bool(source.quantised))
+    packed = bool(source.quantised)
+    infos = shards.laid_out(infos, claims.weights, dtype, max_shard_bytes, packed=packed, writers=here().count)
+    config = _new_config(model.spec, origin, dtype, packed=packed)
     export = _Export(model.spec, trees.paths(model.params), source, claims, shards.by_file(infos), config)
     need = sum(tensors.num_bytes(info.dtype, info.shape) for info in infos.values())
     with contextlib.ExitStack() as stack:

@@ -8,9 +8,9 @@ import numpy as np
 
 from dpo_jax import sharding
 from dpo_jax.hf.checkpoint import entries_of
-from dpo_jax.hf.shards import MAX_BYTES, by_file, split
+from dpo_jax.hf.shards import MAX_BYTES, by_file, split, spread
 from dpo_jax.hf.tensors import DTYPES, SINGLE, TensorInfo, Tensors, read_json, tensor_names
-from dpo_jax.hf.writing import Files, size_of_file, writers
+from dpo_jax.hf.writing import size_of_file, writers
 from dpo_jax.model.decoder import abstract_params, cast
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.planning.hosts import HostShare, bytes_of, host_of, size_of
@@ -24,7 +24,8 @@ Placed = tuple[Tree, Tree]
 def shares(step: PlannedStep, folder: Path, hosts: int, *, adapter: bool) -> dict[str, HostShare]:
     """What each of so many hosts reads of the weights in `folder`, holds on its devices, and writes.
 
-    Files of an export are those of the folder, or of 5 GB where it has no weights yet. What is left out: an `adapter`,
+    Files of an export are those of the folder, or of 5 GB where it has no weights yet, or one for each host where these
+    are more. What is left out: an `adapter`,
     or a model merged with one, which process 0 writes alone.
     """
     trainer, spec = step.trainer, step.objective.spec
@@ -38,7 +39,7 @@ def shares(step: PlannedStep, folder: Path, hosts: int, *, adapter: bool) -> dic
         "written of a checkpoint": _share(step, hosts, state, once=True),
     }
     if not adapter:
-        files = _files(spec, folder, stored)
+        files = by_file(spread(_tensors(spec, folder, stored), hosts))
         by, written = writers(files, hosts), [0] * hosts
         for file, part in files.items():
             written[by[file]] += size_of_file(part)
@@ -63,8 +64,8 @@ def _stored(folder: Path) -> str:
     return next((code for code, dtype in DTYPES.items() if dtype == named), "F32")
 
 
-def _files(spec: DecoderSpec, folder: Path, stored: str) -> Files:
+def _tensors(spec: DecoderSpec, folder: Path, stored: str) -> dict[str, TensorInfo]:
     if tensor_names(folder):
-        return by_file(Tensors(folder).infos)
+        return Tensors(folder).infos
     entries = entries_of(spec, folder)
-    return by_file(split({entry.name: TensorInfo(SINGLE, stored, entry.shape) for entry in entries}, MAX_BYTES))
+    return split({entry.name: TensorInfo(SINGLE, stored, entry.shape) for entry in entries}, MAX_BYTES)

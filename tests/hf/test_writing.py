@@ -1,16 +1,23 @@
 """Files of tensors that several processes write at once: the folder that one process writes, each file by one."""
 
+import itertools
+import json
 import threading
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import given as drawn
+from hypothesis import strategies as st
 
 from dpo_jax.errors import UserError
 from dpo_jax.hf import checkpoint, tensors, writing
 from dpo_jax.hf.checkpoint import load_hf, save_hf
-from dpo_jax.hf.tensors import TensorInfo
+from dpo_jax.hf.configs import read_spec
+from dpo_jax.hf.shards import MAX_BYTES, by_file, split, spread
+from dpo_jax.hf.tensors import TensorInfo, Tensors
 from dpo_jax.model.decoder import Model
+from tests.support.hub_llama_configs import KIN
 from tests.support.threads import everywhere
 from tests.support.tiny_folders import write_folder
 
@@ -44,7 +51,7 @@ def small(tmp_path_factory):
     return source, Model(model.spec, jax.tree.map(lambda leaf: leaf * 1.5, model.params))
 
 
-def saved(monkeypatch, small, target, count, seen=None):
+def saved(monkeypatch, small, target, count, seen=None, limit=SHARD):
     """What `save_hf` gives each of so many processes, and who wrote which file."""
     source, model = small
     at, wrote = threading.local(), {}
@@ -56,7 +63,7 @@ def saved(monkeypatch, small, target, count, seen=None):
 
     def one(place):
         at.place = place
-        return save_hf(model, target, source, max_shard_bytes=SHARD)
+        return save_hf(model, target, source, max_shard_bytes=limit)
 
     for module in (checkpoint, writing):
         monkeypatch.setattr(module, "here", lambda: at.place)
@@ -79,6 +86,42 @@ def test_several_processes_write_the_folder_of_one(count, small, tmp_path, monke
     files = [name for name in contents(tmp_path / "one") if name.endswith(".safetensors")]
     assert len(files) >= 4 and len(set(wrote.values())) == min(count, len(files))
     assert {path.name for path in tmp_path.iterdir()} == {"one", "several"}
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_every_process_has_a_file_to_write_where_the_source_has_several(count, tmp_path, monkeypatch):
+    source = write_folder(tmp_path / "source", shards=2)
+    model = load_hf(source)
+    model = Model(model.spec, jax.tree.map(lambda leaf: leaf * 1.5, model.params))
+    alone = save_hf(model, tmp_path / "one", source)
+    said, wrote = saved(monkeypatch, (source, model), tmp_path / "several", count, limit=None)
+    assert said == [alone, *[None] * (count - 1)] and len(wrote) == len(set(wrote.values())) == count
+    one, several = (Tensors(tmp_path / name) for name in ("one", "several"))
+    assert list(one.infos) == list(several.infos)
+    for name in one.infos:
+        np.testing.assert_array_equal(one.read(name), several.read(name))
+    assert (contents(tmp_path / "one") == contents(tmp_path / "several")) == (count == 2)
+
+
+@drawn(sizes=st.lists(st.integers(1, 30), min_size=2, max_size=9), count=st.integers(3, 9), cut=st.integers(1, 8))
+def test_files_are_as_equal_as_the_order_of_tensors_allows(sizes, count, cut):
+    cut = min(cut, len(sizes) - 1)
+    given = {str(n): TensorInfo(f"{n >= cut}", "F32", (size,)) for n, size in enumerate(sizes)}
+    files = by_file(spread(given, count))
+    assert [name for part in files.values() for name in part] == list(given) and len(files) <= count
+    most = max(writing.size_of_file(part) for part in files.values()) // 4
+    ways = itertools.combinations(range(1, len(sizes)), min(count, len(sizes)) - 1)
+    assert most == min(max(sum(sizes[a:b]) for a, b in itertools.pairwise([0, *cuts, len(sizes)])) for cuts in ways)
+
+
+def test_eight_hosts_write_an_eighth_each_of_an_8b_model(tmp_path):
+    """Four files in the hub's folder: a host of the four that wrote had 2.46 of an equal part."""
+    (tmp_path / "config.json").write_text(json.dumps(KIN["Llama-3.1-8B-Instruct"]))
+    entries = checkpoint.entries_of(read_spec(tmp_path), tmp_path)
+    infos = {entry.name: TensorInfo(tensors.SINGLE, "BF16", entry.shape) for entry in entries}
+    files = by_file(spread(split(infos, MAX_BYTES), 8))
+    loads = [writing.size_of_file(part) for part in files.values()]
+    assert len(loads) == 8 and max(loads) <= 1.2 * sum(loads) / 8
 
 
 def test_where_one_process_does_not_see_the_folder_the_first_writes_all_of_it(small, tmp_path, monkeypatch):
