@@ -82,11 +82,15 @@ class Store:
 
     def write(self, name: str, data: bytes) -> None:
         """Write an object, whole or not at all."""
-        self._made(self._files.pipe_file, f"{self._path}/{name}", data)
+        try:
+            self._ask(self._files.pipe_file, f"{self._path}/{name}", data)
+        except FileNotFoundError as error:
+            problem = "there is no such bucket; make it, or correct the address"
+            raise UserError(f"{self._key}: {self.address}: {problem}") from error
 
     def put(self, path: Path, name: str) -> None:
         """Write an object from a file, some bytes at a time."""
-        self._made(self._files.put_file, str(path), f"{self._path}/{name}")
+        self._ask(self._files.put_file, str(path), f"{self._path}/{name}")
 
     def copy(self, source: str, target: str) -> None:
         """Write an object again under another name."""
@@ -109,14 +113,6 @@ class Store:
         if not sums:
             raise UserError(f"{self._key}: the store gives no checksum of {name}; choose a folder on a disk")
         return Stored(int(info["size"]), sums[0])
-
-    def _made(self, call: Callable[..., Any], *arguments: Any) -> None:
-        """Call the store to write an object."""
-        try:
-            self._ask(call, *arguments)
-        except FileNotFoundError as error:
-            problem = "there is no such bucket; make it, or correct the address"
-            raise UserError(f"{self._key}: {self.address}: {problem}") from error
 
     def _ask(self, call: Callable[..., Any], *arguments: Any, **how: Any) -> Any:
         """Call the store, past what is remembered of it; raises FileNotFoundError where an object is not there.

@@ -103,6 +103,11 @@ def test_every_process_has_a_file_to_write_where_the_source_has_several(count, t
     assert (contents(tmp_path / "one") == contents(tmp_path / "several")) == (count == 2)
 
 
+def test_a_model_in_one_file_stays_in_one(small, tmp_path, monkeypatch):
+    _, wrote = saved(monkeypatch, small, tmp_path / "several", 3, limit=None)
+    assert list(wrote) == [tensors.SINGLE]
+
+
 @drawn(sizes=st.lists(st.integers(1, 30), min_size=2, max_size=9), count=st.integers(3, 9), cut=st.integers(1, 8))
 def test_files_are_as_equal_as_the_order_of_tensors_allows(sizes, count, cut):
     cut = min(cut, len(sizes) - 1)
