@@ -309,7 +309,9 @@ def _take(source: GivenSettings, argv: Sequence[str], helped: Callable[[], str])
         else:
             key, equals, value = word.removeprefix("--").partition("=")
             if not equals and (not rest or rest[0].startswith("--")):
-                source.problems.append(f"{COMMAND_LINE}: {short(word)}: its value is missing; write {short(key)}=VALUE")
+                known = key in FIELDS or not word.startswith("--")
+                missing = f"its value is missing; write {short(key)}=VALUE"
+                source.problems.append(f"{COMMAND_LINE}: {short(word)}: {missing if known else advice(key, FIELDS)}")
             else:
                 overrides.append((key, value if equals else rest.pop(0)))
     for key, value in overrides:

@@ -358,6 +358,7 @@ COMMAND_LINE = {
     "batch=3": "batch: 3: must be a block of settings, such as batch.pairs=3",
     "evaluation.evry=3": "did you mean evaluation.every?",
     "--output": "its value is missing",
+    "--dry-run": "--dry-run: no such setting",  # of another command
     "output=a\x1b[2J=b\udc80": "not valid YAML",
     "x" * 5000 + "=3": "no such setting",
     "a." * 3000 + "=3": "no such setting",
