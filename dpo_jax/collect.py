@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from dpo_jax.config.command import Parser, command, quiet_libraries
 from dpo_jax.config.judges import add_as_chat, add_judges, judges_of
+from dpo_jax.data.readers import is_named_as_rows
 from dpo_jax.errors import UserError
 from dpo_jax.evaluation.judges.settings import KINDS, JudgeSettings
 from dpo_jax.evaluation.settings import CollectSettings
@@ -37,6 +38,10 @@ def main(argv: Sequence[str]) -> None:
     folder = Path(options.output)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{COMMAND_LINE}: --output {folder}: is a file; name a folder")
+    if is_named_as_rows(folder.name) and not folder.exists():
+        raise UserError(
+            f"{COMMAND_LINE}: --output {folder}: is the name of a file; name a folder, in which pairs.jsonl will be"
+        )
     from dpo_jax.evaluation.collecting import collect, facts_of, read_asked
     from dpo_jax.evaluation.judges.opening import check_judge
 

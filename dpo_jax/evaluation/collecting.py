@@ -2,7 +2,8 @@
 
     record.json     what it was made by (model, settings, seed, prompts, judge), and once it is whole what came of it
     answers.jsonl   every answer of every prompt, with its score
-    pairs.jsonl     the preferences, for data.train
+    pairs.jsonl     the preferences
+    README.md       says so, for whoever is given the folder as data: `data.train` here, or `datasets`
     parts/          answers of some prompts each, while it is not whole
 
 An answer depends on its prompt, its place in the list of answers, the settings and the seed. A part is written whole,
@@ -46,6 +47,14 @@ from dpo_jax.hf.tokenizer import load_tokenizer
 from dpo_jax.model.decoder import Model
 
 RECORD, ANSWERS, PAIRS, PARTS, JUDGE = "record.json", "answers.jsonl", "pairs.jsonl", "parts", "judge"
+CARD = f"""---
+configs:
+- config_name: default
+  data_files: {PAIRS}
+---
+Preferences between a model's answers. `{PAIRS}` has the rows, `{ANSWERS}` every answer with its score, and `{RECORD}`
+what they were made by.
+"""
 RESULT = "dpo_jax.json"
 """What an export says of its run, which changes no answer."""
 BATCHES_OF_A_PART = 4
@@ -185,6 +194,7 @@ def _finish(folder: Path, facts: dict[str, Any], parts: Sequence[Path], settings
     pairs = [list(rows_of(row["prompt"], _of(row), settings.pairs, settings.margin)) for row in rows]
     write_whole(folder / ANSWERS, _lines(rows))
     write_whole(folder / PAIRS, _lines(row for several in pairs for row in several))
+    write_whole(folder / "README.md", CARD)
     result = summary(rows, [len(several) for several in pairs])
     sums = {name: file_digest(folder / name) for name in (ANSWERS, PAIRS)}
     _write_json(folder / RECORD, {**facts, "result": result, "sha256": sums})

@@ -55,6 +55,7 @@ def test_answers_of_the_quickstarts_model_are_told_apart_by_its_rule(tmp_path, c
         (["--temperature", "0"], "--temperature 0.0: must be a number > 0"),
         (["--pairs", "some"], "invalid choice: 'some'"),
         (["--judge", "reward:nowhere"], "name one who judges"),
+        (["--output", "pairs.jsonl"], "--output pairs.jsonl: is the name of a file; name a folder"),
     ],
 )
 def test_a_wrong_option_is_one_line_before_anything_is_loaded(words, says, tmp_path, capsys):

@@ -112,9 +112,10 @@ def test_training_reads_what_was_collected(whole, writer):
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     assert result["rows"] == len(rows) > 0 and result["answers"] == 15
     assert all(row["score_chosen"] > row["score_rejected"] for row in rows)
-    settings = DataSettings(train=str(folder / "pairs.jsonl"), max_length=64)
-    encoded, _ = read_pairs(settings.train, writer.coder.tokenizer, settings)
-    assert encoded.num_pairs == len(rows)
+    for named in (folder / "pairs.jsonl", folder):
+        settings = DataSettings(train=str(named), max_length=64)
+        encoded, _ = read_pairs(settings.train, writer.coder.tokenizer, settings)
+        assert encoded.num_pairs == len(rows)
 
 
 def test_answers_to_a_prompt_differ_and_another_seed_draws_others(whole, writer, tmp_path):
