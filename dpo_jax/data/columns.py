@@ -107,7 +107,8 @@ def missing(row: Mapping[str, Any], columns: Columns) -> str | None:
     if gone is None:
         return None
     near = nearest(gone, map(str, row))
-    hint = f"did you mean {clean(near, 80)}?" if near else "correct the mapping"
+    everywhere = "the mapping is for every file of data.train and data.eval: give all of them the same columns"
+    hint = f"did you mean {clean(near, 80)}?" if near else everywhere if columns.keys() & row else "correct the mapping"
     return f"data.columns: no column {clean(gone, 80)!r} here; the columns are {listed(row)}; {hint}"
 
 

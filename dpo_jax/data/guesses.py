@@ -284,10 +284,10 @@ def _advised(row: Mapping[str, Any], layout: RowLayout) -> str:
 
 
 def _written(columns: Mapping[str, list[str]]) -> str:
-    """A mapping as the setting has it."""
+    """A mapping as the setting has it, in the quotes that a shell wants."""
     shown = {name: given if len(given) > 1 else given[0] for name, given in columns.items()}
     inner = ", ".join(f"{name}: {_scalar(given)}" for name, given in shown.items())
-    return f"data.columns={{{inner}}}"
+    return f"'data.columns={{{inner}}}'"
 
 
 def _scalar(given: str | list[str]) -> str:

@@ -201,7 +201,7 @@ class Report:
         for name, table in self.lengths.items():
             lines.append(f"tokens of {name}: " + ", ".join(f"{key} {value:,.0f}" for key, value in table.items()))
         lines += self._about_template() if self.template else []
-        lines += self._about_labels()
+        lines += [f"warning: {line}" for line in self.warnings()]
         return lines + ([f"cache: {self.cache}"] if self.cache else [])
 
     def _about_template(self) -> list[str]:
@@ -215,20 +215,21 @@ class Report:
             lines.append(f"chat template arguments: {given}; give the same wherever the model is asked")
         if self.templated and self.date:
             lines.append(f"chat template date: where it writes the day, it writes {self.date}")
-        if self.texts:
-            lines.append(
-                f"warning: {self.texts:,} of {self.kept:,} rows are texts without the turns that this model knows; "
-                "data.as_chat=true makes turns of them"
-            )
         return lines
 
-    def _about_labels(self) -> list[str]:
-        """That there is only one kind of what is told apart by labels, where that is so."""
+    def warnings(self) -> list[str]:
+        """What is wrong with the whole: texts where a model knows turns, one kind alone of what labels tell apart."""
+        lines = []
+        if self.texts and self.template:
+            lines.append(
+                f"{self.texts:,} of {self.kept:,} rows are texts without the turns that this model knows; "
+                "data.as_chat=true makes turns of them"
+            )
         told = any(about["layout"] == "unpaired" for about in self.files.values())
         if not told or self.pairs or self.undesirable not in (0, self.singles) or not self.singles:
-            return []
+            return lines
         kind, other = ("undesirable", "desirable") if self.undesirable else ("desirable", "undesirable")
-        return [f"warning: all {self.singles:,} completions are {kind}; an objective of labels wants some {other} ones"]
+        return [*lines, f"all {self.singles:,} completions are {kind}; an objective of labels wants some {other} ones"]
 
     def _contents(self) -> str:
         """What the rows that are kept hold."""

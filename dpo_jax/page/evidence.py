@@ -15,7 +15,7 @@ from dpo_jax.objectives.rows import Kind
 from dpo_jax.objectives.settings import as_written
 from dpo_jax.objectives.terms import CALLED, data_of
 from dpo_jax.page.folder import AnsweredStep, RunFolder
-from dpo_jax.reporting.metrics import shown
+from dpo_jax.reporting.metrics import BETTER, held_out_of, shown
 
 LIKELY = 0.05
 """Chance of as large a difference between equals, above which it says nothing."""
@@ -25,10 +25,11 @@ SAME_LOSS = 0.005
 
 class Evidence(NamedTuple):
     """Something that was measured and bears on whether the new model is better: +1, -1, or 0 where it may be chance;
-    None where it is worth knowing and does not tell."""
+    None where it is worth knowing and does not tell. `metric` is the one that chose the step, if it is of that."""
 
     says: int | None
     text: str
+    metric: str = ""
 
 
 def kind_of(run: RunFolder) -> Kind:
@@ -53,7 +54,38 @@ def of_set(run: RunFolder, before: Mapping[str, Any], after: Mapping[str, Any], 
         found = list(_preferred_more(run, after, which))
     else:
         found = list(_told_apart(run, before, after, which))
-    yield from found or _of_loss(run, before, after, which)
+    found += _of_mean_margin(found, after, which)
+    loss = list(_of_loss(run, before, after, which))
+    yield from found + [one for one in loss if one.says == -1] if found else loss
+
+
+def _of_mean_margin(found: Sequence[Evidence], after: Mapping[str, Any], which: str) -> Iterator[Evidence]:
+    """The mean margin beyond the reference, where it says the opposite of what was counted: a few answers decide it."""
+    mean = after.get("rewards/margins")
+    counted = {one.says for one in found}
+    if "drift/chosen" not in after or not isinstance(mean, int | float) or -_sign(mean) not in counted - {0, None}:
+        return
+    yield Evidence(_sign(mean), f"but the mean held-out margin{_of(which)} is {mean:+.3g}: a few answers moved far")
+
+
+def by_the_metric(run: RunFolder) -> Evidence | None:
+    """What the metric that chose the exported step was there, against the start, if one did."""
+    best = run.known.get("best")
+    if not isinstance(best, Mapping) or not isinstance(name := best.get("metric"), str):
+        return None
+    steps, values = run.curve(name)
+    at = {int(step): float(value) for step, value in zip(steps, values, strict=True) if np.isfinite(value)}
+    if run.best not in at or 0 not in at:
+        return None
+    old, new, more = at[0], at[run.best], BETTER[held_out_of(name)[1]] == "higher"
+    says = _sign(new - old) if more else _sign(old - new)
+    if says > 0:
+        return Evidence(None, f"{name}, which chose step {run.best:,}, went from {old:.4g} to {new:.4g}")
+    return Evidence(
+        says,
+        f"by {name}, which chose step {run.best:,}, no step was better than the start ({old:.4g}, then {new:.4g})",
+        name,
+    )
 
 
 def _preferred_more(run: RunFolder, after: Mapping[str, Any], which: str) -> Iterator[Evidence]:
@@ -207,4 +239,6 @@ def _without_alarms(found: Sequence[Evidence], *, finished: bool, measured: bool
         return "Mixed: better in one way, worse in another", "mixed"
     if said == {0}:
         return "No difference that chance would not explain", "unknown"
+    if 1 in said and (metric := next((one.metric for one in found if one.metric and one.says == 0), None)):
+        return f"Better than where it started, but not by {metric}", "mixed"
     return ("Better than where it started", "good") if 1 in said else ("Worse than where it started", "bad")

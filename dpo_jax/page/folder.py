@@ -171,6 +171,12 @@ def read(folder: Path | str) -> RunFolder:
     )
 
 
+def lines_of(run: RunFolder, name: str) -> list[str]:
+    """Lines that the report of a run's data has under a name, as they may be shown."""
+    found = run.data.get(name)
+    return [public(line) for line in found if isinstance(line, str)] if isinstance(found, list) else []
+
+
 def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 

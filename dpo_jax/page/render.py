@@ -11,7 +11,7 @@ from dpo_jax.errors import UserError, redacted
 from dpo_jax.files import write_whole
 from dpo_jax.page import answers, evidence, panels, sections, serving, summary, tables
 from dpo_jax.page.drawing import Line, Plot, draw
-from dpo_jax.page.folder import RunFolder, read
+from dpo_jax.page.folder import RunFolder, lines_of, read
 from dpo_jax.page.texts import count, number, visible
 
 PAGE = "report.html"
@@ -81,6 +81,7 @@ def page_of(run: RunFolder) -> str:
         "differing": sections.differing(run) if run.settings else [],
         "every": sections.every(run),
         "data": sections.data_tables(run),
+        "warnings": lines_of(run, "shared") + lines_of(run, "warnings"),
         "costs": sections.costs(run),
         "origin": sections.origin(run),
         "uses": serving.uses(run),

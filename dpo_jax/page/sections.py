@@ -183,7 +183,8 @@ def health(run: RunFolder) -> dict[str, Any]:
     alarms = [(note["step"], note["note"].removeprefix(ALARM)) for note in run.notes if note["note"].startswith(ALARM)]
     others = [(note["step"], note["note"]) for note in run.notes if not note["note"].startswith(ALARM)]
     watched = run.settings.get("alarms", {}).get("enabled", True) is not False
-    broken = [record["step"] for record in run.records if record.get("nonfinite") and "loss" in record]
+    made = (record for record in run.records if "loss" in record)
+    broken = [record["step"] for record in made if None in (record["loss"], record.get("grad_norm", 0.0))]
     told = run.export.get("notes")
     said = [published(line) for line in told] if isinstance(told, list) else []
     return {

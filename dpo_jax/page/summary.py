@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from dpo_jax.page.evidence import Evidence, answered_better, of_set
-from dpo_jax.page.folder import RunFolder
+from dpo_jax.page.evidence import Evidence, answered_better, by_the_metric, of_set
+from dpo_jax.page.folder import RunFolder, lines_of
 from dpo_jax.reporting.metrics import before_and_after, by_set, evaluations_in, judges_in, of_judge, shown, table
 
 MORE = (("kl", "divergence, nats a token", "{:.4f}"),)
@@ -50,4 +50,6 @@ def evidence(run: RunFolder) -> list[Evidence]:
                 found.append(Evidence(says, f"{text} (95 % interval {low:.1%} to {high:.1%})"))
     if len(run.answers) > 1 and (passed := answered_better(*run.answers)):
         found.append(passed)
-    return found
+    if found and (chosen := by_the_metric(run)):
+        found.append(chosen)
+    return found + [Evidence(None, line) for line in lines_of(run, "shared")] if found else found

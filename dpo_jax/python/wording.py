@@ -20,7 +20,8 @@ from dpo_jax.errors import UserError
 SHORT = {"objective.name": "objective", **{key: name for name, key in MAIN.items()}}
 """Settings whose keyword is not the last part of their name."""
 _KEYS = "|".join(re.escape(key) for key in sorted(FIELDS, key=len, reverse=True))
-_GIVEN = re.compile(rf"(?<![\w.=])({_KEYS})=(\{{[^{{}}]*\}}|\[[^\[\]]*\]|[\w./@%+~-]*[\w/])")
+_GIVEN = re.compile(rf"(?<![\w.='])('?)({_KEYS})=(\{{[^{{}}]*\}}|\[[^\[\]]*\]|[\w./@%+~-]*[\w/])\1")
+"""A setting with its value, perhaps in the quotes that a shell wants."""
 _NUMBER = re.compile(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?")
 
 
@@ -42,7 +43,7 @@ def in_python(arguments: Mapping[str, str] | None = None, *, rows: Path | None =
 def said(text: str, arguments: Mapping[str, str], rows: Path | None = None) -> str:
     """A message in the words of Python.
 
-    >>> said("r.jsonl:3: write data.columns={prompt: question}, or data.as_chat=true", {}, Path("r.jsonl"))
+    >>> said("r.jsonl:3: write 'data.columns={prompt: question}', or data.as_chat=true", {}, Path("r.jsonl"))
     'row 3: write columns={"prompt": "question"}, or as_chat=True'
     >>> said("steps: 3: null turns one off, as steps=null; or give data.eval", {"data.eval": "evaluate"})
     'steps: 3: null turns one off, as steps=None; or give evaluate'
@@ -50,7 +51,7 @@ def said(text: str, arguments: Mapping[str, str], rows: Path | None = None) -> s
     if rows is not None:
         text = re.sub(rf"{re.escape(str(rows))}:(\d+)", r"row \1", text).replace(str(rows), "the rows")
     text = text.replace("; --help lists them all", f"; {program('train')} --help lists them all")
-    text = _GIVEN.sub(lambda found: _keyword(found[1], found[2], arguments), text)
+    text = _GIVEN.sub(lambda found: _keyword(found[2], found[3], arguments), text)
     for key, name in arguments.items():
         text = re.sub(rf"(?<![\w./]){re.escape(key)}(?![\w.]*\w)", name, text)
     return text

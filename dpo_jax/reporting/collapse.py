@@ -45,7 +45,7 @@ class Ruined:
         seen = f"{now:.3g} nats per token" if math.isfinite(now) else "too large for float32"
         return (
             f"kl is {seen} in the median of {IN_A_ROW} records (alarms.kl is {self._bound:g}): the policy has left the"
-            f" reference altogether; lower optimizer.learning_rate ({self._rate:.2g} at most) and train from the start"
+            f" reference altogether; train from the start with optimizer.learning_rate={self._rate / 10:.2g} or less"
         )
 
 

@@ -215,7 +215,7 @@ def _accept(run: Run, *keys: str) -> str:
 
 
 def _allowing(run: Run, *keys: str) -> str:
-    return f"checkpoint.allow_change=[{', '.join(dict.fromkeys([*run.checkpoint.allow_change, *keys]))}]"
+    return f"checkpoint.allow_change=[{','.join(dict.fromkeys([*run.checkpoint.allow_change, *keys]))}]"
 
 
 def _allows(run: Run, *names: str) -> bool:

@@ -25,6 +25,10 @@ from dpo_jax.processes.here import Here
 ACCELERATOR_ATTENTION_LENGTH = 8192
 """Row length, in tokens, at which attention costs as much as the matrix products on an accelerator."""
 
+SHARED, WARNINGS = "shared", "warnings"
+"""Lines of what is found of data sets together, in the report of all of them: of prompts that are both trained and
+measured on, and of what is wrong with whole sets."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -52,7 +56,10 @@ class Data:
     def examples(self, terms: tuple[Term, ...], max_length: int) -> "Data":
         """The same as the objective wants it; raises as the function `examples`."""
         held_out = {name: examples(encoded, terms, max_length) for name, encoded in self.held_out.items()}
-        return dataclasses.replace(self, train=examples(self.train, terms, max_length), held_out=held_out)
+        found = dataclasses.replace(self, train=examples(self.train, terms, max_length), held_out=held_out)
+        if (line := labels_line(found, terms)) is None:
+            return found
+        return dataclasses.replace(found, report={**self.report, WARNINGS: [*self.report[WARNINGS], line]})
 
 
 def read_data(
@@ -84,8 +91,11 @@ def read_data(
         for line in found.lines():
             say(redacted(f"  {line}"))
     tables: dict[str, Any] = {name: found.to_dict() for name, found in reports.items()}
-    for line in filter(None, (shared_line(set_name(name), encoded, train) for name, encoded in held_out.items())):
+    shared = (shared_line(set_name(name), encoded, train) for name, encoded in held_out.items())
+    tables[SHARED] = [line for line in shared if line is not None]
+    for line in tables[SHARED]:
         say(line)
+    tables[WARNINGS] = [f"{name}: {line}" for name, found in reports.items() for line in found.warnings()]
     if settings.eval_fraction is not None:
         parts = split(train, settings.eval_fraction, seed)
         say(parts.line())
@@ -173,12 +183,10 @@ def labels_line(data: Data, terms: tuple[Term, ...]) -> str | None:
     kind, other = ("desirable", "undesirable") if labels[0] > 0.5 else ("undesirable", "desirable")
     if not labelled and kind == "desirable":
         return (
-            f"warning: data.train: no row has a label; all {len(labels):,} answers are taken as desirable, and {name} "
+            f"data.train: no row has a label; all {len(labels):,} answers are taken as desirable, and {name} "
             "wants some undesirable ones too; give the rows labels, or use objective.name=sft"
         )
-    return (
-        f"warning: data.train: all {len(labels):,} answers to train on are {kind}; {name} wants some {other} ones too"
-    )
+    return f"data.train: all {len(labels):,} answers to train on are {kind}; {name} wants some {other} ones too"
 
 
 def length_on(platform: str) -> int:

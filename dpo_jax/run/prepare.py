@@ -95,7 +95,7 @@ def steps_over(run: Run, data: Data) -> int:
     steps = number_of_steps(pairs, run.batch.pairs, steps=run.steps, epochs=run.epochs)
     check_warmup(run.optimizer, steps)
     if (line := labels_line(data, run.objective.terms)) is not None:
-        print(line)
+        print(f"warning: {line}")
     print(length_line(pairs, run.batch.pairs, steps, CALLED[data_of(run.objective.terms)]))
     return steps
 
@@ -146,8 +146,8 @@ class Job:
         date = place.decide("date", lambda: output.template_date(folder))
         together = place if place.shares("data.cache", cache) else None
         data = read_data(run.data, tokenizer, cache, print, date=date, seed=run.seed, place=together)
-        output.write_json(folder / "data.json", data.report)
         data = data.examples(terms, length)
+        output.write_json(folder / "data.json", data.report)
         steps = steps_over(run, data)
         tokenizer = dated(tokenizer, date=data.date).tokenizer
         arguments, judge = run.data.chat_template_kwargs, against_start(run.evaluation, folder, mesh)

@@ -287,7 +287,7 @@ def test_evaluate_takes_settings_of_data_as_its_messages_advise_them(world, fini
     assert evaluate.main([model, str(mine), "--json"]) == 2
     said = capsys_text().err
     mapping = "data.columns={prompt: question, chosen: good, rejected: bad}"
-    assert f"write {mapping}, or" in said
+    assert f"write '{mapping}', or" in said
     assert evaluate.main([model, str(mine), mapping, "--json"]) == 0
     assert json.loads(capsys_text().out) == expected
     behind = [model, "--batch", "4", str(mine), "--json", mapping, "--max-samples", "3", "data.shuffle=false"]

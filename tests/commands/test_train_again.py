@@ -244,7 +244,7 @@ def test_the_remedies_of_a_finished_run_are_whole(world, tmp_path, capsys):
     falling = ("optimizer.schedule=linear", "objective.beta=0.3")
     output = run(world, tmp_path / "run", falling[0])
     line = refused(world, output, capsys, *falling)
-    remedy = "checkpoint.allow_change=[objective.beta, steps]"
+    remedy = "checkpoint.allow_change=[objective.beta,steps]"
     assert "give more steps" in line and remedy in line
     run(world, output, *falling, "steps=6", remedy)
     line = refused(world, output, capsys, *falling, "steps=6", "model.path=/else")
@@ -266,7 +266,7 @@ def test_settings_that_come_with_another_objective_are_not_told_apart(world, cop
     assert "\n" not in line.strip() and "objective.gamma" not in line and "objective.label_smoothing" not in line
     assert 'objective.name: "sigmoid" -> "simpo"' in line and "seed: 0 -> 3" in line
     assert "name another output" in line and "give more steps" in line  # the run is finished
-    accepted = "checkpoint.allow_change=[objective.name, reference.mode]"
+    accepted = "checkpoint.allow_change=[objective.name,reference.mode]"
     run(world, copied, "objective.name=simpo", "steps=5", accepted)
 
 

@@ -108,7 +108,7 @@ FULL = {"chosen": "Q? A good one", "rejected": "Q? A bad one"}
 )
 def test_a_prompt_in_another_column_is_no_implicit_prompt(tmp_path, more, mapping):
     said = refused(tmp_path, {**ANSWERS, **more})
-    assert said.startswith(f"{tmp_path}/rows.jsonl:1: ") and f"write data.columns={mapping}, or data.layout=" in said
+    assert said.startswith(f"{tmp_path}/rows.jsonl:1: ") and f"write 'data.columns={mapping}', or data.layout=" in said
     encoded, _ = read(tmp_path, {**ANSWERS, **more}, layout="implicit")
     assert encoded.num_pairs == 1
 
@@ -164,30 +164,31 @@ def test_mostly_empty_prompts_are_refused_unless_the_layout_is_given(tmp_path):
         (
             {"instruction": "a", "input": "", "output": ["b", "c"]},
             "columns input, instruction, output fit no layout; the nearest is ranked, with prompt, completions or "
-            "responses, and with ranks, scores, best or strength: write data.columns={prompt: [instruction, input], "
-            "completions: output, ranks: COLUMN}, where COLUMN stands for a name of yours",
+            "responses, and with ranks, scores, best or strength: write 'data.columns={prompt: [instruction, input], "
+            "completions: output, ranks: COLUMN}', where COLUMN stands for a name of yours",
         ),
         (
             {"prompt": "a", "answers": [{"answer": "b", "rank": 1}], "turns": 1},
             "the nearest is ranked, with prompt, completions or responses, and with ranks, scores, best or strength: "
-            "write data.columns={completions: answers.answer, ranks: answers.rank}",
+            "write 'data.columns={completions: answers.answer, ranks: answers.rank}'",
         ),
         (
             {"prompt": "a", "response": "b", "helpfulness": 3},
-            "is scored, with prompt, completion, score: write data.columns={completion: response, score: helpfulness}",
+            "is scored, with prompt, completion, score: "
+            "write 'data.columns={completion: response, score: helpfulness}'",
         ),
         (
             ASKED,
-            "the nearest is pair, with prompt, chosen, rejected: write data.columns={prompt: question, chosen: good, "
-            "rejected: bad}",
+            "the nearest is pair, with prompt, chosen, rejected: write 'data.columns={prompt: question, chosen: good, "
+            "rejected: bad}'",
         ),
         (
             {"conversations": HI + YO},
-            "the nearest is messages, with messages: write data.columns={messages: conversations}",
+            "the nearest is messages, with messages: write 'data.columns={messages: conversations}'",
         ),
         (
             {"prompt": "a", "chosen": "b", "reject": "c"},
-            "the nearest is pair, with prompt, chosen, rejected: write data.columns={rejected: reject}",
+            "the nearest is pair, with prompt, chosen, rejected: write 'data.columns={rejected: reject}'",
         ),
         (
             {"version": 1, "data": [{"prompt": "a", "chosen": "b", "rejected": "c"}]},
@@ -195,12 +196,13 @@ def test_mostly_empty_prompts_are_refused_unless_the_layout_is_given(tmp_path):
         ),
         (
             {"promt": "a", "chosen": "b", "rejected": "c"},
-            "promt seems to be the prompt and is not read; write data.columns={prompt: promt}, or data.layout=implicit",
+            "promt seems to be the prompt and is not read; "
+            "write 'data.columns={prompt: promt}', or data.layout=implicit",
         ),
         (
             {"odd one": 1, "x": 2},
-            "columns odd one, x fit no layout; the nearest is pair, with prompt, chosen, rejected: write data.columns="
-            "{prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}, where COLUMN stands for a name of yours",
+            "columns odd one, x fit no layout; the nearest is pair, with prompt, chosen, rejected: write 'data.columns="
+            "{prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}', where COLUMN stands for a name of yours",
         ),
     ],
 )
@@ -227,9 +229,15 @@ def test_half_a_preference_is_not_learned_as_one_answer(tmp_path, row, layout, m
     said = refused(tmp_path, row)
     assert said.startswith(f"{tmp_path}/rows.jsonl:1: columns ") and "seem to hold a preference" in said
     means = ", where COLUMN stands for a name of yours" if "COLUMN" in mapping else ""
-    assert said.endswith(f"write data.columns={mapping}{means}, or data.layout={layout}")
+    assert said.endswith(f"write 'data.columns={mapping}'{means}, or data.layout={layout}")
     if row.get("messages") != HI:
         assert read(tmp_path, row, layout=layout)[0].num_pairs == 1
+
+
+def test_a_mapping_that_fits_some_of_the_files_alone_is_said_to_be_for_all_of_them(tmp_path):
+    """A held-out file with the names of the layout, beside training rows of other names: no mapping fits both."""
+    said = refused(tmp_path, {"prompt": "a", "chosen": "b", "rejected": "c"}, columns={"prompt": "question"})
+    assert "no column 'question' here" in said and "for every file of data.train and data.eval" in said
 
 
 def test_the_mapping_that_is_advised_works(tmp_path):

@@ -127,5 +127,5 @@ def test_labels_that_are_all_alike_are_said_once(tmp_path, rows, kept, objective
     encoded, report = encoded_rows(tmp_path, byte_tokenizer(), *rows)
     encoded = of_units(encoded, np.arange(len(rows)) < kept)  # as where the others are held out
     line = labels_line(Data(encoded, {}, 0, {"data.train": report.to_dict()}), make_terms([{"name": objective}]))
-    assert line is None if said is None else line and line.startswith("warning: data.train: ")
+    assert line is None if said is None else line and line.startswith("data.train: ")
     assert all(words in (line or "") for words in said or ())

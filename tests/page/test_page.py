@@ -194,7 +194,7 @@ def test_a_thinned_curve_keeps_its_extremes_and_its_mean(count, stride, gone, se
 def test_the_verdict_follows_from_what_is_sure(tmp_path, accuracy, after, word):
     folder = make_run(tmp_path / "run")
     rows = (folder / "metrics.jsonl").read_text().splitlines()
-    last = {**json.loads(rows[-1]), "eval_rewards/accuracies": accuracy}
+    last = {**json.loads(rows[-1]), "eval_rewards/accuracies": accuracy, "eval_rewards/margins": accuracy - 0.5}
     (folder / "metrics.jsonl").write_text("\n".join([*rows[:-1], json.dumps(last)]) + "\n")
     first = [json.loads(line) for line in (folder / "answers" / "0.jsonl").read_text().splitlines()]
     rows = [{**row, "good": {"good": True, "bad": False, "same": row["good"]}[after]} for row in first]
@@ -273,6 +273,70 @@ def test_every_kind_of_objective_has_evidence_of_its_own(tmp_path, name):
     text = Parsed(write_page(held_out(tmp_path / "run", objective, before, after, rewards)).read_text()).text
     assert words in text and word in text and "nothing held-out was" not in text
     assert ("pairs" not in text.partition("Settings")[0].replace("pairs.jsonl", "")) == (objective in ("sft", "kto"))
+
+
+GAINED = {"rewards/accuracies": 0.9, "rewards/margins": 0.2, "drift/chosen": 1.0, "loss": 0.69}
+
+
+@pytest.mark.parametrize(
+    ("changes", "word", "words"),
+    [
+        ({}, "Better than where it started", "90.0% of 40"),
+        ({"loss": 0.75}, "Mixed", "the held-out loss rose from 0.6931 to 0.7500"),
+        ({"rewards/margins": -0.02}, "Mixed", "but the mean held-out margin is -0.02: a few answers moved far"),
+        ({"rewards/accuracies": 0.1}, "Mixed", "but the mean held-out margin is +0.2"),
+    ],
+)
+def test_what_speaks_against_the_count_of_pairs_is_not_left_out(tmp_path, changes, word, words):
+    """Overfitted runs have a rising loss beside a rising accuracy; that was called better, and nothing else."""
+    rewards = [(np.zeros(40), np.zeros(40)), (np.ones(40), np.zeros(40))]
+    run = read(held_out(tmp_path / "run", "sigmoid", TOLD, GAINED | changes, rewards))
+    found = summary.evidence(run)
+    assert evidence.verdict(found, finished=True)[0].startswith(word) and words in " ".join(one.text for one in found)
+
+
+@pytest.mark.parametrize(
+    ("values", "word", "words"),
+    [
+        ((0.5, 0.4), "Better than where it started", "eval_loss, which chose step 60, went from 0.5 to 0.4"),
+        ((0.5, 0.5), "Better than where it started, but not by eval_loss", "no step was better than the start"),
+        (
+            (0.5, 0.5002),
+            "Mixed",
+            "by eval_loss, which chose step 60, no step was better than the start (0.5, then 0.5002)",
+        ),
+    ],
+)
+def test_the_metric_that_chose_the_step_has_a_say(tmp_path, values, word, words):
+    rewards = [(np.zeros(40), np.zeros(40)), (np.ones(40), np.zeros(40))]
+    before, after = (given | {"loss": value} for given, value in zip((TOLD, GAINED), values, strict=True))
+    run = read(held_out(tmp_path / "run", "sigmoid", before, after, rewards))
+    best = {"metric": "eval_loss", "step": 60, "value": values[1]}
+    found = summary.evidence(dataclasses.replace(run, known={**run.known, "best": best}))
+    assert evidence.verdict(found, finished=True)[0].startswith(word) and words in " ".join(one.text for one in found)
+
+
+def test_what_is_wrong_with_the_data_stands_on_the_page(run, tmp_path):
+    data = read(run).data
+    told = {
+        "shared": ["data.eval: 10 of 10 prompts are also in data.train"],
+        "warnings": ["data.train: <b> 8 are texts"],
+    }
+    folder = make_run(tmp_path / "run")
+    (folder / "data.json").write_text(json.dumps({**data, **told}))
+    text = Parsed(write_page(folder).read_text()).text
+    assert text.count("10 of 10 prompts are also in data.train") == 2  # beside the verdict, and with the data
+    assert text.count("data.train: <b> 8 are texts") == 1
+    (folder / "data.json").write_text(json.dumps({**data, "shared": 3, "warnings": [None]}))
+    assert "prompts are also" not in Parsed(write_page(folder).read_text()).text
+
+
+def test_a_step_is_called_not_finite_where_its_loss_or_its_gradient_was_not(tmp_path):
+    folder = make_run(tmp_path / "run")
+    rows = [{"step": step, "loss": 0.5, "grad_norm": 1.0, "kl": None, "nonfinite": True} for step in range(1, 9)]
+    rows[4] |= {"grad_norm": None}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "1 recorded step was not finite: 5" in Parsed(write_page(folder).read_text()).text
 
 
 def test_what_was_measured_twice_and_tells_nothing_is_not_called_unmeasured(tmp_path):

@@ -78,7 +78,7 @@ def test_a_run_that_learned_something_is_held_to_its_settings_and_facts_and_no_o
     past.check_settings(first.model_copy(update={"checkpoint": CheckpointSettings(allow_change=("seed",))}))
     accepting = CheckpointSettings(allow_change=("data.train",))
     changed = first.model_copy(update={"checkpoint": accepting})
-    with pytest.raises(UserError, match=r"accept it with checkpoint.allow_change=\[data.train, seed\]"):
+    with pytest.raises(UserError, match=r"accept it with checkpoint.allow_change=\[data.train,seed\]"):
         past.check_settings(changed)
 
 
