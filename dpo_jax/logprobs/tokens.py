@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dpo_jax.errors import UserError
 from dpo_jax.logprobs.fused import CHUNK, HeadShape, HeadSplit, ScanPlan, TokenScores, scored
 
 
@@ -25,7 +26,6 @@ def token_logprobs(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> F
     return picked - jax.nn.logsumexp(logits, axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames="average")
 def sequence_logprobs(
     logits: Float[Array, "B T V"],
     tokens: Int[Array, "B T"],
@@ -51,7 +51,21 @@ def sequence_logprobs(
       tokens: ids of prompt, completion and padding.
       completion_mask: true where the token belongs to the completion.
       average: divide by the number of scored tokens (at least 1), as length-normalised objectives do.
+
+    Raises:
+      UserError: tokens or completion_mask are not of the logits' rows and positions.
     """
+    for name, given in (("tokens", tokens), ("completion_mask", completion_mask)):
+        if jnp.shape(given) != jnp.shape(logits)[:-1]:
+            shapes = f"{jnp.shape(given)} beside logits of {jnp.shape(logits)}"
+            raise UserError(
+                f"{name}: has the shape {shapes}; give one for each row and position, {jnp.shape(logits)[:-1]}"
+            )
+    return _sequence_logprobs(logits, tokens, completion_mask, average=average)
+
+
+@functools.partial(jax.jit, static_argnames="average")
+def _sequence_logprobs(logits: Array, tokens: Array, completion_mask: Array, *, average: bool) -> Array:
     scored = completion_mask[:, 1:].astype(bool)
     safe = jnp.where(scored[..., None], logits[:, :-1], jnp.zeros((), logits.dtype))
     sums = jnp.where(scored, token_logprobs(safe, tokens[:, 1:]), 0.0).sum(axis=-1)

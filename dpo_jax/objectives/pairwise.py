@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, short
 from dpo_jax.objectives.pairs import LossOutput, Numbers, Pairs, Scalar, make_pairs
 
 LARGEST_EXPONENT = 40.0
@@ -58,15 +59,25 @@ def dpo_loss(
     >>> found = dpo_loss(*jnp.array([[-1.0], [-3.0], [-2.0], [-2.0]]), beta=0.5)
     >>> [round(float(number[0]), 4) for number in found]  # loss, chosen and rejected reward
     [0.3133, 0.5, -0.5]
+
+    Raises:
+      UserError: the numbers are none, or not as many of each; beta or label_smoothing, if it is a number of Python, is
+        out of range.
     """
     _check_number("beta", beta, lambda number: 0 < number < math.inf, "must be a number > 0, such as 0.1")
     _check_number("label_smoothing", label_smoothing, lambda number: 0 <= number <= 1, "must be a chance, from 0 to 1")
-    sums = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
-    return _dpo_loss(tuple(map(jnp.asarray, sums)), beta, label_smoothing)
+    first = _numbers("policy_chosen_logps", policy_chosen_logps)
+    others = {
+        "policy_rejected_logps": policy_rejected_logps,
+        "reference_chosen_logps": reference_chosen_logps,
+        "reference_rejected_logps": reference_rejected_logps,
+    }
+    sums = (first, *(_numbers(name, value, first.shape) for name, value in others.items()))
+    return _dpo_loss(sums, beta, label_smoothing)
 
 
 @jax.jit
-def _dpo_loss(sums: tuple[Array, Array, Array, Array], beta: Scalar, label_smoothing: Scalar) -> DPOLoss:
+def _dpo_loss(sums: tuple[Array, ...], beta: Scalar, label_smoothing: Scalar) -> DPOLoss:
     pairs = make_pairs(*sums)
     losses = sigmoid(pairs, beta=beta, label_smoothing=label_smoothing).losses
     return DPOLoss(losses, *jax.lax.stop_gradient(rewards(pairs, beta)))
@@ -76,6 +87,36 @@ def _check_number(name: str, value: object, allowed: Callable[[Any], bool], reme
     """Refuse a number of Python or NumPy that is out of range; one of JAX may be traced, and is not looked at."""
     if isinstance(value, numbers.Real) and not allowed(value):
         raise UserError(f"{name}: {value}: {remedy}")
+
+
+def _numbers(name: str, value: Numbers, shape: tuple[int, ...] | None = None) -> Array:
+    """What a caller gave, as an array: of a shape, or one number for all.
+
+    Raises:
+      UserError: it is none.
+    """
+    try:
+        found = jnp.asarray(None if isinstance(value, str) else value)  # a text is asked to be a dtype
+    except (TypeError, ValueError):
+        raise UserError(f"{name}: {short(str(value))}: must be numbers, one for each pair") from None
+    if shape is not None and found.shape not in (shape, ()):
+        raise UserError(f"{name}: has the shape {found.shape} beside {shape} of what comes first; give as many of each")
+    return found
+
+
+def _picks(name: str, value: Numbers, count: int) -> Array:
+    """Indices that a caller gave; those of a list or of NumPy are looked at.
+
+    Raises:
+      UserError: they are no whole numbers, or one of them is not of a completion.
+    """
+    found = _numbers(name, value)
+    if not jnp.issubdtype(found.dtype, jnp.integer):
+        raise UserError(f"{name}: is of {found.dtype}; give the numbers of completions, as whole numbers")
+    if not isinstance(value, jax.Array) and found.size and not -count <= np.min(value) <= np.max(value) < count:
+        wrong = next(one for one in np.ravel(np.asarray(value)) if not -count <= one < count)
+        raise UserError(f"{name}: {wrong}: there are {count} completions, 0 to {count - 1}")
+    return found
 
 
 def dpo_loss_from_indices(
@@ -96,9 +137,16 @@ def dpo_loss_from_indices(
     >>> found = dpo_loss_from_indices(ranked, reference, jnp.array([0, 0, 1]), jnp.array([1, 2, 2]), beta=1.0)
     >>> [round(float(loss), 4) for loss in found.losses]
     [0.3133, 0.1269, 0.3133]
+
+    An index of an array of JAX, which may be traced, is not looked at: of a completion that is not there it gives nan.
+
+    Raises:
+      UserError: as `dpo_loss`; or an index of a list, or of NumPy, is of no completion.
     """
-    pi, ref, better, worse = map(jnp.asarray, (pi_logps, ref_logps, yw_idxs, yl_idxs))
-    sums = (pi[better], pi[worse], ref[better], ref[worse])
+    pi = _numbers("pi_logps", pi_logps)
+    ref = _numbers("ref_logps", ref_logps, pi.shape)
+    better, worse = _picks("yw_idxs", yw_idxs, pi.size), _picks("yl_idxs", yl_idxs, pi.size)
+    sums = [part.at[index].get(mode="fill", fill_value=jnp.nan) for part in (pi, ref) for index in (better, worse)]
     return dpo_loss(*sums, beta=beta, label_smoothing=label_smoothing)
 
 

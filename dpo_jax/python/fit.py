@@ -1,6 +1,7 @@
 """`fit`: the command `python -m dpo_jax.train` as a function. It makes the same run, and trains it in the same way."""
 
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -88,10 +89,21 @@ def fit(
 def _problems_of_calls(calls: Mapping[str, object]) -> list[str]:
     """What is wrong with the caller's functions, by the name of their argument."""
     return [
-        f"fit: {name}: is of type {type(call).__name__}; give a function, to be called as {name}(step, metrics)"
+        f"fit: {name}: {problem}; give a function, to be called as {name}(step, metrics)"
         for name, call in calls.items()
-        if call is not None and not callable(call)
+        if call is not None and (problem := _problem_of_call(call))
     ]
+
+
+def _problem_of_call(call: object) -> str | None:
+    if not callable(call):
+        return f"is of type {type(call).__name__}"
+    with contextlib.suppress(ValueError):  # some of C say nothing of their arguments
+        try:
+            inspect.signature(call).bind(0, {})
+        except TypeError as error:
+            return f"cannot be called with two arguments ({error})"
+    return None
 
 
 def _run_of(

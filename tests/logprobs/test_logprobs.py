@@ -1,6 +1,8 @@
 """The linear form equals the plain one, and holds no [tokens, vocabulary] array."""
 
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -123,3 +125,25 @@ def test_padding_may_be_nan():
     tokens, mask = jnp.zeros((1, 4), jnp.int32), jnp.asarray([[0, 0, 1, 0]])
     value, grad = jax.value_and_grad(lambda x: sequence_logprobs(x, tokens, mask).sum())(logits)
     assert value == pytest.approx(-np.log(3)) and np.isfinite(grad[0, 1]).all() and (grad[0, 2:] == 0).all()
+
+
+SHAPES = """
+from jax.numpy import ones
+from dpo_jax import sequence_logprobs
+for tokens, mask in (((2, 4), (2, 4)), ((1, 5), (2, 5)), ((2, 5), (2, 4))):
+    try:
+        sequence_logprobs(ones((2, 5, 7)), ones(tokens, int), ones(mask, int))
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_tokens_and_masks_of_other_rows_or_positions_are_refused_by_name():
+    """In a process where annotations are not checked, as a user's."""
+    done = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, timeout=100)
+    lines, end = done.stdout.splitlines(), "beside logits of (2, 5, 7); give one for each row and position, (2, 5)"
+    assert lines == [
+        f"tokens: has the shape (2, 4) {end}",
+        f"tokens: has the shape (1, 5) {end}",
+        f"completion_mask: has the shape (2, 4) {end}",
+    ], done.stderr

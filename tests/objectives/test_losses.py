@@ -78,6 +78,37 @@ def test_the_worked_example_of_a_tutorial_in_nats():
     np.testing.assert_allclose(loss.chosen_rewards - loss.rejected_rewards, [1.6946], atol=5e-5)
 
 
+FOUR = np.array([-1.0, -2.0, -3.0, -4.0])
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "says"),
+    [
+        ([0, 1], [2, 9], r"yl_idxs: 9: there are 4 completions, 0 to 3"),
+        (np.array([-5, 1]), [2, 3], r"yw_idxs: -5: there are 4"),
+        ([0.0, 1.0], [2, 3], r"yw_idxs: is of float32; give the numbers of completions"),
+        ("ab", [2, 3], r"yw_idxs: ab: must be numbers"),
+    ],
+)
+def test_an_index_of_no_completion_is_refused(better, worse, says):
+    """JAX would take the last one; PyTorch, whose users come with such indices, raises an IndexError."""
+    with pytest.raises(UserError, match=says):
+        dpo_loss_from_indices(FOUR, FOUR, better, worse)
+
+
+def test_an_index_of_no_completion_that_cannot_be_looked_at_gives_nan():
+    found = jax.jit(dpo_loss_from_indices)(FOUR, FOUR, jnp.array([0, 1, 0]), jnp.array([2, 4, -1])).losses
+    np.testing.assert_array_equal(np.isnan(found), [False, True, False])  # -1 is the last one
+
+
+@pytest.mark.parametrize("sizes", [(3, 2, 3, 3), (3, 3, 1, 3), (1, 3, 3, 3), (3, 3, 3, 4)])
+def test_sums_of_other_pairs_are_refused(sizes):
+    with pytest.raises(UserError, match=r"_logps: has the shape \(\d,\) beside \(\d,\) of what comes first"):
+        dpo_loss(*map(jnp.zeros, sizes))
+    with pytest.raises(UserError, match="policy_chosen_logps: a: must be numbers"):
+        dpo_loss("a", 0.0, 0.0, 0.0)
+
+
 def test_index_form_is_the_pair_form():
     pi, ref = f32(-1, -2, -3, -4), f32(-2, -2, -2, -2)
     better, worse = jnp.asarray([0, 0, 1]), jnp.asarray([1, 3, 2])

@@ -222,6 +222,13 @@ def test_rows_that_cannot_be_used_are_named_by_their_number(world, tmp_path):
     [
         ({"eval_dataset": ROWS}, ["fit: eval_dataset: no such setting; here it is evaluate"]),
         ({"train_dataset": ROWS}, ["fit: train_dataset: no such setting; here it is train"]),
+        (
+            {"on_step": lambda metrics: None},
+            [
+                "fit: on_step: cannot be called with two arguments (too many positional arguments); give a function, "
+                "to be called as on_step(step, metrics)"
+            ],
+        ),
         ({"callbacks": [print]}, ["fit: callbacks: no such argument; give functions to on_step= and on_evaluation="]),
         ({"callback": print}, ["fit: callback: no such argument; give functions to on_step= and on_evaluation="]),
         (
