@@ -83,7 +83,7 @@ def _said(error: BaseException) -> int | None:
                 print(f"error: {printable(redacted(line))}", file=sys.stderr)
             return 2
         case KeyboardInterrupt():
-            print("stopped from the keyboard", file=sys.stderr)
+            print("stopped from the keyboard; run the same command again", file=sys.stderr)
             return 130
         case BrokenPipeError() if _reader_left():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again

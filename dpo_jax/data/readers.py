@@ -159,7 +159,7 @@ def _parse(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         return BadRow("invalid UTF-8", f"byte {error.start + 1} of the line: {error.reason}")
     except json.JSONDecodeError as error:
-        return BadRow("not JSON", f"{error.msg} at character {error.colno}")
+        return BadRow("not JSON", f"{error.msg.removesuffix(' at')} at character {error.colno}")
     except RecursionError:
         return BadRow("nested too deep", "brackets inside brackets, more than a row can need")
     except ValueError as error:  # a number of thousands of digits
@@ -237,7 +237,9 @@ def _element(text: str, start: int, where: str) -> tuple[Any, int]:
     except BadRow as error:
         return error, _LENIENT.raw_decode(text, start)[1]
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error.msg} (line {error.lineno}); correct the file") from None
+        raise UserError(
+            f"{where}: not JSON: {error.msg.removesuffix(' at')} (line {error.lineno}); correct the file"
+        ) from None
     except (RecursionError, ValueError) as error:
         raise UserError(f"{where}: an element cannot be read ({clean(str(error))}); correct the file") from None
 

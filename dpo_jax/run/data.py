@@ -164,7 +164,9 @@ def number_of_steps(examples: int, pairs_per_step: int, *, steps: int | None, ep
 def length_line(examples: int, per_step: int, steps: int, called: str = "pairs") -> str:
     """How long a run is, in words, and what becomes of an epoch that steps do not divide; examples are `called` so."""
     passes, rest = divmod(steps * per_step, examples)
-    said = f"{steps:,} steps of {per_step:,} {called}: {steps * per_step / examples:.2f} passes over the data"
+    each = f"{per_step:,} {called if per_step > 1 else called.removesuffix('s')}"
+    made = f"{steps:,} {'steps' if steps > 1 else 'step'} of {each}"
+    said = f"{made}: {steps * per_step / examples:.2f} passes over the data"
     over = rest if passes and rest < per_step else 0
     some = called if over > 1 else called.removesuffix("s")
     return said + (f"; the last step ends with {over:,} {some} of the next pass" if over else "")

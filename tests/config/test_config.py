@@ -775,7 +775,7 @@ def test_faults_of_ours_keep_their_traceback(capsys):
         raise {"k": KeyboardInterrupt, "b": BrokenPipeError, "v": ValueError}[argv[0]]
 
     assert commands.command(main)(["k"]) == 130
-    assert capsys.readouterr().err == "stopped from the keyboard\n"
+    assert capsys.readouterr().err == "stopped from the keyboard; run the same command again\n"
     with pytest.raises(ValueError):
         commands.command(main)(["v"])
 
