@@ -137,7 +137,7 @@ def problems(report: dict[str, Any]) -> list[Finding]:
     if platforms == {"cpu"} and _release(report["versions"]["jax"]) < BF16_FAST_ON_CPU:
         found.append(
             Finding(
-                "a step in bfloat16 is slower than in float32 on a CPU before jax 0.12, also where a product alone is not",
+                "a step in bfloat16 is slower on a CPU before jax 0.12, also where a product alone is not",
                 "keep model.compute_dtype: auto (float32 here), or use Python >= 3.12 with a newer jax",
             )
         )
