@@ -320,10 +320,11 @@ def test_the_backward_pass_keeps_no_dequantised_weight(kind, body):
 
 
 def test_without_that_all_weights_are_kept():
-    """What the law above is held against: the product that JAX differentiates by itself."""
+    """What the law above is held against: the product that JAX differentiates by itself. A CPU keeps them in bfloat16
+    from jax 0.12 on, and as float32 too before."""
     loss, arguments = stacked("nf4", lambda x, kernel: x @ kernel.dequantised(x.dtype))
     assert max(leaf.nbytes for leaf in residuals(loss, *arguments)) == WEIGHTS
-    assert temporary_bytes(loss, *arguments) > 3 * WEIGHTS
+    assert temporary_bytes(loss, *arguments) > 1.25 * WEIGHTS
 
 
 @pytest.mark.parametrize("kind", KINDS)
