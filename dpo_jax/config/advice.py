@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from dpo_jax.config.console import program
-from dpo_jax.config.elsewhere import answer_to
+from dpo_jax.config.elsewhere import FOREIGN, answer_to
 from dpo_jax.errors import nearest, short
 from dpo_jax.settings import allowed
 
@@ -39,8 +39,8 @@ WITH_VALUE = {
 def advice(key: str, fields: Mapping[str, FieldInfo]) -> str:
     """What to do about a key that is none of the settings `fields`."""
     parent, _, name = key.rpartition(".")
-    if parent and (answer := answer_to(key)) in fields:
-        return f"no such setting; did you mean {answer}?"
+    if parent and (answer := FOREIGN.get(key.lower())):
+        return f"no such setting; {f'did you mean {answer}?' if answer in fields else answer}"
     if parent in fields:
         return f"{parent} takes {allowed(fields[parent])}, not a block"
     of_section = [known for known in fields if parent and known.startswith(f"{parent}.") and known.endswith(f"_{name}")]
@@ -50,7 +50,9 @@ def advice(key: str, fields: Mapping[str, FieldInfo]) -> str:
     if answer := answer_to(name):
         return f"no such setting; {_here(name, answer, fields)}"
     by_name = {known.rpartition(".")[2]: known for known in fields}
-    near = nearest(key[:80], fields, 0.7) or by_name.get(nearest(name[:80], by_name, 0.7) or "")
+    inside = {known.rpartition(".")[2]: known for known in fields if parent and known.startswith(f"{parent}.")}
+    like = inside.get(nearest(name[:80], inside) or "") if inside else nearest(key[:80], fields, 0.7)
+    near = like or by_name.get(nearest(name[:80], by_name, 0.7) or "")
     return f"no such setting; did you mean {near}?" if near else "no such setting; --help lists them all"
 
 

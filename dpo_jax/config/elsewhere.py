@@ -4,10 +4,25 @@ The hint for a name that is no setting, and what `convert config` does with a ke
 with one of our keys converts it, any other says why it is left out.
 """
 
+ORPO_LAMBDA = "ORPO's lambda is objective.odds_weight, which objective.name=orpo takes"
+KTO_LAMBDAS = "KTO's two are objective.desirable_weight and objective.undesirable_weight"
+ALPHAS = (
+    "RPO's alpha is objective.sft_weight, R-DPO's objective.length_penalty, LD-DPO's objective.ld_alpha, "
+    "beta-DPO's objective.adapt, that of a divergence objective.divergence_alpha"
+)
 FOREIGN = {
     name: answer
     for names, answer in (
         ("model_name_or_path model_name base_model pretrained_model_name_or_path tokenizer", "model.path"),
+        ("objective.lambda objective.lambda_ objective.lam", f"{ORPO_LAMBDA}; {KTO_LAMBDAS}"),
+        ("objective.alpha", ALPHAS),
+        ("objective.lambda_d objective.lambda_desirable", "objective.desirable_weight"),
+        ("objective.lambda_u objective.lambda_undesirable", "objective.undesirable_weight"),
+        ("objective.epsilon objective.eps", "objective.label_smoothing"),
+        ("objective.eta", "SPPO's eta is 1 / objective.beta, of objective.name=sppo_hard"),
+        ("objective.rho", "objective.keep_fraction"),
+        ("objective.delta", "SLiC's delta is 1 / objective.beta, of objective.name=hinge"),
+        ("objective.margin objective.target_margin objective.target_reward_margin", "objective.gamma"),
         ("model.name model.id model.model model.checkpoint", "model.path"),
         ("data.path data.paths data.file data.files data.name data.dataset data.training", "data.train"),
         ("data.validation data.valid data.dev data.test data.evaluation", "data.eval"),
@@ -104,7 +119,10 @@ FOREIGN = {
             "wandb_entity wandb_mode mlflow_tracking_uri",
             "the service reads it from the environment: WANDB_ENTITY and so on",
         ),
-        ("plot_loss", "not there: metrics.jsonl and log.tensorboard have the curves"),
+        (
+            "plot_loss",
+            "not needed: report.html draws the curves of every run; metrics.jsonl and log.tensorboard have the curves",
+        ),
         ("deepspeed fsdp_config accelerator_config", "not needed: the mesh section lays out the devices"),
         ("resume_from_checkpoint overwrite_output_dir", "not needed: a run resumes from its output folder"),
         ("optim optimizer_name", "optimizer.name"),

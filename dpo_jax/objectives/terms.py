@@ -111,6 +111,34 @@ NEUTRAL = {"label_smoothing": 0, "length_penalty": 0, "sft_weight": 0, "calibrat
 """Values that change nothing, and so may be given to an objective that has no such setting."""
 
 
+MEANT = {
+    (objective, key): meant
+    for objective, keys, meant in (
+        ("orpo", "beta lambda orpo_alpha", "odds_weight is TRL's beta of ORPO, the paper's lambda"),
+        ("ipo", "tau", "beta is IPO's tau"),
+        ("hinge", "gamma", "beta is RSO's gamma"),
+        ("rpo", "alpha rpo_alpha", "sft_weight is RPO's alpha"),
+        ("cpo", "alpha cpo_alpha", "sft_weight is TRL's cpo_alpha"),
+        ("cpo", "gamma simpo_gamma", "objective simpo takes gamma"),
+        ("simpo", "gamma_beta_ratio", "gamma is the ratio times beta"),
+        ("simpo", "sft_weight cpo_alpha", "a block {name: sft, weight: 1} beside it adds that (CPO-SimPO)"),
+        ("sigmoid", "sft_weight rpo_alpha", "objective rpo takes sft_weight"),
+        ("sigmoid", "gamma", "objective simpo takes gamma"),
+        ("sigmoid", "length_penalty", "objective rdpo takes length_penalty"),
+        ("rdpo", "alpha", "length_penalty is R-DPO's alpha"),
+        ("reward", "center_rewards_coefficient", "center is TRL's center_rewards_coefficient"),
+        ("discopop", "discopop_tau", "tau is TRL's discopop_tau"),
+    )
+    for key in keys.split()
+}
+"""What a key is meant by that an objective does not take: its name here, or the objective that takes it."""
+
+
+def _refusal(key: str, name: str, known: Iterable[str]) -> str:
+    meant = f"{MEANT[name, key]}; " if (name, key) in MEANT else ""
+    return f"{key}: objective {name} does not use it; {meant}it takes {', '.join(known) or 'no settings'}"
+
+
 def _problems(block: Mapping[str, Any]) -> Iterable[str]:
     name = block.get("name", "sigmoid")
     if name not in names():
@@ -125,7 +153,7 @@ def _problems(block: Mapping[str, Any]) -> Iterable[str]:
         if key not in known and key in NEUTRAL and value == NEUTRAL[key]:
             continue
         if key not in known:
-            found.append(f"{key}: objective {name} does not use it; it takes {', '.join(known) or 'no settings'}")
+            found.append(_refusal(key, name, known))
         elif not known[key].accepts(value):
             found.append(f"{key}: must be {known[key].allowed()} for objective {name}")
     if "beta_schedule" in block and "beta_end" not in block:

@@ -23,6 +23,7 @@ from dpo_jax.config.advice import WITH_VALUE
 from dpo_jax.config.elsewhere import FOREIGN, answer_to
 from dpo_jax.config.run import CHANGES_MATHEMATICS, FIELDS, KEEPS_MATHEMATICS, Run, changed_mathematics, dump
 from dpo_jax.errors import UserError
+from dpo_jax.objectives import terms
 from dpo_jax.objectives.table import KNOWN_AS
 from dpo_jax.run.interrupts import Interrupts
 
@@ -530,6 +531,36 @@ def test_an_objective_in_other_letters_is_recognised(good, name):
 )
 def test_what_a_section_has_under_another_name_is_looked_for_there(good, name, key):
     assert problems(good, f"{name}=x") == [f"command line: {name}: no such setting; did you mean {key}?"]
+
+
+MEANT = {
+    "objective.name=orpo objective.beta=0.1": "objective orpo does not use it; odds_weight is TRL's beta of ORPO",
+    "objective.name=orpo objective.lambda=0.1": "no such setting; ORPO's lambda is objective.odds_weight",
+    "objective.lambda_u=1": "did you mean objective.undesirable_weight?",
+    "objective.name=rpo objective.alpha=1": "no such setting; RPO's alpha is objective.sft_weight",
+    "objective.name=ipo objective.tau=0.1": "beta is IPO's tau",
+    "objective.name=robust objective.epsilon=0.1": "did you mean objective.label_smoothing?",
+    "objective.name=simpo objective.margin=1": "did you mean objective.gamma?",
+    "objective.sft_weight=1": "objective rpo takes sft_weight",
+    "objective.lambdas=1": "no such setting; --help lists them all",
+    "objective.bata=1": "did you mean objective.beta?",
+    "objective=[{name: orpo, lambda: 0.1}]": "lambda: objective orpo does not use it; odds_weight is TRL's beta",
+}
+
+
+@pytest.mark.parametrize("words", MEANT)
+def test_what_papers_and_trl_call_a_setting_of_an_objective_leads_to_ours(words):
+    given = [words] if "[" in words else words.split()
+    (line,) = problems("model.path=m", "data.train=d", "output=o", *given)
+    assert MEANT[words] in line and line.startswith("command line: objective.")
+
+
+def test_what_a_setting_is_meant_by_is_one_that_the_objective_or_the_one_named_takes():
+    for (objective, key), meant in terms.MEANT.items():
+        assert key not in terms.takes(objective)
+        another = re.match(r"objective (\w+) takes (\w+)$", meant)
+        name = another[1] if another else objective
+        assert (another[2] if another else meant.split()[0]) in terms.takes(name) or "block" in meant
 
 
 def test_of_two_settings_that_exclude_each_other_the_advised_null_turns_one_off(good):

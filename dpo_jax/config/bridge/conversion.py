@@ -106,7 +106,7 @@ class Conversion:
         ours = meaning_of(name) or meaning_of(given.key) or ""
         self.left[given.key] = f"is computed there: {given.value.text}"
         key = ours if ours in FIELDS else given.key
-        self.asked[key] = f"{given.key} is computed there ({short(given.value.text)})"
+        self.asked[key] = given.value.question or f"{given.key} is computed there ({short(given.value.text)})"
 
     def __contains__(self, name: str) -> bool:
         """Whether a key has a value, be it a default."""

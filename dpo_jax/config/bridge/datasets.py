@@ -1,6 +1,8 @@
 """Where the other trainers say their rows come from, as data.train, data.eval and data.columns."""
 
+import dataclasses
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 from dpo_jax.config.bridge.conversion import Conversion
 from dpo_jax.config.bridge.tables import COMPONENTS, FACTORY_SETS, PREPARED
 from dpo_jax.config.bridge.trainers import AXOLOTL, FACTORY, TORCHTUNE
+from dpo_jax.data.readers import is_named_as_rows
 from dpo_jax.errors import short
 
 Item = Mapping[str, Any]
@@ -22,14 +25,84 @@ ONE_MAPPING = "data.columns is one mapping for all files; the other data sets ne
 PART = "a share of the rows is drawn there; here it is the first of them"
 ROWS = "{} rows are held out there; here it is a share of the prompts: give data.eval_fraction, as in 0.05"
 SAME = "evaluations are asked for and no held-out rows are named; give data.eval, or data.eval_fraction as 0.05"
+OWN = "{} stands in LLaMA-Factory's own dataset_info.json there, and is taken as that says, as none is here"
+NO_SPLITS = "a file has no splits, and no share of it is drawn: all rows of {} are trained on"
+TRAINED = "{} is what is trained on"
 HELD = "held-out rows are named, or nothing is measured there"
 
 
 def data(c: Conversion) -> None:
     """data.train, data.eval, data.eval_fraction and data.columns."""
     {AXOLOTL.name: _axolotl, FACTORY.name: _factory, TORCHTUNE.name: _torchtune}.get(c.trainer.name, _trl)(c)
+    _hold_out_nothing_trained_on(c)
     if "data.train" not in c.lines:
-        c.asked["data.train"] = "the data set is not named there in a way that can be read"
+        c.asked.setdefault("data.train", "the data set is not named there in a way that can be read")
+
+
+def is_file(name: str) -> bool:
+    """Whether a data set is a file of rows, which has no splits: by its name, or because it is here."""
+    return is_named_as_rows(name) or Path(name).suffix.lower() == ".csv" or Path(name).is_file()
+
+
+def _hold_out_nothing_trained_on(c: Conversion) -> None:
+    """Take out of data.eval what is data.train, or a part of it: as both splits of a file are the file."""
+    line = c.lines.get("data.eval")
+    if line is None or "data.train" not in c.lines:
+        return
+    gone = trained_on(line.value, c.lines["data.train"].value)
+    if not gone:
+        return
+    why = TRAINED.format(short(", ".join(dict.fromkeys(gone)))) + ", and a file has no splits" * any(map(is_file, gone))
+    sets = line.value if isinstance(line.value, Mapping) else {"": line.value}
+    kept = {name: [one for one in _listed(of) if one not in gone] for name, of in sets.items()}
+    left = {name: _plain(of) for name, of in kept.items() if of}
+    if left:
+        value = left if isinstance(line.value, Mapping) else left[""]
+        c.lines["data.eval"] = dataclasses.replace(line, value=value, notes=(*line.notes, f"left out: {why}"))
+    else:
+        del c.lines["data.eval"]
+        c.asked["data.eval_fraction"] = (
+            f"{why}, so nothing is held out; give data.eval=FILE, or data.eval_fraction as 0.05"
+        )
+        for given in line.origins:
+            if not c.used(given.key):
+                c.left.setdefault(given.key, why)
+
+
+def trained_on(held: Any, trained: Any) -> list[str]:
+    """The sources of a value of data.eval whose rows are all in a source of data.train."""
+    sets = held.values() if isinstance(held, Mapping) else [held]
+    return [one for of in sets for one in _listed(of) if any(_is_within(one, other) for other in _listed(trained))]
+
+
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else [*filter(_is_text, value)] if isinstance(value, tuple) else []
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _plain(sources: list[str]) -> Any:
+    return sources[0] if len(sources) == 1 else tuple(sources)
+
+
+def _is_within(held: str, trained: str) -> bool:
+    """Whether all rows of one source are rows of the other.
+
+    >>> _is_within("./a.jsonl", "a.jsonl"), _is_within("org/d:train[90%:]", "org/d"), _is_within("org/d:test", "org/d")
+    (True, True, False)
+    """
+    (name, part), (other, whole) = _rows_of(held), _rows_of(trained)
+    return name == other and whole in (part, "")
+
+
+def _rows_of(source: str) -> tuple[str, str]:
+    """A source in one of the ways to write it, and the part of its rows that is taken: `[:90%]`."""
+    if is_file(source):
+        return os.path.normpath(source), ""
+    base, bracket, part = os.path.normpath(source).partition("[")
+    return (base if ":" in base else f"{base}:train"), bracket + part
 
 
 def where(
@@ -38,7 +111,7 @@ def where(
     """A data set as our settings name it: files, or NAME:CONFIGURATION:SPLIT."""
     if files:
         return tuple(map(str, files)) if isinstance(files, tuple) else (str(files),)
-    if Path(name).suffix in (".json", ".jsonl", ".csv", ".parquet"):
+    if is_file(name):
         return (name,)
     split = str(split or "train")
     if isinstance(share, int | float) and 0 < share < 1 and "[" not in split:
@@ -48,8 +121,8 @@ def where(
 
 
 def _put(c: Conversion, key: str, sources: list[str], *names: str, note: str | None = None) -> None:
-    if sources:
-        c.put(key, sources[0] if len(sources) == 1 else tuple(sources), *names, note=note)
+    if sources := [*dict.fromkeys(sources)]:  # of a file each of its splits is the file
+        c.put(key, _plain(sources), *names, note=note)
 
 
 def _put_columns(c: Conversion, mappings: list[Columns], kinds: list[str], *names: str) -> None:
@@ -102,13 +175,24 @@ def _measures(c: Conversion) -> bool:
 def _trl(c: Conversion) -> None:
     mixed = [*_items(c, "dataset_mixture.datasets"), *_items(c, "datasets")]
     mixer = [name for name in c.known if name.startswith("dataset_mixer.")]
-    if mixed:
+    if c.is_given("train_dataset") or c.is_given("eval_dataset"):
+        _of_script(c)
+    elif mixed:
         _mixture(c, mixed)
     elif mixer:
         _mixer(c, mixer)
     elif c.get("dataset_name"):
         _one(c)
     _fraction(c)
+
+
+def _of_script(c: Conversion) -> None:
+    """What script_data.py has found."""
+    for key, name in (("data.train", "train_dataset"), ("data.eval", "eval_dataset")):
+        if c.get(name):
+            c.put(key, c.get(name), name)
+    if _measures(c) and "data.eval" not in c.lines:
+        c.asked.setdefault("data.eval", SAME)
 
 
 def _one(c: Conversion) -> None:
@@ -127,7 +211,7 @@ def _one(c: Conversion) -> None:
         )
         if files:
             held = c.get("data_files.test")
-            return _put(c, "data.eval", [str(held)] if held else [], "data_files.test")
+            return _put(c, "data.eval", [*where("", files=held)] if held else [], "data_files.test")
         held = list(where(name, c.get("dataset_config"), split))
         if held == list(found):
             c.asked["data.eval_fraction"] = SAME
@@ -167,7 +251,9 @@ def _mixer(c: Conversion, mixer: list[str]) -> None:
             else:
                 held += where(name, configuration, split)
     part = any(isinstance(c.get(key), float) and c.get(key) < 1 for key in mixer)
-    _put(c, "data.train", train, *mixer, "dataset_splits", "dataset_configs", note=PART if part else None)
+    whole = [name for name in (key.removeprefix("dataset_mixer.") for key in mixer) if is_file(name)]
+    note = NO_SPLITS.format(short(", ".join(whole))) if whole else PART if part else None
+    _put(c, "data.train", train, *mixer, "dataset_splits", "dataset_configs", note=note)
     if _measures(c):
         _put(c, "data.eval", held, *mixer, "dataset_splits")
 
@@ -239,7 +325,8 @@ def _factory(c: Conversion) -> None:
             kinds.append(_kind(known.get(entry, FACTORY_SETS.get(entry))))
             sources += source
             mappings += [columns] if key == "data.train" else []
-        _put(c, key, sources, name, "dataset_dir")
+        own = [entry for entry in entries if entry not in known and entry in FACTORY_SETS]
+        _put(c, key, sources, name, "dataset_dir", note=OWN.format(short(", ".join(own))) if own else None)
         if key == "data.train" and len(entries) > 1 and c.is_given("max_samples"):
             first = c.get("max_samples")
             c.put("data.first", first, "max_samples", note="of each data set there; here of all of them together")

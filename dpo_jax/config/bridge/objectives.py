@@ -4,7 +4,7 @@ from typing import Any
 
 from dpo_jax.config.bridge.conversion import Conversion
 from dpo_jax.config.bridge.trainers import AXOLOTL, FACTORY, TORCHTUNE
-from dpo_jax.errors import UserError, short
+from dpo_jax.errors import UserError, nearest, short
 from dpo_jax.objectives.terms import names as objective_names
 from dpo_jax.objectives.terms import takes
 
@@ -149,8 +149,10 @@ def _ours(c: Conversion, name: str) -> str:
     if found not in objective_names() and "objective.name" in c.told:
         return "sigmoid"
     if found not in objective_names():
+        near = nearest(last, [*objective_names(), *NAMES], 0.8)
+        meant = f" (did you mean {near}?)" if near else ""
         raise UserError(
-            f"{_place(c, 'loss_type')}: loss {short(last)!r} is no objective here; give objective.name=NAME "
+            f"{_place(c, 'loss_type')}: loss {short(last)!r} is no objective here{meant}; give objective.name=NAME "
             f"behind the file, one of {', '.join(objective_names())}"
         )
     return found

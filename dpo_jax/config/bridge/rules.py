@@ -5,14 +5,15 @@ from fractions import Fraction
 from typing import Any
 
 from dpo_jax.config.bridge.adapters import adapter
-from dpo_jax.config.bridge.conversion import Conversion, Left, meaning_of
+from dpo_jax.config.bridge.conversion import NUMBERS, Conversion, Left, meaning_of
 from dpo_jax.config.bridge.datasets import data
 from dpo_jax.config.bridge.objectives import objective
 from dpo_jax.config.bridge.source import Config
 from dpo_jax.config.bridge.trainers import AXOLOTL, FACTORY, TORCHTUNE, OtherTrainer
 from dpo_jax.config.bridge.values import VALUES
-from dpo_jax.config.elsewhere import answer_to
+from dpo_jax.config.elsewhere import FOREIGN, answer_to
 from dpo_jax.config.run import FIELDS
+from dpo_jax.errors import nearest
 from dpo_jax.hf.settings import REPOSITORY
 
 SCHEDULES = {
@@ -369,8 +370,10 @@ def _by_name(c: Conversion, name: str, key: str) -> None:
     """What is known of a key that no rule has looked at: a setting that means the same, or why there is none."""
     answer = meaning_of(name) or meaning_of(key)
     if answer is None:
-        c.asked[key] = "is not known here, and left out"
-        c.left[key] = "is not known here"
+        near = nearest(name[:80], {*FOREIGN, *c.trainer.names, *c.trainer.default(c.method), *NUMBERS}, 0.8)
+        meant = f"; did you mean {near}?" if near else ""
+        c.asked[key] = f"is not known here, and left out{meant}"
+        c.left[key] = f"is not known here{meant}"
     elif answer not in FIELDS or ("." in name and answer_to(name) is None):
         c.left[key] = answer  # what a whole block is called says nothing of the keys in it
     elif answer in c.lines:

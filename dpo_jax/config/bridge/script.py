@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dpo_jax.config.bridge.script_data import CHANGES, LOADS, data_sets
 from dpo_jax.config.bridge.source import Computed, Config, Given, flattened
 from dpo_jax.errors import UserError, short
 
@@ -36,14 +37,6 @@ OBJECTS = tuple(
 """Arguments of a trainer that are objects of the script, read where they are made."""
 
 
-LOADS = ("load_dataset", "load_from_disk")
-CHANGES = (
-    "cast filter map remove_columns rename_column rename_columns select select_columns shard skip sort take "
-    "train_test_split".split()
-)
-"""Methods of a data set that make its rows others than those of its files; shuffling changes only their order."""
-
-
 def notebook_text(file: str, text: str) -> str:
     """The code of a notebook's cells, without commands to the notebook itself.
 
@@ -70,11 +63,11 @@ def script_config(file: str, text: str) -> Config:
         raise UserError(f"{short(file)}: is not Python that can be read ({error}); correct it first") from None
     calls = [(_name(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
     config = Config(file, {}, method=_method(file, [name for name, _ in calls]))
-    constants, held = _constants(tree), _held_out(tree)
+    constants = _constants(tree)
     for name, call in calls:
-        for given in _settings(name, call, constants, held_out=id(call) in held):
+        for given in _settings(name, call, constants):
             config.given.setdefault(given.key, given)
-    for given in _changes(tree):
+    for given in (*data_sets(tree, lambda node: _value(node, constants)), *_changes(tree)):
         config.given.setdefault(given.key, given)
     if not any(name in (*CONFIGS, "TrainingArguments") and call.keywords for name, call in calls):
         raise UserError(
@@ -125,6 +118,9 @@ def _value(node: ast.AST, constants: Mapping[str, Any]) -> Any:
     if isinstance(node, ast.List | ast.Tuple):
         items = [_value(item, constants) for item in node.elts]
         return Computed(ast.unparse(node)) if any(isinstance(item, Computed) for item in items) else tuple(items)
+    if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.keys):
+        names = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+        return dict(zip(names, (_value(item, constants) for item in node.values), strict=True))
     if isinstance(node, ast.JoinedStr):
         parts = [
             _value(part.value if isinstance(part, ast.FormattedValue) else part, constants) for part in node.values
@@ -139,16 +135,6 @@ def _value(node: ast.AST, constants: Mapping[str, Any]) -> Any:
 
 def _loads(tree: ast.AST) -> bool:
     return any(_name(node.func) in LOADS for node in ast.walk(tree) if isinstance(node, ast.Call))
-
-
-def _held_out(tree: ast.AST) -> set[int]:
-    """The calls of `load_dataset` whose rows a trainer is given as its `eval_dataset`, by their `id`."""
-    words = [word for node in ast.walk(tree) if isinstance(node, ast.Call) for word in node.keywords]
-    given = [word.value for word in words if word.arg == "eval_dataset"]
-    names = {node.id for node in given if isinstance(node, ast.Name)}
-    made = [node.value for node in ast.walk(tree) if isinstance(node, ast.Assign) and names & set(_targets(node))]
-    calls = (node for place in [*given, *made] for node in ast.walk(place) if isinstance(node, ast.Call))
-    return {id(node) for node in calls if _name(node.func) == "load_dataset"}
 
 
 def _targets(node: ast.Assign) -> list[str]:
@@ -172,7 +158,7 @@ def _names(tree: ast.AST) -> set[str]:
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
-def _settings(name: str, call: ast.Call, constants: Mapping[str, Any], *, held_out: bool = False) -> Iterator[Given]:
+def _settings(name: str, call: ast.Call, constants: Mapping[str, Any]) -> Iterator[Given]:
     """The keys of configs that one call stands for."""
     arguments = {word.arg: _value(word.value, constants) for word in call.keywords if word.arg}
     for word in call.keywords:
@@ -181,8 +167,7 @@ def _settings(name: str, call: ast.Call, constants: Mapping[str, Any], *, held_o
             arguments |= these if isinstance(these, dict) else {f"**{ast.unparse(word.value)}": these}
     lines = {word.arg: word.value.lineno for word in call.keywords if word.arg}
     positions = [_value(argument, constants) for argument in call.args]
-    found = _values(name, positions, arguments)
-    for key, value in (_as_held_out(found) if held_out else found).items():
+    for key, value in _values(name, positions, arguments).items():
         yield from flattened(key, value, lines.get(key, call.lineno))
 
 
@@ -198,20 +183,7 @@ def _values(name: str, positions: list[Any], arguments: dict[str, Any]) -> Mappi
         return arguments
     if name in TRAINERS:
         return _of_trainer(arguments)
-    if name == "load_dataset" and isinstance(first, str):
-        return _of_data(first, arguments.pop("name", positions[1] if len(positions) > 1 else None), arguments)
     return _of_model(name, positions, arguments) if name.endswith(".from_pretrained") else {}
-
-
-def _as_held_out(found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The keys of a data set that is measured on, from those of one that is trained on."""
-    if "dataset_name" not in found:
-        return found
-    files = found.get("data_files")
-    parts = {"eval_dataset_name": files if isinstance(files, str) else found["dataset_name"]}
-    parts |= {"eval_dataset_config": found.get("dataset_config")}
-    parts |= {} if isinstance(files, str) else {"eval_dataset_split": found.get("dataset_train_split")}
-    return {key: value for key, value in parts.items() if value is not None}
 
 
 def _of_model(name: str, positions: list[Any], arguments: dict[str, Any]) -> Mapping[str, Any]:
@@ -232,13 +204,3 @@ def _of_trainer(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(arguments.get("ref_model"), str):
         found["ref_model"] = arguments["ref_model"]
     return found
-
-
-def _of_data(first: str, configuration: object, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    split = arguments.get("split")
-    if str(split or "").startswith(("test", "valid", "eval", "dev")):
-        return {"eval_dataset_name": first, "eval_dataset_config": configuration, "eval_dataset_split": split}
-    found = {"dataset_name": first, "dataset_config": configuration, "dataset_train_split": split}
-    rest = {f"load_dataset.{key}": value for key, value in arguments.items() if key != "split"}
-    found |= {"data_files": rest.pop("load_dataset.data_files")} if "load_dataset.data_files" in rest else {}
-    return {key: value for key, value in found.items() if value is not None} | rest

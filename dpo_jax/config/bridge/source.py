@@ -26,6 +26,8 @@ class Computed:
     """In place of a value: the text of an expression that only a run of the script could evaluate."""
 
     text: str
+    question: str | None = None
+    """What to ask of it, where that is not only that it is computed."""
 
 
 @dataclasses.dataclass

@@ -214,7 +214,17 @@ MARKS: tuple[tuple[OtherTrainer, tuple[str, ...]], ...] = (
     (AXOLOTL, ("base_model",)),
     (FACTORY, ("stage", "finetuning_type", "pref_loss", "pref_beta", "cutoff_len", "dataset_dir")),
     (HANDBOOK, ("dataset_mixer", "dataset_mixture")),
-    (TRL, ("model_name_or_path", "dataset_name", "datasets", "per_device_train_batch_size", "output_dir")),
+    (
+        TRL,
+        (
+            "model_name_or_path",
+            "dataset_name",
+            "train_dataset",
+            "datasets",
+            "per_device_train_batch_size",
+            "output_dir",
+        ),
+    ),
 )
 """Keys by which a trainer's configs are known; the first row that fits."""
 

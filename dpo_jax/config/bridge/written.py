@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dpo_jax.config.bridge.conversion import Conversion, Converted
+from dpo_jax.config.bridge.datasets import trained_on
 from dpo_jax.config.bridge.rules import converted
 from dpo_jax.config.bridge.source import Given, config_of
 from dpo_jax.config.bridge.trainers import METHODS, method_of, trainer_of
@@ -45,11 +46,29 @@ def settings_of(c: Conversion, overrides: GivenSettings) -> GivenSettings:
         for other in INSTEAD.get(key, ("objective",) if key.startswith("objective.") else ()):
             found.values.pop(other, None)
         found.values[key], found.where[key] = value, COMMAND_LINE
+    _refuse_one_set_for_both(found)
     missing = [key for key in NEEDED if key in c.asked and key not in found.values]
     if missing:
         lines = [f"{found.origin}: {key}: {c.asked[key]}; give {key}=VALUE behind the file" for key in missing]
         raise UserError("\n".join(lines))
     return found
+
+
+def _refuse_one_set_for_both(found: GivenSettings) -> None:
+    """A set of the command line must not be what the file has for the other purpose.
+
+    Raises:
+      UserError: it is.
+    """
+    held, trained = found.values.get("data.eval"), found.values.get("data.train")
+    told = [key for key in ("data.train", "data.eval") if found.where.get(key) == COMMAND_LINE]
+    if len(told) != 1 or not held or not trained or not trained_on(held, trained):
+        return
+    other = "data.eval" if told == ["data.train"] else "data.train"
+    raise UserError(
+        f"{COMMAND_LINE}: {told[0]}: {short(scalar(found.values[told[0]]))}: is {other} in {found.origin} as well; "
+        f"give {other}=FILE behind the file, too"
+    )
 
 
 def rewritten(
@@ -112,7 +131,8 @@ def _head(c: Conversion, given: GivenSettings, doubt: str | None) -> Iterator[st
 
 def questions(c: Conversion, given: GivenSettings, doubt: str | None) -> list[str]:
     """What the file leaves open, a line each."""
-    open_ = [f"{key}: {what}" for key, what in c.asked.items() if given.where.get(key) != COMMAND_LINE]
+    told = {key for key, place in given.where.items() if place == COMMAND_LINE}
+    open_ = [f"{key}: {what}" for key, what in c.asked.items() if not told & {key, *INSTEAD.get(key, ())}]
     return ([f"method: {doubt}"] if doubt else []) + [printable(line) for line in open_]
 
 

@@ -418,6 +418,168 @@ def test_any_value_may_be_anything():
                     assert str(error)
 
 
+# ------------------------------------------------------------------------------- what a script trains and measures on
+
+A = "load_dataset('json', data_files='a.jsonl', split='train')"
+B = "load_dataset('json', data_files='b.jsonl')"
+TWO = "load_dataset('json', data_files={'train': 'a.jsonl', 'test': 'b.jsonl'}"
+LOADED = {
+    "a split of the file": f"t = {A}\ne = load_dataset('json', data_files={{'test': 'b.jsonl'}}, split='test')",
+    "a file each": f"t = {A}\ne = {B[:-1]}, split='train')",
+    "a list of one": f"t = {A}\ne = load_dataset('json', data_files=['b.jsonl'], split='train')",
+    "by keyword": f"t = {A}\ne = load_dataset(path='json', data_files='b.jsonl')['train']",
+    "two splits": f"d = {TWO})\nt = d['train']\ne = d['test']",
+    "both at once": f"t, e = {TWO}, split=['train', 'test'])",
+    "a name again": f"t = {A}\nt = t.shuffle(1)\nd = {B}\nd = d['train']\ne = d",
+    "a constant": f"F = 'b.jsonl'\nt = {A}\ne = load_dataset('json', data_files={{'dev': F}}, split='dev')",
+    "where asked for": f"t = {A}\ne = {B}['train'] if measured else None",
+}
+"""Lines of a script that trains on a.jsonl and measures on b.jsonl."""
+SETS = {
+    "t = load_dataset('json', data_files={'x': ['a', 'c']}, split='x')\n"
+    "e = load_dataset('json', data_files=['b', 'd'], split='train', data_dir='f')": (["a", "c"], ["f/b", "f/d"]),
+    "d = load_dataset('json', data_files={'train': 'a', 'test': 'b'})\nt, e = d['test'], d['train']": ("b", "a"),
+    "t = load_from_disk('rows')\ne = load_from_disk('held')": ("rows", "held"),
+    "d = load_from_disk('x/d')\nt = d['train']\ne = d['test']": ("x/d:train", "x/d:test"),
+    "d = load_dataset('o/d', 'c')\nt = d['train_p']\ne = d['test_p']": ("o/d:c:train_p", "o/d:c:test_p"),
+    "t = load_dataset('o/d', split='train[:90%]')\ne = load_dataset('o/d', split='train[90%:]')": (
+        "o/d:train[:90%]",
+        "o/d:train[90%:]",
+    ),
+    "t = load_dataset('o/d')\nx = load_dataset('o/x', split='test')\ne = {'x': x, 'y': load_dataset('o/y')}": (
+        "o/d",
+        {"x": "o/x:test", "y": "o/y"},
+    ),
+}
+
+
+def script(lines: str) -> str:
+    args = "DPOConfig(output_dir='o', eval_strategy='steps', eval_steps=3)"
+    call = f"DPOTrainer(model='m', args={args}, train_dataset=t, eval_dataset=e)"
+    return write("s.py", f"from trl import DPOConfig, DPOTrainer\n{lines}\n{call}\n")
+
+
+@pytest.mark.parametrize("lines", [*LOADED.values(), *SETS], ids=[*LOADED, *map(str, range(len(SETS)))])
+def test_rows_are_followed_from_what_a_trainer_is_given_to_what_loads_them(lines):
+    text, asked = written.rewritten(script(lines), told(), devices=1)
+    run = config.load([write("o.yaml", text)])
+    train, held = SETS.get(lines, ("a.jsonl", "b.jsonl"))
+    assert like(run.data.train, train) and like(run.data.eval, held)
+    assert asked == [] and run.evaluation.every == 3
+    assert "# eval_dataset (line " in text and "eval_dataset_" not in text and "dataset_name" not in text
+
+
+UNREAD = {
+    "e = make(3)": "line 4 was not understood; give data.eval=FILE behind the file",
+    "e = load_dataset('json', data_files=f(x))": "line 3 was not understood; give data.eval=FILE behind the file",
+    "e = load_dataset('json', data_files={'x': 'b'}, split='test')": "line 3 was not understood; give data.eval=FILE",
+    "e = load_dataset('json', data_files='b', split='train[:9%]')": "files have no such part as train[:9%]",
+    "e = load_dataset('json', data_files='b/*.jsonl')['train']": "files are named one by one here",
+    "e = load_dataset('o/d', data_files='b.jsonl')['train']": "download it and name its files",
+    "e = load_dataset('o/d')[args.split]": "line 4 was not understood; give data.eval=FILE behind the file",
+    "e = load_dataset('o/x')\nif y: e = load_dataset('o/y')": "line 5 was not understood; give data.eval=FILE",
+    "d = t.train_test_split(test_size=0.1)\ne = d['test']": "line 5 is a share of the rows; give data.eval_fraction=0",
+    "e = prepare(load_dataset('o/x'))": "eval_dataset.prepare is computed there (prepare(",
+    "e = [load_dataset('o/x')]": "line 4 was not understood; give data.eval=FILE behind the file",
+}
+
+
+@pytest.mark.parametrize("lines", UNREAD)
+def test_held_out_rows_that_cannot_be_followed_are_asked_about_in_terms_of_the_script(lines):
+    file = script(f"t = {A}\n{lines}")
+    text, asked = written.rewritten(file, told(), devices=1)
+    (line,) = [line for line in asked if line.startswith("data.eval: ")]
+    assert re.sub(r"line \d", "line N", UNREAD[lines]) in re.sub(r"line \d", "line N", line)
+    assert "not known here" not in text and config.load([write("o.yaml", text)]).data.train == "a.jsonl"
+    _, asked = written.rewritten(file, told("data.eval=b.jsonl"), devices=1)
+    assert [line for line in asked if "data.eval" in line] == []
+
+
+def test_rows_for_training_that_cannot_be_followed_are_those_of_the_only_call_or_asked_for():
+    _, asked = written.rewritten(script(f"x = {A}\nt = f({{'x': x}}).y\ne = None"), told(), devices=1)
+    assert "data.train: the training data set of line 5 was not understood, and is taken as that of line 2" in asked
+    with pytest.raises(UserError, match="the training data set of line 5 was not understood; give data.train=VALUE"):
+        written.rewritten(script("x = 3\nt = make(x)\ne = None"), told(), devices=1)
+    with pytest.raises(UserError, match="download it and name its files"):
+        written.rewritten(script("t = load_dataset('o/d', data_dir='x')\ne = None"), told(), devices=1)
+
+
+# ------------------------------------------------------------------------------- nothing is held out from itself
+
+AXOLOTL = "base_model: m\nrl: dpo\nlearning_rate: 1e-6\nevals_per_epoch: 2\n"
+TUNE = (
+    "tokenizer: {_component_: t}\nmodel: {_component_: m}\noptimizer: {_component_: torch.optim.AdamW, lr: 1e-6}\n"
+    "loss: {_component_: x.DPOLoss}\ncheckpointer: {_component_: c, checkpoint_dir: m}\nbatch_size: 2\n"
+    "run_val_every_n_steps: 5\n"
+)
+PART = "_component_: torchtune.datasets.preference_dataset, source: json, data_files: a.json"
+SAME = {
+    "handbook": BASE + "beta: 0.1\neval_strategy: steps\ndataset_mixer: {a.jsonl: 1.0}\n"
+    "dataset_splits: [train_prefs, test_prefs]\n",
+    "handbook, two splits": BASE + "beta: 0.1\neval_strategy: steps\ndataset_mixer: {a.jsonl.gz: 1.0}\n"
+    "dataset_splits: [train_a, train_b, test_a]\n",
+    "TRL": BASE + "beta: 0.1\ndataset_name: a.jsonl\neval_dataset_name: ./a.jsonl\neval_dataset_split: test\n",
+    "TRL, the Hub": BASE + "beta: 0.1\ndataset_name: o/d\neval_dataset_name: o/d\neval_dataset_split: train[:9%]\n",
+    "Axolotl": AXOLOTL + "datasets: [{path: a.csv, split: train}]\ntest_datasets: [{path: a.csv, split: test}]\n",
+    "LLaMA-Factory": BASE + "stage: dpo\ndataset: dpo_en_demo\neval_dataset: dpo_en_demo\nlearning_rate: 1e-6\n",
+    "torchtune": TUNE + f"dataset: {{{PART}, split: 'train[:9%]'}}\ndataset_val: {{{PART}, split: 'train[9%:]'}}\n",
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_is_trained_on_is_never_held_out(name):
+    text, asked = written.rewritten(write("dpo/c.yaml", SAME[name]), told(), devices=1)
+    run = config.load([write("o.yaml", text)])
+    assert run.data.eval is None and isinstance(run.data.train, str)
+    (line,) = [line for line in asked if line.startswith("data.eval_fraction: ")]
+    assert "is what is trained on" in line and ("Hub" in name or "a file has no splits" in line)
+    assert "not known" not in text
+    text, asked = written.rewritten("dpo/c.yaml", told("data.eval=held.jsonl"), devices=1)
+    assert config.load([write("o.yaml", text)]).data.eval == "held.jsonl"
+    assert not any("data.eval" in line for line in asked)
+
+
+def test_of_several_held_out_sets_those_that_are_trained_on_are_left_out():
+    sets = "datasets: [{path: a.jsonl}]\ntest_datasets: [{path: a.jsonl}, {path: b.jsonl}]\n"
+    text, _ = written.rewritten(write("c.yaml", AXOLOTL + sets), told(), devices=1)
+    assert '  eval: "b.jsonl"' in text and "Differs: left out: a.jsonl is what is trained on" in text
+    lines = "t = load_dataset('o/d')\ne = {'x': t['train'], 'y': load_dataset('o/y')}"
+    text, _ = written.rewritten(script(lines), told(), devices=1)
+    assert config.load([write("o.yaml", text)]).data.eval == {"y": "o/y"}
+
+
+def test_a_set_of_the_command_line_is_not_what_the_file_has_for_the_other_purpose():
+    sets = "datasets: [{path: a.jsonl}]\ntest_datasets: [{path: b.jsonl}]\n"
+    file = write("c.yaml", AXOLOTL + sets)
+    for word, other in (("data.train=b.jsonl", "data.eval"), ("data.eval=[./a.jsonl]", "data.train")):
+        with pytest.raises(UserError, match=f"command line: .*is {other} in c.yaml as well; give {other}=FILE"):
+            written.rewritten(file, told(word), devices=1)
+    for word in ("data.train=3", "data.eval={a: 3}", "data.train=[3]"):
+        with pytest.raises(UserError, match="must be"):
+            written.rewritten(file, told(word), devices=1)
+    both = told("data.train=b.jsonl", "data.eval=a.jsonl")
+    assert '  train: "b.jsonl"' in written.rewritten(file, both, devices=1)[0]
+
+
+# --------------------------------------------------------------------------------------------- keys that are not known
+
+
+def test_a_key_that_is_spelled_wrongly_is_answered_with_the_one_that_is_likely_meant():
+    text = BASE + "beta: 0.1\ndataset_name: d\nlerning_rate: 1e-5\nzqx: 1\n"
+    text, asked = written.rewritten(write("dpo.yaml", text), told(), devices=1)
+    assert "lerning_rate: is not known here, and left out; did you mean learning_rate?" in asked
+    assert "zqx: is not known here, and left out" in asked and "did you mean learning_rate?" in text
+    with pytest.raises(UserError, match=r"loss 'sigmod' is no objective here \(did you mean sigmoid\?\); give "):
+        written.rewritten(write("dpo.yaml", BASE + "dataset_name: d\nloss_type: sigmod\n"), told(), devices=1)
+
+
+def test_what_a_name_of_llama_factory_is_taken_as_is_said():
+    text = BASE + "stage: dpo\ndataset: dpo_en_demo\nlearning_rate: 1e-6\nplot_loss: true\n"
+    text, _ = written.rewritten(write("f.yaml", text), told(), devices=1)
+    assert "Differs: dpo_en_demo stands in LLaMA-Factory's own dataset_info.json there, and is taken as that" in text
+    assert "report.html draws the curves" in text
+
+
 # ----------------------------------------------------------------------------------------------------------- hints
 
 DPO_CONFIG = """
