@@ -42,10 +42,11 @@ class Ruined:
         if len(self._last) < IN_A_ROW or min(self._last) <= FAR * max(self._bound, self._first):
             return None
         now = statistics.median_low(self._last)
+        rate = float(f"{self._rate / 10:.1g}")
         seen = f"{now:.3g} nats per token" if math.isfinite(now) else "too large for float32"
         return (
             f"kl is {seen} in the median of {IN_A_ROW} records (alarms.kl is {self._bound:g}): the policy has left the"
-            f" reference altogether; train from the start with optimizer.learning_rate={self._rate / 10:.2g} or less"
+            f" reference altogether; train from the start with optimizer.learning_rate={rate:g} or less"
         )
 
 

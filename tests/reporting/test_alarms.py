@@ -337,7 +337,7 @@ def test_a_policy_that_is_far_from_its_reference_is_said_once_though_it_goes_no_
     for words in (
         "560 nats" if kl == 560 else "too large",
         "alarms.kl is 1)",
-        "optimizer.learning_rate (1e+03 at most)",
+        "with optimizer.learning_rate=100 or less",
     ):
         assert words in lines[0]
     assert lines[0].count(": ") == 3  # what was seen stands before the third, where a verdict cuts it
