@@ -19,12 +19,13 @@ from dpo_jax.config import command as commands
 from dpo_jax.config.judges import add_judges, judges_of
 from dpo_jax.config.sections import sections_of
 from dpo_jax.data.settings import BatchSettings, DataSettings
-from dpo_jax.errors import COMMAND_LINE, UserError, printable
+from dpo_jax.errors import COMMAND_LINE, UserError, printable, redacted
+from dpo_jax.evaluation.measured import Counted, other_objective, said_objective, trained_with
 from dpo_jax.model.settings import MeshSettings, ModelSettings
 from dpo_jax.objectives import terms
 from dpo_jax.objectives.settings import ObjectiveSettings
 from dpo_jax.objectives.table import OBJECTIVES
-from dpo_jax.reporting.metrics import EVALUATED, shown
+from dpo_jax.reporting.metrics import EVALUATED, as_labelled, shown
 from dpo_jax.reporting.settings import LogSettings
 from dpo_jax.training.settings import ReferenceSettings
 
@@ -53,13 +54,22 @@ def main(argv: Sequence[str]) -> int:
     _check_models(options)
     with tempfile.TemporaryDirectory(prefix="dpo_jax-") as folder:
         blocks = _settings(options)
-        found, pairs = evaluate(blocks, Path(folder), quiet=options.json, adapter=model.adapter)
+        how = {"quiet": options.json, "adapter": model.adapter, "called": _file_named(options.pairs)}
+        found, counted = evaluate(blocks, Path(folder), **how)
+    added = _leaves_reference_out(options)
     if options.metrics is not None:
-        _print_chosen(options, found, pairs, model)
-        return 0
-    if any(term.settings.get("reference_free") for term in blocks.objective.terms):
+        found = _chosen_metrics(options, found, model)
+    elif added:
         found = {name: value for name, value in found.items() if name.startswith(OF_ONE_MODEL)}
-    print(json.dumps({"pairs": pairs, **found}) if options.json else "\n".join(_lines(found, pairs)))
+    of = said_objective(blocks.objective) if any(map(_follows_objective, found)) else None
+    if options.json:
+        print(json.dumps({**counted.to_json(), **({"objective": of} if of else {}), **found}))
+        return 0
+    lines = _lines(found, counted, of) if options.metrics is None else _lines_of_chosen(found, counted, of)
+    if added and options.metrics is None:
+        lines.append(REFERENCE_GIVES)
+    trained = trained_with(_folder_of(model)) if of or added else None
+    print("\n".join([*lines, *other_objective(trained, blocks.objective, alone=options.reference is None)]))
     return 0
 
 
@@ -74,11 +84,11 @@ class EvaluatedBlocks(NamedTuple):
 
 
 def evaluate(
-    settings: EvaluatedBlocks, folder: Path, quiet: bool = False, adapter: Path | None = None
-) -> tuple[dict[str, float], int]:
+    settings: EvaluatedBlocks, folder: Path, quiet: bool = False, adapter: Path | None = None, called: str = "PAIRS"
+) -> tuple[dict[str, float], Counted]:
     """Metrics of a model (with an adapter) against a reference over pairs, and how many these are.
 
-    The folder is for what is cached.
+    The folder is for what is cached; the pairs are `called` so where it is said what is being done.
     """
     from dpo_jax.hf.configs import read_spec
     from dpo_jax.hf.tensors import SIDE_FILES
@@ -102,7 +112,9 @@ def evaluate(
     if adapter is not None:  # the same folder without it is another model
         sources = dataclasses.replace(sources, reference_is_policy=False)
     tokenizer = load_tokenizer(sources.policy, rows.template)
-    data = read_data(rows, tokenizer, folder, _silent if quiet else print_for_now).examples(wanted.terms, length)
+    read = read_data(rows, tokenizer, folder, _silent if quiet else print_for_now, called=called)
+    data, singles = read.examples(wanted.terms, length), int(read.train.single.sum())
+    counted = Counted(data.train.num_pairs, terms.data_of(wanted.terms), read.train.num_pairs - singles, singles)
     check_tokens(data, read_spec(sources.policy, scalar_head=scalar_head).vocab_size, tokenizer)
     policy = models.load_model(sources.policy, mesh, scalar_head=scalar_head, adapter=adapter)
     weights = Weights(policy.params)
@@ -115,22 +127,23 @@ def evaluate(
         logps = make_reference(reference, sources, weights, objective, data, scorer).train
         measure = Evaluator(objective, mesh, held_out={"": packing.sweep(data.train, policy.spec, logps)})
         journal.phase("evaluating")
-        return measure(weights, folder, 0), data.train.num_pairs
+        return measure(weights, folder, 0), counted
 
 
-def _print_chosen(options: Namespace, found: Mapping[str, float], pairs: int, model: "Adapted") -> None:
+def _file_named(pairs: Sequence[str]) -> str:
+    """What to call the pairs where it is said what is being done: by the file's name, if there is one alone."""
+    (name, *others) = pairs
+    return "PAIRS" if others else printable(redacted(Path(name).name if Path(name).exists() else name))
+
+
+def _chosen_metrics(options: Namespace, found: Mapping[str, float], model: "Adapted") -> dict[str, float | None]:
     """The metrics of --metrics, under the names that they were asked for by."""
     alone = options.reference is None and not _is_reward_model(options.model)
     known = {**ASKED, "preference_accuracy": "logps/accuracies"} if alone else ASKED
     chosen: dict[str, float | None] = {}
     for name in options.metrics:
         chosen |= _win_rate(options, model) if name == WIN_RATE else {name: found[known[name]]}
-    if options.json:
-        print(json.dumps({"pairs": pairs, **chosen}))
-        return
-    print(f"{pairs:,} pairs")
-    for name, value in chosen.items():
-        print(f"{name:<20} {'-' if value is None else f'{value:.4f}'}")
+    return chosen
 
 
 def _win_rate(options: Namespace, model: "Adapted") -> dict[str, float | None]:
@@ -254,7 +267,7 @@ def _settings(options: Namespace) -> EvaluatedBlocks:
     if scores and (options.reference is not None or options.beta is not None):
         raise UserError("command line: a reward model has scores of its own; leave --reference and --beta out")
     alone = options.reference is None
-    if alone and options.beta is not None:
+    if alone and options.beta is not None and not _is_of_model_alone(options):
         raise UserError("command line: --beta is of rewards, which need a --reference; name one, or leave --beta out")
     arguments = {
         "model.path": options.model,
@@ -277,7 +290,7 @@ def _objective(options: Namespace, scores: bool) -> dict[str, Any]:
     """
     if scores:
         return {"objective.name": "reward"}
-    given = dict(word.split("=", 1) for word in options.given)
+    given = _given(options)
     named = given.get("objective.name")
     known = named if named in terms.names() else "sigmoid"
     takes, alone = terms.takes(known), options.reference is None
@@ -291,6 +304,28 @@ def _objective(options: Namespace, scores: bool) -> dict[str, Any]:
     return beta
 
 
+def _given(options: Namespace) -> dict[str, str]:
+    """The settings behind the arguments, as they were written."""
+    return dict(word.split("=", 1) for word in options.given)
+
+
+def _is_of_model_alone(options: Namespace) -> bool:
+    """Whether an objective is given that compares with no reference."""
+    given = _given(options)
+    block = {"name": given.get("objective.name", "sigmoid")}
+    if block["name"] not in terms.names():
+        return False
+    if "reference_free" in terms.takes(block["name"]):
+        block |= {"reference_free": given.get("objective.reference_free") == "true"}
+    return not any(term.uses_reference for term in terms.make_terms([block]))
+
+
+def _leaves_reference_out(options: Namespace) -> bool:
+    """Whether the objective compares with no reference for want of one, so that its loss and rewards mean little."""
+    added = _objective(options, _is_reward_model(options.model))
+    return "objective.reference_free" in added and "objective.reference_free" not in _given(options)
+
+
 def _is_reward_model(path: str) -> bool:
     from dpo_jax.hf.configs import read_spec
     from dpo_jax.hf.tensors import SIDE_FILES, local_folder
@@ -298,17 +333,48 @@ def _is_reward_model(path: str) -> bool:
     return read_spec(local_folder(path, SIDE_FILES)).scalar_head
 
 
-def _lines(found: Mapping[str, float], pairs: int) -> list[str]:
+REFERENCE_GIVES = (
+    "--reference FOLDER gives preference accuracy, reward margin and loss too, measured against that model"
+)
+"""Said of a language model that was measured alone."""
+
+
+def _follows_objective(name: str) -> bool:
+    """Whether a metric, under its own name or that of --metrics, has its unit from the objective."""
+    return name in ("loss", "reward_margin", "rewards/margins")
+
+
+def _head(counted: Counted, found: Mapping[str, Any], of: str | None, error: str = "") -> str:
+    """What was measured on how much, and which objective gives the numbers their meaning."""
+    margin = "reward_margin" in found or "rewards/margins" in found
+    parts = [name for name, there in (("reward margin", margin), ("loss", "loss" in found)) if there]
+    return f"{counted.text()}{error}" + (f"; {' and '.join(parts)} of {of}" if of else "")
+
+
+def _lines(found: Mapping[str, Any], counted: Counted, of: str | None) -> list[str]:
     """The table; the accuracy with its standard error."""
-    lines = [f"{pairs:,} pairs (+- is one standard error)"]
-    for name, label, form in EVALUATED:
-        if name not in found:
-            continue
+    lines = [_head(counted, found, of, " (+- is one standard error)")]
+    rows = [row for row in as_labelled(EVALUATED, found) if row[0] in found]
+    width = max((len(label) for _, label, _ in rows), default=0)
+    for name, label, form in rows:
         share, said = found[name], shown(found, name, form)
         has_error = name.endswith("accuracies") and said.endswith("%")
-        error = f" +- {math.sqrt(share * (1 - share) / pairs):.1%}" if has_error else ""
-        lines.append(f"{label:<20} {said}{error}")
+        error = f" +- {math.sqrt(share * (1 - share) / counted.examples):.1%}" if has_error else ""
+        lines.append(f"{label:<{max(width, 20)}} {said}{error}")
     return lines
+
+
+def _lines_of_chosen(found: Mapping[str, float | None], counted: Counted, of: str | None) -> list[str]:
+    """The metrics of --metrics, a line each."""
+    rows = [f"{name:<20} {'-' if value is None else f'{value:.4f}'}" for name, value in found.items()]
+    return [_head(counted, found, of), *rows]
+
+
+def _folder_of(model: "Adapted") -> Path:
+    """Where it may be said how a model was trained."""
+    from dpo_jax.hf.tensors import SIDE_FILES, local_folder
+
+    return model.adapter if model.adapter is not None else local_folder(model.base, SIDE_FILES)
 
 
 def _silent(_: str) -> None:

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 OPTIONS = (
     "  key=a,b,...    a setting with several values; one run for each combination of them",
     "  --jobs N       runs side by side, each on its share of the GPUs (default 1: one after the other)",
-    "  --metric NAME  what the table is sorted by, as metrics.jsonl has it (default: the first there is of win rate,",
-    "                 pass rate and held-out accuracy)",
+    "  --metric NAME  what the table is sorted by, as metrics.jsonl has it (default: checkpoint.best, but no loss or",
+    "                 margin of different objectives; else the first there is of win rate, pass rate and held-out",
+    "                 accuracy)",
 )
 
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     sweeping.record(folder, run, axes, [], None)
     codes = sweeping.run_all(points, devices, _say)
     results = [sweeping.result_of(point, codes[point.name]) for point in points]
-    metric = sweeping.metric_for(results, options.get("metric"))
+    metric = sweeping.metric_for(results, options.get("metric"), sweeping.metric_of_best(run, axes))
     results = sweeping.ranked(results, metric)
     sweeping.record(folder, run, axes, results, metric)
     _show(sweeping.table(axes, results, metric), metric)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax.config import run as config
+from dpo_jax.objectives.rows import MODIFIERS
+from dpo_jax.page.evidence import kind_of
 from dpo_jax.page.folder import RunFolder
 from dpo_jax.page.sections import NONE, differing, machine
 from dpo_jax.page.texts import number, published
@@ -16,6 +18,15 @@ from dpo_jax.reporting.metrics import BETTER
 COMPARED = ("loss", "rewards/accuracies", "rewards/margins", "logps/accuracies", "pass_rate", "win_rate")
 COMPARED += ("drift/chosen", "drift/rejected")
 """Held-out metrics of which there is a line."""
+OTHER_UNITS = (
+    "Losses and margins cannot be compared here, and none is in bold: the runs have different objectives, or the same "
+    "with other settings, so that the numbers have other units."
+)
+OTHER_SHARES = (
+    "The values of rewards/accuracies cannot be compared: of single answers it is the share on the right side of the "
+    "baseline, of pairs the share whose chosen answer has the greater reward."
+)
+"""Why metrics of several runs cannot be compared."""
 UPRIGHT = 5
 """Runs that have a column each; of more, each has a row."""
 
@@ -28,16 +39,18 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Heads of columns, and rows that begin with their own head."""
+    """Heads of columns, and rows that begin with their own head; what is to be said of them stands below."""
 
     heads: list[str]
     rows: list[tuple[Any, ...]]
+    note: str = ""
 
 
 def settings(runs: Sequence[RunFolder], names: Sequence[str]) -> Table:
     """Settings, facts and versions in which runs differ."""
-    odd = dict.fromkeys(name for run in runs for name, _, _ in differing(run))
     given = [config.flat(run.settings) if run.settings else {} for run in runs]
+    odd = dict.fromkeys(name for run in runs for name, _, _ in differing(run))
+    odd |= dict.fromkeys(name for table in given for name, value in table.items() if _counts(name, value))
     rows = [(name, [_value(table, name) for table in given]) for name in odd if name != "output"]
     others = [{**run.facts, **machine(run)} for run in runs]
     known = dict.fromkeys(name for table in others for name in table)
@@ -45,15 +58,31 @@ def settings(runs: Sequence[RunFolder], names: Sequence[str]) -> Table:
     return _table(names, [(name, [Cell(value) for value in values]) for name, values in rows if len(set(values)) > 1])
 
 
+def _counts(name: str, value: object) -> bool:
+    """Whether a setting is a number of the objective that does something, so that it is told also where it is the
+    objective's default: another objective has another default, or no such setting."""
+    section, _, key = name.partition(".")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return section == "objective" and is_number and value != 0 and key not in MODIFIERS
+
+
 def metrics(runs: Sequence[RunFolder], names: Sequence[str]) -> Table:
-    """The newest value of each metric of each run, the best of them marked; losses and margins only of runs with one
-    objective, since those of others have other units."""
-    alike = len({str(run.settings.get("objective")) for run in runs if run.settings}) < 2
-    rows = [
-        (name, values, more if alike or not name.endswith(("loss", "margins")) else None)
-        for name, values, more in _last(runs)
-    ]
-    return _table(names, [(name, _marked(values, more)) for name, values, more in rows])
+    """The newest value of each metric of each run, the best of them marked where they can be compared, and said where
+    they cannot."""
+    rows = list(_last(runs))
+    apart = {name: why for name, values, _ in rows if (why := _told_apart_by(name, values, runs))}
+    cells = [(name, _marked(values, None if name in apart else more)) for name, values, more in rows]
+    return _table(names, cells)._replace(note=" ".join(dict.fromkeys(apart.values())))
+
+
+def _told_apart_by(name: str, values: Sequence[float | None], runs: Sequence[RunFolder]) -> str:
+    """Why the values of a metric, of the runs that have it, cannot be compared; empty where they can."""
+    known = [run for run, value in zip(runs, values, strict=True) if value is not None and run.settings]
+    if re.search("loss|margins", name) and len({str(run.settings.get("objective")) for run in known}) > 1:
+        return OTHER_UNITS
+    if name.endswith("rewards/accuracies") and len({kind_of(run) == "unpaired" for run in known}) > 1:
+        return OTHER_SHARES
+    return ""
 
 
 def _table(names: Sequence[str], rows: list[tuple[str, list[Cell]]]) -> Table:

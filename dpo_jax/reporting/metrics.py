@@ -26,11 +26,17 @@ METRICS: dict[str, Metric] = {
     "rewards/chosen": Metric("mean of beta x (policy - reference) log-probability of chosen completions", "nats"),
     "rewards/rejected": Metric("the same of rejected completions", "nats"),
     "rewards/accuracies": Metric(
-        "share of pairs whose chosen reward is greater; shown as tied while the mean margin is below 1e-4 nats, as "
-        "before the first step, where only rounding decides",
+        "share of pairs whose chosen reward is greater; of single answers (kto), whose label is all that is known, the "
+        "share on the right side of KTO's baseline: desirable ones whose reward is above beta x baseline, and others "
+        "whose reward is below it. Shown as tied while the mean margin is below 1e-4 nats, as before the first step, "
+        "where only rounding decides",
         "0 to 1",
     ),
-    "rewards/margins": Metric("mean of chosen reward - rejected reward", "nats"),
+    "rewards/margins": Metric(
+        "mean of chosen reward - rejected reward; of single answers mean reward of desirable ones - that of others, "
+        "which may be negative beside an accuracy above one half: a few answers far on the wrong side outweigh many",
+        "nats",
+    ),
     "rewards/margins_p10": Metric("10th percentile of the pairs' margins", "nats"),
     "rewards/margins_p50": Metric("their median", "nats"),
     "rewards/margins_p90": Metric("their 90th percentile", "nats"),
@@ -117,6 +123,9 @@ SUMMARY = (
     ("win_rate", "win rate over start", "{:.1%}"),
 )
 """Rows of the summary at the end of a run."""
+
+OF_BASELINE = "of single answers, by KTO's baseline"
+"""What is said beside an accuracy that is no share of pairs, so that a negative margin may stand beside a high one."""
 
 OF_A_SET = (
     ("rewards/accuracies", "accuracy", "{:.1%}"),
@@ -237,7 +246,8 @@ def table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str
     rows: list[tuple[str, str, str]] = []
     for name in dict.fromkeys([*sides[0], *sides[1]]):
         old, new = (side.get(name, {}) for side in sides)
-        for metric, label, form in OF_A_SET if name else summary_of({**old, **new}):
+        found = {**old, **new}
+        for metric, label, form in as_labelled(OF_A_SET, found) if name else summary_of(found):
             if metric in old or metric in new:
                 rows.append((f"{name}: {label}" if name else label, shown(old, metric, form), shown(new, metric, form)))
     return rows
@@ -245,10 +255,20 @@ def table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str
 
 def summary_of(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The rows of `SUMMARY`, with that of the win rate once for each judge of an evaluation's metrics."""
-    *rows, (name, label, form) = SUMMARY
+    *rows, (name, label, form) = as_labelled(SUMMARY, found)
     others = [judge for judge in judges_in(found) if judge]
     first = f"{label} (first judge)" if others else label
     return [*rows, (name, first, form), *((of_judge(name, one), f"{label} ({one})", form) for one in others)]
+
+
+def as_labelled(rows: Iterable[tuple[str, str, str]], found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Rows of name, label and format, where the label of an accuracy says so if it is one of single answers.
+
+    >>> as_labelled([("rewards/accuracies", "accuracy", "")], {"objective/kto_baseline": 0.1})
+    [('rewards/accuracies', "accuracy (of single answers, by KTO's baseline)", '')]
+    """
+    more = f" ({OF_BASELINE})" if "objective/kto_baseline" in found else ""
+    return [(name, label + more if name == "rewards/accuracies" else label, form) for name, label, form in rows]
 
 
 def in_a_line(record: Mapping[str, Any]) -> str:

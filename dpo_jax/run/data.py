@@ -39,6 +39,8 @@ class Data:
     """By name of the set, which is empty where there is one alone."""
     dropped: int
     report: dict[str, Any]
+    called: str = "data.train"
+    """What the training data are called."""
 
     @property
     def date(self) -> str:
@@ -51,7 +53,7 @@ class Data:
         a part of data.train that is held out has the name of the share."""
         share = "data.eval_fraction" in self.report
         held_out = {"data.eval_fraction" if share else set_name(name): part for name, part in self.held_out.items()}
-        return {"data.train": self.train, **held_out}
+        return {self.called: self.train, **held_out}
 
     def examples(self, terms: tuple[Term, ...], max_length: int) -> "Data":
         """The same as the objective wants it; raises as the function `examples`."""
@@ -71,11 +73,13 @@ def read_data(
     date: str | None = None,
     seed: int = 0,
     place: Here | None = None,
+    called: str = "data.train",
 ) -> Data:
     """Read, check and tokenise; each report is said line by line, and is in the result as plain values.
 
     `date` is the day that a template writes which writes one (YYYY-MM-DD); None is today. With the `seed` a share of
-    the training data is held out, where that is wanted. `place` as of `data.encode.collect`.
+    the training data is held out, where that is wanted. `place` as of `data.encode.collect`. The training data are
+    `called` so where something is said of them.
 
     Raises:
       UserError: too many rows are bad, or too few prompts are there to hold some out.
@@ -87,7 +91,7 @@ def read_data(
     for name, sources in settings.eval_sets.items():
         held_out[name], reports[set_name(name)] = encode(sources, tokenizer, settings, cache, **how)
     for name, found in reports.items():
-        say(name)
+        say(called if name == "data.train" else name)
         for line in found.lines():
             say(redacted(f"  {line}"))
     tables: dict[str, Any] = {name: found.to_dict() for name, found in reports.items()}
@@ -100,7 +104,7 @@ def read_data(
         parts = split(train, settings.eval_fraction, seed)
         say(parts.line())
         train, held_out, tables["data.eval_fraction"] = parts.train, {"": parts.held_out}, parts.counts()
-    return Data(train, held_out, report.bad + report.too_long + report.unranked, tables)
+    return Data(train, held_out, report.bad + report.too_long + report.unranked, tables, called)
 
 
 def print_for_now(line: str) -> None:

@@ -21,7 +21,7 @@ from dpo_jax.config.run import Run
 from dpo_jax.errors import COMMAND_LINE, UserError, short
 from dpo_jax.files import digest_of, write_whole
 from dpo_jax.reporting.journal import METRICS_FILE, read_records
-from dpo_jax.reporting.metrics import BETTER, MEASURED, held_out_of
+from dpo_jax.reporting.metrics import BETTER, MEASURED, held_out_of, recorded
 from dpo_jax.run import output
 
 RECORD = "sweep.json"
@@ -290,8 +290,20 @@ def check_metric(asked: str | None) -> None:
         raise UserError(f"{COMMAND_LINE}: --metric {short(asked)}: choose one of {', '.join(BETTER)}, or eval_ of one")
 
 
-def metric_for(results: Sequence[PointResult], asked: str | None) -> str | None:
-    """The metric that the runs are sorted by: the one asked for, or the first of PREFERRED that all finished ones have.
+def metric_of_best(run: Run, axes: Sequence[Axis]) -> str | None:
+    """The metric by which each run chooses its best step, and so the one among the runs, as the records call it. None
+    where they choose by none, or by different ones, or by one that different objectives have in different units."""
+    keys = [axis.key for axis in axes]
+    if run.checkpoint.best is None or "checkpoint.best" in keys:
+        return None
+    name = recorded(run.checkpoint.best)
+    in_units = held_out_of(name)[1].startswith(("loss", "rewards/margins"))
+    return None if in_units and any(key.partition(".")[0] == "objective" for key in keys) else name
+
+
+def metric_for(results: Sequence[PointResult], asked: str | None, best: str | None = None) -> str | None:
+    """The metric that the runs are sorted by: the one asked for, or the first that all finished ones have of the one of
+    `metric_of_best` and PREFERRED.
 
     Raises:
       UserError: no run has the one that is asked for, or it has no better and worse.
@@ -302,7 +314,11 @@ def metric_for(results: Sequence[PointResult], asked: str | None) -> str | None:
         near = [name for name in sorted(known) if name.startswith("eval")] or sorted(known)
         raise UserError(f"{COMMAND_LINE}: --metric {short(asked)}: no run has it; there are {', '.join(near[:20])}")
     done = [result for result in results if result.ended == "done"]
-    found = (name for name in PREFERRED if done and all(name in result.metrics for result in done))
+    found = (
+        name
+        for name in ([best] if best else []) + [*PREFERRED]
+        if done and all(name in result.metrics for result in done)
+    )
     return asked or next(found, None)
 
 

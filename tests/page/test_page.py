@@ -543,6 +543,37 @@ def test_losses_and_margins_have_a_best_only_among_runs_with_one_objective(tmp_p
     assert best["held-out rewards/accuracies"] and best["held-out pass_rate"]
 
 
+def test_runs_of_different_objectives_have_their_effective_settings_and_what_cannot_be_compared_is_said(tmp_path):
+    """Beta and gamma are told also where they are the objective's defaults; what is off is not told."""
+    folders = [make_run(tmp_path / name, objective={"name": name}) for name in ("ipo", "simpo", "kto")]
+    runs = [read(folder) for folder in folders]
+    shown = {name: [cell.text for cell in cells] for name, *cells in tables.settings(runs[:2], ["a", "b"]).rows}
+    assert shown == {
+        "objective.name": ["ipo", "simpo"],
+        "objective.beta": ["0.1", "2.0"],
+        "objective.gamma": ["-", "1.0"],
+    }
+    others = {name for name, *_ in tables.settings(runs, ["a", "b", "c"]).rows} - set(shown)
+    assert others == {"objective.desirable_weight", "objective.undesirable_weight"}
+    assert tables.metrics(runs[:2], ["a", "b"]).note == tables.OTHER_UNITS
+    assert tables.metrics(runs, ["a", "b", "c"]).note == f"{tables.OTHER_UNITS} {tables.OTHER_SHARES}"
+    assert tables.metrics(runs[:1] * 2, ["a", "b"]).note == ""
+    several = Parsed(write_comparison(folders[:2], tmp_path / "c.html").read_text())
+    assert tables.OTHER_UNITS in several.text and tables.OTHER_SHARES not in several.text
+
+
+def test_accuracies_have_a_best_only_among_runs_of_the_same_kind(tmp_path):
+    """Of single answers it is the share on the right side of a baseline."""
+    folders = [make_run(tmp_path / name, objective={"name": name}) for name in ("ipo", "simpo", "kto")]
+    file = folders[0] / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({k: v * 0.9 if "eval" in k else v for k, v in r.items()}) + "\n" for r in rows))
+    for count, marked in ((2, True), (3, False)):
+        table = tables.metrics([read(folder) for folder in folders[:count]], list("abc"[:count]))
+        lines = {name: any(cell.best for cell in cells) for name, *cells in table.rows}
+        assert lines["held-out rewards/accuracies"] == marked and lines["held-out pass_rate"]
+
+
 def test_runs_of_the_same_name_are_told_apart_and_many_have_lines_of_their_own(tmp_path):
     folders = [make_run(tmp_path / f"r{i}" / "run") for i in range(20)]
     runs = [read(folder) for folder in folders]

@@ -162,6 +162,21 @@ def test_the_summary_sets_before_beside_after():
     ]
 
 
+def test_an_accuracy_of_single_answers_is_said_to_be_one(tmp_path):
+    """Beside it the margin may be negative, as no share of pairs would have it."""
+    console = terminal()
+    measured = {"rewards/accuracies": 0.8, "rewards/margins": -0.05, "objective/kto_baseline": 0.0}
+    named = {f"eval/kind/{metric}": value for metric, value in measured.items()}
+    with Journal(tmp_path, 2, FILE_ONLY, console=console) as book:
+        book.evaluation(0, {**measured, **named})
+    (record,) = read_records(tmp_path / "metrics.jsonl")
+    summary(record, record, console=console)
+    line, first, _, second, _ = console.file.getvalue().splitlines()
+    label = "accuracy (of single answers, by KTO's baseline)"
+    assert f"held-out {label} 80.0%  held-out margin -0.050" in line
+    assert first.startswith(f"held-out {label} ") and second.startswith(f"kind: {label} ")
+
+
 def test_what_is_not_finite_is_said_to_be(tmp_path):
     """It is null in the record, which is what the summary is made of."""
     console = terminal()

@@ -2,9 +2,11 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from dpo_jax.config.run import Run
 from dpo_jax.errors import UserError
 from dpo_jax.run import sweeping
 from dpo_jax.run.sweeping import Axis, Point, PointResult
@@ -137,6 +139,35 @@ def test_runs_are_sorted_by_what_all_of_them_have_and_a_wrong_name_is_refused():
     assert "no run has it; there are eval_pass_rate" in refusal(sweeping.metric_for, runs, "eval_loss")
     assert "choose one of loss, " in refusal(sweeping.metric_for, runs, "eval_lengths/chosen")
     assert sweeping.metric_for([], None) is None
+
+
+@pytest.mark.parametrize(
+    ("best", "key", "metric"),
+    [
+        ("eval_loss", "optimizer.learning_rate", "eval_loss"),
+        ("pass_rate", "optimizer.learning_rate", "eval_pass_rate"),
+        ("eval/helpful/loss", "optimizer.learning_rate", "eval/helpful/loss"),
+        ("eval_loss", "objective.beta", None),
+        ("eval/helpful/rewards/margins_p50", "objective", None),
+        ("eval_logps/accuracies", "objective.name", "eval_logps/accuracies"),
+        ("eval_loss", "checkpoint.best", None),
+        (None, "optimizer.learning_rate", None),
+    ],
+)
+def test_runs_are_sorted_by_what_each_chooses_its_best_step_by(best, key, metric):
+    """But not by a loss or margin where the objective is swept, since each has its own unit."""
+    run = Run.model_construct(checkpoint=SimpleNamespace(best=best))
+    assert sweeping.metric_of_best(run, [Axis(key, ("a", "b"))]) == metric
+
+
+def test_the_metric_of_the_best_step_comes_before_others_and_after_the_one_that_is_asked_for():
+    both = {"eval_loss": 0.5, "eval_rewards/accuracies": 0.9}
+    runs = [result("a", "done", **both), result("b", "done", **both)]
+    assert sweeping.metric_for(runs, None, "eval_loss") == "eval_loss"
+    assert sweeping.metric_for(runs, "eval_rewards/accuracies", "eval_loss") == "eval_rewards/accuracies"
+    assert sweeping.metric_for(
+        [*runs, result("c", "done", loss=1.0, **{"eval_rewards/accuracies": 1.0})], None, "eval_loss"
+    ) == ("eval_rewards/accuracies")
 
 
 def test_the_table_has_a_row_for_each_run_under_the_metric_that_sorts_it():
