@@ -80,3 +80,16 @@ def nearest(name: str, known: Iterable[str], likeness: float = 0.6) -> str | Non
     """
     found = difflib.get_close_matches(name[:200], list(known), 1, likeness)
     return found[0] if found else None
+
+
+def nearest_file(path: Path, known: Iterable[Path]) -> Path | None:
+    """The file whose name is most like that of a missing one, if one is; endings, which many share, tell less.
+
+    >>> nearest_file(Path("pears.jsonl"), map(Path, ["long.jsonl", "data/pairs.jsonl", "data/pairs.yaml"]))
+    PosixPath('data/pairs.jsonl')
+    >>> nearest_file(Path("missing.jsonl"), map(Path, ["long.jsonl", "pairs.jsonl"]))
+    """
+    files = {file.name: file for file in known}
+    stem = nearest(path.name.partition(".")[0], {name.partition(".")[0] for name in files})
+    near = nearest(path.name, (name for name in files if name.partition(".")[0] == stem), 0.0)
+    return files[near] if near else None

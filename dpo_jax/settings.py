@@ -20,7 +20,7 @@ import yaml.composer
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
-from dpo_jax.errors import COMMAND_LINE, UserError, nearest, printable, short
+from dpo_jax.errors import COMMAND_LINE, UserError, nearest_file, printable, short
 
 
 class Section(BaseModel):
@@ -212,12 +212,9 @@ def _as_setting(value: object) -> Any:
 
 def _near_files(file: str) -> str:
     path = Path(file)
-    names = [
-        str(other) for folder in (path.parent, Path("configs")) for other in folder.glob("*.y*ml") if other != path
-    ]
-    close = nearest(file, names)
-    near = [close] if close else [name for name in names if Path(name).stem == path.stem]
-    return f"; did you mean {' or '.join(near)}?" if near else "; settings are given as FILE.yaml or section.key=value"
+    others = [other for folder in (Path("configs"), path.parent) for other in folder.glob("*.y*ml") if other != path]
+    near = nearest_file(path, others)
+    return f"; did you mean {near}?" if near else "; settings are given as FILE.yaml or section.key=value"
 
 
 def _kind(annotation: object, bounds: str = "") -> str:

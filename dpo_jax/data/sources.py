@@ -19,7 +19,7 @@ from typing import Any
 from dpo_jax.data.known import split_of
 from dpo_jax.data.readers import SUFFIXES, Row, arrow_rows, is_named_as_rows, reader_of, value_of
 from dpo_jax.data.report import clean
-from dpo_jax.errors import UserError, nearest, one_line
+from dpo_jax.errors import UserError, nearest_file, one_line
 from dpo_jax.files import file_digest
 
 _HUB = re.compile(
@@ -92,11 +92,10 @@ def hub_name(source: str) -> str | None:
 def _near(path: Path) -> str:
     """A file beside the missing one whose name is like it."""
     try:
-        names = sorted(entry.name for entry in path.parent.iterdir())
+        close = nearest_file(path, sorted(path.parent.iterdir()))
     except OSError:
         return ""
-    close = nearest(path.name, names)
-    return f"; did you mean {clean(str(path.parent / close))}?" if close else ""
+    return f"; did you mean {clean(str(close))}?" if close else ""
 
 
 def _file(path: Path, name: str) -> SourceTable:

@@ -721,7 +721,7 @@ def test_the_schema_needs_no_config(capsys):
     [
         (["run.yaml"], 0, ""),
         (["run.yaml", "steps=x"], 2, 'error: command line: steps: "x": must be a whole number > 0 or null\n'),
-        (["none.yaml"], 2, "error: none.yaml: No such file or directory; did you mean run.yaml?\n"),
+        (["ran.yaml"], 2, "error: ran.yaml: No such file or directory; did you mean run.yaml?\n"),
     ],
 )
 def test_a_command_prints_one_line_and_no_traceback(good, argv, code, err):
