@@ -29,7 +29,8 @@ class EvaluationSettings(Section):
     )
     answers: str | None = Field(
         default=None,
-        description='JSONL of {"prompt", "good"}: the model answers; good is a pattern that a good answer matches',
+        description='JSONL of {"prompt"}, or {"prompt", "good"}: the model answers; good is a pattern that a good '
+        "answer matches (pass_rate)",
     )
     max_new_tokens: int = Field(default=64, gt=0, description="longest answer, in tokens")
     judge: str | tuple[str, ...] | None = Field(

@@ -69,6 +69,33 @@ def read_questions(path: str, *, as_chat: bool = False) -> list[Question]:
     return _read(path, lambda row, where: Question(_turned(_prompt(row), as_chat), where, _pattern(row)))
 
 
+def read_answered(path: str, needing: Sequence[str] = ()) -> list[Asked | Question]:
+    """The prompts of a file that a run answers: questions, where it is said what is good, or else of no row.
+
+    Args:
+      path: the file.
+      needing: settings, as `key=value`, that want to know what is good.
+
+    Raises:
+      UserError: the file, or one of its rows, is not as it must be; or it does not say what is good, which is needed.
+    """
+    found = _read(path, _asked)
+    kinds = [isinstance(one, Question) for one in found]
+    if any(kinds) and not all(kinds):
+        one, other = found[kinds.index(False)].where, found[kinds.index(True)].where
+        raise UserError(f"{one}: missing column: no 'good', which {other} has; give it to all rows, or to none")
+    if needing and not all(kinds):
+        raise UserError(
+            f"{found[0].where}: missing column: no 'good', which {needing[0]} needs: what a good answer matches"
+        )
+    return found
+
+
+def _asked(row: Mapping[str, Any], where: str, *, as_chat: bool = False) -> Asked | Question:
+    prompt = _turned(_prompt(row), as_chat)
+    return Question(prompt, where, _pattern(row)) if "good" in row else Asked(prompt, where)
+
+
 def read_comparable(path: str, *, as_chat: bool = False) -> tuple[list[Asked | Question], dict[str, list[str]]]:
     """The prompts of a file of prompts, of questions or of preferences; and the answers of the last, by `chosen` and
     `rejected`.
@@ -83,8 +110,7 @@ def read_comparable(path: str, *, as_chat: bool = False) -> tuple[list[Asked | Q
 
     def take(row: Mapping[str, Any], where: str) -> tuple[Asked | Question, tuple[str, str] | None]:
         if (layout := detected(row)) is None:
-            prompt = _turned(_prompt(row), as_chat)
-            return (Question(prompt, where, _pattern(row)) if "good" in row else Asked(prompt, where)), None
+            return _asked(row, where, as_chat=as_chat), None
         record = to_record(row, layout, file=path, line=0, as_chat=as_chat)
         prompt = _as_texts(record.prompt)
         text_notes([*texts_of(prompt), *texts_of(list(record.completions))])
@@ -236,7 +262,7 @@ def text_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
 def answer(
     spec: DecoderSpec,
     params: Params,
-    questions: Sequence[Question],
+    questions: Sequence[Asked | Question],
     coder: Codec,
     *,
     stop: tuple[int, ...],
@@ -244,10 +270,10 @@ def answer(
     batch_size: int = 16,
     mesh: Mesh | None = None,
 ) -> list[dict[str, Any]]:
-    """The model's greedy answer to each question, as a row of JSON.
+    """The model's greedy answer to each prompt, as a row of JSON.
 
-    A row has `prompt`, `answer`, `good` (whether the question's pattern is found in the answer) and `finished` (whether
-    the model ended by itself; an answer that was cut off is judged as it is).
+    A row has `prompt`, `answer`, of a question `good` (whether its pattern is found in the answer), and `finished`
+    (whether the model ended by itself; an answer that was cut off is judged as it is).
     """
     prompts = [prompt_tokens(question.prompt, coder, question.where) for question in questions]
     decoding = Decoding(max_new_tokens=max_new_tokens, stop=stop)
@@ -255,11 +281,12 @@ def answer(
     rows = []
     for question, given in zip(questions, answers, strict=True):
         text = text_of(coder.tokenizer, given.tokens)
-        good = question.good.search(text) is not None
-        rows.append({"prompt": question.prompt, "answer": text, "good": good, "finished": given.finished})
+        good = {"good": question.good.search(text) is not None} if isinstance(question, Question) else {}
+        rows.append({"prompt": question.prompt, "answer": text, **good, "finished": given.finished})
     return rows
 
 
-def pass_rate(answers: Sequence[Mapping[str, Any]]) -> float:
-    """Good answers among all, from 0 to 1."""
-    return sum(row["good"] for row in answers) / len(answers)
+def rated(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """`pass_rate`, the good answers among all, from 0 to 1; nothing where nobody says what is good."""
+    good = [row["good"] for row in answers if "good" in row]
+    return {"pass_rate": sum(good) / len(good)} if good else {}

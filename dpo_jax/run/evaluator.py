@@ -34,9 +34,9 @@ from dpo_jax.trees import Params
 
 
 class EvaluationPrompts(NamedTuple):
-    """Questions for the model, how they become tokens, what ends its answers, and how long these may be, in tokens."""
+    """Prompts for the model, how they become tokens, what ends its answers, and how long these may be, in tokens."""
 
-    questions: list[winrate.Question]
+    questions: list[winrate.Asked | winrate.Question]
     coder: Codec
     stop: tuple[int, ...]
     max_new_tokens: int
@@ -55,7 +55,7 @@ def read_prompts(
     if settings.answers is None:
         return None
     stop = winrate.stop_tokens(folder, tokenizer)
-    questions = winrate.read_questions(settings.answers)
+    questions = winrate.read_answered(settings.answers)
     coder = winrate.prompt_codec(tokenizer, arguments=arguments)
     return EvaluationPrompts(questions, coder, stop, settings.max_new_tokens, judge)
 
@@ -170,7 +170,7 @@ class Evaluator:
             path.parent.mkdir(exist_ok=True)
             write_whole(path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
         judged = {} if prompts.judge is None else prompts.judge(prompts.questions, answers, folder, step)
-        return {"pass_rate": winrate.pass_rate(answers), **judged}
+        return {**winrate.rated(answers), **judged}
 
 
 def _collected(collect: Callable, live: Params | None, weights: Weights, batch: Batch) -> Any:

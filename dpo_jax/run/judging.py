@@ -14,7 +14,7 @@ from dpo_jax.evaluation.judges.opening import open_judge
 from dpo_jax.evaluation.judges.settings import MODEL, REWARD, named
 from dpo_jax.evaluation.judging import Contest, Judge
 from dpo_jax.evaluation.settings import EvaluationSettings
-from dpo_jax.evaluation.winrate import Question
+from dpo_jax.evaluation.winrate import Asked, Question
 from dpo_jax.files import write_whole
 from dpo_jax.processes.here import here
 from dpo_jax.reporting.metrics import of_judge
@@ -42,7 +42,7 @@ class AgainstStart:
         self.faults: list[str] = []
 
     def __call__(
-        self, questions: Sequence[Question], rows: Sequence[Mapping[str, Any]], folder: Path, step: int
+        self, asked: Sequence[Asked | Question], rows: Sequence[Mapping[str, Any]], folder: Path, step: int
     ) -> dict[str, float]:
         """The win rates of these answers over those of the run's first evaluation; `folder` is the run's."""
         base = here().decide("first answers", lambda: _first(folder / "answers"))
@@ -52,7 +52,7 @@ class AgainstStart:
             )
             return {of_judge(name, label): math.nan for label in self._judges for name in METRICS}
         texts = ([str(row["answer"]) for row in side] for side in (rows, base))
-        contests = contests_of(questions, *texts)
+        contests = contests_of(asked, *texts)
         found: dict[str, float] = {}
         for label, judge in self._judges.items():
             numbers = self._numbers(judge, contests, folder / VERDICTS / label / f"{step}.jsonl", label)

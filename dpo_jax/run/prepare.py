@@ -15,7 +15,8 @@ from dpo_jax.data.arguments import dated
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.errors import UserError, public
 from dpo_jax.evaluation.judges.opening import check_judge
-from dpo_jax.evaluation.winrate import read_questions
+from dpo_jax.evaluation.judges.settings import RULE
+from dpo_jax.evaluation.winrate import read_answered
 from dpo_jax.hf.ending import Ending
 from dpo_jax.hf.tensors import SIDE_FILES
 from dpo_jax.hf.tokenizer import load_tokenizer
@@ -28,6 +29,7 @@ from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.processes.here import here
 from dpo_jax.reporting import loggers
 from dpo_jax.reporting.journal import Background, Journal
+from dpo_jax.reporting.metrics import held_out_of
 from dpo_jax.run import models, output, result
 from dpo_jax.run.attention_choice import attention_for
 from dpo_jax.run.best import MetricWatch, watch_of
@@ -80,7 +82,14 @@ def check_named(run: Run) -> None:
     """
     loggers.check(run.log.loggers)
     if run.evaluation.answers is not None:
-        read_questions(run.evaluation.answers)
+        read_answered(run.evaluation.answers, needs_good(run))
+
+
+def needs_good(run: Run) -> list[str]:
+    """The settings of a run that want to know what a good answer is."""
+    best = run.checkpoint.best
+    needs = [f"checkpoint.best={best}"] if best is not None and held_out_of(best)[1] == "pass_rate" else []
+    return needs + [f"evaluation.judge={RULE}"] * (RULE in run.evaluation.judges)
 
 
 def check_new(run: Run) -> None:

@@ -145,7 +145,7 @@ def test_answers_are_judged_by_their_patterns(folders, tmp_path):
     )
     assert [row["prompt"] for row in answers] == [row["prompt"] for row in rows]
     assert [row["good"] for row in answers] == [True, False]
-    assert winrate.pass_rate([*answers, {"good": True}]) == 2 / 3
+    assert winrate.rated([*answers, {"good": True}]) == {"pass_rate": 2 / 3}
     # "." also matches a line end, so that a pattern may span lines
     assert winrate.read_questions(str(write(tmp_path / "q.jsonl", {"prompt": "a", "good": "^a.b$"})))[0].good.search(
         "a\nb"

@@ -435,15 +435,37 @@ def refused(argv, capsys):
     return line
 
 
-@pytest.mark.parametrize("more", ["log.loggers=[wandb]", "evaluation.answers=bare.jsonl"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("log.loggers=[wandb]",),
+        ("evaluation.answers=bare.jsonl", "evaluation.judge=rule"),
+        ("evaluation.answers=bare.jsonl", "checkpoint.best=pass_rate"),
+    ],
+)
 def test_what_is_named_and_not_there_is_refused_before_the_folder_is_made(world, tmp_path, capsys, monkeypatch, more):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", None)
     write(tmp_path / "bare.jsonl", {"prompt": "Hi"})
-    line = refused(arguments(world, tmp_path / "no", more), capsys)
-    words = "log.loggers: wandb: is not installed; pip install wandb" if "wandb" in more else "bare.jsonl:1: "
-    assert words in line and ("good" in line) == ("answers" in more)
+    line = refused(arguments(world, tmp_path / "no", *more), capsys)
+    bare = f"bare.jsonl:1: missing column: no 'good', which {more[-1]} needs: what a good answer matches"
+    assert (bare if len(more) > 1 else "log.loggers: wandb: is not installed; pip install wandb") in line
     assert not (tmp_path / "no").exists()
+
+
+def test_prompts_without_a_pattern_are_answered_and_seen_and_have_no_pass_rate(world, tmp_path, capsys):
+    """As for a judge that needs none; a pattern was asked of every prompt."""
+    bare = write(tmp_path / "bare.jsonl", {"prompt": "Hi"}, {"prompt": "Yo"})
+    more = ("evaluation.max_new_tokens=4", "steps=1", "log.report=true", "evaluation.every=null")
+    assert train.main(arguments(world, tmp_path / "run", *more, f"evaluation.answers={bare}")) == 0
+    assert "pass rate" not in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "run" / "answers" / "1.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["Hi", "Yo"] and all("good" not in row for row in rows)
+    assert "2 of 2 questions." in (tmp_path / "run" / "report.html").read_text()
+    assert not any("pass_rate" in name for row in read_records(tmp_path / "run" / "metrics.jsonl") for name in row)
+    write(bare, {"prompt": "Hi"}, {"prompt": "Yo", "good": "a"})
+    line = refused(arguments(world, tmp_path / "no", f"evaluation.answers={bare}"), capsys)
+    assert f"{bare}:1: missing column: no 'good', which {bare}:2 has" in line
 
 
 def test_other_mathematics_in_the_same_folder_is_refused_with_the_difference(world, plain, capsys):
