@@ -210,7 +210,12 @@ def answered_better(first: AnsweredStep, last: AnsweredStep) -> Evidence | None:
 
 
 def verdict(
-    found: Sequence[Evidence], *, finished: bool, measured: bool = False, alarms: Sequence[tuple[int, str]] = ()
+    found: Sequence[Evidence],
+    *,
+    finished: bool,
+    measured: bool = False,
+    seen: bool = False,
+    alarms: Sequence[tuple[int, str]] = (),
 ) -> tuple[str, str]:
     """In a few words whether the new model is better, and a class for its colour; not without an alarm that fired.
 
@@ -218,9 +223,12 @@ def verdict(
       found: what bears on it.
       finished: whether the run is.
       measured: whether anything held-out was measured twice.
+      seen: whether prompts that are held out were trained on.
       alarms: step and text of each.
     """
     text, colour = _without_alarms(found, finished=finished, measured=measured)
+    if seen and colour == "good":
+        text, colour = f"{text}, on prompts of which it was trained on some", "mixed"
     if not alarms:
         return text, colour
     first = re.sub(r"^step \d+: ", "", alarms[0][1]).partition(": ")[0]

@@ -68,7 +68,11 @@ def page_of(run: RunFolder) -> str:
         "status": sections.status(run),
         "written": sections.written_at(run),
         "verdict": evidence.verdict(
-            found, finished=run.finished, measured=all(summary.measured(run)), alarms=health["alarms"]
+            found,
+            finished=run.finished,
+            measured=all(summary.measured(run)),
+            seen=bool(lines_of(run, "shared")),
+            alarms=health["alarms"],
         ),
         "evidence": found,
         "results": summary.results(run),

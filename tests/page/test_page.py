@@ -325,6 +325,7 @@ def test_what_is_wrong_with_the_data_stands_on_the_page(run, tmp_path):
     folder = make_run(tmp_path / "run")
     (folder / "data.json").write_text(json.dumps({**data, **told}))
     text = Parsed(write_page(folder).read_text()).text
+    assert "Better than where it started, on prompts of which it was trained on some" in text
     assert text.count("10 of 10 prompts are also in data.train") == 2  # beside the verdict, and with the data
     assert text.count("data.train: <b> 8 are texts") == 1
     (folder / "data.json").write_text(json.dumps({**data, "shared": 3, "warnings": [None]}))
