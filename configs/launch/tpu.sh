@@ -8,7 +8,7 @@
 # output=runs/NAME checkpoint.folder=gs://BUCKET/NAME export.push=gs://BUCKET/NAME/model, which also outlast the machine.
 # On a cluster of GKE the same command goes through XPK:
 #
-#     xpk workload create --cluster=CLUSTER --workload=dpo-jax --tpu-type=v5litepod-16 \
+#     xpk workload create --cluster=my-cluster --workload=dpo-jax --tpu-type=v5litepod-16 \
 #       --docker-image=dpo_jax:tpu --command="python -m dpo_jax.train configs/quickstart.yaml output=/shared/runs/quickstart"
 
 set -eu

@@ -1,7 +1,9 @@
 """The recipes of configs/launch start one run of two processes: run here with stand-ins for what a cluster has."""
 
+import argparse
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -152,6 +154,29 @@ def test_jobset(config, stand_ins, tmp_path):
     environments = [{**given, "JAX_PROCESS_ID": str(number)} for number in (0, 1)]
     said = together([[*program, str(config), f"output={tmp_path / 'run'}"]] * 2, environments)
     is_one_run_of_two(tmp_path / "run", said)
+
+
+def test_skypilot_reads_its_file():
+    """SkyPilot's own reader, which refuses what it does not know; which clouds have what is not asked."""
+    sky = pytest.importorskip("sky", reason="skypilot is not installed")
+    task = sky.Task.from_yaml(str(LAUNCH / "sky.yaml"))
+    task.expand_and_validate_file_mounts()
+    task.validate_run()
+    assert task.num_nodes == 2 and list(task.storage_mounts) == ["/shared"]
+    (resources,) = task.resources
+    assert resources.accelerators == {"H100": 8}
+
+
+def test_xpk_reads_its_command():
+    """XPK's own reader of what `tpu.sh` says of it."""
+    core = pytest.importorskip("xpk.parser.core", reason="xpk is not installed")
+    found = re.search(r"xpk (workload create .*?\\\n#.*)\n", (LAUNCH / "tpu.sh").read_text())
+    assert found is not None
+    parser = argparse.ArgumentParser()
+    core.set_parser(parser)
+    given = parser.parse_args(shlex.split(found[1].replace("\\\n#", "")))
+    assert (given.tpu_type, given.docker_image) == ("v5litepod-16", "dpo_jax:tpu")
+    assert given.command.startswith("python -m dpo_jax.train ")
 
 
 @pytest.mark.parametrize("name", ["slurm.sbatch", "ssh.sh", "tpu.sh"])
