@@ -16,14 +16,20 @@ from dpo_jax.logprobs.fused import CHUNK, HeadShape, HeadSplit, ScanPlan, TokenS
 
 @jax.jit
 def token_logprobs(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
-    """Log-probability of each target under its own logits: `logits[target] - logsumexp(logits)`.
+    """Log-probability of each target under its own logits: `logits[target] - logsumexp(logits)`; nan where the target
+    is not in [0, V), as -100 is, with which PyTorch marks what is not scored.
 
     >>> round(float(token_logprobs(jnp.array([0.0, 0.0]), jnp.array(1))), 4)  # log(1/2)
     -0.6931
     """
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return picked - jax.nn.logsumexp(logits, axis=-1)
+    return _of_vocabulary(picked - jax.nn.logsumexp(logits, axis=-1), targets, logits.shape[-1])
+
+
+def _of_vocabulary(logps: Array, targets: Array, vocabulary: int) -> Array:
+    """Log-probabilities, nan of targets that are no tokens."""
+    return jnp.where((targets >= 0) & (targets < vocabulary), logps, jnp.nan)
 
 
 def sequence_logprobs(
@@ -98,7 +104,7 @@ def linear_logprobs(
     Args:
       hidden: final hidden states of the positions that predict the targets.
       head: output projection, same dtype as hidden.
-      targets: token ids in [0, V).
+      targets: token ids in [0, V); of another the result is nan.
       bias: added to the logits.
       scale: what they are multiplied by then, as in Granite and Cohere.
       softcap: bound on the logits' magnitude, as in Gemma 2.
@@ -107,7 +113,7 @@ def linear_logprobs(
         instead of four, and [N, D] in float32 is kept for it.
     """
     more = {"bias": bias, "scale": scale, "softcap": softcap, "chunk": chunk, "frozen": frozen}
-    return linear_scores(hidden, head.T, targets, **more).logps
+    return _of_vocabulary(linear_scores(hidden, head.T, targets, **more).logps, targets, head.shape[1])
 
 
 def linear_scores(  # noqa: PLR0913 (each says how logits are made, or what is wanted of them)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from dpo_jax.errors import UserError, short
+
 Scalar = float | Float[Array, ""]
 Numbers = ArrayLike | Sequence[Any]
 """One for each pair: an array, or a list."""
@@ -77,6 +79,21 @@ class LossOutput(NamedTuple):
     memory: Float[Array, " m"] | None = None
 
 
+def as_numbers(name: str, value: Numbers, shape: tuple[int, ...] | None = None) -> Array:
+    """What a caller gave, as an array: of a shape, or one number for all.
+
+    Raises:
+      UserError: it is none.
+    """
+    try:
+        found = jnp.asarray(None if isinstance(value, str) else value)  # a text is asked to be a dtype
+    except (TypeError, ValueError):
+        raise UserError(f"{name}: {short(str(value))}: must be numbers, one for each pair") from None
+    if shape is not None and found.shape not in (shape, ()):
+        raise UserError(f"{name}: has the shape {found.shape} beside {shape} of what comes first; give as many of each")
+    return found
+
+
 def make_pairs(
     policy_chosen: Numbers,
     policy_rejected: Numbers,
@@ -92,19 +109,25 @@ def make_pairs(
       reference_chosen: the reference's; 0 where there is none.
       reference_rejected: the reference's.
       **more: other fields of `Pairs`; lengths, labels and weights are 1 and margins 0 where they are not given.
-    """
-    shape = jnp.asarray(policy_chosen).shape
 
-    def full(value: Numbers) -> Array:
-        return jnp.broadcast_to(jnp.asarray(value).astype(jnp.float32), shape)
+    Raises:
+      UserError: something is no numbers, or neither one for each pair nor one for all.
+    """
+    shape = as_numbers("policy_chosen", policy_chosen).shape
+
+    def full(name: str, value: Numbers) -> Array:
+        return jnp.broadcast_to(as_numbers(name, value, shape).astype(jnp.float32), shape)
 
     more.setdefault("assumed", None if {"chosen_length", "rejected_length"} <= more.keys() else ())
     ones, zeros = ("chosen_length", "rejected_length", "label", "weight"), ("margin",)
-    filled = {name: full(more.pop(name, 1.0)) for name in ones} | {name: full(more.pop(name, 0.0)) for name in zeros}
-    reference = jax.lax.stop_gradient((full(reference_chosen), full(reference_rejected)))
+    filled = {name: full(name, more.pop(name, 1.0)) for name in ones}
+    filled |= {name: full(name, more.pop(name, 0.0)) for name in zeros}
+    reference = full("reference_chosen", reference_chosen), full("reference_rejected", reference_rejected)
+    reference = jax.lax.stop_gradient(reference)
     real = more.pop("real", jnp.ones(shape, bool))
     for name in ("shared", "ranking"):
         if (part := more.get(name)) is not None:
             data = {key: jax.lax.stop_gradient(value) for key, value in part._asdict().items() if "reference" in key}
             more[name] = part._replace(**data)
-    return Pairs(full(policy_chosen), full(policy_rejected), *reference, **filled, real=real, **more)
+    policy = full("policy_chosen", policy_chosen), full("policy_rejected", policy_rejected)
+    return Pairs(*policy, *reference, **filled, real=real, **more)

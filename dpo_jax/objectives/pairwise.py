@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dpo_jax.errors import UserError, short
-from dpo_jax.objectives.pairs import LossOutput, Numbers, Pairs, Scalar, make_pairs
+from dpo_jax.errors import UserError
+from dpo_jax.objectives.pairs import LossOutput, Numbers, Pairs, Scalar, as_numbers, make_pairs
 
 LARGEST_EXPONENT = 40.0
 """The f-divergences' phi is at least -exp(40): constant beyond (log-ratios of tens of nats), and its square finite."""
@@ -66,13 +66,13 @@ def dpo_loss(
     """
     _check_number("beta", beta, lambda number: 0 < number < math.inf, "must be a number > 0, such as 0.1")
     _check_number("label_smoothing", label_smoothing, lambda number: 0 <= number <= 1, "must be a chance, from 0 to 1")
-    first = _numbers("policy_chosen_logps", policy_chosen_logps)
+    first = as_numbers("policy_chosen_logps", policy_chosen_logps)
     others = {
         "policy_rejected_logps": policy_rejected_logps,
         "reference_chosen_logps": reference_chosen_logps,
         "reference_rejected_logps": reference_rejected_logps,
     }
-    sums = (first, *(_numbers(name, value, first.shape) for name, value in others.items()))
+    sums = (first, *(as_numbers(name, value, first.shape) for name, value in others.items()))
     return _dpo_loss(sums, beta, label_smoothing)
 
 
@@ -89,28 +89,13 @@ def _check_number(name: str, value: object, allowed: Callable[[Any], bool], reme
         raise UserError(f"{name}: {value}: {remedy}")
 
 
-def _numbers(name: str, value: Numbers, shape: tuple[int, ...] | None = None) -> Array:
-    """What a caller gave, as an array: of a shape, or one number for all.
-
-    Raises:
-      UserError: it is none.
-    """
-    try:
-        found = jnp.asarray(None if isinstance(value, str) else value)  # a text is asked to be a dtype
-    except (TypeError, ValueError):
-        raise UserError(f"{name}: {short(str(value))}: must be numbers, one for each pair") from None
-    if shape is not None and found.shape not in (shape, ()):
-        raise UserError(f"{name}: has the shape {found.shape} beside {shape} of what comes first; give as many of each")
-    return found
-
-
 def _picks(name: str, value: Numbers, count: int) -> Array:
     """Indices that a caller gave; those of a list or of NumPy are looked at.
 
     Raises:
       UserError: they are no whole numbers, or one of them is not of a completion.
     """
-    found = _numbers(name, value)
+    found = as_numbers(name, value)
     if not jnp.issubdtype(found.dtype, jnp.integer):
         raise UserError(f"{name}: is of {found.dtype}; give the numbers of completions, as whole numbers")
     if not isinstance(value, jax.Array) and found.size and not -count <= np.min(value) <= np.max(value) < count:
@@ -143,8 +128,8 @@ def dpo_loss_from_indices(
     Raises:
       UserError: as `dpo_loss`; or an index of a list, or of NumPy, is of no completion.
     """
-    pi = _numbers("pi_logps", pi_logps)
-    ref = _numbers("ref_logps", ref_logps, pi.shape)
+    pi = as_numbers("pi_logps", pi_logps)
+    ref = as_numbers("ref_logps", ref_logps, pi.shape)
     better, worse = _picks("yw_idxs", yw_idxs, pi.size), _picks("yl_idxs", yl_idxs, pi.size)
     sums = [part.at[index].get(mode="fill", fill_value=jnp.nan) for part in (pi, ref) for index in (better, worse)]
     return dpo_loss(*sums, beta=beta, label_smoothing=label_smoothing)

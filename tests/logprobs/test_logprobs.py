@@ -127,6 +127,18 @@ def test_padding_may_be_nan():
     assert value == pytest.approx(-np.log(3)) and np.isfinite(grad[0, 1]).all() and (grad[0, 2:] == 0).all()
 
 
+def test_what_is_no_token_has_no_probability():
+    """JAX takes the last row for -1, and PyTorch's users have -100 where nothing is scored; each gave a number."""
+    hidden, head, targets = jnp.ones((4, 4)), jnp.eye(4, 10), jnp.array([0, 10, -1, -100])
+    direct, fused = token_logprobs(hidden @ head, targets), linear_logprobs(hidden, head, targets)
+    for found in (direct, fused):
+        np.testing.assert_array_equal(np.isnan(found), [False, True, True, True])
+    value = sequence_logprobs((hidden @ head)[None], targets[None], jnp.array([[1, 0, 0, 0]]))
+    np.testing.assert_array_equal(value, [0.0])  # what is not scored may be any number
+    slopes = jax.grad(lambda x: jnp.nansum(linear_logprobs(x, head, targets)))(hidden)
+    assert np.isfinite(slopes).all() and not slopes[1:].any()
+
+
 SHAPES = """
 from jax.numpy import ones
 from dpo_jax import sequence_logprobs

@@ -105,6 +105,10 @@ def test_an_index_of_no_completion_that_cannot_be_looked_at_gives_nan():
 def test_sums_of_other_pairs_are_refused(sizes):
     with pytest.raises(UserError, match=r"_logps: has the shape \(\d,\) beside \(\d,\) of what comes first"):
         dpo_loss(*map(jnp.zeros, sizes))
+    with pytest.raises(UserError, match=r"(policy|reference)_\w+: has the shape"):
+        make_pairs(*map(jnp.zeros, sizes))
+    with pytest.raises(UserError, match=r"chosen_length: has the shape \(2,\) beside \(3,\)"):
+        make_pairs(jnp.zeros(3), jnp.zeros(3), chosen_length=jnp.ones(2))
     with pytest.raises(UserError, match="policy_chosen_logps: a: must be numbers"):
         dpo_loss("a", 0.0, 0.0, 0.0)
 
