@@ -155,6 +155,7 @@ class Job:
         date = place.decide("date", lambda: output.template_date(folder))
         together = place if place.shares("data.cache", cache) else None
         data = read_data(run.data, tokenizer, cache, print, date=date, seed=run.seed, place=together)
+        output.write_json(folder / "data.json", data.report)  # also of rows that the objective refuses
         data = data.examples(terms, length)
         output.write_json(folder / "data.json", data.report)
         steps = steps_over(run, data)

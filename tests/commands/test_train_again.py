@@ -211,7 +211,7 @@ def test_a_warm_up_that_would_have_been_longer_is_named_and_the_one_that_was_mad
     output = run(world, tmp_path / "run", *warm)
     line = refused(world, output, capsys, *warm, "steps=6")
     assert "optimizer.warmup_fraction=0.5 (3 steps of warm-up in place of 2)" in line and "\n" not in line.strip()
-    names = "[optimizer.warmup_steps, optimizer.warmup_fraction]"
+    names = "[optimizer.warmup_steps,optimizer.warmup_fraction]"
     kept = "optimizer.warmup_steps=2", "optimizer.warmup_fraction=null", f"checkpoint.allow_change={names}"
     assert all(word in line for word in kept)
     run(world, output, *kept, "steps=6")
