@@ -15,7 +15,7 @@ from dpo_jax.objectives.rows import Kind
 from dpo_jax.objectives.settings import as_written
 from dpo_jax.objectives.terms import CALLED, data_of
 from dpo_jax.page.folder import AnsweredStep, RunFolder
-from dpo_jax.reporting.metrics import BETTER, held_out_of, shown
+from dpo_jax.reporting.metrics import goodness, shown
 
 LIKELY = 0.05
 """Chance of as large a difference between equals, above which it says nothing."""
@@ -77,8 +77,8 @@ def by_the_metric(run: RunFolder) -> Evidence | None:
     at = {int(step): float(value) for step, value in zip(steps, values, strict=True) if np.isfinite(value)}
     if run.best not in at or 0 not in at:
         return None
-    old, new, more = at[0], at[run.best], BETTER[held_out_of(name)[1]] == "higher"
-    says = _sign(new - old) if more else _sign(old - new)
+    old, new = at[0], at[run.best]
+    says = _sign(goodness(name, new) - goodness(name, old))
     if says > 0:
         return Evidence(None, f"{name}, which chose step {run.best:,}, went from {old:.4g} to {new:.4g}")
     return Evidence(

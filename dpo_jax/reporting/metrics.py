@@ -231,6 +231,15 @@ def held_out_of(name: str) -> tuple[str, str]:
     return "", name.removeprefix(PREFIX)
 
 
+def goodness(name: str, value: float) -> float:
+    """A value of a metric as a number of which more is better.
+
+    >>> goodness("eval_loss", 0.5), goodness("eval/helpful/rewards/accuracies", 0.5)
+    (-0.5, 0.5)
+    """
+    return value if BETTER[held_out_of(name)[1]] == "higher" else -value
+
+
 def by_set(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """An evaluation's metrics by the set that they are of; those of all sets, which has no name, come first."""
     found: dict[str, dict[str, Any]] = {"": {}}

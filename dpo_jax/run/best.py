@@ -10,7 +10,7 @@ from dpo_jax.config.run import Run
 from dpo_jax.errors import UserError, nearest, redacted_values
 from dpo_jax.processes.here import here
 from dpo_jax.reporting.journal import METRICS_FILE, read_records
-from dpo_jax.reporting.metrics import BETTER, held_out_of, recorded
+from dpo_jax.reporting.metrics import BETTER, goodness, held_out_of, recorded
 
 WATCHED = "watched"
 """What a checkpoint's record calls the evaluations so far."""
@@ -38,7 +38,6 @@ class MetricWatch:
         """Watch this metric from here on."""
         self.metric, self.patience = recorded(metric), patience
         self.evaluations = {step: _finite(value) for step, value in sorted((evaluations or {}).items())}
-        self._sign = _sign(self.metric)
 
     def take(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Take over an evaluation; whether it is better than all before it. That of the start is only looked at.
@@ -61,11 +60,8 @@ class MetricWatch:
     @property
     def best(self) -> Best | None:
         """The best evaluation so far, of equals the earliest; None before the first."""
-        steps = [step for step, value in self.evaluations.items() if value is not None]
-        if not steps:
-            return None
-        step = max(steps, key=lambda step: (self._sign * (self.evaluations[step] or 0.0), -step))
-        return Best(self.metric, step, self.evaluations[step] or 0.0)
+        found = [Best(self.metric, step, value) for step, value in self.evaluations.items() if value is not None]
+        return max(found, key=lambda one: (goodness(one.metric, one.value), -one.step), default=None)
 
     @property
     def waited(self) -> int:
@@ -81,11 +77,6 @@ class MetricWatch:
     def record(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
         return {WATCHED: {"metric": self.metric, "evaluations": {str(s): v for s, v in self.evaluations.items()}}}
-
-
-def _sign(metric: str) -> float:
-    """What makes more of the metric better."""
-    return 1.0 if BETTER[held_out_of(metric)[1]] == "higher" else -1.0
 
 
 def _finite(value: float | None) -> float | None:
@@ -160,6 +151,6 @@ def best_lines(best: Best | None, stopped: int | None, evaluations: Mapping[int,
     early = f"stopped after step {stopped}: no better {best.metric} since step {best.step} (evaluation.patience)"
     lines = [said] if stopped is None else [early, said]
     start = values.get(0)
-    if start is not None and _sign(best.metric) * (best.value - start) <= 0:
+    if start is not None and goodness(best.metric, best.value) <= goodness(best.metric, start):
         lines.append(f"no step was better than the start, which has {start:.4g}")
     return lines

@@ -21,7 +21,7 @@ from dpo_jax.config.run import Run
 from dpo_jax.errors import COMMAND_LINE, UserError, short
 from dpo_jax.files import digest_of, write_whole
 from dpo_jax.reporting.journal import METRICS_FILE, read_records
-from dpo_jax.reporting.metrics import BETTER, MEASURED, held_out_of, recorded
+from dpo_jax.reporting.metrics import BETTER, MEASURED, goodness, held_out_of, recorded
 from dpo_jax.run import output
 
 RECORD = "sweep.json"
@@ -325,12 +325,10 @@ def metric_for(results: Sequence[PointResult], asked: str | None, best: str | No
 def ranked(results: Sequence[PointResult], metric: str | None) -> list[PointResult]:
     """The runs, the best by the metric first; those that did not end, or lack it, last."""
 
-    sign = 1 if BETTER.get(held_out_of(metric or "")[1]) == "lower" else -1
-
     def key(result: PointResult) -> tuple[bool, float]:
-        value = result.metrics.get(metric or "")
+        value = result.metrics.get(metric) if metric else None
         missing = value is None or result.ended != "done"
-        return missing, 0.0 if value is None else sign * value
+        return missing, 0.0 if metric is None or value is None else -goodness(metric, value)
 
     return sorted(results, key=key)
 
