@@ -26,7 +26,7 @@ from dpo_jax.errors import UserError, redacted
 from dpo_jax.files import digest_of, file_digest, held, naming, sweep_unheld, sync_folder, write_whole
 from dpo_jax.processes.here import here
 
-VERSION = 8
+VERSION = 9
 """Part of the cache's key. Raise it with every change of this package that changes token ids, the report or a file."""
 SETTINGS = ("layout", "columns", "as_chat", "max_length", "truncation", "ending", "chat_template_kwargs")
 SETTINGS += ("control_tokens", "score_tool_results", "max_characters")

@@ -1,6 +1,7 @@
 """Preference data as arrays of token ids.
 
-Letters: N tokens, U units (a prompt with its completions), C completions, P pairs (or single completions).
+Letters: N tokens, U units (a prompt with its completions), C completions, P pairs (or single completions), S spans of
+completions that are not scored.
 """
 
 import functools
@@ -23,7 +24,8 @@ class Encoded:
     A unit is one prompt with its completions and the pairs among them; completions of a unit, and pairs, are in unit
     order. `tokens` holds every prompt and completion whole; what truncation cuts is there but not referred to, so that
     a preview can show it: before a prompt, also what was cut out of its middle, behind BOS and the system turn. Every
-    token of a completion is read, and those are scored that `scored` says: all but what tools and users say inside it.
+    token of a completion is read, and scored unless it lies in one of the spans `unscored_start` to `unscored_end`:
+    what tools and users say inside it. Spans are in their order, are not empty, do not meet, and lie in one text each.
 
     Completion c is read after `prompt_span(c)`: its unit's prompt without the first `completion_skip[c]` tokens. The
     skip is the same for all completions of a unit, except where data.truncation is keep_end. There it may reach
@@ -34,7 +36,6 @@ class Encoded:
     must be for an objective is arranged in examples.py.
 
     Attributes:
-      scored: whether a token of a completion is the assistant's; true of prompts, where nothing reads it.
       label: of a pair, the chance that chosen is the better one; of a single completion, 1 desirable or 0 undesirable.
       rank: how many completions of its unit are preferred to a completion, by the pairs that were read; 0 is best.
       line: row in its file, from 1.
@@ -44,7 +45,8 @@ class Encoded:
     """
 
     tokens: Int32[np.ndarray, " N"]
-    scored: Bool[np.ndarray, " N"]
+    unscored_start: Int64[np.ndarray, " S"]
+    unscored_end: Int64[np.ndarray, " S"]
     prompt_start: Int64[np.ndarray, " U"]
     prompt_length: Int32[np.ndarray, " U"]
     completion_unit: Int32[np.ndarray, " C"]
@@ -98,12 +100,27 @@ class Encoded:
     def scored_lengths(self, completions: Int[np.ndarray, " X"] | slice) -> Int32[np.ndarray, " X"]:
         """Scored tokens of some completions, where nothing is known of the others."""
         start, length = self.completion_start[completions], self.completion_length[completions]
-        before, until = (np.searchsorted(self._unscored, place) for place in (start, start + length))
-        return (length - (until - before)).astype(np.int32)
+        if not len(self.unscored_start):
+            return np.array(length, np.int32)
+        return (length - (self._unscored_before(start + length) - self._unscored_before(start))).astype(np.int32)
+
+    def _unscored_before(self, places: Int64[np.ndarray, " X"]) -> Int64[np.ndarray, " X"]:
+        """How many tokens before these places are not scored."""
+        spans = np.searchsorted(self.unscored_start, places)
+        beyond = np.maximum(self.unscored_end[spans - 1] - places, 0)  # of the last span, if one begins before
+        return self._unscored_ending[spans] - np.where(spans, beyond, 0)
 
     @functools.cached_property
-    def _unscored(self) -> Int64[np.ndarray, " _"]:
-        return found_where(self.scored, lambda some: some[:0] if some.all() else ~some)  # most pieces have none
+    def _unscored_ending(self) -> Int64[np.ndarray, " _"]:
+        """Tokens of the first spans, of none to all of them."""
+        return np.concatenate([[0], np.cumsum(self.unscored_end - self.unscored_start)])
+
+    def scored_at(self, places: Int64[np.ndarray, " X"]) -> Bool[np.ndarray, " X"]:
+        """Whether these tokens are scored, all of which are of completions."""
+        if not len(self.unscored_start):
+            return np.ones(len(places), bool)
+        spans = np.searchsorted(self.unscored_start, places, side="right")
+        return (spans == 0) | (places >= self.unscored_end[spans - 1])
 
     @functools.cached_property
     def scored_start(self) -> Int64[np.ndarray, " C"]:
@@ -141,8 +158,7 @@ class Encoded:
 
     def scored_of(self, completion: int) -> Bool[np.ndarray, " _"]:
         """Which ids of a completion are scored."""
-        start = int(self.completion_start[completion])
-        return self.scored[start : start + int(self.completion_length[completion])]
+        return self.scored_at(int(self.completion_start[completion]) + np.arange(self._length(completion)))
 
     def cut(self, completion: int) -> tuple[Int32[np.ndarray, " _"], Int32[np.ndarray, " _"]]:
         """Ids that truncation took before what is read, and after it.
@@ -215,7 +231,8 @@ def head(encoded: Encoded, pairs: int) -> Encoded:
     units = int(encoded.pair_unit[pairs - 1]) + 1
     completions = int(np.searchsorted(encoded.completion_unit, units))
     tokens = int(encoded.prompt_start[units]) if units < encoded.num_units else len(encoded.tokens)
-    of = {"N": tokens, "U": units, "C": completions, "P": pairs}
+    spans = int(np.searchsorted(encoded.unscored_start, tokens))
+    of = {"N": tokens, "U": units, "C": completions, "P": pairs, "S": spans}
     axes = {field.name: getattr(field.type, "dim_str", "") for field in fields(encoded)}
     return replace(encoded, **{name: getattr(encoded, name)[: of[axis]] for name, axis in axes.items() if axis in of})
 
@@ -224,13 +241,15 @@ def of_units(encoded: Encoded, kept: Bool[np.ndarray, " U"]) -> Encoded:
     """The data of these units alone, in their order, as if no other had been read."""
     sizes = np.diff(encoded.prompt_start, append=len(encoded.tokens))
     completions, pairs = kept[encoded.completion_unit], kept[encoded.pair_unit]
-    masks = {"N": np.repeat(kept, sizes), "U": kept, "C": completions, "P": pairs}
+    owner = np.searchsorted(encoded.prompt_start, encoded.unscored_start, side="right") - 1
+    masks = {"N": np.repeat(kept, sizes), "U": kept, "C": completions, "P": pairs, "S": kept[owner]}
     axes = {field.name: getattr(field.type, "dim_str", "") for field in fields(encoded)}
     found = {name: getattr(encoded, name)[masks[axis]] for name, axis in axes.items() if axis in masks}
     moved = np.cumsum(np.where(kept, 0, sizes))  # tokens left out before a unit that is kept
     unit, completion = (np.cumsum(mask, dtype=np.int32) - 1 for mask in (kept, completions))
     found["prompt_start"] = found["prompt_start"] - moved[kept]
     found["completion_start"] = found["completion_start"] - moved[found["completion_unit"]]
+    found |= {name: found[name] - moved[owner[kept[owner]]] for name in ("unscored_start", "unscored_end")}
     found |= {name: unit[found[name]] for name in ("completion_unit", "pair_unit")}
     found |= {name: completion[found[name]] for name in ("chosen", "rejected")}
     return replace(encoded, **found)

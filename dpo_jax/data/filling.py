@@ -154,7 +154,7 @@ def _fill_trees(
     source = ranges(slot + begin - 1, size)
     source[np.cumsum(size) - size] = slot + start[owner] + prompt[owner] - 1  # the first one's is the prompt's last
     places, count = ranges(encoded.completion_start[text], size), encoded.scored_lengths(text).astype(np.int64)
-    chosen = encoded.scored[places]
+    chosen = encoded.scored_at(places)
     where = ranges(into * scored + _before(into, count), count)
     _flat(batch.source)[where] = source[chosen]
     _flat(batch.target)[where] = encoded.tokens[places[chosen]]

@@ -59,7 +59,6 @@ class Builder:
         """Nothing is there yet."""
         self.file = file
         self.tokens: list[np.ndarray] = []
-        self.scored: list[np.ndarray] = []
         self.size = 0
         self.columns: dict[str, list] = {field.name: [] for field in fields(Encoded) if field.name not in _WHOLE}
 
@@ -88,9 +87,8 @@ class Builder:
 
     def _append(self, ids: list[int], unscored: Sequence[tuple[int, int]] = ()) -> int:
         self.tokens.append(np.asarray(ids, np.int32))
-        self.scored.append(np.ones(len(ids), bool))
-        for start, end in unscored:
-            self.scored[-1][start:end] = False
+        for start, end in _apart(unscored, len(ids)):
+            self._row(unscored_start=self.size + start, unscored_end=self.size + end)
         self.size += len(ids)
         return self.size - len(ids)
 
@@ -98,16 +96,27 @@ class Builder:
         """The arrays."""
         columns = {name: np.asarray(values, COLUMNS[name]) for name, values in self.columns.items()}
         tokens = np.concatenate(self.tokens) if self.tokens else np.zeros(0, np.int32)
-        scored = np.concatenate(self.scored) if self.scored else np.zeros(0, bool)
         unranked = np.zeros(len(columns["completion_unit"]), np.int32)
         files = (self.file,) if self.tokens else ()
-        encoded = Encoded(tokens=tokens, scored=scored, files=files, rank=unranked, **columns)
+        encoded = Encoded(tokens=tokens, files=files, rank=unranked, **columns)
         return replace(encoded, rank=ranks(encoded))
 
 
-_WHOLE = ("tokens", "scored", "files", "rank")
+def _apart(ranges: Iterable[tuple[int, int]], length: int) -> list[tuple[int, int]]:
+    """The same tokens of a text of that length in as few spans as there can be, in their order."""
+    found: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if found and start <= found[-1][1]:
+            start, end = found[-1][0], max(end, found.pop()[1])
+        if start < min(end, length):
+            found.append((start, min(end, length)))
+    return found
+
+
+_WHOLE = ("tokens", "files", "rank")
 _KINDS = {
-    "scored": np.bool_,
+    "unscored_start": np.int64,
+    "unscored_end": np.int64,
     "prompt_start": np.int64,
     "completion_start": np.int64,
     "content_key": np.int64,
@@ -122,6 +131,8 @@ COLUMNS: dict[str, np.dtype] = {
 }
 """The arrays of an `Encoded`, and what each holds."""
 _COUNTED = {
+    "unscored_start": "tokens",
+    "unscored_end": "tokens",
     "prompt_start": "tokens",
     "completion_start": "tokens",
     "completion_unit": "prompt_start",

@@ -30,7 +30,8 @@ def made_up(
     int32, ones = np.int32, np.ones(count, np.float32)
     return Encoded(
         tokens=np.zeros(int(sizes.sum()), int32),
-        scored=np.ones(int(sizes.sum()), bool),
+        unscored_start=np.zeros(0, np.int64),
+        unscored_end=np.zeros(0, np.int64),
         prompt_start=starts[:, 0].astype(np.int64),
         prompt_length=prompts.astype(int32),
         completion_unit=np.repeat(units, 2).astype(int32),

@@ -11,7 +11,7 @@ from dpo_jax.data.encode import Encoded
 from dpo_jax.files import digest_of, write_whole
 from dpo_jax.processes.here import here
 
-VERSION = "4"
+VERSION = "5"
 """Changed whenever the same weights and tokens would give other numbers."""
 
 

@@ -197,7 +197,7 @@ def test_what_a_tool_answers_is_read_and_not_scored(tmp_path):
     last = "<think>\n\n</think>\n\ntwelve<|im_end|>"
     assert texts(encoded, tokenizer)[1] == called + others + last
     assert scored(encoded, tokenizer) == called + last
-    assert encoded.scored_of(1).all() and encoded.num_scored == encoded.scored_length.sum() < len(encoded.scored)
+    assert encoded.scored_of(1).all() and encoded.num_scored == encoded.scored_length.sum() < len(encoded.tokens)
     assert report.counts == {"completion of several turns": 1, "not scored: others' words": 1}
 
 
@@ -205,7 +205,7 @@ def test_all_of_an_answer_is_scored_if_it_is_wanted(tmp_path):
     tokenizer = tokenizer_with(THINKING)
     row = {"prompt": HI, "chosen": LOOP, "rejected": NO}
     encoded, report = encoded_rows(tmp_path, tokenizer, row, score_tool_results=True)
-    assert encoded.scored.all() and report.counts == {"completion of several turns": 1}
+    assert not len(encoded.unscored_start) and report.counts == {"completion of several turns": 1}
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_results_with_which_all_answers_begin_belong_to_the_prompt(tmp_path):
     apart = {"prompt": asked, "chosen": YO, "rejected": NO}
     together = {"prompt": asked[:-1], "chosen": [asked[-1], *YO], "rejected": [asked[-1], *NO]}
     first, second = (encoded_rows(tmp_path, tokenizer, row)[0] for row in (apart, together))
-    assert first.tokens.tolist() == second.tokens.tolist() and second.scored.all()
+    assert first.tokens.tolist() == second.tokens.tolist() and not len(second.unscored_start)
 
 
 def test_a_row_that_truncation_leaves_no_word_of_the_assistants_is_too_long(tmp_path):

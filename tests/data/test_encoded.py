@@ -5,15 +5,19 @@ import shutil
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dpo_jax import files
 from dpo_jax.data import cache
 from dpo_jax.data import encode as encode_module
 from dpo_jax.data.cache import SETTINGS
 from dpo_jax.data.encode import collect, encode
-from dpo_jax.data.encoded import Encoded
+from dpo_jax.data.encoded import Encoded, head, of_units
+from dpo_jax.data.layouts import Pair
 from dpo_jax.data.settings import DataSettings
-from dpo_jax.data.units import COLUMNS
+from dpo_jax.data.truncation import Cut
+from dpo_jax.data.units import COLUMNS, Builder, Unit, joined
 from dpo_jax.errors import UserError
 from dpo_jax.files import held
 from tests.support.encoding import assert_equal, settings
@@ -220,6 +224,51 @@ def test_each_completion_has_its_own_part_of_the_list_of_scored_tokens(tmp_path)
 
 def starts_and_lengths(encoded: Encoded) -> tuple[list[int], list[int]]:
     return encoded.scored_start.tolist(), encoded.completion_length.tolist()
+
+
+@given(st.data())
+def test_what_is_not_scored_is_a_mask_over_the_tokens_as_spans(case):
+    """Joined, one part after another; of all units, of the first ones and of some."""
+    length, start = st.integers(1, 12), st.integers(0, 14)
+    texts = st.lists(st.tuples(length, st.lists(st.tuples(start, start), max_size=4)), min_size=2, max_size=4)
+    parts = case.draw(st.lists(st.lists(texts, min_size=1, max_size=3), min_size=1, max_size=3))
+    whole, masks = joined(built(units) for units in parts), []
+    for units in parts:
+        masks += [[mask_of(*text) for text in unit[1:]] for unit in units]
+    assert scored(whole) == [mask for unit in masks for mask in unit]
+    kept = np.asarray(case.draw(st.lists(st.booleans(), min_size=len(masks), max_size=len(masks))))
+    some = of_units(whole, kept)
+    assert scored(some) == [mask for unit, stays in zip(masks, kept, strict=True) if stays for mask in unit]
+    first = head(whole, 1)
+    assert scored(first) == masks[0] and (first.unscored_end <= len(first.tokens)).all()
+
+
+def built(units: list[list[tuple[int, list[tuple[int, int]]]]]) -> Encoded:
+    """Units of texts, each a length and ranges of it that are not scored; the first text is the prompt."""
+    builder = Builder("rows.jsonl")
+    for line, ((prompt, _), *answers) in enumerate(units, 1):
+        completions, unscored = [[7] * size for size, _ in answers], [ranges for _, ranges in answers]
+        pair = Pair(chosen=0, rejected=len(answers) - 1)
+        unit = Unit([7] * prompt, completions, unscored, (pair,), "rows.jsonl", line, keys=(line, line))
+        cuts = [kept_of(size) for size, _ in answers]
+        builder.add(unit, Cut([0] * len(cuts), [cut.start for cut in cuts], [len(cut) for cut in cuts]))
+    return builder.build()
+
+
+def kept_of(length: int) -> range:
+    """What is kept of a completion; of a longer one, neither its beginning nor its end."""
+    return range(length // 4, length - length // 5)
+
+
+def mask_of(length: int, ranges: list[tuple[int, int]]) -> list[bool]:
+    return [not any(start <= place < end for start, end in ranges) for place in kept_of(length)]
+
+
+def scored(encoded: Encoded) -> list[list[bool]]:
+    """Of each completion, said in two ways that have to agree."""
+    masks = [encoded.scored_of(completion).tolist() for completion in range(encoded.num_completions)]
+    assert [sum(mask) for mask in masks] == encoded.scored_length.tolist()
+    return masks
 
 
 def test_the_list_of_scored_tokens_may_be_longer_than_an_int32_counts():

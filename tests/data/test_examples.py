@@ -251,7 +251,7 @@ def repeated(encoded: Encoded, times: int) -> Encoded:
     steps |= {"chosen": encoded.num_completions, "rejected": encoded.num_completions}
     columns = {}
     for field in dataclasses.fields(Encoded):
-        if field.name not in ("tokens", "scored", "files"):
+        if field.name not in ("tokens", "files"):
             column = getattr(encoded, field.name)
             copies = [column + number * steps.get(field.name, 0) for number in range(times)]
             columns[field.name] = np.concatenate(copies).astype(column.dtype)

@@ -52,7 +52,8 @@ def random_encoded(units=9, completions=(2, 2), vocab=50, seed=0, longest=12, sk
     label = np.where([i == j for _, i, j in pairs], rng.integers(0, 2, len(pairs)), 1 - soft * rng.random(len(pairs)))
     encoded = Encoded(
         tokens=np.concatenate(pieces).astype(i32),
-        scored=np.ones(int(lengths.sum()), bool),
+        unscored_start=np.zeros(0, np.int64),
+        unscored_end=np.zeros(0, np.int64),
         prompt_start=starts[is_prompt].astype(np.int64),
         prompt_length=lengths[is_prompt].astype(i32),
         completion_unit=unit.astype(i32),

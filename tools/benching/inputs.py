@@ -20,7 +20,8 @@ def encoded_of(lengths: np.ndarray, vocabulary: int, seed: int = 0, *, blank: bo
     units = np.arange(count, dtype=np.int32)
     return Encoded(
         tokens=tokens.astype(np.int32, copy=False),
-        scored=np.ones(total, bool),
+        unscored_start=np.zeros(0, np.int64),
+        unscored_end=np.zeros(0, np.int64),
         prompt_start=starts[:, 0].astype(np.int64),
         prompt_length=lengths[:, 0].astype(np.int32),
         completion_unit=np.repeat(units, 2),

@@ -82,7 +82,8 @@ def _mapped(folder: Path, pairs: int) -> Encoded:
         size = sizes[owners.get(name) or name.partition("_")[0]]
         return np.lib.format.open_memmap(folder / f"{name}.npy", "w+", COLUMNS[name], (size,))
 
-    columns = {name: made(name) for name in COLUMNS if name not in ("tokens", "scored")}
+    unscored = {name: np.zeros(0, COLUMNS[name]) for name in ("unscored_start", "unscored_end")}
+    columns = unscored | {name: made(name) for name in COLUMNS if name not in (*unscored, "tokens")}
     total = 0
     for begin in range(0, pairs, WRITTEN):
         end = min(begin + WRITTEN, pairs)
@@ -96,5 +97,5 @@ def _mapped(folder: Path, pairs: int) -> Encoded:
         columns["completion_length"][both] = lengths[:, 1:].reshape(-1)
         columns["completion_unit"][both] = np.repeat(units, 2)
         columns["pair_unit"][one], columns["chosen"][one], columns["rejected"][one] = units, 2 * units, 2 * units + 1
-    columns |= {name: np.broadcast_to(COLUMNS[name].type(1), total) for name in ("tokens", "scored")}
+    columns["tokens"] = np.broadcast_to(COLUMNS["tokens"].type(1), total)
     return Encoded(files=("measured",), **{name: np.asarray(array) for name, array in columns.items()})
