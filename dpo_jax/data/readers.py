@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo_jax.data.arrow import Part, Undecoded, arrow_parts, parquet_parts, rows_of
 from dpo_jax.data.messages import BadRow
 from dpo_jax.data.report import clean
 from dpo_jax.errors import UserError
@@ -36,7 +37,8 @@ class Row(NamedTuple):
     file: str
     line: int
     value: object
-    """What the row holds, or the BadRow that says why it cannot be read; bytes are JSON that was not parsed yet."""
+    """What the row holds, or the BadRow that says why it cannot be read. Bytes are JSON that was not parsed yet, and an
+    Undecoded is a row of a table that was not decoded yet."""
     notes: tuple[tuple[str, str], ...] = ()
     count: int = 1
     """Rows of the file that it is made of (see gathering.py)."""
@@ -47,6 +49,8 @@ Reader = Callable[[Path, str], Iterator[Row]]
 
 def value_of(row: Row) -> object:
     """What a row holds, or the BadRow that says why it cannot be read."""
+    if isinstance(row.value, Undecoded):
+        return row.value.value()
     return _parse(row.value) if isinstance(row.value, bytes) else row.value
 
 
@@ -244,58 +248,17 @@ def _element(text: str, start: int, where: str) -> tuple[Any, int]:
         raise UserError(f"{where}: an element cannot be read ({clean(str(error))}); correct the file") from None
 
 
-# ------------------------------------------------------------------------------------------------ Arrow
+# ------------------------------------------------------------------------------------------------ tables
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[Row]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            yield from arrow_rows(file.iter_batches(1000), name)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{clean(name)}: not a Parquet file that can be read: {clean(str(error))}") from error
+    return table_rows(parquet_parts(path, name), name)
 
 
 def _read_arrow(path: Path, name: str) -> Iterator[Row]:
-    """An Arrow file of either kind: a stream (as datasets writes them) or a file with a footer."""
-    import pyarrow
-
-    try:
-        with pyarrow.memory_map(str(path)) as file:
-            yield from arrow_rows(_arrow_batches(file), name)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{clean(name)}: not an Arrow file that can be read: {clean(str(error))}") from error
+    return table_rows(arrow_parts(path, name), name)
 
 
-def _arrow_batches(file: Any) -> Iterator[Any]:
-    import pyarrow
-
-    try:
-        reader = pyarrow.ipc.open_file(file)
-    except pyarrow.ArrowInvalid:
-        file.seek(0)
-        yield from pyarrow.ipc.open_stream(file)
-    else:
-        for index in range(reader.num_record_batches):
-            yield reader.get_batch(index)
-
-
-def arrow_rows(batches: Iterable[Any], name: str) -> Iterator[Row]:
-    """The rows of record batches, numbered from 1."""
-    number = 0
-    for batch in batches:
-        for value in _values(batch):
-            number += 1
-            yield Row(name, number, value)
-
-
-def _values(batch: Any) -> list[Any]:
-    """Rows of a batch. Arrow does not check its texts, so one that is not UTF-8 fails here, and only its row is bad."""
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError as error:
-        if batch.num_rows == 1:
-            return [BadRow("invalid UTF-8", error.reason)]
-        return [value for index in range(batch.num_rows) for value in _values(batch.slice(index, 1))]
+def table_rows(parts: Iterable[Part], name: str) -> Iterator[Row]:
+    """The rows of a table, numbered from 1."""
+    return (Row(name, number, value) for number, value in enumerate(rows_of(parts), 1))

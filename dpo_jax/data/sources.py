@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.data.arrow import DECODED, parts_of
 from dpo_jax.data.known import split_of
-from dpo_jax.data.readers import SUFFIXES, Row, arrow_rows, is_named_as_rows, reader_of, value_of
+from dpo_jax.data.readers import SUFFIXES, Row, is_named_as_rows, reader_of, table_rows, value_of
 from dpo_jax.data.report import clean
 from dpo_jax.errors import UserError, nearest_file, one_line
 from dpo_jax.files import file_digest
@@ -207,4 +208,5 @@ def _hub(source: str, name: str, configuration: str | None, split: str | None) -
 
 def _dataset(found: Any, name: str) -> SourceTable:
     fingerprint = found._fingerprint
-    return SourceTable(name, lambda: fingerprint, lambda: arrow_rows(found.with_format("arrow").iter(1000), name))
+    pieces = found.with_format("arrow")
+    return SourceTable(name, lambda: fingerprint, lambda: table_rows(parts_of(pieces.iter(DECODED)), name))

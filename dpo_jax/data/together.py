@@ -22,6 +22,9 @@ from dpo_jax.errors import UserError
 from dpo_jax.files import write_whole
 from dpo_jax.processes.here import Here, is_seen
 
+RUN = 8
+"""Pieces that follow each other and are of one process: of a file that need not be read to go past them (Parquet's row
+groups), it reads little beyond its own."""
 LOOKS_AGAIN = 0.05
 """Seconds between two looks for a piece that another process is to make."""
 ONE_FOLDER = "give a folder that all hosts see in the same state, or one of each host's own"
@@ -51,8 +54,8 @@ Make = Callable[[Iterable[Stretch]], Generator[EncodedPart, None, None]]
 
 
 def do_share(place: Here, folder: Path, make: Make, pieces: Iterable[Stretch]) -> None:
-    """Of every process but 0: make one piece in so many as there are processes, each a file of the folder, which
-    process 0 has made. When it is gone, process 0 has given up, and says why.
+    """Of every process but 0: make its pieces, each a file of the folder, which process 0 has made. When that is gone,
+    process 0 has given up, and says why.
 
     Raises:
       UserError: the folder cannot be written; or what making the pieces raises.
@@ -65,7 +68,7 @@ def do_share(place: Here, folder: Path, make: Make, pieces: Iterable[Stretch]) -
             place.moved()
             try:
                 with refused(folder.parent):
-                    write_whole(_file(folder, place.process + turn * place.count), to_bytes(part))
+                    write_whole(_file(folder, _number(turn, place.process, place.count)), to_bytes(part))
             except UserError:
                 if folder.exists():
                     raise
@@ -81,12 +84,13 @@ def gathered(place: Here, folder: Path, make: Make, pieces: Iterable[Stretch]) -
     shared, own = _Shared(pieces), deque[EncodedPart]()
     with closing(make(shared.of(0, place.count))) as mine:
         for number in itertools.count():
-            if shared.count <= number or not (own or number % place.count):
+            who = _whose(number, place.count)
+            if shared.count <= number or not (own or who):
                 own.extend(itertools.islice(mine, 1))  # reads on, as far as the next piece that is its own
             if shared.count <= number:
                 break
             place.moved()
-            yield _awaited(place, folder, number) if number % place.count else own.popleft()
+            yield _awaited(place, folder, number, who) if who else own.popleft()
     place.meet("shares made")  # or the folder would go while others still write
 
 
@@ -104,14 +108,24 @@ class _Shared:
         """Those of a process."""
         for piece in self._pieces:
             self.count += 1
-            if (self.count - 1) % processes == process:
+            if _whose(self.count - 1, processes) == process:
                 yield piece
 
 
-def _awaited(place: Here, folder: Path, number: int) -> EncodedPart:
+def _whose(number: int, processes: int) -> int:
+    """The process that makes a piece."""
+    return number // RUN % processes
+
+
+def _number(turn: int, process: int, processes: int) -> int:
+    """The piece that a process makes after so many others; `_whose` read the other way."""
+    return (turn // RUN * processes + process) * RUN + turn % RUN
+
+
+def _awaited(place: Here, folder: Path, number: int, who: int) -> EncodedPart:
     """A piece of another process, once it is there."""
     path = _file(folder, number)
-    with place.waiting(f"process {number % place.count} (tokenising)"):
+    with place.waiting(f"process {who} (tokenising)"):
         while not path.exists():
             time.sleep(LOOKS_AGAIN)
     part = from_bytes(path.read_bytes())

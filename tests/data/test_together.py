@@ -18,6 +18,7 @@ from tests.support.tiny_rows import CHAT, GOOD, byte_tokenizer, write
 def files(tmp_path, monkeypatch):
     """Two files of many pieces, with bad rows, duplicates, pairs that contradict each other, rankings and chats."""
     monkeypatch.setattr(encode_module, "CHUNK", 3)
+    monkeypatch.setattr(together, "RUN", 2)
     ranked = {"prompt": "r", "completions": ["a", "b", "c"], "ranks": [2, 0, 1]}
     rows = [b"{" if n % 7 == 3 else {**GOOD, "prompt": f"p{n % 11}"} for n in range(40)]
     rows += [{**GOOD, "prompt": "p1", "chosen": GOOD["rejected"], "rejected": GOOD["chosen"]}, CHAT]
@@ -45,6 +46,13 @@ def test_all_have_what_one_has_and_nothing_is_left_behind(files, tmp_path, count
     assert {path.name: path.read_bytes() for path in entry.glob("*.npy")} == {
         path.name: path.read_bytes() for path in other.glob("*.npy")
     }
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_pieces_are_numbered_as_they_are_shared(count):
+    for process in range(count):
+        own = [piece for piece in range(200) if together._whose(piece, count) == process]
+        assert own == [together._number(turn, process, count) for turn in range(len(own))]
 
 
 def test_each_row_is_tokenised_by_one_process(files, tmp_path, monkeypatch):
