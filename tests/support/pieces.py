@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import tempfile
 import time
 
 from dpo_jax.data.encode import EncodingRules, encode_rows
@@ -62,5 +63,5 @@ def ending(how):
         case "memory":
             return len([bytes(1 << 20) for _ in range(1 << 20)])
         case "write":
-            with open(__file__ + ".written", "wb") as file:
+            with tempfile.TemporaryFile() as file:
                 file.write(b"x")
