@@ -227,6 +227,7 @@ FOREIGN = {
         # -------------------------------------------------------------------------------------------------- data
         ("dataset_num_proc preprocessing_num_workers dataset_processes num_proc", "data.workers"),
         ("shuffle shuffle_dataset shuffle_merged_datasets", "data.shuffle"),
+        ("streaming dataset_streaming", "data.stream reads the Parquet files of a hub data set where they lie"),
         (
             "disable_shuffling train_sampling_strategy group_by_length length_column_name curriculum_sampling "
             "shuffle_before_merging_datasets",
@@ -236,7 +237,7 @@ FOREIGN = {
             "dataloader_num_workers dataloader_drop_last dataloader_pin_memory dataloader_persistent_workers "
             "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order "
             "preprocessing_batch_size overwrite_cache dataset_prepared_path dataloader collate_fn streaming_* "
-            "pretrain_* tokenized_path cache_dir streaming dataset_streaming dataset_keep_in_memory "
+            "pretrain_* tokenized_path cache_dir dataset_keep_in_memory "
             "skip_prepare_dataset buffer_size packed data_shared_file_system num_dataset_shards",
             "not needed: rows are tokenised once and kept (data.cache, data.workers), and every step has all its pairs",
         ),

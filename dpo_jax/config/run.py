@@ -156,7 +156,8 @@ CHANGES_MATHEMATICS = frozenset(
 KEEPS_MATHEMATICS = frozenset(
     """
     model.scan_layers model.remat model.attention model.compile_cache data.eval data.max_bad_fraction data.cache
-    data.workers batch.micro_tokens batch.share_prompts mesh.data mesh.fsdp mesh.expert mesh.tensor mesh.context
+    data.workers data.stream batch.micro_tokens batch.share_prompts
+    mesh.data mesh.fsdp mesh.expert mesh.tensor mesh.context
     evaluation.every evaluation.answers evaluation.max_new_tokens evaluation.patience
     evaluation.judge evaluation.judge_template evaluation.judge_model evaluation.judge_key_variable
     evaluation.judge_call_budget checkpoint.every checkpoint.keep checkpoint.folder

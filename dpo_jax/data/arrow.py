@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from dpo_jax.data.messages import BadRow
 from dpo_jax.data.report import clean
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, one_line
 
 DECODED = 256
 """Rows that are decoded together."""
@@ -103,36 +103,46 @@ def _readable(name: str, kind: str) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ Parquet
 
 
-def parquet_parts(path: Path, name: str) -> Iterator[Part]:
-    """A Parquet file, which goes by `name` in messages.
+HUB = "hf://"
+"""What an address on the Hub begins with; one with a commit, as datasets gives them, always means the same bytes."""
+
+
+class _ParquetFile(NamedTuple):
+    """A file of this machine or of the Hub."""
+
+    path: str
+    name: str
+    """In messages."""
+    state: tuple[int, int] | None
+    """Size and time of a file of this machine, when it was first looked at."""
+
+
+def parquet_parts(path: str, name: str) -> Iterator[Part]:
+    """A Parquet file of this machine or of the Hub, which goes by `name` in messages.
 
     Raises:
       UserError: it cannot be read; also from a part.
     """
-    from pyarrow import parquet
-
-    with _readable(name, "a Parquet"), parquet.ParquetFile(path) as file:
-        state = _state(path)
-        for number in range(file.num_row_groups):
-            count = file.metadata.row_group(number).num_rows
-            if count > SMALL:
-                yield from parts_of(file.iter_batches(DECODED, row_groups=[number]))
-                continue
-            group = _RowGroup(str(path), name, number, state)
-            for start in range(0, count, DECODED):
-                size = min(DECODED, count - start)
-                yield Part(functools.partial(group.rows, start, size), size)
+    file = _ParquetFile(path, name, _state(path))
+    metadata = _metadata(file)
+    for number in range(metadata.num_row_groups):
+        count = metadata.row_group(number).num_rows
+        if count > SMALL:
+            with _opened(file, metadata) as opened:
+                yield from parts_of(opened.iter_batches(DECODED, row_groups=[number]))
+            continue
+        group = _RowGroup(file, number)
+        for start in range(0, count, DECODED):
+            size = min(DECODED, count - start)
+            yield Part(functools.partial(group.rows, start, size), size)
 
 
 @dataclass(eq=False)
 class _RowGroup:
     """A row group of a file, which is read when rows of it are wanted."""
 
-    path: str
-    name: str
+    file: _ParquetFile
     number: int
-    state: tuple[int, int]
-    """Of the file when it was opened."""
 
     def rows(self, start: int, count: int) -> Any:
         """Some of its rows, as a table."""
@@ -140,19 +150,45 @@ class _RowGroup:
 
     @functools.cached_property
     def _table(self) -> Any:
-        from pyarrow import parquet
-
-        with _readable(self.name, "a Parquet"), parquet.ParquetFile(self.path) as file:
-            if _state(Path(self.path)) != self.state:
-                raise UserError(f"{clean(self.name)}: was changed while it was read; start again")
-            return file.read_row_group(self.number)
+        with _opened(self.file, _metadata(self.file)) as opened:
+            return opened.read_row_group(self.number)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _RowGroup, (self.path, self.name, self.number, self.state)
+        return _RowGroup, (self.file, self.number)
 
 
-def _state(path: Path) -> tuple[int, int]:
-    found = path.stat()
+@functools.lru_cache(maxsize=16)
+def _metadata(file: _ParquetFile) -> Any:
+    """What the end of a file says of its row groups."""
+    with _opened(file) as opened:
+        return opened.metadata
+
+
+@contextlib.contextmanager
+def _opened(file: _ParquetFile, metadata: Any = None) -> Iterator[Any]:
+    """An open file, of which the metadata may be known."""
+    from pyarrow import parquet
+
+    if not file.path.startswith(HUB):
+        with _readable(file.name, "a Parquet"), parquet.ParquetFile(file.path, metadata=metadata) as opened:
+            if _state(file.path) != file.state:
+                raise UserError(f"{clean(file.name)}: was changed while it was read; start again")
+            yield opened
+        return
+    from huggingface_hub import HfFileSystem
+
+    try:
+        with HfFileSystem().open(file.path, "rb") as data, parquet.ParquetFile(data, metadata=metadata) as opened:
+            yield opened
+    # Network and Hub each have errors of their own; the user needs the file and the cause.
+    except Exception as error:
+        raise UserError(f"{clean(file.name)}: cannot be fetched: {clean(one_line(error))}; start again") from error
+
+
+def _state(path: str) -> tuple[int, int] | None:
+    if path.startswith(HUB):
+        return None
+    found = Path(path).stat()
     return found.st_size, found.st_mtime_ns
 
 

@@ -298,7 +298,7 @@ def collect(
     arguments, digest = settings.chat_template_kwargs or {}, template_digest(tokenizer, template)
     check_arguments(arguments, tokenizer, template)
     tokenizer, template, date = dated(tokenizer, template, date)
-    opened = place.in_turn("data sources", lambda: tables(sources))  # so that one process downloads
+    opened = place.in_turn("data sources", lambda: tables(sources, stream=settings.stream))  # one downloads
     entry = Entry.of(cache, opened, tokenizer, settings, template, first) if cache is not None else None
     if entry and (found := _kept(entry, place)):
         return found

@@ -252,7 +252,7 @@ def _element(text: str, start: int, where: str) -> tuple[Any, int]:
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[Row]:
-    return table_rows(parquet_parts(path, name), name)
+    return table_rows(parquet_parts(str(path), name), name)
 
 
 def _read_arrow(path: Path, name: str) -> Iterator[Row]:

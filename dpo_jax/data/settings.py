@@ -117,6 +117,11 @@ class DataSettings(Section):
         description="processes that tokenise where there are many rows (default: one for each core, at most 16); 0 and "
         "1 tokenise in the run's own process",
     )
+    stream: bool = Field(
+        default=False,
+        description="read Parquet files of a hub data set where they lie, and keep of them the tokenised rows alone: "
+        "each process fetches the row groups that it tokenises",
+    )
     cache: str | None = Field(default=None, description="folder for tokenised data and reference log-probabilities")
 
     @field_validator("chat_template_kwargs")

@@ -8,15 +8,18 @@ A source is one of:
     FOLDER, FOLDER:SPLIT                    what `datasets` saved; of several splits one is to be named
     NAME, NAME:SPLIT,                       a data set of the Hub; SPLIT is `train`, or what known.py says of the set,
     NAME:CONFIGURATION:SPLIT                unless given, and may be a slice: `train[:100]`
+
+A data set of the Hub is downloaded and kept by `datasets`; or, as a stream, its Parquet files are read where they lie,
+and of these the row groups alone that are wanted.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.data.arrow import DECODED, parts_of
+from dpo_jax.data.arrow import DECODED, parquet_parts, parts_of
 from dpo_jax.data.known import split_of
 from dpo_jax.data.readers import SUFFIXES, Row, is_named_as_rows, reader_of, table_rows, value_of
 from dpo_jax.data.report import clean
@@ -37,13 +40,13 @@ class SourceTable:
     rows: Callable[[], Iterator[Row]]
 
 
-def tables(sources: str | Sequence[str]) -> list[SourceTable]:
-    """What the sources name, opened in order.
+def tables(sources: str | Sequence[str], *, stream: bool = False) -> list[SourceTable]:
+    """What the sources name, opened in order; data sets of the Hub as a `stream`, if they are to be that.
 
     Raises:
-      UserError: a source is neither a file, a folder nor a data set of the Hub.
+      UserError: a source is neither a file, a folder nor a data set of the Hub, or cannot be a stream.
     """
-    return [table for source in ([sources] if isinstance(sources, str) else sources) for table in _open(source)]
+    return [table for source in ([sources] if isinstance(sources, str) else sources) for table in _open(source, stream)]
 
 
 def read_rows(source: str) -> Iterator[Row]:
@@ -52,7 +55,7 @@ def read_rows(source: str) -> Iterator[Row]:
         yield from (row._replace(value=value_of(row)) for row in table.rows())
 
 
-def _open(source: str) -> list[SourceTable]:
+def _open(source: str, stream: bool) -> list[SourceTable]:
     path = Path(source).expanduser()
     if path.is_file():
         return [_file(path, source)]
@@ -61,7 +64,7 @@ def _open(source: str) -> list[SourceTable]:
     hub = _hub_parts(source)
     if hub is None:
         raise UserError(f"{clean(source)}: no such file or folder{_near(path)}")
-    return [_hub(source, hub["name"], hub["configuration"], hub["split"])]
+    return _hub(source, hub["name"], hub["configuration"], hub["split"], stream)
 
 
 def _local_folder(source: str) -> tuple[Path, str | None] | None:
@@ -190,20 +193,47 @@ def _saved(path: Path, source: str, split: str | None) -> SourceTable:
     return _dataset(found[_split(path, split, map(str, found), source)], source)
 
 
-def _hub(source: str, name: str, configuration: str | None, split: str | None) -> SourceTable:
+def _hub(source: str, name: str, configuration: str | None, split: str | None, stream: bool) -> list[SourceTable]:
     import datasets
 
     usual, folder = split_of(name, configuration)
-    inside: dict[str, Any] = {"data_dir": folder} if folder else {}
+    part = split or usual
+    which: dict[str, Any] = {"data_dir": folder} if folder else {"name": configuration}
     try:
-        found = datasets.load_dataset(name, None if folder else configuration, split=split or usual, **inside)
+        if stream:
+            files = datasets.load_dataset_builder(name, **which).config.data_files or {}
+            return _streamed(source, {str(key): list(map(str, some)) for key, some in files.items()}, part)
+        return [_dataset(datasets.load_dataset(name, split=part, **which), source)]
+    except UserError:
+        raise
     # Network, Hub and parser each have errors of their own; the user needs the source and the cause.
     except Exception as error:
         cause = clean((str(error).splitlines() or [type(error).__name__])[0])
         raise UserError(
             f"{clean(source)}: no such file, and not a data set that the Hub gives: {cause}{_near(Path(source))}"
         ) from error
-    return _dataset(found, source)
+
+
+def _streamed(source: str, files: Mapping[str, list[str]], split: str) -> list[SourceTable]:
+    """The files of a split, by their addresses, each of which has its commit.
+
+    Raises:
+      UserError: there is no such split, or one of its files is not Parquet.
+    """
+    if split not in files:
+        whole = " a slice cannot be a stream: take data.first, or" if "[" in split else ""
+        raise UserError(
+            f"{clean(source)}: no split {clean(split)!r} for data.stream;{whole} give one of {clean(', '.join(files))}"
+        )
+    if other := next((file for file in files[split] if not file.endswith(".parquet")), None):
+        what = clean(other.rpartition("/")[2])
+        raise UserError(f"{clean(source)}: {what} is not Parquet, and cannot be a stream; set data.stream=false")
+
+    def table(address: str) -> SourceTable:
+        name = f"{source}/{address.partition('@')[2].partition('/')[2]}"
+        return SourceTable(name, lambda: address, lambda: table_rows(parquet_parts(address, name), name))
+
+    return [table(address) for address in files[split]]
 
 
 def _dataset(found: Any, name: str) -> SourceTable:

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
+import datasets
 import pytest
 import yaml
 from huggingface_hub import constants
@@ -70,13 +71,15 @@ def missing(code: str, status: int = 404) -> Answer:
 
 
 class Hub:
-    """The state, what was asked of it, and what it shall do wrong: `faults` maps part of a request to a status."""
+    """The state, what was asked of it, how many bytes it has sent, and what it shall do wrong: `faults` maps part of a
+    request to a status."""
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
         self.store: dict[str, bytes] = {}
         self.asked: list[str] = []
         self.faults: dict[str, int] = {}
+        self.sent = 0
         self.url = self.store_url = ""
 
     def add(self, name: str, folder: Path, *, private: bool = False, gated: bool = False) -> str:
@@ -140,9 +143,29 @@ class Hub:
         private = self.repositories[repo].private
         return Answer(200, {"id": repo, "sha": oid, "private": private, "siblings": siblings})
 
-    def tree(self, headers: Any, body: bytes, repo: str, revision: str) -> Answer:
+    def tree(self, headers: Any, body: bytes, repo: str, revision: str, folder: str | None, deep: str | None) -> Answer:
+        """Files of a folder: of the whole tree, or `deep` ones as their folders."""
         _, files = self.revision(repo, revision, headers)
-        return Answer(200, [_entry(name, content) for name, content in files.items()])
+        inside, found = f"{unquote(folder)}/" if folder else "", {}
+        for name, content in files.items():
+            first, slash, _ = name.removeprefix(inside).partition("/")
+            if name.startswith(inside) and slash and not deep:
+                found[inside + first] = _directory(inside + first)
+            elif name.startswith(inside):
+                found[name] = _entry(name, content)
+        if folder and not found:
+            return missing("EntryNotFound")
+        return Answer(200, list(found.values()))
+
+    def paths(self, headers: Any, body: bytes, repo: str, revision: str) -> Answer:
+        _, files = self.revision(repo, revision, headers)
+        found = []
+        for path in parse_qs(body.decode())["paths"]:
+            if path in files:
+                found.append(_entry(path, files[path]))
+            elif any(name.startswith(f"{path}/") for name in files):
+                found.append(_directory(path))
+        return Answer(200, found)
 
     def resolve(self, headers: Any, body: bytes, repo: str, revision: str, path: str) -> Answer:
         oid, files = self.revision(repo, revision, headers, content=True)
@@ -234,6 +257,10 @@ def _is_large(path: str) -> bool:
     return path.endswith((".safetensors", ".bin"))
 
 
+def _directory(name: str) -> dict[str, Any]:
+    return {"type": "directory", "path": name, "oid": git_digest(name.encode()), "size": 0}
+
+
 def _entry(name: str, content: bytes) -> dict[str, Any]:
     if not _is_large(name):
         return {"type": "file", "path": name, "size": len(content), "oid": git_digest(content)}
@@ -243,14 +270,21 @@ def _entry(name: str, content: bytes) -> dict[str, Any]:
 
 
 ROUTES = tuple(
-    (method, re.compile(pattern.replace("REPO", NAME).replace("REV", "(?P<revision>[^/]+)")), handler)
+    (
+        method,
+        re.compile(
+            pattern.replace("KIND", "(?:models|datasets)").replace("REPO", NAME).replace("REV", "(?P<revision>[^/?]+)")
+        ),
+        handler,
+    )
     for method, pattern, handler in (
         ("GET", "/api/whoami-v2", Hub.whoami),
-        ("GET", "/api/models/REPO", Hub.info),
-        ("GET", "/api/models/REPO/revision/REV", Hub.info),
-        ("GET", "/api/models/REPO/tree/REV", Hub.tree),
-        ("HEAD", "/REPO/resolve/REV/(?P<path>.+)", Hub.resolve),
-        ("GET", "/REPO/resolve/REV/(?P<path>.+)", Hub.resolve),
+        ("GET", "/api/KIND/REPO", Hub.info),
+        ("GET", "/api/KIND/REPO/revision/REV", Hub.info),
+        ("GET", "/api/KIND/REPO/tree/REV(?:/(?P<folder>[^?]+))?(?P<deep>[?]deep)?", Hub.tree),
+        ("POST", "/api/KIND/REPO/paths-info/REV", Hub.paths),
+        ("HEAD", "(?:/datasets)?/REPO/resolve/REV/(?P<path>.+)", Hub.resolve),
+        ("GET", "(?:/datasets)?/REPO/resolve/REV/(?P<path>.+)", Hub.resolve),
         ("POST", "/api/repos/create", Hub.create),
         ("POST", "/api/models/REPO/branch/(?P<branch>[^/]+)", Hub.branch),
         ("POST", "/api/validate-yaml", Hub.check_card),
@@ -274,11 +308,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         body, path = self._body(), urlsplit(self.path).path
+        path += "?deep" * ("recursive=true" in self.path.lower())
         self.server.hub.asked.append(f"{self.command} {path}")
         try:
             found = self._answer(path, body)
         except Answer as answer:
             found = answer
+        if self.command == "GET" and found.status == 200 and (part := self.headers.get("range")):
+            first, last = (int(place) for place in part.removeprefix("bytes=").split("-"))
+            found = Answer(206, found.body[first : last + 1], **found.headers)
+        self.server.hub.sent += len(found.body) if self.command == "GET" else 0
         self.send_response(found.status)
         for name, value in {**found.headers, "Content-Length": str(len(found.body))}.items():
             self.send_header(name, value)
@@ -335,7 +374,9 @@ def serving() -> Iterator[Hub]:
 
 
 def use(patch: pytest.MonkeyPatch, hub: Hub, home: Path) -> None:
-    """The hub's client, in this process, talks to the stand-in and keeps its cache in `home`."""
+    """The hub's client, in this process, talks to the stand-in and keeps its cache in `home`; so does datasets."""
+    for name, value in {"HF_ENDPOINT": hub.url, "HF_DATASETS_CACHE": home / "datasets"}.items():
+        patch.setattr(datasets.config, name, value)
     for name, value in {
         "ENDPOINT": hub.url,
         "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
