@@ -30,7 +30,7 @@ def table(request, tmp_path, monkeypatch):
         return path
     make = pyarrow.ipc.new_stream if request.param == "stream" else pyarrow.ipc.new_file
     with make(str(path := tmp_path / "rows.arrow"), rows.schema) as file:
-        file.write_table(rows, max_chunksize=7)
+        file.write_table(rows, max_chunksize=5)
     return path
 
 
