@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from dpo_jax.files import file_digest  # noqa: E402
 from dpo_jax.reporting.journal import read_records  # noqa: E402
 from tests.support.hosts import Hosts  # noqa: E402
-from tests.support.worlds import write_world  # noqa: E402
+from tests.support.worlds import settings_in, write_world  # noqa: E402
 
 GRACE = 10
 """Seconds beside the timeout in which all processes must be gone."""
@@ -36,18 +36,10 @@ GRACE = 10
 
 def words(root: Path, output: Path, timeout: int) -> list[str]:
     """The command, less the interpreter."""
-    given = {
-        "model.path": root / "model",
-        "data.train": root / "train.jsonl",
-        "data.eval": root / "eval.jsonl",
-        "evaluation.answers": root / "answers.jsonl",
-        "evaluation.max_new_tokens": 4,
-        "evaluation.every": 10,
-        "batch.pairs": 4,
-        "batch.micro_tokens": 256,
+    given = settings_in(root) | {
         "steps": 60,
-        "optimizer.learning_rate": 1e-3,
         "checkpoint.every": 5,
+        "evaluation.every": 10,
         "distributed.timeout": timeout,
         "distributed.start_timeout": 300,
         "output": output,
