@@ -26,6 +26,10 @@ NOTHING = -1e30
 """Logit of an entry that only fills a vocabulary up: finite, so that a device that has no others makes no nan."""
 
 
+LOWEST = float(jnp.finfo(jnp.float32).min)
+"""The running maximum before the first chunk: not -inf, from which a chunk of logits of -inf would make nan."""
+
+
 class TokenScores(NamedTuple):
     """What the head says about each scored token; only `logps` carries a gradient."""
 
@@ -147,7 +151,22 @@ def scored(
         rows = jnp.pad(rows, ((0, extra), (0, 0)))
         bias = None if bias is None else jnp.pad(bias, (0, extra))
     plan = plan._replace(split=split, vocab=vocab, filled=rows.shape[0] > vocab)
-    return _scored(hidden, rows, targets, bias, plan)
+    return _scored(*_alike(hidden, rows, targets, bias), plan)
+
+
+def _alike(*arrays: Any) -> tuple[Any, ...]:
+    """Arrays that are said to differ over the same axes of a caller's `shard_map`: over those of any of them."""
+    axes = frozenset[str]().union(*(_differs_over(array) for array in arrays if array is not None))
+    return tuple(None if array is None else _differing(array, axes - _differs_over(array)) for array in arrays)
+
+
+def _differs_over(array: Any) -> frozenset[str]:
+    return jax.typeof(array).manual_axis_type.varying
+
+
+def _differing(tree: Any, axes: frozenset[str]) -> Any:
+    """Arrays that are said to differ over these axes too."""
+    return lax.pcast(tree, tuple(sorted(axes)), to="varying") if axes else tree
 
 
 def _fitted(split: HeadSplit | None, hidden: Float[Array, "N D"], vocab: int) -> HeadSplit | None:
@@ -199,7 +218,8 @@ def _summary(hidden, rows, targets, bias, plan: ScanPlan, *, pulls: bool):
             logits, real = _chunk_logits(hidden, part, bias, plan, start, offset)
             return _absorb(state, logits, real, part, targets - offset - start, offset + start, plan)
 
-        state = _over_chunks(visit, _blank(hidden, pulls), rows.shape[0], plan.chunk)
+        state = _differing(_blank(hidden, pulls), _differs_over(hidden))
+        state = _over_chunks(visit, state, rows.shape[0], plan.chunk)
         state = _together(state, plan)
         slope = None if state.pull is None else _slope(state, rows, targets, offset, plan, hidden.dtype)
         return _scores(state, plan), state.top + jnp.log(state.total), slope
@@ -212,7 +232,7 @@ def _summary(hidden, rows, targets, bias, plan: ScanPlan, *, pulls: bool):
 def _blank(hidden: Float[Array, "N D"], pulls: bool) -> _Running:
     n = hidden.shape[0]
     zeros = jnp.zeros((n,), jnp.float32)
-    lowest, token = jnp.full((n,), -jnp.inf, jnp.float32), jnp.zeros((n,), jnp.int32)
+    lowest, token = jnp.full((n,), LOWEST, jnp.float32), jnp.zeros((n,), jnp.int32)
     pull = jnp.zeros(hidden.shape, jnp.float32) if pulls else None
     return _Running(lowest, zeros, zeros, zeros, zeros, token, zeros, pull)
 
@@ -318,7 +338,7 @@ def _scored_backward(plan: ScanPlan, residuals, cotangent):
             drows = plan.over_tokens(_dot(narrow, hidden, 0, 0)).astype(rows.dtype)
             return dhidden + _dot(narrow, part, 1, 0), (drows, plan.summed(dlogits.sum(axis=0)))
 
-        zeros = jnp.zeros(hidden.shape, jnp.float32)
+        zeros = _differing(jnp.zeros(hidden.shape, jnp.float32), _differs_over(hidden))
         dhidden, (drows, dbias) = _over_chunks_collecting(visit, zeros, rows.shape[0], plan.chunk)
         return plan.over_vocabulary(lax.psum, dhidden).astype(hidden.dtype), drows, dbias
 
@@ -371,6 +391,7 @@ def _over_chunks_collecting(visit, state, size: int, chunk: int):
         return visit(state, jnp.int32(0), size)
     _, like = jax.eval_shape(lambda s: visit(s, jnp.int32(0), chunk), state)
     blank = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape[1:]), leaf.dtype), like)
+    blank = _differing(blank, _differs_over(state))
 
     def place(carry, start, count):
         state, rows = visit(carry[0], start, count)

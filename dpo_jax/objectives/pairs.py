@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from dpo_jax.errors import UserError, short
+from dpo_jax.errors import UserError, nearest, short
 
 Scalar = float | Float[Array, ""]
 Numbers = ArrayLike | Sequence[Any]
@@ -89,6 +89,8 @@ def as_numbers(name: str, value: Numbers, shape: tuple[int, ...] | None = None) 
         found = jnp.asarray(None if isinstance(value, str) else value)  # a text is asked to be a dtype
     except (TypeError, ValueError):
         raise UserError(f"{name}: {short(str(value))}: must be numbers, one for each pair") from None
+    if jnp.issubdtype(found.dtype, jnp.complexfloating):
+        raise UserError(f"{name}: is of {found.dtype}: must be real numbers, one for each pair")
     if shape is not None and found.shape not in (shape, ()):
         raise UserError(f"{name}: has the shape {found.shape} beside {shape} of what comes first; give as many of each")
     return found
@@ -111,8 +113,11 @@ def make_pairs(
       **more: other fields of `Pairs`; lengths, labels and weights are 1 and margins 0 where they are not given.
 
     Raises:
-      UserError: something is no numbers, or neither one for each pair nor one for all.
+      UserError: something is no numbers, or neither one for each pair nor one for all; or there is no such field.
     """
+    if unknown := next((name for name in more if name not in Pairs._fields), None):
+        near = nearest(unknown, Pairs._fields)
+        raise UserError(f"{short(unknown)}: is no field of Pairs" + (f"; did you mean {near}?" if near else ""))
     shape = as_numbers("policy_chosen", policy_chosen).shape
 
     def full(name: str, value: Numbers) -> Array:

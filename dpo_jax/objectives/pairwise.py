@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, short
 from dpo_jax.objectives.pairs import LossOutput, Numbers, Pairs, Scalar, as_numbers, make_pairs
 
 LARGEST_EXPONENT = 40.0
@@ -84,24 +84,29 @@ def _dpo_loss(sums: tuple[Array, ...], beta: Scalar, label_smoothing: Scalar) ->
 
 
 def _check_number(name: str, value: object, allowed: Callable[[Any], bool], remedy: str) -> None:
-    """Refuse a number of Python or NumPy that is out of range; one of JAX may be traced, and is not looked at."""
+    """Refuse what is no number, and a number of Python that is out of range; one of JAX may be traced, and is not
+    looked at."""
+    if not isinstance(value, numbers.Real | jax.Array | np.ndarray | np.generic):
+        raise UserError(f"{name}: {short(repr(value))}: {remedy}")
     if isinstance(value, numbers.Real) and not allowed(value):
         raise UserError(f"{name}: {value}: {remedy}")
 
 
-def _picks(name: str, value: Numbers, count: int) -> Array:
-    """Indices that a caller gave; those of a list or of NumPy are looked at.
+def _picks(name: str, value: Numbers, count: int, shape: tuple[int, ...] | None = None) -> Array:
+    """Indices that a caller gave, int32; those of a list or of NumPy are looked at, and what is of no completion is
+    `count`.
 
     Raises:
-      UserError: they are no whole numbers, or one of them is not of a completion.
+      UserError: they are no whole numbers, one of them is not of a completion, or there are not as many as in `shape`.
     """
-    found = as_numbers(name, value)
-    if not jnp.issubdtype(found.dtype, jnp.integer):
+    found = as_numbers(name, value, shape)
+    if found.size and not jnp.issubdtype(found.dtype, jnp.integer):
         raise UserError(f"{name}: is of {found.dtype}; give the numbers of completions, as whole numbers")
-    if not isinstance(value, jax.Array) and found.size and not -count <= np.min(value) <= np.max(value) < count:
-        wrong = next(one for one in np.ravel(np.asarray(value)) if not -count <= one < count)
+    if not isinstance(value, jax.Array) and found.size and not 0 <= np.min(value) <= np.max(value) < count:
+        wrong = next(one for one in np.ravel(np.asarray(value)) if not 0 <= one < count)
         raise UserError(f"{name}: {wrong}: there are {count} completions, 0 to {count - 1}")
-    return found
+    found = found.astype(jnp.int32)
+    return jnp.where(found < 0, count, found)
 
 
 def dpo_loss_from_indices(
@@ -123,14 +128,16 @@ def dpo_loss_from_indices(
     >>> [round(float(loss), 4) for loss in found.losses]
     [0.3133, 0.1269, 0.3133]
 
-    An index of an array of JAX, which may be traced, is not looked at: of a completion that is not there it gives nan.
+    An index of an array of JAX, which may be traced, is not looked at: of a completion that is not there, as of -1, it
+    gives nan.
 
     Raises:
       UserError: as `dpo_loss`; or an index of a list, or of NumPy, is of no completion.
     """
     pi = as_numbers("pi_logps", pi_logps)
     ref = as_numbers("ref_logps", ref_logps, pi.shape)
-    better, worse = _picks("yw_idxs", yw_idxs, pi.size), _picks("yl_idxs", yl_idxs, pi.size)
+    better = _picks("yw_idxs", yw_idxs, pi.size)
+    worse = _picks("yl_idxs", yl_idxs, pi.size, better.shape)
     sums = [part.at[index].get(mode="fill", fill_value=jnp.nan) for part in (pi, ref) for index in (better, worse)]
     return dpo_loss(*sums, beta=beta, label_smoothing=label_smoothing)
 

@@ -115,7 +115,7 @@ def beta_dpo(
     count = jnp.maximum(real.sum(), 1).astype(jnp.float32)
     mean = jnp.where(real, gaps, 0.0).sum() / count
     spread = jnp.sqrt(jnp.where(real, jnp.square(gaps - mean), 0.0).sum() / jnp.maximum(count - 1.0, 1.0))
-    memory = jnp.zeros(2) if memory is None else memory
+    memory = jnp.zeros(2, jnp.float32) if memory is None else memory
     memory = momentum * memory + (1.0 - momentum) * jnp.stack([mean, spread])
     kept, number = _drawn(gaps, real, pairs.noise, memory, jnp.maximum(jnp.floor(keep_fraction * count + 1e-3), 1.0))
     found = jnp.where(kept, gaps, 0.0).sum() / number

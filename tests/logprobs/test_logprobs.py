@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from dpo_jax import linear_logprobs, sequence_logprobs, token_logprobs
+from dpo_jax.errors import UserError
 from dpo_jax.logprobs.tokens import linear_scores
 
 
@@ -125,6 +127,80 @@ def test_padding_may_be_nan():
     tokens, mask = jnp.zeros((1, 4), jnp.int32), jnp.asarray([[0, 0, 1, 0]])
     value, grad = jax.value_and_grad(lambda x: sequence_logprobs(x, tokens, mask).sum())(logits)
     assert value == pytest.approx(-np.log(3)) and np.isfinite(grad[0, 1]).all() and (grad[0, 2:] == 0).all()
+
+
+@pytest.mark.parametrize(("dtype", "vocab"), [("uint8", 256), ("uint8", 300), ("int8", 200), ("uint16", 1 << 16)])
+def test_ids_of_a_narrow_dtype_are_the_same_ids(dtype, vocab):
+    """Of 256 bytes, all of which an uint8 can say, none has a vocabulary that an uint8 can say."""
+    ids = jnp.array([0, 65, 99, 127])
+    hidden, head = jax.random.normal(jax.random.key(0), (4, 3)), jax.random.normal(jax.random.key(1), (3, vocab))
+    for found in (lambda ids: token_logprobs(hidden @ head, ids), lambda ids: linear_logprobs(hidden, head, ids)):
+        np.testing.assert_array_equal(found(ids.astype(dtype)), found(ids))
+    value = sequence_logprobs(hidden @ head, ids.astype(dtype), jnp.ones(4, bool))
+    np.testing.assert_array_equal(value, sequence_logprobs(hidden @ head, ids, jnp.ones(4, bool)))
+    assert np.isfinite(value)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("chunk", [2, 3, 4, 4096])
+def test_logits_of_minus_infinity_may_fill_a_chunk(chunk, frozen):
+    hidden, head, targets, bias = problem(vocab=9)
+    bias, targets = bias.at[:4].set(-jnp.inf), targets % 5 + 4
+
+    def loss(hidden, form):
+        return form(hidden).sum()
+
+    def fused(hidden):
+        return linear_logprobs(hidden, head, targets, bias=bias, chunk=chunk, frozen=frozen)
+
+    def whole(hidden):
+        return plain(hidden, head, targets, bias)
+
+    np.testing.assert_allclose(fused(hidden), whole(hidden), rtol=1e-5, atol=1e-5)
+    slopes = [jax.grad(loss)(hidden, form) for form in (fused, whole)]
+    np.testing.assert_allclose(*slopes, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [3, 4096])
+@pytest.mark.parametrize("bound", [None, 5.0])
+def test_it_composes_with_a_callers_shard_map(chunk, bound):
+    """With JAX's check of what differs over the axes on, which its users have on."""
+    hidden, head, targets, bias = problem(n=8)
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def of_a_device(hidden, head, targets, bias):
+        return linear_logprobs(hidden, head, targets, bias=bias, chunk=chunk, softcap=bound)
+
+    specs = (P("rows"), P(), P("rows"), P())
+    mapped = jax.shard_map(of_a_device, mesh=mesh, in_specs=specs, out_specs=P("rows"))
+    np.testing.assert_allclose(
+        mapped(hidden, head, targets, bias), plain(hidden, head, targets, bias, bound), rtol=1e-5
+    )
+
+    def slopes(form):
+        return jax.grad(lambda *given: form(given[0], given[1], targets, given[2]).sum(), (0, 1, 2))(hidden, head, bias)
+
+    for found, wanted in zip(slopes(mapped), slopes(of_a_device), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_numbers_of_the_head_must_be_known_when_compiling():
+    hidden, head, targets, _ = problem()
+    one, other = (linear_logprobs(hidden, head, targets, scale=scale) for scale in (2.0, jnp.float32(2.0)))
+    np.testing.assert_array_equal(one, other)
+    with pytest.raises(UserError, match=r"^chunk: 0: must be at least 1, such as 4096$"):
+        linear_logprobs(hidden, head, targets, chunk=0)
+    with pytest.raises(UserError, match=r"^scale: .*: must be a number that is known when compiling"):
+        jax.jit(lambda scale: linear_logprobs(hidden, head, targets, scale=scale))(2.0)
+
+
+def test_one_row_is_a_row_of_many():
+    logits = jax.random.normal(jax.random.key(0), (2, 3, 5, 11))
+    tokens, mask = jnp.arange(30).reshape(2, 3, 5) % 11, jnp.arange(30).reshape(2, 3, 5) % 3 > 0
+    flat = sequence_logprobs(*(array.reshape(6, *array.shape[2:]) for array in (logits, tokens, mask)))
+    np.testing.assert_array_equal(sequence_logprobs(logits, tokens, mask), flat.reshape(2, 3))
+    np.testing.assert_array_equal(sequence_logprobs(logits[0, 0], tokens[0, 0], mask[0, 0]), flat[0])
+    np.testing.assert_array_equal(jax.vmap(sequence_logprobs)(logits[0], tokens[0], mask[0]), flat[:3])
 
 
 def test_what_is_no_token_has_no_probability():

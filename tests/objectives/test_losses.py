@@ -1,5 +1,8 @@
 """Laws of the DPO loss, and the paper's and tutorials' worked numbers."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,20 +88,30 @@ FOUR = np.array([-1.0, -2.0, -3.0, -4.0])
     ("better", "worse", "says"),
     [
         ([0, 1], [2, 9], r"yl_idxs: 9: there are 4 completions, 0 to 3"),
-        (np.array([-5, 1]), [2, 3], r"yw_idxs: -5: there are 4"),
+        (np.array([-1, 1]), [2, 3], r"yw_idxs: -1: there are 4"),
+        ([0, 1], [2], r"yl_idxs: has the shape \(1,\) beside \(2,\)"),
         ([0.0, 1.0], [2, 3], r"yw_idxs: is of float32; give the numbers of completions"),
         ("ab", [2, 3], r"yw_idxs: ab: must be numbers"),
     ],
 )
 def test_an_index_of_no_completion_is_refused(better, worse, says):
-    """JAX would take the last one; PyTorch, whose users come with such indices, raises an IndexError."""
+    """JAX would take the last one; PyTorch, whose users come with such indices, raises an IndexError, but for -1, which
+    often fills up what has no partner."""
     with pytest.raises(UserError, match=says):
         dpo_loss_from_indices(FOUR, FOUR, better, worse)
 
 
 def test_an_index_of_no_completion_that_cannot_be_looked_at_gives_nan():
-    found = jax.jit(dpo_loss_from_indices)(FOUR, FOUR, jnp.array([0, 1, 0]), jnp.array([2, 4, -1])).losses
-    np.testing.assert_array_equal(np.isnan(found), [False, True, False])  # -1 is the last one
+    found = jax.jit(dpo_loss_from_indices)(FOUR, FOUR, jnp.array([0, 1, 0, -5]), jnp.array([2, 4, -1, 1])).losses
+    np.testing.assert_array_equal(np.isnan(found), [False, True, True, True])
+
+
+def test_indices_of_any_width_are_taken_and_there_may_be_none():
+    many = jnp.arange(300.0)
+    better, worse = jnp.array([100], jnp.int8), jnp.array([1], jnp.int8)
+    wanted = dpo_loss(many[100:101], many[1:2], 0.0, 0.0).losses
+    np.testing.assert_array_equal(dpo_loss_from_indices(many, jnp.zeros(300), better, worse).losses, wanted)
+    assert dpo_loss_from_indices(FOUR, FOUR, [], []).losses.shape == (0,)
 
 
 @pytest.mark.parametrize("sizes", [(3, 2, 3, 3), (3, 3, 1, 3), (1, 3, 3, 3), (3, 3, 3, 4)])
@@ -192,7 +205,8 @@ def test_lists_are_taken_like_arrays():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"beta": -1.0}, {"beta": 0.0}, {"beta": np.float64(-0.1)}, {"beta": np.inf}, {"label_smoothing": 1.5}]
+    "wrong",
+    [{"beta": -1.0}, {"beta": 0.0}, {"beta": np.float64(-0.1)}, {"beta": np.inf}, {"label_smoothing": 1.5}],
 )
 def test_numbers_out_of_range_are_refused_where_they_can_be_seen(wrong):
     (name,) = wrong
@@ -202,6 +216,32 @@ def test_numbers_out_of_range_are_refused_where_they_can_be_seen(wrong):
         dpo_loss_from_indices(f32(-1, -2), f32(-1, -2), jnp.array([0]), jnp.array([1]), **wrong)
     slope = jax.grad(lambda beta: dpo_loss(f32(-1), f32(-2), f32(0), f32(0), beta=beta).losses.sum())(0.1)
     assert np.isfinite(slope)
+
+
+NUMBERS = """
+from dpo_jax import dpo_loss, make_pairs
+for call in (
+    lambda: dpo_loss(-1.0, -2.0, 0.0, 0.0, beta="0.1"),
+    lambda: dpo_loss(-1.0, -2.0, 0.0, 0.0, beta=None),
+    lambda: dpo_loss(-1.0 + 2j, -2.0, 0.0, 0.0),
+    lambda: make_pairs(-1.0, -2.0, chosen_lengths=3),
+):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_what_is_no_number_or_no_field_is_refused_by_name():
+    """In a process where annotations are not checked, as a user's."""
+    done = subprocess.run([sys.executable, "-c", NUMBERS], capture_output=True, text=True, timeout=100)
+    assert done.stdout.splitlines() == [
+        "beta: '0.1': must be a number > 0, such as 0.1",
+        "beta: None: must be a number > 0, such as 0.1",
+        "policy_chosen_logps: is of complex64: must be real numbers, one for each pair",
+        "chosen_lengths: is no field of Pairs; did you mean chosen_length?",
+    ], done.stderr
 
 
 def test_settings_of_a_new_objective_must_say_what_they_may_be():
