@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from dpo_jax.config.run import Run
 from dpo_jax.errors import short
 from dpo_jax.python import rows
 from dpo_jax.python.result import Result
+from dpo_jax.python.silence import aloud, silent
 from dpo_jax.python.wording import in_python
 
 ARGUMENTS = {"data.train": "train", "data.eval": "evaluate", "model.path": "model"}
@@ -57,7 +57,7 @@ def fit(
       on_step: called as `on_step(step, metrics)` after each step, a step late, as metrics come from the device then.
         What it raises ends the run, which can be gone on with, and is raised here. A finished run calls nobody.
       on_evaluation: called as `on_evaluation(step, metrics)` after each evaluation; so is what this raises.
-      verbose: whether to print what the command prints; False prints nothing.
+      verbose: whether to print what the command prints; False prints nothing. Other threads are heard all the same.
       **settings: every setting of `python -m dpo_jax.train --help`: a section as a mapping
         (`optimizer={"learning_rate": 1e-5}`), or a setting by the last part of its name where no other ends so
         (`beta=0.1`). `output`, the folder of everything that the run writes, is needed.
@@ -74,9 +74,9 @@ def fit(
     with contextlib.ExitStack() as stack:
         stack.enter_context(in_python(ARGUMENTS))
         run = _run_of(model, (train, evaluate), [os.fspath(file) for file in files], settings, problems)
-        told = [_told(call, sys.stdout) for call in (on_step, on_evaluation)]
+        told = [_told(call) for call in (on_step, on_evaluation)]
         if not verbose:
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            stack.enter_context(silent())
         stack.enter_context(_restored())
         code = _train(run, (train, evaluate), told)
     if code:  # stopped by a signal, which is for whoever listens to it outside, now that the run is saved
@@ -130,13 +130,13 @@ def _run_of(
     return keywords.run_of(given, files, origin="fit", problems=problems)
 
 
-def _told(call: OnRecord | None, stdout: Any) -> OnRecord | None:
-    """The caller's function, which prints where the caller does."""
+def _told(call: OnRecord | None) -> OnRecord | None:
+    """The caller's function, whose prints are seen."""
     if call is None:
         return None
 
     def told(step: int, metrics: dict[str, float]) -> None:
-        with contextlib.redirect_stdout(stdout):
+        with aloud():
             call(step, metrics)
 
     return told

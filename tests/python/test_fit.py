@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -192,6 +193,27 @@ def test_ctrl_c_is_raised_where_nobody_listens_outside(world, monkeypatch, outsi
             fitted(world, world / "unheard")
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_silent_runs_at_a_time_silence_themselves_alone(world, heard, monkeypatch, capsys):
+    begun, end, before = threading.Semaphore(0), threading.Event(), sys.stdout
+
+    def train(run, data, told):
+        print("said by the run")
+        begun.release()
+        assert end.wait(60)
+        told[0](1, {})
+        return 0
+
+    monkeypatch.setattr("dpo_jax.python.fit._train", train)
+    with ThreadPoolExecutor(2) as pool:
+        call = lambda step, metrics: print("said by a callback")  # noqa: E731
+        runs = [pool.submit(fitted, world, world / "heard", on_step=call, verbose=False) for _ in range(2)]
+        assert all(begun.acquire(timeout=60) for _ in runs)
+        print("said by another thread")
+        end.set()
+    assert all(run.result().finished for run in runs) and sys.stdout is before
+    assert capsys.readouterr().out.splitlines() == ["said by another thread", *["said by a callback"] * 2]
 
 
 def test_what_is_wrong_is_said_before_a_row_is_read_or_a_folder_made(world):
