@@ -17,6 +17,9 @@ from dpo_jax import Result, fit, train
 from dpo_jax.config import keywords
 from dpo_jax.errors import UserError
 from dpo_jax.files import file_digest
+from dpo_jax.objectives.pairs import LossOutput
+from dpo_jax.objectives.rows import Objective, Setting
+from dpo_jax.objectives.table import OBJECTIVES
 from dpo_jax.python.fit import _problems_of_calls
 from dpo_jax.reporting.journal import read_records
 from tests.support.tiny_rows import write, yes_or_no
@@ -214,6 +217,27 @@ def test_silent_runs_at_a_time_silence_themselves_alone(world, heard, monkeypatc
         end.set()
     assert all(run.result().finished for run in runs) and sys.stdout is before
     assert capsys.readouterr().out.splitlines() == ["said by another thread", *["said by a callback"] * 2]
+
+
+def test_a_finished_run_is_not_that_of_another_function_of_the_same_name(world, monkeypatch):
+    def mine(slack):
+        def function(pairs, *, beta):
+            gap = beta * (pairs.policy_chosen - pairs.policy_rejected)
+            return LossOutput(losses=jax.nn.relu(slack - gap), margins=gap)
+
+        settings = {"beta": Setting(0.1, above=0)}
+        return Objective(value=function, equation="", paper="", settings=settings, reference="unused")
+
+    def run():
+        return fitted(world, world / "mine", objective="mine", steps=1, verbose=False)
+
+    monkeypatch.setitem(OBJECTIVES, "mine", mine(1.0))
+    before = weights(run())
+    monkeypatch.setitem(OBJECTIVES, "mine", mine(1.0))
+    assert weights(run()) == before
+    monkeypatch.setitem(OBJECTIVES, "mine", mine(2.0))
+    with pytest.raises(UserError, match="objective.name: mine .*as another function.*name another output"):
+        run()
 
 
 def test_what_is_wrong_is_said_before_a_row_is_read_or_a_folder_made(world):
