@@ -122,6 +122,18 @@ class Past:
         new = [*new, *(line for line in said if ACCEPTED in line)] if self.step else []
         return [*self.changed, *(f"from step {(self.step or 0) + 1:,} on: {change}" for change in new)]
 
+    def check_fact(self, name: str, value: Any) -> None:
+        """Refuse one that is not as the run has it.
+
+        Raises:
+          UserError: names it, and what it was.
+        """
+        if self.facts.get(name, value) != value:
+            raise UserError(
+                f"output: {self.folder} holds a run whose {name} was {self.facts[name]} and is now {value}; "
+                "restore it, or name another output"
+            )
+
     def check_facts(self, run: Run, facts: Mapping[str, Any], train: Encoded) -> list[str]:
         """Refuse data, weights and lengths under which the steps already made would have been others.
 
@@ -137,11 +149,8 @@ class Past:
           UserError: one of them makes it another run.
         """
         for name, value in facts.items():
-            if name not in (STEPS, PAIRS, DATA) and not _OWN.fullmatch(name) and self.facts.get(name, value) != value:
-                raise UserError(
-                    f"output: {self.folder} holds a run whose {name} was {self.facts[name]} and is now {value}; "
-                    "restore it, or name another output"
-                )
+            if name not in (STEPS, PAIRS, DATA) and not _OWN.fullmatch(name):
+                self.check_fact(name, value)
         if not self.facts:
             return []
         said = [self._check_data(run, facts, train), self._check_length(run, facts)]

@@ -294,7 +294,7 @@ class Job:
         changed = past.changed_by(self.run, said)
         for line in [*said, *(line for line in changed[len(past.changed) :] if ACCEPTED not in line)]:
             print(line)
-        more = {"changed": changed} if changed else {}
+        more = {result.STAMPS: result.stamps(self.sources), **({"changed": changed} if changed else {})}
         output.record_run(self.run, self.folder, facts, machine=machine_of(self.mesh), **more)
         return facts
 

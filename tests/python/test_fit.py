@@ -153,6 +153,27 @@ def test_a_finished_run_comes_back_as_it_is(world, heard, capsys):
     assert before == {path: path.read_bytes() for path in heard[0].folder.rglob("*") if path.is_file()}
 
 
+def test_a_finished_run_is_not_that_of_other_weights_at_the_same_place(world, heard, capsys):
+    file, record = world / "model" / "model.safetensors", heard[0].folder / "run.json"
+    content, known = file.read_bytes(), record.read_text()
+    try:
+        os.utime(file, (1, 1))
+        fitted(world, world / "heard")
+        assert json.loads(record.read_text())["weights"]["model"] == [[file.name, len(content), 10**9]]
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(UserError, match=r"whose digest of the starting weights was \w+ and is now \w+; restore it"):
+            fitted(world, world / "heard")
+        record.write_text(json.dumps({key: value for key, value in json.loads(known).items() if key != "weights"}))
+        fitted(world, world / "heard")  # of a version that did not write it down
+        file.unlink()
+        record.write_text(known)
+        fitted(world, world / "heard")
+        assert capsys.readouterr().out.count("finished already") == 3
+    finally:
+        file.write_bytes(content)
+        record.write_text(known)
+
+
 def test_other_rows_are_another_run_and_leave_no_file(world, heard):
     with pytest.raises(UserError, match="holds a run whose digest of the training data"):
         fitted(world, world / "heard", rows=ROWS[:9])
