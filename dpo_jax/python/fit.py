@@ -153,10 +153,12 @@ def _train(run: Run, data: tuple[Any, Any], calls: Sequence[OnRecord | None]) ->
     from dpo_jax.run.recorder import Listener
     from dpo_jax.train import train
 
+    left: dict[str, str] = {}
     if any(map(rows.are_rows, (data[0], *_sets(data[1]).values()))):
         with output.opened(run) as folder:
-            run = _with_rows(run, *data, folder)
-    return train(run, Listener(*calls, lines=STEP_LINES))
+            run = _with_rows(run, *data, folder, left)
+    with rows.explained(left):
+        return train(run, Listener(*calls, lines=STEP_LINES))
 
 
 # ---------------------------------------------------------------------------------------------- rows
@@ -172,16 +174,16 @@ def _named(source: object) -> Any:
     return "rows" if rows.are_rows(source) else source
 
 
-def _with_rows(run: Run, train: object, evaluate: object, folder: Path) -> Run:
+def _with_rows(run: Run, train: object, evaluate: object, folder: Path, left: dict[str, str]) -> Run:
     """The run over files of the rows, in its folder; files of other rows that no run names any more are removed."""
     from dpo_jax.run import output
 
     place = folder / output.ROWS
     found: dict[str, Any] = {}
     if rows.are_rows(train):
-        found["train"] = str(rows.keep(train, place, "train"))
+        found["train"] = str(rows.keep(train, place, "train", left))
     kept = {
-        name: str(rows.keep(inner, place, f"evaluate-{name}".rstrip("-")))
+        name: str(rows.keep(inner, place, f"evaluate-{name}".rstrip("-"), left))
         for name, inner in _sets(evaluate).items()
         if rows.are_rows(inner)
     }

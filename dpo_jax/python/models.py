@@ -103,8 +103,9 @@ def score_pairs(
         )
     with restored(), tempfile.TemporaryDirectory(prefix="dpo_jax-") as folder:
         tokenizer = tokenizer or load_tokenizer(adapted(os.fspath(named[0])).base)
-        source = str(memory.keep(rows, Path(folder), "rows")) if memory.are_rows(rows) else rows
-        with in_python(rows=Path(str(source)) if source is not rows else None):
+        left: dict[str, str] = {}
+        source = str(memory.keep(rows, Path(folder), "rows", left)) if memory.are_rows(rows) else rows
+        with in_python(rows=Path(str(source)) if source is not rows else None), memory.explained(left):
             encoded, report = _pairs(source, tokenizer, settings)
             mesh = _mesh_of(policy, reference)
             first = _scored(_on(policy, mesh), encoded, tokenizer, mesh)

@@ -1,5 +1,6 @@
 """The four log-probabilities of pairs are those of the plain formula, and answers those of the command."""
 
+import datetime
 import inspect
 import re
 
@@ -79,6 +80,11 @@ def test_a_model_is_its_own_reference(folders):
             "leaves nothing",
         ),
         (ROWS, {"max_lenght": 64}, "score_pairs: data.max_lenght: no such setting; did you mean data.max_length"),
+        (
+            [{**GOOD, "rejected": datetime.date(2024, 1, 1)}],
+            {},
+            r"fit no layout.*; left out .*: rejected \(first in row 1, of type date",
+        ),
         ([], {}, "holds no row"),
     ],
 )
