@@ -62,10 +62,11 @@ def load_hf(
         read with the base that its config names.
       dtype: float32, bfloat16 or float16, of every leaf, whatever the folder holds, or a function of the leaf's path
         that gives it. float32 keeps each weight exactly.
-      shardings: tree like `abstract_params(spec)` of where leaves go; each device's part is all that is read for it.
-        None puts everything on the default device, uncommitted.
-      spec: what `read_spec` gave, if the caller has it already. One with a scalar head takes of a language model's
-        folder all but its head, and starts the scalar head at zero; one with more tokens gets new rows (see resize.py).
+      shardings: tree like `dpo_jax.model.decoder.abstract_params(spec)` of where leaves go; each device's part is all
+        that is read for it. None puts everything on the default device, uncommitted.
+      spec: what `dpo_jax.hf.configs.read_spec` gave, if the caller has it already. One with a scalar head takes of a
+        language model's folder all but its head, and starts the scalar head at zero; one with more tokens gets new
+        rows (see `dpo_jax.hf.resize`).
       adapter: PEFT folder, or hub id, whose changes are added to the weights in float32. The model's head may then be
         one of its own, where the adapter makes it differ from the embedding that it was tied to.
       unrounded: whether bitsandbytes' weights of 4 bits keep all digits; they are rounded to the dtype that the folder

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
 from dpo_jax.errors import UserError
@@ -34,7 +35,7 @@ def checked(where: str, tokens: Any, vocab_size: int) -> Int[Array, "B T"]:
         raise UserError(f"{where}: are of shape {list(tokens.shape)}; {LAYOUT}")
     if tokens.size and not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise UserError(f"{where}: are of dtype {tokens.dtype}; {LAYOUT}, which are whole numbers")
-    if not isinstance(tokens, jax.core.Tracer) and getattr(tokens, "is_fully_addressable", True):
+    if not isinstance(tokens, Tracer) and getattr(tokens, "is_fully_addressable", True):
         _check_known(where, np.asarray(tokens), vocab_size)
     return jnp.asarray(tokens).astype(jnp.int32)
 

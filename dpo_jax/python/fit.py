@@ -13,6 +13,7 @@ from typing import Any
 from dpo_jax.config import keywords
 from dpo_jax.config.run import Run
 from dpo_jax.errors import short
+from dpo_jax.objectives.rows import Objective
 from dpo_jax.python import rows
 from dpo_jax.python.result import Result
 from dpo_jax.python.silence import aloud, silent
@@ -114,6 +115,12 @@ def _run_of(
     for name in [name for name in given if CALLBACK.fullmatch(name)]:
         given.pop(name)
         problems.append(f"fit: {short(name)}: no such argument; give functions to on_step= and on_evaluation=")
+    if (what := _function_in(given.get("objective", given.get("objective.name")))) is not None:
+        given = {name: value for name, value in given.items() if not name.startswith("objective")}
+        problems.append(
+            f"fit: objective: {what} is no name; give it one by a row of the table, OBJECTIVES[NAME] = Objective(...) "
+            "of dpo_jax.objectives.table, and then objective=NAME: see configs/notebooks/your_own_objective.ipynb"
+        )
     if model is not None:
         given["model"] = model
     if not isinstance(model, str | os.PathLike | Mapping | None):
@@ -128,6 +135,17 @@ def _run_of(
         sets = {name: _named(inner) for name, inner in _sets(evaluate).items()}
         given["data.eval"] = sets.get("", sets)
     return keywords.run_of(given, files, origin="fit", problems=problems)
+
+
+def _function_in(objective: object) -> str | None:
+    """A function, or a row of one, in the place of an objective's name, in words; None where there is none."""
+    if isinstance(objective, list | tuple):
+        return next(filter(None, map(_function_in, objective)), None)
+    if isinstance(objective, Mapping):
+        return _function_in(objective.get("name"))
+    if isinstance(objective, Objective):
+        return "a row"
+    return f"the function {short(getattr(objective, '__name__', 'given'))}" if callable(objective) else None
 
 
 def _told(call: OnRecord | None) -> OnRecord | None:

@@ -22,6 +22,7 @@ from dpo_jax.objectives.rows import Objective, Setting
 from dpo_jax.objectives.table import OBJECTIVES
 from dpo_jax.python.fit import _problems_of_calls
 from dpo_jax.reporting.journal import read_records
+from tests.conftest import ROOT
 from tests.support.tiny_rows import write, yes_or_no
 from tests.support.worlds import write_model
 
@@ -308,6 +309,29 @@ def test_what_is_wrong_is_said_in_the_words_of_python(tmp_path, given, said):
     with pytest.raises(UserError) as caught:
         fit("m", train=ROWS, output=tmp_path / "out", **given)
     assert str(caught.value).splitlines() == said and not (tmp_path / "out").exists()
+
+
+def mine(pairs, *, beta):
+    return pairs
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        (mine, "the function mine"),
+        ([{"name": mine}], "the function mine"),
+        ({"name": mine, "beta": 0.1}, "the function mine"),
+        (Objective(value=mine, equation="", paper=""), "a row"),
+    ],
+)
+def test_a_function_in_the_place_of_an_objective_is_told_how_to_become_one(tmp_path, given, what):
+    with pytest.raises(UserError) as caught:
+        fit("m", train=ROWS, output=tmp_path / "out", objective=given)
+    assert str(caught.value) == (
+        f"fit: objective: {what} is no name; give it one by a row of the table, OBJECTIVES[NAME] = Objective(...) of "
+        "dpo_jax.objectives.table, and then objective=NAME: see configs/notebooks/your_own_objective.ipynb"
+    )
+    assert (ROOT / "configs/notebooks/your_own_objective.ipynb").exists()
 
 
 def test_the_null_that_is_advised_turns_off_what_a_file_gives(tmp_path):
