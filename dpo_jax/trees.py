@@ -75,3 +75,14 @@ def num_parameters(tree: Tree) -> int:
 def num_bytes(tree: Tree) -> int:
     """Bytes in all leaves."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def counted(tree: Tree) -> str:
+    """How many numbers the arrays of a tree have, and their dtypes.
+
+    >>> counted({"a": jax.ShapeDtypeStruct((1000, 2), "float32"), "b": jax.ShapeDtypeStruct((3,), "int8")})
+    '2,003 parameters, float32, int8'
+    """
+    leaves = jax.tree.leaves(tree)
+    dtypes = sorted({str(getattr(leaf, "dtype", type(leaf).__name__)) for leaf in leaves})
+    return ", ".join([f"{sum(getattr(leaf, 'size', 0) for leaf in leaves):,} parameters", *dtypes])

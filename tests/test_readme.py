@@ -1,10 +1,13 @@
 """What the README and the pages of configs/ show is what the code says."""
 
+import inspect
+import pkgutil
 import re
 
 import numpy as np
 import pytest
 
+import dpo_jax
 from dpo_jax.config import rounds
 from dpo_jax.config import run as config
 from dpo_jax.config.console import COMMANDS
@@ -143,3 +146,14 @@ def test_every_module_has_a_place_in_the_packages_page_and_no_other_is_named():
     named = set(re.findall(r"\b\w+\.py\b", tree))
     modules = {path.name for path in (ROOT / "dpo_jax").rglob("*.py") if "backends" not in path.parts}
     assert named == modules - {"__init__.py"}
+
+
+@pytest.mark.parametrize("public", dpo_jax.__all__)
+def test_a_name_with_dots_in_a_public_docstring_exists(public):
+    ours = {module.name for module in pkgutil.iter_modules(dpo_jax.__path__)}
+    text = inspect.getdoc(getattr(dpo_jax, public)) or ""
+    for name in re.findall(r"`([a-z_]+(?:\.\w+)+)", text):
+        first, _, rest = name.partition(".")
+        assert first not in ours, f"{name}: begin with dpo_jax."
+        if first == "dpo_jax" and rest != "json":
+            assert pkgutil.resolve_name(name) is not None

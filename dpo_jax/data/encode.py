@@ -157,9 +157,11 @@ def truncated(unit: Unit, rules: EncodingRules, report: Report) -> tuple[Unit, C
     if any(cut.skip):
         turns = f", {unit.turns} whole messages among them" if unit.turns else ""
         report.add("prompt truncated", f"{max(cut.skip)} of {len(unit.prompt)} tokens cut{turns}", **where)
+        report.count_cut("prompt truncated", max(cut.skip))
     if cut.length != lengths:
-        most = max(whole - kept for whole, kept in zip(lengths, cut.length, strict=True))
-        report.add("completion truncated", f"{most} tokens cut", **where)
+        lost = [whole - kept for whole, kept in zip(lengths, cut.length, strict=True)]
+        report.add("completion truncated", f"{max(lost)} tokens cut", **where)
+        report.count_cut("completion truncated", sum(lost))
     return unit, cut
 
 

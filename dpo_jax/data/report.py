@@ -114,6 +114,7 @@ class Report:
         rendered text stays text; the known data set that it is of, if it is of one, and the mapping from there.
       counts: rows (or pairs, for classes that speak of pairs) by class.
       examples: `file:line: reason` of the first rows of each class.
+      cut: tokens that were cut off, by class.
       lengths: tokens of prompts, chosen, rejected, single completions and whole sequences: min, median, p90, p99, max,
         mean.
       template: digest of the model's chat template; `templated` of the rows that are kept went through it, `texts` are
@@ -137,6 +138,7 @@ class Report:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)
     lengths: dict[str, dict[str, float]] = field(default_factory=dict)
     template: str = ""
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -151,6 +153,10 @@ class Report:
         examples = self.examples.setdefault(kind, [])
         if len(examples) < EXAMPLES:
             examples.append(f"{clean(file, 400)}:{line}: {clean(reason)}")
+
+    def count_cut(self, kind: str, tokens: int) -> None:
+        """Count tokens that a row of a class has lost."""
+        self.cut[kind] = self.cut.get(kind, 0) + tokens
 
     def drop(self, kind: str, reason: str, *, file: str, line: int) -> None:
         """Count one row that is left out, for a reason that makes it bad, too long, or without preference."""
@@ -172,6 +178,8 @@ class Report:
             self.counts[kind] = self.counts.get(kind, 0) + count
             examples = self.examples.setdefault(kind, [])
             examples += part.examples[kind][: EXAMPLES - len(examples)]
+        for kind, tokens in part.cut.items():
+            self.count_cut(kind, tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
@@ -240,18 +248,14 @@ class Report:
     def _of(self, effect: str) -> list[str]:
         return [kind for kind in self.counts if KINDS[kind] == effect]
 
-    def check(self, max_bad_fraction: float) -> None:
-        """Refuse data with too many bad rows, or with none that is left.
+    def check(self, max_bad_fraction: float | None) -> None:
+        """Refuse data with too many bad rows (None: with any), or with none that is left.
 
         Raises:
           UserError: one line with the largest classes and a row of each.
         """
         self._check_prompts()
-        if self.rows and self.bad / self.rows > max_bad_fraction:
-            raise UserError(
-                f"{self.bad:,} of {self.rows:,} rows are bad ({self.bad / self.rows:.2%}, data.max_bad_fraction is "
-                f"{max_bad_fraction:.2%}): {self._largest(BAD)}; correct the rows or raise data.max_bad_fraction"
-            )
+        self._check_bad(max_bad_fraction)
         for name, about in self.files.items():
             if 2 * about.get("as_text", 0) > about["rows"] - about.get("joined", 0):
                 raise UserError(
@@ -270,6 +274,18 @@ class Report:
         for kind, consequence in WHOLLY.items():
             if self.counts.get(kind, 0) >= self.rows - self.bad - self.unranked - self.joined > 0:
                 raise UserError(f"all rows, as {self.examples[kind][0]}: {consequence}")
+
+    def _check_bad(self, max_bad_fraction: float | None) -> None:
+        """Refuse too many bad rows."""
+        if not self.rows or self.bad / self.rows <= (max_bad_fraction or 0.0):
+            return
+        bad, share = f"{self.bad:,} of {self.rows:,} rows are bad", f"{self.bad / self.rows:.2%}"
+        if max_bad_fraction is None:
+            raise UserError(f"{bad}: {self._largest(BAD)}; correct the rows, or leave them out")
+        raise UserError(
+            f"{bad} ({share}, data.max_bad_fraction is {max_bad_fraction:.2%}): {self._largest(BAD)}; correct the rows "
+            "or raise data.max_bad_fraction"
+        )
 
     def _check_prompts(self) -> None:
         """Refuse data of a detected layout most of whose prompts are empty: the prompts must stand somewhere else."""

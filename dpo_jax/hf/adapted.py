@@ -1,6 +1,7 @@
 """A model that is named in a command, with an adapter or as one."""
 
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +47,22 @@ def adapted(model: str, adapter: str | None = None) -> Adapted:
         why = f"{model} is an adapter of {printable(base[:200])}, not a model: {error}"
         raise UserError(f"{why}; or give its base where it is: BASE --adapter {model}") from error
     return Adapted(base, own, f"{model} is an adapter of {printable(base)}, which its {ADAPTER_CONFIG} names")
+
+
+def base_of(folder_or_hub_id: str | Path, adapter: str | Path | None) -> tuple[str, str | Path | None]:
+    """The base and the adapter that are meant in Python, where an adapter that is named goes on top of whatever the
+    other is.
+
+    Raises:
+      UserError: as `adapted`.
+    """
+    if adapter is not None:
+        return os.fspath(folder_or_hub_id), adapter
+    try:
+        return adapted(os.fspath(folder_or_hub_id))[:2]
+    except UserError as error:
+        name = repr(os.fspath(folder_or_hub_id))
+        raise UserError(re.sub(r"BASE (with )?--adapter .*$", f"load_hf(BASE, adapter={name})", str(error))) from error
 
 
 def _adapter_alone(model: str) -> Path | None:

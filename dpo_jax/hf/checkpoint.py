@@ -20,8 +20,9 @@ from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
 from dpo_jax import __version__, trees
-from dpo_jax.errors import UserError
+from dpo_jax.errors import UserError, short
 from dpo_jax.hf import beside, merged, resize, reward, shards, tensors, writing
+from dpo_jax.hf.adapted import base_of
 from dpo_jax.hf.card import LANGUAGE_MODEL, REWARD_MODEL, base_name, front_matter, model_card
 from dpo_jax.hf.configs import family_of, find_model, is_wrapper, read_spec
 from dpo_jax.hf.factors import EMBED, HEAD
@@ -34,6 +35,11 @@ from dpo_jax.model.quantised import Kind
 from dpo_jax.model.spec import DecoderSpec
 from dpo_jax.processes.here import here, is_seen
 from dpo_jax.trees import Tree
+
+FLOATS = ("float32", "bfloat16", "float16")
+"""What parameters may be kept in."""
+WRITTEN = ("keep", "float32", "bfloat16")
+"""What `save_hf` writes tensors in."""
 
 # ---------------------------------------------------------------------------------------------- in
 
@@ -52,13 +58,15 @@ def load_hf(
     GPTQ, AWQ, compressed-tensors) are dequantised.
 
     Args:
-      folder_or_hub_id: a folder that exists here, or else the name of a hub repository.
-      dtype: of every leaf, whatever the folder holds, or a function of the leaf's path that gives it. float32 keeps
-        each weight exactly.
-      shardings: tree like `abstract_params(spec)` of where leaves go; each device's part is all that is read for it.
-        None puts everything on the default device, uncommitted.
-      spec: what `read_spec` gave, if the caller has it already. One with a scalar head takes of a language model's
-        folder all but its head, and starts the scalar head at zero; one with more tokens gets new rows (see resize.py).
+      folder_or_hub_id: a folder that exists here, or else the name of a hub repository; one of an adapter alone is
+        read with the base that its config names.
+      dtype: float32, bfloat16 or float16, of every leaf, whatever the folder holds, or a function of the leaf's path
+        that gives it. float32 keeps each weight exactly.
+      shardings: tree like `dpo_jax.model.decoder.abstract_params(spec)` of where leaves go; each device's part is all
+        that is read for it. None puts everything on the default device, uncommitted.
+      spec: what `dpo_jax.hf.configs.read_spec` gave, if the caller has it already. One with a scalar head takes of a
+        language model's folder all but its head, and starts the scalar head at zero; one with more tokens gets new
+        rows (see `dpo_jax.hf.resize`).
       adapter: PEFT folder, or hub id, whose changes are added to the weights in float32. The model's head may then be
         one of its own, where the adapter makes it differ from the embedding that it was tied to.
       unrounded: whether bitsandbytes' weights of 4 bits keep all digits; they are rounded to the dtype that the folder
@@ -68,6 +76,8 @@ def load_hf(
     Raises:
       UserError: anything about the folder that is not as it must be, in one line.
     """
+    if spec is None:
+        folder_or_hub_id, adapter = base_of(folder_or_hub_id, adapter)
     folder = find_model(folder_or_hub_id) if spec is None else local_folder(folder_or_hub_id)
     spec = read_spec(folder) if spec is None else spec
     source = opened(folder, unrounded=unrounded)
@@ -85,7 +95,7 @@ def load_hf(
         places.setdefault(HEAD, places[EMBED])
     read_to = {leaf: resize.whole_rows(place) if leaf in grown else place for leaf, place in places.items()}
     by_leaf = _by_leaf(claims)
-    kinds = {leaf: jnp.dtype(_dtype_of(leaf, dtype)) for leaf in leaves}
+    kinds = {leaf: _dtype_of(leaf, dtype) for leaf in leaves}
     loaded: dict[str, jax.Array] = {}
     for path, shape in ((path, leaf.shape) for path, leaf in leaves.items()):
         if (kind := (quantise or {}).get(path)) is None:
@@ -107,9 +117,17 @@ def _by_leaf(claims: Claims) -> dict[str, list[Found]]:
     return found
 
 
-def _dtype_of(leaf: str, dtype: DTypeLike | Callable[[str], DTypeLike]) -> DTypeLike:
+def _dtype_of(leaf: str, dtype: DTypeLike | Callable[[str], DTypeLike]) -> jnp.dtype:
     """jax.numpy.float32 is a class, so it could be called too; a function of the path is not a class."""
-    return dtype(leaf) if callable(dtype) and not isinstance(dtype, type) else dtype
+    given: Any = dtype(leaf) if callable(dtype) and not isinstance(dtype, type) else dtype
+    try:
+        found = jnp.dtype(given)
+    except TypeError:
+        found = None
+    if given is None or found is None or found.name not in FLOATS:
+        said = short(str(given) if found is None or given is None else found.name)
+        raise UserError(f"load_hf: dtype: {said}: weights are computed with in {', '.join(FLOATS)}; give one of these")
+    return found
 
 
 def scheme_of(spec: DecoderSpec, folder: Path, spare: frozenset[str] = frozenset()) -> Scheme:
@@ -206,6 +224,8 @@ def save_hf(
         folder cannot be written. What stood at `folder` is then as it was.
     """
     check_model("save_hf: model", model)
+    if dtype not in WRITTEN:
+        raise UserError(f"save_hf: dtype: {short(str(dtype))}: give one of {', '.join(WRITTEN)}")
     target, origin = Path(folder), local_folder(like)
     source = opened(origin)
     _check_like(model, origin)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
@@ -26,6 +25,7 @@ from dpo_jax.model.attention import Bounds, Layout, causal
 from dpo_jax.model.blocks import Block, Carry, Context, Ends, Memory
 from dpo_jax.model.delta import empty_memory
 from dpo_jax.model.experts import Routing, added
+from dpo_jax.model.ids import checked, from_unknown
 from dpo_jax.model.kernels import wide_products
 from dpo_jax.model.mixers import CachedView, KeyValue, PackedView
 from dpo_jax.model.placement import between_layers, settled, table_split
@@ -48,9 +48,14 @@ class Model:
     spec: DecoderSpec
     params: Params
 
-    def logits(self, tokens: Int[Array, "B T"] | Int[np.ndarray, "B T"]) -> Float[Array, "B T V"]:
-        """Logits of ordinary rows, float32: `[:, t]` is the prediction of token t + 1 from tokens 0..t."""
-        return logits(self.spec, self.params, jnp.asarray(tokens))
+    def logits(self, tokens: Any) -> Float[Array, "B T V"]:
+        """Logits of ordinary rows [B, T], as the function `logits`: `[:, t]` is the prediction of token t + 1."""
+        return logits(self.spec, self.params, tokens)
+
+    def __repr__(self) -> str:
+        """In a line; the spec and the arrays have texts of their own."""
+        shape = f"{len(self.spec.layers)} layers, width {self.spec.width}, {self.spec.vocab_size:,} tokens"
+        return f"Model({shape}: {trees.counted(self.params)})"
 
 
 def check_model(where: str, given: object, *, folder: bool = False) -> None:
@@ -219,15 +224,25 @@ def hidden_and_routing(
     return x, routing
 
 
-def logits(spec: DecoderSpec, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-    """Logits of ordinary rows, float32: `[:, t]` is the prediction of token t + 1 from tokens 0..t."""
-    return _logits(spec, params, tokens)
+def logits(spec: DecoderSpec, params: Params, tokens: Any) -> Float[Array, "B T V"]:
+    """Logits of ordinary rows, float32: `[:, t]` is the prediction of token t + 1 from tokens 0..t.
+
+    `tokens` have any integer dtype. In a traced function an id that is none of the model's makes the logits nan from
+    its position on.
+
+    Raises:
+      UserError: `tokens` are no rows, or one of them is no id of the model's.
+    """
+    tokens = checked("logits: tokens", tokens, spec.vocab_size)
+    empty = not tokens.size
+    return jnp.zeros((*tokens.shape, spec.vocab_size)) if empty else _logits(spec, params, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(spec, params, tokens):
     states = hidden(spec, params, tokens, causal(*tokens.shape))
-    return head_logits(spec, params, states.reshape(-1, spec.head_width)).reshape(*tokens.shape, spec.vocab_size)
+    scores = head_logits(spec, params, states.reshape(-1, spec.head_width)).reshape(*tokens.shape, spec.vocab_size)
+    return jnp.where(from_unknown(tokens, spec.vocab_size)[..., None], jnp.nan, scores)
 
 
 def head_logits(spec: DecoderSpec, params: Params, states: Float[Array, "M N"]) -> Float[Array, "M V"]:

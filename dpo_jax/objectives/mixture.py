@@ -44,7 +44,7 @@ def objective_loss(name: str, pairs: Pairs, **settings: Any) -> LossOutput:
     static) and `jax.grad`; a setting that is an array is traced, and its range is not checked.
 
     Args:
-      name: a key of `objectives.OBJECTIVES`.
+      name: a key of `dpo_jax.objectives.table.OBJECTIVES`.
       pairs: from `make_pairs`.
       **settings: as in the table; what is not given has the table's default.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, create_model, model_validator
 
 from dpo_jax.objectives.rows import Setting
-from dpo_jax.objectives.terms import Term, make_terms, names, takes, with_defaults
+from dpo_jax.objectives.terms import Term, make_terms, names, takes, with_defaults, with_parts
 from dpo_jax.settings import GivenSettings, Section
 
 SETTINGS: dict[str, str] = {
@@ -96,6 +96,11 @@ class ObjectiveSettings(_Table):
           ValueError: a line for each thing that is wrong (see `terms.make_terms`).
         """
         return make_terms(self.blocks)
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Names of the blocks' objectives, and of those that these are sums of."""
+        return with_parts(str(block.get("name", "sigmoid")) for block in self.blocks)
 
     @property
     def compares(self) -> bool | None:

@@ -20,6 +20,8 @@ Nothing here imports jax, so that settings are checked at once.
 """
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from dpo_jax.objectives.rows import NamedSum, Objective, Setting
 
@@ -307,6 +309,8 @@ RECIPES: dict[str, NamedSum] = {
 """Sums of rows that have a name of their own."""
 
 BETA_SCHEDULES = ("linear", "cosine")
+SHIPPED: Mapping[str, Objective | NamedSum] = MappingProxyType({**OBJECTIVES, **RECIPES})
+"""The tables as the package has them, whatever a script adds to them."""
 SCHEDULED: dict[str, Setting] = {
     "beta_end": Setting(0.1, above=0),
     "beta_schedule": Setting("linear", choices=BETA_SCHEDULES),

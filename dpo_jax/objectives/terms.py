@@ -54,6 +54,16 @@ def names() -> list[str]:
     return [*OBJECTIVES, *RECIPES]
 
 
+def with_parts(names: Iterable[str]) -> tuple[str, ...]:
+    """These objectives, each sum followed by what it is a sum of.
+
+    >>> with_parts(["sigmoid", "rpo"])
+    ('sigmoid', 'rpo', 'sft')
+    """
+    parts = ((name, *(part for part, _, _ in RECIPES[name].parts)) if name in RECIPES else (name,) for name in names)
+    return tuple(dict.fromkeys(name for some in parts for name in some))
+
+
 def takes(name: str) -> dict[str, Setting]:
     """The settings of an objective or a recipe, by name."""
     if name in OBJECTIVES:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ from typing import Any
 from dpo_jax.config import keywords
 from dpo_jax.config.run import Run
 from dpo_jax.errors import short
+from dpo_jax.objectives.rows import Objective
 from dpo_jax.python import rows
 from dpo_jax.python.result import Result
+from dpo_jax.python.silence import aloud, silent
 from dpo_jax.python.wording import in_python
 
 ARGUMENTS = {"data.train": "train", "data.eval": "evaluate", "model.path": "model"}
@@ -57,7 +58,7 @@ def fit(
       on_step: called as `on_step(step, metrics)` after each step, a step late, as metrics come from the device then.
         What it raises ends the run, which can be gone on with, and is raised here. A finished run calls nobody.
       on_evaluation: called as `on_evaluation(step, metrics)` after each evaluation; so is what this raises.
-      verbose: whether to print what the command prints; False prints nothing.
+      verbose: whether to print what the command prints; False prints nothing. Other threads are heard all the same.
       **settings: every setting of `python -m dpo_jax.train --help`: a section as a mapping
         (`optimizer={"learning_rate": 1e-5}`), or a setting by the last part of its name where no other ends so
         (`beta=0.1`). `output`, the folder of everything that the run writes, is needed.
@@ -74,9 +75,9 @@ def fit(
     with contextlib.ExitStack() as stack:
         stack.enter_context(in_python(ARGUMENTS))
         run = _run_of(model, (train, evaluate), [os.fspath(file) for file in files], settings, problems)
-        told = [_told(call, sys.stdout) for call in (on_step, on_evaluation)]
+        told = [_told(call) for call in (on_step, on_evaluation)]
         if not verbose:
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            stack.enter_context(silent())
         stack.enter_context(_restored())
         code = _train(run, (train, evaluate), told)
     if code:  # stopped by a signal, which is for whoever listens to it outside, now that the run is saved
@@ -114,6 +115,12 @@ def _run_of(
     for name in [name for name in given if CALLBACK.fullmatch(name)]:
         given.pop(name)
         problems.append(f"fit: {short(name)}: no such argument; give functions to on_step= and on_evaluation=")
+    if (what := _function_in(given.get("objective", given.get("objective.name")))) is not None:
+        given = {name: value for name, value in given.items() if not name.startswith("objective")}
+        problems.append(
+            f"fit: objective: {what} is no name; give it one by a row of the table, OBJECTIVES[NAME] = Objective(...) "
+            "of dpo_jax.objectives.table, and then objective=NAME: see configs/notebooks/your_own_objective.ipynb"
+        )
     if model is not None:
         given["model"] = model
     if not isinstance(model, str | os.PathLike | Mapping | None):
@@ -130,13 +137,24 @@ def _run_of(
     return keywords.run_of(given, files, origin="fit", problems=problems)
 
 
-def _told(call: OnRecord | None, stdout: Any) -> OnRecord | None:
-    """The caller's function, which prints where the caller does."""
+def _function_in(objective: object) -> str | None:
+    """A function, or a row of one, in the place of an objective's name, in words; None where there is none."""
+    if isinstance(objective, list | tuple):
+        return next(filter(None, map(_function_in, objective)), None)
+    if isinstance(objective, Mapping):
+        return _function_in(objective.get("name"))
+    if isinstance(objective, Objective):
+        return "a row"
+    return f"the function {short(getattr(objective, '__name__', 'given'))}" if callable(objective) else None
+
+
+def _told(call: OnRecord | None) -> OnRecord | None:
+    """The caller's function, whose prints are seen."""
     if call is None:
         return None
 
     def told(step: int, metrics: dict[str, float]) -> None:
-        with contextlib.redirect_stdout(stdout):
+        with aloud():
             call(step, metrics)
 
     return told
@@ -153,10 +171,12 @@ def _train(run: Run, data: tuple[Any, Any], calls: Sequence[OnRecord | None]) ->
     from dpo_jax.run.recorder import Listener
     from dpo_jax.train import train
 
+    left: dict[str, str] = {}
     if any(map(rows.are_rows, (data[0], *_sets(data[1]).values()))):
         with output.opened(run) as folder:
-            run = _with_rows(run, *data, folder)
-    return train(run, Listener(*calls, lines=STEP_LINES))
+            run = _with_rows(run, *data, folder, left)
+    with rows.explained(left):
+        return train(run, Listener(*calls, lines=STEP_LINES))
 
 
 # ---------------------------------------------------------------------------------------------- rows
@@ -172,16 +192,16 @@ def _named(source: object) -> Any:
     return "rows" if rows.are_rows(source) else source
 
 
-def _with_rows(run: Run, train: object, evaluate: object, folder: Path) -> Run:
+def _with_rows(run: Run, train: object, evaluate: object, folder: Path, left: dict[str, str]) -> Run:
     """The run over files of the rows, in its folder; files of other rows that no run names any more are removed."""
     from dpo_jax.run import output
 
     place = folder / output.ROWS
     found: dict[str, Any] = {}
     if rows.are_rows(train):
-        found["train"] = str(rows.keep(train, place, "train"))
+        found["train"] = str(rows.keep(train, place, "train", left))
     kept = {
-        name: str(rows.keep(inner, place, f"evaluate-{name}".rstrip("-")))
+        name: str(rows.keep(inner, place, f"evaluate-{name}".rstrip("-"), left))
         for name, inner in _sets(evaluate).items()
         if rows.are_rows(inner)
     }

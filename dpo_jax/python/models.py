@@ -3,6 +3,7 @@
 import functools
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +15,9 @@ from jaxtyping import Array, Float32
 from dpo_jax import sharding
 from dpo_jax.config import keywords
 from dpo_jax.data.batch import Batch
-from dpo_jax.data.encode import Encoded, encode
+from dpo_jax.data.encode import Encoded, collect
 from dpo_jax.data.messages import BadRow
-from dpo_jax.data.report import KINDS, TOO_LONG
+from dpo_jax.data.report import KINDS, TOO_LONG, UNRANKED, Report
 from dpo_jax.data.settings import BatchSettings, DataSettings
 from dpo_jax.data.templates import template_source
 from dpo_jax.data.tokenizer import Tokenizer
@@ -85,6 +86,9 @@ def score_pairs(
       tokenizer: what `load_tokenizer` gave; that of the folder that is named, if it is None.
       **data: settings of the section `data`, such as `max_length=512` or `as_chat=True`.
 
+    Warns:
+      UserWarning: `max_length` has cut tokens off, with how many of what.
+
     Raises:
       UserError: a row cannot be used, so that numbers and rows would not go together; or a model or setting is wrong.
     """
@@ -99,34 +103,60 @@ def score_pairs(
         )
     with restored(), tempfile.TemporaryDirectory(prefix="dpo_jax-") as folder:
         tokenizer = tokenizer or load_tokenizer(adapted(os.fspath(named[0])).base)
-        source = str(memory.keep(rows, Path(folder), "rows")) if memory.are_rows(rows) else rows
-        with in_python(rows=Path(str(source)) if source is not rows else None):
-            encoded = _pairs(source, tokenizer, settings)
+        left: dict[str, str] = {}
+        source = str(memory.keep(rows, Path(folder), "rows", left)) if memory.are_rows(rows) else rows
+        with in_python(rows=Path(str(source)) if source is not rows else None), memory.explained(left):
+            encoded, report = _pairs(source, tokenizer, settings)
             mesh = _mesh_of(policy, reference)
             first = _scored(_on(policy, mesh), encoded, tokenizer, mesh)
             same = reference is policy or (isinstance(reference, Folder) and reference == policy)
             second = first if same else _scored(_on(reference, mesh), encoded, tokenizer, mesh)
+    if (cuts := _cuts(report, settings.max_length)) is not None:
+        warnings.warn(cuts, UserWarning, stacklevel=2)
     return PairLogprobs(*first, *second)
 
 
 def _data_settings(given: Mapping[str, Any]) -> DataSettings:
     """The section `data` of a run that has nothing else to say; no row may be left out."""
+    if given.get("max_bad_fraction"):
+        raise UserError(
+            f"score_pairs: max_bad_fraction: {short(str(given['max_bad_fraction']))}: no row may be left out, as each "
+            "number goes with its row; leave the setting away, and correct bad rows or take them out"
+        )
     section = {"train": "rows", "max_bad_fraction": 0.0, **given}
     return keywords.run_of({"model": "model", "output": "none", "data": section}, origin="score_pairs").data
 
 
-def _pairs(source: Any, tokenizer: Tokenizer, settings: DataSettings) -> Encoded:
-    encoded, report = encode(source, tokenizer, settings)
+def _pairs(source: Any, tokenizer: Tokenizer, settings: DataSettings) -> tuple[Encoded, Report]:
+    encoded, report = collect(source, tokenizer, settings)
+    report.check(None)
+    first = {KINDS[kind]: lines[0] for kind, lines in reversed(report.examples.items())}
     if report.too_long:
-        where = next(lines[0] for kind, lines in report.examples.items() if KINDS[kind] == TOO_LONG)
+        where = first[TOO_LONG]
         raise UserError(
             f"score_pairs: data.max_length: {settings.max_length} leaves nothing of {report.too_long} rows "
             f"(first: {where}); raise it, or leave these rows out"
         )
+    if report.unranked:
+        raise UserError(
+            f"score_pairs: {report.unranked} rows prefer no answer (first: {first[UNRANKED]}); leave them out, or give "
+            "chosen and rejected"
+        )
     if encoded.single.any():
         where = encoded.first_origin(np.flatnonzero(encoded.single))
         raise UserError(f"score_pairs: {where}: has one answer; a pair has a chosen and a rejected one")
-    return encoded
+    return encoded, report
+
+
+def _cuts(report: Report, max_length: int) -> str | None:
+    """What rows have lost, in a line; None where that is nothing."""
+    kinds = (("prompt truncated", "prompts"), ("completion truncated", "answers"))
+    lost = [
+        f"{report.counts[kind]:,} of {report.rows:,} rows lose {report.cut[kind]:,} tokens of their {what}"
+        for kind, what in kinds
+        if kind in report.cut
+    ]
+    return f"score_pairs: max_length={max_length}: {', '.join(lost)}; raise max_length to score all" if lost else None
 
 
 def _mesh_of(*given: Model | Folder) -> jax.sharding.Mesh:

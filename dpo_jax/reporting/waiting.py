@@ -1,6 +1,7 @@
 """What there is to wait for: how long something has taken so far, and how long a run still takes."""
 
 import collections
+import contextvars
 import datetime
 import threading
 from collections.abc import Callable
@@ -112,7 +113,8 @@ class Waiting:
 
     def _set(self, seconds: float, at: float) -> None:
         """Ring after so many seconds, when it has taken `at` seconds."""
-        alarm = self._timer(seconds, lambda: self._ring(alarm, at))
+        context = contextvars.copy_context()  # where this thread is silent, so is the alarm's
+        alarm = self._timer(seconds, lambda: context.run(self._ring, alarm, at))
         alarm.daemon = True
         self._alarm = alarm
         alarm.start()

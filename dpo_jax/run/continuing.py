@@ -5,6 +5,7 @@ the same pairs at the same learning rates. More steps, more epochs and more data
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from dpo_jax.config.run import Run
 from dpo_jax.data.batches import Batches
 from dpo_jax.data.encoded import Encoded, head
 from dpo_jax.errors import UserError, redacted_values
+from dpo_jax.objectives.own import own_digests
+from dpo_jax.objectives.table import SHIPPED
 from dpo_jax.processes.here import here
 from dpo_jax.run import output
 from dpo_jax.training.optimizer import same_rates, warmup_steps
@@ -27,6 +30,11 @@ STEPS, PAIRS, DATA, WEIGHTS, ADAPTER = (
     "digest of the adapter at the start",
 )
 """Facts of a run: what it depends on beside its settings."""
+OWN, PACKAGES = "digest of objective {}", "the package's own"
+"""Fact for each objective that is not the package's own, and what stands for one that is."""
+_OWN = re.compile(OWN.format(".*"))
+OBJECTIVES = frozenset({"objective.name", "objective.mixture"})
+"""Settings that name objectives."""
 JUDGED_BY_FACTS = ("steps", "epochs", "data.train", "data.first")
 """Settings of which only the data themselves can tell whether the steps already made would have been others."""
 NEVER = frozenset(
@@ -64,7 +72,22 @@ class Past:
 
     def changes(self, run: Run) -> list[str]:
         """Settings that lead to another model than the run's own: lines `key: old -> new`."""
-        return config.changed_mathematics(self.settings, redacted_values(config.dump(run))) if self.settings else []
+        if not self.settings:
+            return []
+        changes = config.changed_mathematics(self.settings, redacted_values(config.dump(run)))
+        return changes if OBJECTIVES & {*map(_key, changes)} else [*changes, *self._functions(run)]
+
+    def _functions(self, run: Run) -> list[str]:
+        """Objectives of these names that were other functions when the run was begun."""
+        now, found = own_objectives(run), []
+        for name in run.objective.objectives:
+            fact = OWN.format(name)
+            new = now.get(fact, PACKAGES)
+            old = self.facts.get(fact, PACKAGES if name in SHIPPED else new)
+            if old != new:
+                was, now_is = (one if one == PACKAGES else f"digest {one[:9]}" for one in (old, new))
+                found.append(f"objective.name: {name} ({was}) -> {name} as another function ({now_is})")
+        return found
 
     def check_settings(self, run: Run) -> None:
         """Refuse what is known to make it another run, before anything is read.
@@ -99,6 +122,18 @@ class Past:
         new = [*new, *(line for line in said if ACCEPTED in line)] if self.step else []
         return [*self.changed, *(f"from step {(self.step or 0) + 1:,} on: {change}" for change in new)]
 
+    def check_fact(self, name: str, value: Any) -> None:
+        """Refuse one that is not as the run has it.
+
+        Raises:
+          UserError: names it, and what it was.
+        """
+        if self.facts.get(name, value) != value:
+            raise UserError(
+                f"output: {self.folder} holds a run whose {name} was {self.facts[name]} and is now {value}; "
+                "restore it, or name another output"
+            )
+
     def check_facts(self, run: Run, facts: Mapping[str, Any], train: Encoded) -> list[str]:
         """Refuse data, weights and lengths under which the steps already made would have been others.
 
@@ -114,11 +149,8 @@ class Past:
           UserError: one of them makes it another run.
         """
         for name, value in facts.items():
-            if name not in (STEPS, PAIRS, DATA) and self.facts.get(name, value) != value:
-                raise UserError(
-                    f"output: {self.folder} holds a run whose {name} was {self.facts[name]} and is now {value}; "
-                    "restore it, or name another output"
-                )
+            if name not in (STEPS, PAIRS, DATA) and not _OWN.fullmatch(name):
+                self.check_fact(name, value)
         if not self.facts:
             return []
         said = [self._check_data(run, facts, train), self._check_length(run, facts)]
@@ -181,6 +213,11 @@ class Past:
         return f"keep them with optimizer.warmup_steps={warmed}{given} and {_allowing(run, *names)}, "
 
 
+def own_objectives(run: Run) -> dict[str, str]:
+    """Facts of a run whose objectives are not all the package's own: what each of those computes."""
+    return {OWN.format(name): digest for name, digest in own_digests(run.objective.objectives).items()}
+
+
 def _found(folder: Path) -> dict[str, Any]:
     """All of `Past` but the folder."""
     known = output.recorded(folder, say=print)
@@ -199,10 +236,9 @@ def _found(folder: Path) -> dict[str, Any]:
 def _roots(changes: Sequence[str]) -> list[str]:
     """The changes without those of an objective's settings that came with another objective: accepting that accepts
     them."""
-    names = {"objective.name", "objective.mixture"}
-    if not names & {*map(_key, changes)}:
+    if not OBJECTIVES & {*map(_key, changes)}:
         return list(changes)
-    return [change for change in changes if _key(change) in names or not change.startswith("objective.")]
+    return [change for change in changes if _key(change) in OBJECTIVES or not change.startswith("objective.")]
 
 
 def _key(change: str) -> str:

@@ -34,7 +34,7 @@ from dpo_jax.run import models, output, result
 from dpo_jax.run.attention_choice import attention_for
 from dpo_jax.run.best import MetricWatch, watch_of
 from dpo_jax.run.checkpoints import Saver
-from dpo_jax.run.continuing import ACCEPTED, Past
+from dpo_jax.run.continuing import ACCEPTED, Past, own_objectives
 from dpo_jax.run.data import Data, Packing, check_tokens, labels_line, length_line, number_of_steps, read_data
 from dpo_jax.run.evaluator import EvaluationPrompts, Evaluator, read_prompts
 from dpo_jax.run.first_step import FirstStep
@@ -288,13 +288,13 @@ class Job:
         Raises:
           UserError: it would not be the run that the folder holds.
         """
-        facts = result.facts(self.sources, self.data, self.steps)
+        facts = {**result.facts(self.sources, self.data, self.steps), **own_objectives(self.run)}
         here().same("what the run is made of differs", facts)
         said = past.check_facts(self.run, facts, self.data.train)
         changed = past.changed_by(self.run, said)
         for line in [*said, *(line for line in changed[len(past.changed) :] if ACCEPTED not in line)]:
             print(line)
-        more = {"changed": changed} if changed else {}
+        more = {result.STAMPS: result.stamps(self.sources), **({"changed": changed} if changed else {})}
         output.record_run(self.run, self.folder, facts, machine=machine_of(self.mesh), **more)
         return facts
 

@@ -1,5 +1,6 @@
 """What a run leaves: the exported folder, the table of before and after, and how to go on."""
 
+import contextlib
 import functools
 import json
 import os
@@ -39,6 +40,8 @@ TEMPLATE = "chat_template.jinja"
 """The file of an exported folder that says how it was trained."""
 CARD = "README.md"
 """The file of an exported folder that is there for people to write on."""
+STAMPS = "weights"
+"""Key of what `run.json` says of the files of weights beside their digest."""
 
 
 def facts(found: Sources, data: Data, steps: int) -> dict[str, object]:
@@ -53,6 +56,39 @@ def facts(found: Sources, data: Data, steps: int) -> dict[str, object]:
         continuing.WEIGHTS: weights_digest(found.policy),
         **({} if found.adapter is None else {continuing.ADAPTER: file_digest(found.adapter / peft.FILE)}),
     }
+
+
+def stamps(found: Sources) -> dict[str, list[list[str | int]]]:
+    """Names, sizes and times of the files of weights that a run starts from, by part."""
+    files = {"model": tensors.stamps(found.policy)}
+    if found.adapter is not None:
+        files["adapter"] = tensors.stamps(found.adapter, [peft.FILE])
+    return {part: [list(one) for one in some] for part, some in files.items()}
+
+
+def _check_weights(run: Run, past: Past) -> None:
+    """Refuse to take a finished run for this one where the weights that it starts from have become others since. Their
+    bytes are read only where the files have other sizes or times than the run has written down.
+
+    Raises:
+      UserError: a digest is another.
+    """
+    known = output.recorded(past.folder).get(STAMPS, {})
+    seen = dict(known)
+    parts = (
+        ("model", run.model.path, continuing.WEIGHTS, (), weights_digest),
+        ("adapter", run.adapter.path, continuing.ADAPTER, (peft.FILE,), lambda folder: file_digest(folder / peft.FILE)),
+    )
+    for part, path, fact, files, digest in parts:
+        folder = Path(path or "").expanduser()
+        if path is None or part not in known or fact not in past.facts or not folder.is_dir():
+            continue
+        with contextlib.suppress(OSError, UserError):  # they are gone, and not others
+            seen[part] = [list(one) for one in tensors.stamps(folder, files)]
+        if seen[part] != known[part]:
+            past.check_fact(fact, digest(folder))
+    if seen != known:
+        output.mark(past.folder, **{STAMPS: seen})
 
 
 class Ended(NamedTuple):
@@ -171,12 +207,13 @@ def is_finished(run: Run, past: Past) -> bool:
     Says why a finished run is gone on with all the same.
 
     Raises:
-      UserError: it would have to go on, and its checkpoints are gone.
+      UserError: it would have to go on, and its checkpoints are gone; or its starting weights have changed since.
     """
     changes = past.changes(run)
     damaged = next(filter(None, (_damaged(past.folder / output.EXPORTS[kind]) for kind in run.export_kinds)), None)
     damaged = damaged if past.finished else None
     if past.finished and not changes and damaged is None and past.exported in ({}, exported_as(run)):
+        _check_weights(run, past)
         return True
     if past.finished and past.step is None:
         raise UserError(

@@ -15,6 +15,7 @@ Old steps are removed only after a newer one is sealed. So from the first seal o
 folder with `sealed` but no usable step has lost something: that is an error, never a silent start from scratch.
 """
 
+import contextvars
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -102,7 +103,7 @@ class Checkpoints:
         with self._writing(step):
             # `force` passes over Orbax's own rules for when to save; deciding that is the caller's.
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-        self._pending = self._finisher.submit(self._finish, step, also)
+        self._pending = self._finisher.submit(contextvars.copy_context().run, self._finish, step, also)
 
     def latest(self) -> int | None:
         """The newest step that verifies, or None where nothing was ever finished.

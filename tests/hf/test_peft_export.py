@@ -1,6 +1,7 @@
 """An adapter out: one rank and one scale, in PEFT's names, which every reader takes for the same function."""
 
 import importlib.util
+import inspect
 import json
 import warnings
 
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from dpo_jax import logits
 from dpo_jax.errors import UserError
 from dpo_jax.hf import tensors
-from dpo_jax.hf.checkpoint import entries_of, load_hf, scheme_of
+from dpo_jax.hf.checkpoint import entries_of, load_hf, save_hf, scheme_of
 from dpo_jax.hf.configs import quiet, read_spec
 from dpo_jax.hf.factors import Adapter, Factor, Rows
 from dpo_jax.hf.peft import FILE
@@ -303,3 +304,29 @@ def test_a_golden_that_is_written_again_is_the_same_to_peft(name, tmp_path):
     factors = [load_file(where / "adapter_model.safetensors") for where in (folder, tmp_path / "a")]
     alike = all(np.array_equal(value, factors[1].get(key)) for key, value in factors[0].items())
     assert np.abs(before - after).max() <= (0 if alike else 1e-4)
+
+
+def test_an_adapter_alone_is_loaded_with_the_base_that_it_names(base, tmp_path):
+    adapter = tmp_path / "adapter"
+    write(adapter, made_for(base), base, base_model=str(base))
+    tokens = [[1, 2, 3, 4]]
+    alone, both, plain = load_hf(adapter), load_hf(base, adapter=adapter), load_hf(base)
+    np.testing.assert_array_equal(alone.logits(tokens), both.logits(tokens))
+    assert (alone.logits(tokens) != plain.logits(tokens)).any()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(config(adapter) | {"base_model_name_or_path": str(tmp_path / "none")})
+    )
+    with pytest.raises(UserError) as caught:
+        load_hf(adapter)
+    assert str(caught.value).endswith(f"load_hf(BASE, adapter={str(adapter)!r})") and "--" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["int8", np.int32, "float64", "nonsense", lambda leaf: jnp.int8])
+def test_weights_are_floats(base, dtype):
+    with pytest.raises(UserError, match="^load_hf: dtype: .*: weights are computed with in float32, bfloat16, float16"):
+        load_hf(base, dtype=dtype)
+
+
+def test_a_tensor_is_written_in_a_known_dtype(base, tmp_path):
+    with pytest.raises(UserError, match="^save_hf: dtype: int8: give one of keep, float32, bfloat16"):
+        inspect.unwrap(save_hf)(load_hf(base), tmp_path / "out", base, dtype="int8")

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from dpo_jax import logits, trees
+from dpo_jax.errors import UserError
 from dpo_jax.model import decoder
 from dpo_jax.model.attention import Layout, causal
-from dpo_jax.model.decoder import Execution, abstract_params, cast, empty_cache, init_params
+from dpo_jax.model.decoder import Execution, Model, abstract_params, cast, empty_cache, init_params
 from dpo_jax.model.kernels import dense
 from dpo_jax.model.spec import HeadNorm, Norm
 from tests.support.specs import plain_spec
@@ -108,6 +109,57 @@ def test_later_tokens_change_nothing_before_them(params):
     one, other = logits(SPEC, params, ids), logits(SPEC, params, changed)
     np.testing.assert_array_equal(one[:, :5], other[:, :5])
     assert (one[:, 5:] != other[:, 5:]).any()
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int16, np.uint32, np.int64, np.uint64, list])
+def test_ids_of_any_integer_dtype_are_the_same_ids(params, kind):
+    ids, given = np.array([[5, 1], [2, 3]]), [[5, 1], [2, 3]]
+    given = given if kind is list else ids.astype(kind)
+    np.testing.assert_array_equal(logits(SPEC, params, given), logits(SPEC, params, jnp.asarray(ids, jnp.int32)))
+    np.testing.assert_array_equal(Model(SPEC, params).logits(given), logits(SPEC, params, given))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0)])
+def test_no_ids_have_no_logits(params, shape):
+    for ids in (np.zeros(shape, np.int64), np.zeros(shape)):
+        assert logits(SPEC, params, ids).shape == (*shape, SPEC.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        ([1, 5], "are of shape [2]; give ids of tokens as rows [B, T]"),
+        (3, "are of shape []; give ids"),
+        ([[1, 2], [3]], "are rows of different lengths"),
+        ([[1.0, 2.0]], "are of dtype float64; give ids"),
+        ([[True, False]], "are of dtype bool"),
+        ([[1, 2], [3, -100]], "[1, 1] is -100, and the model's ids are 0 to"),
+        ([[1, SPEC.vocab_size], [-1, 0]], f"[0, 1] is {SPEC.vocab_size}, and"),
+        (np.array([[2**63]], np.uint64), f"[0, 0] is {2**63}, and"),
+    ],
+)
+def test_what_is_no_row_of_ids_is_refused(params, ids, said):
+    with pytest.raises(UserError) as caught:
+        Model(SPEC, params).logits(ids)
+    assert str(caught.value).startswith(f"logits: tokens: {said}") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [-100, SPEC.vocab_size])
+def test_an_unknown_id_in_a_traced_function_makes_nan_from_its_position_on(params, wrong):
+    ids = jnp.array([[1, 2, wrong, 3], [1, 2, 4, 3]])
+    found = jax.jit(lambda ids: logits(SPEC, params, ids))(ids)
+    assert jnp.isnan(found[0, 2:]).all()
+    want = logits(SPEC, params, jnp.array([[1, 2, 4, 3]] * 2))
+    np.testing.assert_allclose(found[0, :2], want[0, :2], rtol=1e-6)
+    np.testing.assert_allclose(found[1], want[1], rtol=1e-6)
+
+
+def test_a_model_is_shown_in_a_line(params):
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert repr(Model(SPEC, params)) == (
+        f"Model(3 layers, width 16, {SPEC.vocab_size} tokens: {count:,} parameters, float32)"
+    )
+    assert "parameters" in repr(Model(SPEC, abstract_params(SPEC)))
 
 
 def test_a_tied_head_is_the_embedding(params):

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -16,8 +17,12 @@ from dpo_jax import Result, fit, train
 from dpo_jax.config import keywords
 from dpo_jax.errors import UserError
 from dpo_jax.files import file_digest
+from dpo_jax.objectives.pairs import LossOutput
+from dpo_jax.objectives.rows import Objective, Setting
+from dpo_jax.objectives.table import OBJECTIVES
 from dpo_jax.python.fit import _problems_of_calls
 from dpo_jax.reporting.journal import read_records
+from tests.conftest import ROOT
 from tests.support.tiny_rows import write, yes_or_no
 from tests.support.worlds import write_model
 
@@ -149,6 +154,27 @@ def test_a_finished_run_comes_back_as_it_is(world, heard, capsys):
     assert before == {path: path.read_bytes() for path in heard[0].folder.rglob("*") if path.is_file()}
 
 
+def test_a_finished_run_is_not_that_of_other_weights_at_the_same_place(world, heard, capsys):
+    file, record = world / "model" / "model.safetensors", heard[0].folder / "run.json"
+    content, known = file.read_bytes(), record.read_text()
+    try:
+        os.utime(file, (1, 1))
+        fitted(world, world / "heard")
+        assert json.loads(record.read_text())["weights"]["model"] == [[file.name, len(content), 10**9]]
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(UserError, match=r"whose digest of the starting weights was \w+ and is now \w+; restore it"):
+            fitted(world, world / "heard")
+        record.write_text(json.dumps({key: value for key, value in json.loads(known).items() if key != "weights"}))
+        fitted(world, world / "heard")  # of a version that did not write it down
+        file.unlink()
+        record.write_text(known)
+        fitted(world, world / "heard")
+        assert capsys.readouterr().out.count("finished already") == 3
+    finally:
+        file.write_bytes(content)
+        record.write_text(known)
+
+
 def test_other_rows_are_another_run_and_leave_no_file(world, heard):
     with pytest.raises(UserError, match="holds a run whose digest of the training data"):
         fitted(world, world / "heard", rows=ROWS[:9])
@@ -192,6 +218,48 @@ def test_ctrl_c_is_raised_where_nobody_listens_outside(world, monkeypatch, outsi
             fitted(world, world / "unheard")
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_silent_runs_at_a_time_silence_themselves_alone(world, heard, monkeypatch, capsys):
+    begun, end, before = threading.Semaphore(0), threading.Event(), sys.stdout
+
+    def train(run, data, told):
+        print("said by the run")
+        begun.release()
+        assert end.wait(60)
+        told[0](1, {})
+        return 0
+
+    monkeypatch.setattr("dpo_jax.python.fit._train", train)
+    with ThreadPoolExecutor(2) as pool:
+        call = lambda step, metrics: print("said by a callback")  # noqa: E731
+        runs = [pool.submit(fitted, world, world / "heard", on_step=call, verbose=False) for _ in range(2)]
+        assert all(begun.acquire(timeout=60) for _ in runs)
+        print("said by another thread")
+        end.set()
+    assert all(run.result().finished for run in runs) and sys.stdout is before
+    assert capsys.readouterr().out.splitlines() == ["said by another thread", *["said by a callback"] * 2]
+
+
+def test_a_finished_run_is_not_that_of_another_function_of_the_same_name(world, monkeypatch):
+    def mine(slack):
+        def function(pairs, *, beta):
+            gap = beta * (pairs.policy_chosen - pairs.policy_rejected)
+            return LossOutput(losses=jax.nn.relu(slack - gap), margins=gap)
+
+        settings = {"beta": Setting(0.1, above=0)}
+        return Objective(value=function, equation="", paper="", settings=settings, reference="unused")
+
+    def run():
+        return fitted(world, world / "mine", objective="mine", steps=1, verbose=False)
+
+    monkeypatch.setitem(OBJECTIVES, "mine", mine(1.0))
+    before = weights(run())
+    monkeypatch.setitem(OBJECTIVES, "mine", mine(1.0))
+    assert weights(run()) == before
+    monkeypatch.setitem(OBJECTIVES, "mine", mine(2.0))
+    with pytest.raises(UserError, match="objective.name: mine .*as another function.*name another output"):
+        run()
 
 
 def test_what_is_wrong_is_said_before_a_row_is_read_or_a_folder_made(world):
@@ -241,6 +309,29 @@ def test_what_is_wrong_is_said_in_the_words_of_python(tmp_path, given, said):
     with pytest.raises(UserError) as caught:
         fit("m", train=ROWS, output=tmp_path / "out", **given)
     assert str(caught.value).splitlines() == said and not (tmp_path / "out").exists()
+
+
+def mine(pairs, *, beta):
+    return pairs
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        (mine, "the function mine"),
+        ([{"name": mine}], "the function mine"),
+        ({"name": mine, "beta": 0.1}, "the function mine"),
+        (Objective(value=mine, equation="", paper=""), "a row"),
+    ],
+)
+def test_a_function_in_the_place_of_an_objective_is_told_how_to_become_one(tmp_path, given, what):
+    with pytest.raises(UserError) as caught:
+        fit("m", train=ROWS, output=tmp_path / "out", objective=given)
+    assert str(caught.value) == (
+        f"fit: objective: {what} is no name; give it one by a row of the table, OBJECTIVES[NAME] = Objective(...) of "
+        "dpo_jax.objectives.table, and then objective=NAME: see configs/notebooks/your_own_objective.ipynb"
+    )
+    assert (ROOT / "configs/notebooks/your_own_objective.ipynb").exists()
 
 
 def test_the_null_that_is_advised_turns_off_what_a_file_gives(tmp_path):

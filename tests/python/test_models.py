@@ -1,5 +1,9 @@
 """The four log-probabilities of pairs are those of the plain formula, and answers those of the command."""
 
+import datetime
+import inspect
+import re
+
 import numpy as np
 import pytest
 
@@ -76,12 +80,41 @@ def test_a_model_is_its_own_reference(folders):
             "leaves nothing",
         ),
         (ROWS, {"max_lenght": 64}, "score_pairs: data.max_lenght: no such setting; did you mean data.max_length"),
+        (
+            [{**GOOD, "rejected": datetime.date(2024, 1, 1)}],
+            {},
+            r"fit no layout.*; left out .*: rejected \(first in row 1, of type date",
+        ),
         ([], {}, "holds no row"),
     ],
 )
 def test_rows_whose_numbers_would_not_go_with_them_are_refused(folders, rows, more, said):
     with pytest.raises(UserError, match=said):
         score_pairs(folders / "policy", folders / "reference", rows, **more)
+
+
+def test_tokens_that_are_cut_are_counted_in_a_warning(folders):
+    rows = [GOOD, {"prompt": "Hi" * 20, "chosen": "yes", "rejected": "a" * 39}]
+    ids = [[len(load_tokenizer(folders / "policy")(row[side]).input_ids) for side in row] for row in rows]
+    policy, length = folders / "policy", 24
+    with pytest.warns(UserWarning, match="^score_pairs: max_length=24: ") as caught:
+        inspect.unwrap(score_pairs)(policy, policy, rows, max_length=length)
+    assert [line.filename for line in caught] == [__file__]
+    prompts, answers = re.findall(r"1 of 2 rows lose (\d+) tokens of their (?:prompts|answers)", str(caught[0].message))
+    # all but one token of the prompt, and of the answer, with its end, what does not fit beside that
+    assert (int(prompts), int(answers)) == (ids[1][0] - 1, ids[1][2] + 1 - (length - 1))
+    score_pairs(policy, policy, rows, max_length=1024)  # where a warning would be an error
+
+
+def test_no_row_is_left_out_whatever_is_set(folders):
+    bad = [*ROWS, {"prompt": "a", "chosen": "b"}]
+    with pytest.raises(UserError, match="^score_pairs: max_bad_fraction: 0.5: no row may be left out"):
+        score_pairs(folders / "policy", folders / "policy", bad, max_bad_fraction=0.5)
+    with pytest.raises(UserError, match="1 of 6 rows are bad: .*; correct the rows, or leave them out$"):
+        score_pairs(folders / "policy", folders / "policy", bad)
+    tied = {"prompt": "a", "completions": ["b", "c"], "scores": [1.0, 1.0]}
+    with pytest.raises(UserError, match="score_pairs: 1 rows prefer no answer .first: row 2"):
+        score_pairs(folders / "policy", folders / "policy", [{**tied, "scores": [1.0, 2.0]}, tied])
 
 
 def test_answers_are_those_of_the_command(folders, tmp_path, capsys):

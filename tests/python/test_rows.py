@@ -17,6 +17,10 @@ class Broken(Exception):
     pass
 
 
+ENDLESS = {"prompt": []}
+ENDLESS["prompt"].append(ENDLESS)
+
+
 def values(path):
     return [row.value for row in read_rows(str(path))]
 
@@ -53,6 +57,55 @@ def test_arrays_and_their_numbers_are_lists_and_numbers(tmp_path):
     ]
 
 
+def test_what_json_has_not_is_left_out_of_its_row_and_told(tmp_path):
+    left = {}
+    some = [
+        {**GOOD, "when": datetime.date(2024, 1, 1), "raw": b"x", "n": np.int64(3), "ids": np.array([1, 2])},
+        {
+            "prompt": [{"role": "user", "content": "Hi", "at": np.datetime64("2024-01-01")}],
+            "tags": [{1}],
+            "n": np.True_,
+        },
+        {**GOOD, ("a", "b"): 1},
+    ]
+    assert values(rows.keep(some, tmp_path, "train", left)) == [
+        {**GOOD, "n": 3, "ids": [1, 2]},
+        {"prompt": [{"role": "user", "content": "Hi"}], "n": True},
+        GOOD,
+    ]
+    assert left == {
+        "when": "(first in row 1, of type date)",
+        "raw": "(first in row 1, of type bytes)",
+        "prompt[0].at": "(first in row 2, of type date)",
+        "tags": "(first in row 2, of type set)",
+        "('a', 'b')": "(first in row 3, of type tuple, which names no column)",
+    }
+
+
+@pytest.mark.parametrize(
+    ("said", "adds"),
+    [
+        ("row 1: no 'prompt' (columns: a)", "prompt was"),
+        ("columns a, b fit no layout", "prompt was; prompt[0].content was"),
+        ("prompt[0] has no content", "prompt[0].content was"),
+        ("the prompt is empty", None),
+    ],
+)
+def test_an_error_about_a_column_that_was_left_out_says_so(said, adds):
+    with pytest.raises(UserError) as caught, rows.explained({"prompt": "was", "prompt[0].content": "was"}):
+        raise UserError(said)
+    assert str(caught.value) == said + (f"; left out as JSON has no such value: {adds}" if adds else "")
+
+
+@pytest.mark.parametrize("made", [np.array, list, tuple])
+def test_columns_may_be_arrays(tmp_path, made):
+    columns = {"prompt": made(["a", "b"]), "score": made([1.5, 2.0])}
+    assert values(rows.keep(columns, tmp_path, "train")) == [
+        {"prompt": "a", "score": 1.5},
+        {"prompt": "b", "score": 2.0},
+    ]
+
+
 def test_half_a_character_is_left_to_the_reader_to_name(tmp_path):
     (row,) = values(rows.keep([{**GOOD, "chosen": "\ud83d"}], tmp_path, "train"))
     assert row["chosen"] == "\ud83d"
@@ -64,6 +117,7 @@ def test_half_a_character_is_left_to_the_reader_to_name(tmp_path):
         ([], "holds no row"),
         ([GOOD, "text"], 'row 2 is of type str, not a dict of columns such as {"prompt"'),
         ([GOOD, {"prompt": datetime.date(2026, 1, 1)}], "row 2 cannot be written as JSON (TypeError: date is neither"),
+        ([ENDLESS], "row 1 cannot be written as JSON (ValueError: Circular"),
         ([{("a", "b"): 1}], "row 1 cannot be written as JSON"),
         (7, "is of type int; give a path, or rows"),
         ({"prompt": ["a"], "chosen": ["b", "c"]}, "columns must be of the same length: prompt has 1, chosen has 2"),

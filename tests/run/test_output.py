@@ -1,13 +1,16 @@
 """The output folder: what a killed run leaves is its own, and is swept; what is somebody else's is never touched."""
 
+import dataclasses
 import uuid
 
 import pytest
 
 from dpo_jax.config.run import Run
 from dpo_jax.errors import UserError
+from dpo_jax.objectives.settings import ObjectiveSettings
+from dpo_jax.objectives.table import OBJECTIVES, Objective
 from dpo_jax.run import output
-from dpo_jax.run.continuing import Past
+from dpo_jax.run.continuing import DATA, PAIRS, STEPS, Past, own_objectives
 from dpo_jax.training.settings import CheckpointSettings
 from tests.support.encoding import encoded_rows
 from tests.support.tiny_rows import byte_tokenizer
@@ -80,6 +83,47 @@ def test_a_run_that_learned_something_is_held_to_its_settings_and_facts_and_no_o
     changed = first.model_copy(update={"checkpoint": accepting})
     with pytest.raises(UserError, match=r"accept it with checkpoint.allow_change=\[data.train,seed\]"):
         past.check_settings(changed)
+
+
+def plus(number):
+    return Objective(value=lambda pairs, **_: pairs + number, equation="", paper="", reference="unused")
+
+
+@pytest.mark.parametrize("what", ["checkpoints/10", "model"])
+def test_a_run_is_held_to_the_function_of_an_objective_that_a_user_added(tmp_path, monkeypatch, what):
+    train, _ = encoded_rows(tmp_path, byte_tokenizer(), {"prompt": "a", "chosen": "b", "rejected": "c"})
+    monkeypatch.setitem(OBJECTIVES, "mine", plus(1))
+    run = run_in(tmp_path).model_copy(update={"objective": ObjectiveSettings(name="mine")})
+    facts = own_objectives(run)
+    assert [*facts] == ["digest of objective mine"] and own_objectives(run_in(tmp_path)) == {}
+    output.record_run(run, tmp_path, facts)
+    (tmp_path / what).mkdir(parents=True)
+    past = Past.of(tmp_path)
+    monkeypatch.setitem(OBJECTIVES, "mine", plus(1))
+    assert past.changes(run) == []
+    monkeypatch.setitem(OBJECTIVES, "mine", plus(2))
+    with pytest.raises(UserError, match="another setting, objective.name: mine .*as another function.*another output"):
+        past.check_settings(run)
+    accepting = run.model_copy(update={"checkpoint": CheckpointSettings(allow_change=("objective.name",))})
+    past.check_settings(accepting)
+    past = dataclasses.replace(past, step=3)
+    assert past.check_facts(accepting, {STEPS: 5, PAIRS: 1, DATA: "a", **own_objectives(run)}, train) == []
+    with pytest.raises(UserError, match=r"finished after 3 steps, and the changed settings \(objective.name\)"):
+        dataclasses.replace(past, finished=True).check_facts(run, {STEPS: 3, PAIRS: 1, DATA: "a"}, train)
+    assert "from step 4 on: objective.name: mine" in past.changed_by(accepting, [])[0]
+
+
+def test_a_run_of_an_earlier_version_goes_on_under_a_function_and_not_in_the_place_of_the_packages(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setitem(OBJECTIVES, "mine", plus(1))
+    for name, goes_on in (("mine", True), ("sigmoid", False)):
+        run = run_in(tmp_path / name).model_copy(update={"objective": ObjectiveSettings(name=name)})
+        (tmp_path / name / "model").mkdir(parents=True)
+        output.record_run(run, tmp_path / name, {STEPS: 5})
+        assert Past.of(tmp_path / name).changes(run) == []
+        monkeypatch.setitem(OBJECTIVES, name, plus(2))
+        assert (Past.of(tmp_path / name).changes(run) == []) is goes_on
 
 
 @pytest.mark.parametrize(
