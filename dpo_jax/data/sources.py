@@ -198,12 +198,13 @@ def _hub(source: str, name: str, configuration: str | None, split: str | None, s
 
     usual, folder = split_of(name, configuration)
     part = split or usual
-    which: dict[str, Any] = {"data_dir": folder} if folder else {"name": configuration}
+    which: Any = (name, None if folder else configuration)
+    inside: dict[str, Any] = {"data_dir": folder} if folder else {}
     try:
         if stream:
-            files = datasets.load_dataset_builder(name, **which).config.data_files or {}
+            files = datasets.load_dataset_builder(*which, **inside).config.data_files or {}
             return _streamed(source, {str(key): list(map(str, some)) for key, some in files.items()}, part)
-        return [_dataset(datasets.load_dataset(name, split=part, **which), source)]
+        return [_dataset(datasets.load_dataset(*which, split=part, **inside), source)]
     except UserError:
         raise
     # Network, Hub and parser each have errors of their own; the user needs the source and the cause.

@@ -66,7 +66,7 @@ def test_everything_that_the_result_depends_on_makes_a_new_entry(cached, tmp_pat
     assert sorted(changed) == sorted(SETTINGS)
     # Settings that are left: which sources and where the cache is (arguments here), and what acts after encoding.
     others = {"train", "eval", "cache", "first", "shuffle", "max_bad_fraction", "template", "workers"}
-    others |= {"eval_fraction"}
+    others |= {"eval_fraction", "stream"}
     assert set(DataSettings.model_fields) == {*SETTINGS, *others}
     runs = [*changed.values(), {"template": str(template)}, {"first": 2}, {"tokenizer": byte_tokenizer(bos=True)}]
     entries = 0
