@@ -123,7 +123,8 @@ def parquet_parts(path: str, name: str) -> Iterator[Part]:
     Raises:
       UserError: it cannot be read; also from a part.
     """
-    file = _ParquetFile(path, name, _state(path))
+    with _readable(name, "a Parquet"):
+        file = _ParquetFile(path, name, _state(path))
     metadata = _metadata(file)
     for number in range(metadata.num_row_groups):
         count = metadata.row_group(number).num_rows

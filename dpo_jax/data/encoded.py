@@ -25,7 +25,8 @@ class Encoded:
     order. `tokens` holds every prompt and completion whole; what truncation cuts is there but not referred to, so that
     a preview can show it: before a prompt, also what was cut out of its middle, behind BOS and the system turn. Every
     token of a completion is read, and scored unless it lies in one of the spans `unscored_start` to `unscored_end`:
-    what tools and users say inside it. Spans are in their order, are not empty, do not meet, and lie in one text each.
+    what tools and users say inside it. Spans are in their order, are not empty, lie in one text each, and do not meet
+    inside it.
 
     Completion c is read after `prompt_span(c)`: its unit's prompt without the first `completion_skip[c]` tokens. The
     skip is the same for all completions of a unit, except where data.truncation is keep_end. There it may reach

@@ -15,10 +15,10 @@ from tests.support.worlds import write_model
 
 WARM = 8
 """Runs until each model has been trained under each objective."""
-PILES = 16 << 20
+PILES = 8 << 20
 """Bytes by which what a process holds may grow in the last twelve runs, where threads share one heap: a heap of each
-thread's own keeps holes, some 30 MiB by the 18th run, after which it grows no more. It is 8 MiB at most on an idle
-machine, and was 10 on a busy one. A run's programs that were kept would be more in each of the twelve."""
+thread's own keeps holes, some 30 MiB by the 18th run, after which it grows no more. A run's programs that were kept
+would be more in each of the twelve."""
 
 
 @pytest.fixture(scope="module")
