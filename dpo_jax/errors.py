@@ -17,9 +17,11 @@ COMMAND_LINE = "command line"
 class UserError(ValueError):
     """Something a user gave is wrong: one line that names the file, line or key, the value, and the remedy.
 
-    Commands print it without a traceback and exit with code 2. Anything else that escapes is our fault and keeps its
-    traceback.
+    Commands print it without a traceback and exit with its `code`. Anything else that escapes is our fault and keeps
+    its traceback.
     """
+
+    code = 2
 
 
 def printable(text: str) -> str:

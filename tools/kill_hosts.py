@@ -1,13 +1,16 @@
 """Kills one process of a run of several at random moments, and sees that all end and that the run goes on.
 
-    python tools/kill_hosts.py [--kills 60] [--processes 2] [--timeout 10] [--seed 0] [--work FOLDER]
+    python tools/kill_hosts.py [--kills 60] [--processes 2] [--timeout 10] [--start-timeout 60] [--seed 0]
+                               [--work FOLDER]
 
 A small run of `dpo_jax.train` (tokenising, reference, evaluations with answers, checkpoints, export) is made without
 interruption, and then killed with SIGKILL, one process at a time, at moments drawn over its whole length: while it
 starts, encodes, computes the reference, compiles, makes steps, saves, evaluates or exports. After each kill all other
-processes must be gone within the timeout (`distributed.timeout`) and ten seconds; the same command then goes on, and is
-killed again. A run that reaches its end must have the weights and losses of the uninterrupted one, bit for bit. Needs
-dpo_jax to be importable, and the project's tests folder. Exit code 1 if anything was otherwise.
+processes must be gone within the timeout (`distributed.timeout`) and ten seconds; where the one that was killed had not
+yet joined the others, so that none of them knew of it, within `distributed.start_timeout` and ten seconds. The same
+command then goes on, and is killed again. A run that reaches its end must have the weights and losses of the
+uninterrupted one, bit for bit. Needs dpo_jax to be importable, and the project's tests folder. Exit code 1 if anything
+was otherwise.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -34,14 +38,28 @@ GRACE = 10
 """Seconds beside the timeout in which all processes must be gone."""
 
 
-def words(root: Path, output: Path, timeout: int) -> list[str]:
+NOT_JOINED = "did not find the others"
+
+
+class Limits(NamedTuple):
+    """Seconds: `distributed.timeout`, and `distributed.start_timeout`."""
+
+    step: int
+    start: int
+
+    def of(self, said: str) -> int:
+        """The one that counts for a process that ends with these words, and what is granted beside it."""
+        return GRACE + (self.start if NOT_JOINED in said else self.step)
+
+
+def words(root: Path, output: Path, limits: Limits) -> list[str]:
     """The command, less the interpreter."""
     given = settings_in(root) | {
         "steps": 60,
         "checkpoint.every": 5,
         "evaluation.every": 10,
-        "distributed.timeout": timeout,
-        "distributed.start_timeout": 300,
+        "distributed.timeout": limits.step,
+        "distributed.start_timeout": limits.start,
         "output": output,
     }
     return ["-m", "dpo_jax.train", *(f"{key}={value}" for key, value in given.items())]
@@ -75,6 +93,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--timeout", type=int, default=10)
+    parser.add_argument("--start-timeout", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=None)
     options = parser.parse_args()
@@ -83,45 +102,58 @@ def main() -> int:
         root = options.work or Path(temporary)
         root.mkdir(parents=True, exist_ok=True)
         write_world(root, 48, 12)
-        return kill(root, options.kills, options.processes, options.timeout, random.Random(options.seed))
+        limits = Limits(options.timeout, options.start_timeout)
+        return kill(root, options.kills, options.processes, limits, random.Random(options.seed))
 
 
-def kill(root: Path, kills: int, processes: int, timeout: int, draw: random.Random) -> int:
+def kill(root: Path, kills: int, processes: int, limits: Limits, draw: random.Random) -> int:
     """So many kills; the exit code."""
     whole, output = root / "whole", root / "run"
     began = time.monotonic()
-    codes = Hosts(words(root, whole, timeout), root / "logs", processes=processes).ends()
+    codes = Hosts(words(root, whole, limits), root / "logs", processes=processes).ends()
     length = time.monotonic() - began
     assert codes == [0] * processes, codes
-    wanted, faults, at, longest, ends = result(whole), 0, Counter[str](), 0.0, Counter[str]()
+    wanted, faults, at, late, ends = result(whole), 0, Counter[str](), dict[int, float](), Counter[str]()
     print(f"uninterrupted: {length:.0f} s", flush=True)
     done = 0
     while done < kills:
-        hosts = Hosts(words(root, output, timeout), root / "logs", processes=processes)
+        hosts = Hosts(words(root, output, limits), root / "logs", processes=processes)
         moment, who = draw.uniform(0.02, 0.9) * length, draw.randrange(processes)
         hosts.until(lambda: False, moment)
         if any(one.poll() is None for one in hosts.all):
             done += 1
             at[stage := where(hosts.said(0))] += 1
-            hosts.send(who, signal.SIGKILL)
-            killed = time.monotonic()
-            others = [one for number, one in enumerate(hosts.all) if number != who]
-            gone = hosts.until(lambda others=others: all(one.poll() is not None for one in others), timeout + GRACE)
-            took = time.monotonic() - killed
-            longest, faults = max(longest, took), faults + (not gone)
-            ends[str([one.poll() for one in others])] += 1
+            took, bound = end_of_others(hosts, who, limits)
+            late[bound] = max(late.get(bound, 0.0), took)
+            faults += took > bound
+            ends[str([one.poll() for number, one in enumerate(hosts.all) if number != who])] += 1
             hosts.close()
-            why = (
-                json.loads((output / "run.json").read_text()).get("failed") if (output / "run.json").exists() else None
-            )
-            print(f"kill {done}: process {who} in {stage}; the others were gone after {took:.1f} s; {why}", flush=True)
+            text = f"kill {done}: process {who} in {stage}; others gone after {took:.1f} of {bound} s"
+            print(f"{text}; {failed(output)}", flush=True)
         else:
             faults += compared(hosts.ends(), output, wanted, processes)
             shutil.rmtree(output)
-    hosts = Hosts(words(root, output, timeout), root / "logs", processes=processes)
+    hosts = Hosts(words(root, output, limits), root / "logs", processes=processes)
     faults += compared(hosts.ends(), output, wanted, processes)
-    print(f"{kills} kills {dict(at)}, longest end {longest:.1f} s, exit codes {dict(ends)}, {faults} faults")
+    longest = ", ".join(f"{took:.1f} of {bound} s" for bound, took in sorted(late.items()))
+    print(f"{kills} kills {dict(at)}, longest ends {longest}, exit codes {dict(ends)}, {faults} faults")
     return int(faults > 0)
+
+
+def end_of_others(hosts: Hosts, who: int, limits: Limits) -> tuple[float, int]:
+    """Kill a process. Returns the seconds until all others were gone, and those that they have."""
+    hosts.send(who, signal.SIGKILL)
+    began = time.monotonic()
+    others = [one for number, one in enumerate(hosts.all) if number != who]
+    hosts.until(lambda: all(one.poll() is not None for one in others), max(limits) + 2 * GRACE)
+    took = time.monotonic() - began
+    return took, max(limits.of(hosts.said(number)) for number in range(len(hosts.all)))
+
+
+def failed(output: Path) -> object:
+    """What the run's record says of why it ended."""
+    path = output / "run.json"
+    return json.loads(path.read_text()).get("failed") if path.exists() else None
 
 
 def compared(codes: list[int | None], output: Path, wanted: object, processes: int) -> int:

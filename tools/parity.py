@@ -40,6 +40,8 @@ TRL_NAMES = {
     "beta": "beta",
 }
 """Arguments of DPOConfig and the settings that they are here."""
+TRL_BETA = 0.1
+"""DPOConfig's default, for every loss; here a loss may have another."""
 SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
 """Losses that read label_smoothing in TRL 1.16; the others pass it over, where dpo_jax has conservative DPO."""
 DATA = ("max_length", "truncation_mode", "precompute_ref_log_probs")
@@ -85,7 +87,7 @@ def blocks_of(kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
     Raises:
       ValueError: an argument that is not known here.
     """
-    given = {key: value for key, value in kwargs.items() if key not in DATA}
+    given = {"beta": TRL_BETA} | {key: value for key, value in kwargs.items() if key not in DATA}
     losses = given.pop("loss_type", "sigmoid")
     losses = [losses] if isinstance(losses, str) else losses
     weights = given.pop("loss_weights", None) or [1.0] * len(losses)

@@ -18,6 +18,7 @@ from dpo_jax.config.console import COMMANDS, program
 from dpo_jax.errors import COMMAND_LINE, UserError, printable, redacted
 from dpo_jax.files import refusal
 from dpo_jax.processes.here import here
+from dpo_jax.processes.joining import leave
 from dpo_jax.processes.places import check_alone
 from dpo_jax.processes.watch import RETRY
 
@@ -66,7 +67,7 @@ def command(main: Main, *, alone: bool = True) -> Callable[..., int]:
 def _part(error: BaseException | None = None, code: int = 0) -> None:
     """Part from the other processes of a run, if there are any: at its end, or with an error that ends them too."""
     if here().count == 1:
-        return
+        return None if error is None else leave(error, code)
     from dpo_jax.processes import starting
 
     starting.end() if error is None else starting.end_early(error, code)
@@ -81,7 +82,7 @@ def _said(error: BaseException) -> int | None:
         case UserError():
             for line in str(error).splitlines():
                 print(f"error: {printable(redacted(line))}", file=sys.stderr)
-            return 2
+            return error.code
         case KeyboardInterrupt():
             print("stopped from the keyboard; run the same command again", file=sys.stderr)
             return 130

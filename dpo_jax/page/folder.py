@@ -9,14 +9,16 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dpo_jax.errors import UserError, one_line, public
-from dpo_jax.reporting.journal import METRICS_FILE, read_records
+from dpo_jax.reporting.journal import METRICS_FILE, each_record
+from dpo_jax.reporting.metrics import evaluations_in
 from dpo_jax.reporting.notes import NOTES_FILE, read_notes
 
 RUN_FILE, DATA_FILE = "run.json", "data.json"
@@ -25,6 +27,8 @@ EXPORTS = {"merged": "model", "adapter": "adapter"}
 RECORD = "dpo_jax.json"
 MOST_BYTES = 1 << 28
 """Of a file of answers or rewards that is read."""
+Columns = dict[str, tuple["array[int]", "array[float]"]]
+"""Of each metric, the steps at which it was recorded, and the values."""
 
 
 class Curve(NamedTuple):
@@ -48,6 +52,13 @@ class Curve(NamedTuple):
         return float(self.values[0]) if len(self.values) else math.nan
 
 
+class Measured(NamedTuple):
+    """What a run recorded: each metric over the steps, and what was measured on held-out data, by step."""
+
+    curves: dict[str, Curve]
+    evaluations: dict[int, dict[str, Any]]
+
+
 class Rewards(NamedTuple):
     """Held-out rewards after a step, by set ("" is the only one): those of chosen and of rejected answers, in nats."""
 
@@ -69,7 +80,7 @@ class RunFolder:
     path: Path
     known: Mapping[str, Any]
     data: Mapping[str, Any]
-    records: list[dict[str, Any]]
+    measured: Measured
     notes: list[dict[str, Any]]
     answers: list[AnsweredStep]
     rewards: list[Rewards]
@@ -100,7 +111,7 @@ class RunFolder:
     @property
     def step(self) -> int:
         """The last step of which there is a record."""
-        return max((record["step"] for record in self.records), default=0)
+        return max((int(curve.steps.max()) for curve in self.measured.curves.values()), default=0)
 
     @property
     def steps(self) -> int | None:
@@ -116,23 +127,12 @@ class RunFolder:
 
     def curve(self, name: str) -> Curve:
         """A metric of the steps, or with its `eval` prefix of the evaluations."""
-        return self._curves.get(name, Curve(np.zeros(0, np.int64), np.zeros(0)))
-
-    @functools.cached_property
-    def _curves(self) -> dict[str, Curve]:
-        columns: dict[str, tuple[list[int], list[float]]] = {}
-        for record in self.records:
-            for name, value in record.items():
-                if name != "step" and (value is None or isinstance(value, int | float)):
-                    steps, values = columns.setdefault(name, ([], []))
-                    steps.append(record["step"])
-                    values.append(float(value) if value is not None and math.isfinite(value) else math.nan)
-        return {name: Curve(np.array(steps), np.array(values)) for name, (steps, values) in columns.items()}
+        return self.measured.curves.get(name, Curve(np.zeros(0, np.int64), np.zeros(0)))
 
     @property
     def metrics(self) -> list[str]:
         """Names of all that was measured."""
-        return list(self._curves)
+        return list(self.measured.curves)
 
     @functools.cached_property
     def sets(self) -> list[str]:
@@ -161,7 +161,7 @@ def read(folder: Path | str) -> RunFolder:
         path,
         {**known, **{name: _mapping(known.get(name)) for name in ("settings", "facts")}},
         _object(path / DATA_FILE, damaged),
-        _records(path / METRICS_FILE, damaged),
+        _measured(path / METRICS_FILE, damaged),
         read_notes(path / NOTES_FILE),
         _answers(path / ANSWERS, best, damaged),
         _rewards(path / REWARDS, best, damaged),
@@ -191,14 +191,29 @@ def _object(path: Path, damaged: list[str]) -> Mapping[str, Any]:
         return {}
 
 
-def _records(path: Path, damaged: list[str]) -> list[dict[str, Any]]:
+def _measured(path: Path, damaged: list[str]) -> Measured:
+    """The records by metric: as objects, those of a long run would take a hundred times their numbers' bytes."""
+    columns: Columns = {}
     try:
-        return read_records(path)
+        evaluations = evaluations_in(_kept(each_record(path), columns))
     except FileNotFoundError:
-        return []
-    except (OSError, UserError) as error:
+        return Measured({}, {})
+    except (OSError, UserError, OverflowError) as error:
         damaged.append(f"{path.name} cannot be read: {public(one_line(error))}")
-        return []
+        return Measured({}, {})
+    curves = {name: Curve(np.array(steps), np.array(values)) for name, (steps, values) in columns.items()}
+    return Measured(curves, evaluations)
+
+
+def _kept(records: Iterable[dict[str, Any]], columns: Columns) -> Iterator[dict[str, Any]]:
+    """The same records, once their numbers stand in `columns`: of a metric, the steps and the values."""
+    for record in records:
+        for name, value in record.items():
+            if name != "step" and (value is None or isinstance(value, int | float)):
+                steps, values = columns.setdefault(name, (array("q"), array("d")))
+                steps.append(record["step"])
+                values.append(float(value) if value is not None and math.isfinite(value) else math.nan)
+        yield record
 
 
 def _numbered(folder: Path, ending: str) -> list[tuple[int, Path]]:

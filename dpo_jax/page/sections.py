@@ -183,15 +183,15 @@ def health(run: RunFolder) -> dict[str, Any]:
     alarms = [(note["step"], note["note"].removeprefix(ALARM)) for note in run.notes if note["note"].startswith(ALARM)]
     others = [(note["step"], note["note"]) for note in run.notes if not note["note"].startswith(ALARM)]
     watched = run.settings.get("alarms", {}).get("enabled", True) is not False
-    made = (record for record in run.records if "loss" in record)
-    broken = [record["step"] for record in made if None in (record["loss"], record.get("grad_norm", 0.0))]
+    losses_and_gradients = (run.curve(name) for name in ("loss", "grad_norm"))
+    broken = {int(step) for steps, values in losses_and_gradients for step in steps[np.isnan(values)]}
     told = run.export.get("notes")
     said = [published(line) for line in told] if isinstance(told, list) else []
     return {
         "alarms": alarms,
         "notes": others,
         "watched": watched,
-        "broken": broken,
+        "broken": sorted(broken),
         "damaged": run.damaged,
         "said": said,
     }

@@ -4,7 +4,7 @@ from typing import Any
 
 from dpo_jax.page.evidence import Evidence, answered_better, by_the_metric, of_set
 from dpo_jax.page.folder import RunFolder, lines_of
-from dpo_jax.reporting.metrics import before_and_after, by_set, evaluations_in, judges_in, of_judge, shown, table
+from dpo_jax.reporting.metrics import before_and_after, by_set, judges_in, of_judge, shown, table
 
 MORE = (("kl", "divergence, nats a token", "{:.4f}"),)
 """Rows of the page's table beside those of the summary on the terminal."""
@@ -27,7 +27,7 @@ def results(run: RunFolder) -> list[tuple[str, str, str]]:
 def measured(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
     """The evaluation of the start, and that of what is exported: of the best step, or of the newest. The first is empty
     where it is not there, or is the only one."""
-    found = evaluations_in(run.records)
+    found = run.measured.evaluations
     before, after = before_and_after(found, run.best if run.best in found else None)
     return (before or {}) if before is not after else {}, after or {}
 

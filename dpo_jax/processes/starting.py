@@ -1,7 +1,6 @@
 """The beginning and the end of a run of several processes, by JAX's own distributed runtime."""
 
 import os
-import re
 import sys
 import traceback
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from dpo_jax.errors import UserError, one_line, printable, redacted
 from dpo_jax.files import refusal
 from dpo_jax.processes import places
 from dpo_jax.processes.here import Here, here, stand
+from dpo_jax.processes.joining import join
 from dpo_jax.processes.places import Place
 from dpo_jax.processes.settings import DistributedSettings
 from dpo_jax.processes.watch import LOST_SECONDS, RETRY, Watch, leave_at_once
@@ -71,24 +71,21 @@ def _connect(place: Place, settings: DistributedSettings) -> None:
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # signals are ours: see run.interrupts
-    try:
-        jax.distributed.initialize(
+    join(
+        place,
+        settings.start_timeout,
+        lambda seconds: jax.distributed.initialize(
             place.coordinator,
             place.processes,
             place.process,
             local_device_ids=place.devices,
             cluster_detection_method="deactivate",
-            initialization_timeout=settings.start_timeout,
+            initialization_timeout=seconds,
             # JAX beats twice in this time, and so may miss a process after half of it: the watch is to say so before.
             heartbeat_timeout_seconds=2 * settings.timeout + 20,
             shutdown_timeout_seconds=settings.timeout,
-        )
-    except Exception as error:
-        why = re.sub(r"\s+", " ", str(error))[:200]
-        raise UserError(
-            f"distributed: process {place.process} of {place.processes} (by {place.told_by}) did not find the others "
-            f"at {place.coordinator} within {settings.start_timeout} s (distributed.start_timeout): {why}"
-        ) from error
+        ),
+    )
 
 
 def _found_by_jax(settings: DistributedSettings, variables: Mapping[str, str]) -> Place | None:

@@ -41,7 +41,10 @@ class Watch:
     def __init__(self, place: Here):
         """Of this process."""
         self._place, self._number, self._stopped = place, 0, threading.Event()
-        self._heard: dict[int, tuple[Beat, float]] = {}
+        # all have joined the runtime when this begins, so one that is dead before its first beat is missed in time too
+        self._heard = {
+            process: (Beat(0, "joined the run", False, {}), time.monotonic()) for process in range(place.count)
+        }
         self._answered = time.monotonic()
         self._moved: tuple[Any, float] = (None, time.monotonic())
         self._threads = [

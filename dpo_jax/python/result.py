@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from dpo_jax.errors import UserError, nearest, short
 from dpo_jax.page.folder import EXPORTS, Curve, RunFolder, read
-from dpo_jax.reporting.metrics import before_and_after, evaluations_in, held_out_of, table
+from dpo_jax.reporting.metrics import before_and_after, held_out_of, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,7 +83,7 @@ class Result:
         return figure
 
     def _before_and_after(self) -> tuple[dict[str, float], dict[str, float]]:
-        before, after = before_and_after(evaluations_in(self._run.records), self._run.best)
+        before, after = before_and_after(self._run.measured.evaluations, self._run.best)
         return before or {}, after or {}
 
     def __repr__(self) -> str:

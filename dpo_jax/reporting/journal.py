@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsFloat
@@ -46,24 +46,30 @@ class Background(NamedTuple):
 UNKNOWN = Background()
 
 
-def read_records(path: Path | str) -> list[dict[str, Any]]:
-    """Records of a `metrics.jsonl`. A last line that was not written to its end (the process was killed) is left out.
+def each_record(path: Path | str) -> Iterator[dict[str, Any]]:
+    """Records of a `metrics.jsonl`, one after the other. A last line that was not written to its end (the process was
+    killed) is left out.
 
     Raises:
       UserError: another line is not a record.
     """
-    records = []
-    lines = Path(path).read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last line break is empty, or torn
-        try:
-            record = json.loads(line)
-            known = isinstance(record, dict) and isinstance(record.get("step"), int)
-        except (ValueError, RecursionError):
-            known = False
-        if not known:
-            raise UserError(f"{path}:{number}: is not a record of metrics; restore the file or move it away")
-        records.append({_now_called(name): value for name, value in record.items()})
-    return records
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return  # torn
+            try:
+                record = json.loads(line)
+                known = isinstance(record, dict) and isinstance(record.get("step"), int)
+            except (ValueError, RecursionError):
+                known = False
+            if not known:
+                raise UserError(f"{path}:{number}: is not a record of metrics; restore the file or move it away")
+            yield {_now_called(name): value for name, value in record.items()}
+
+
+def read_records(path: Path | str) -> list[dict[str, Any]]:
+    """All of `each_record`."""
+    return list(each_record(path))
 
 
 def _now_called(name: str) -> str:

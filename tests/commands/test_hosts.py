@@ -216,6 +216,18 @@ def test_processes_that_were_not_started_alike_are_refused(world, tmp_path):
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("gone, said", [(1, "0 of 1 have called"), (0, "nothing answers at 127.0.0.1")])
+def test_a_process_that_never_came_is_missed_in_a_line(world, tmp_path, gone, said):
+    again = words(world, tmp_path / "run", "distributed.start_timeout=15")
+    hosts = Hosts(["-m", "dpo_jax.train", *again], tmp_path / "logs")
+    hosts.send(gone, signal.SIGKILL)  # before it has even begun to look for the other
+    assert hosts.ends()[1 - gone] == RETRY
+    waiting, ended = hosts.said(1 - gone).splitlines()
+    assert "waiting for the other processes" in waiting
+    assert ended.startswith("error: distributed: process") and "within 15 s" in ended and said in ended
+
+
+@pytest.mark.nightly
 def test_an_output_folder_that_is_not_shared_is_refused(world, tmp_path):
     again = words(world, "run", "log.every=1")
     hosts = Hosts(["-c", OWN_FOLDER, str(tmp_path), *again], tmp_path / "logs")

@@ -107,6 +107,15 @@ def test_process_0_hears_that_another_is_silent_and_says_what_it_did_last(clock)
     assert watches[1]._look() == found
 
 
+def test_process_0_misses_one_that_died_as_soon_as_it_had_joined(clock):
+    first = Watch(Here(Store(), 0, 2, timeout=20))
+    clock.seconds = 20.0
+    assert first._look() is None
+    clock.seconds = 21.0
+    found = first._look()
+    assert found is not None and found.code == RETRY and "process 1 was not heard of" in found.why
+
+
 def test_what_takes_too_long_names_what_the_others_do(clock):
     store = Store()
     first, second = (Here(store, process, 2, timeout=20) for process in (0, 1))
