@@ -15,10 +15,14 @@ from tests.support.worlds import write_model
 
 WARM = 8
 """Runs until each model has been trained under each objective."""
-PILES = 8 << 20
-"""Bytes by which what a process holds may grow in the last twelve runs, where threads share one heap: a heap of each
-thread's own keeps holes, some 30 MiB by the 18th run, after which it grows no more. A run's programs that were kept
-would be more in each of the twelve."""
+KEPT = 1500
+"""Objects of Python by which each run may be more. Some 1,100 are not this project's: tensorstore 0.1.86 loses 14 of
+them each time that a spec is written as JSON, which Orbax does for each array of each save."""
+PILES = {"allocated": 6 << 20, "objects": 10 * KEPT, "rss": 16 << 20, "regions": 40, "files": 0, "threads": 0}
+"""By how much what a process holds may grow in the last ten runs or so. What is in use is exact: of its bytes 0.5 MiB
+are those objects, and 3.7 a table of Python's that is doubled now and then. Resident bytes have holes, more of them on
+a busy machine (2 to 10 MiB), where threads share one heap; a heap of each thread's own has some 30 MiB by the 18th run.
+A run's programs that were kept would be more in each of the runs."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,7 @@ def python(world, *arguments):
 def test_twenty_runs_hold_no_more_than_eight_and_are_the_commands(world):
     lines = [json.loads(line) for line in python(world, "tests.support.fits", str(world)).stdout.splitlines()]
     assert len(lines) == fits.TIMES
-    for name, room in (("rss", PILES), ("regions", 40), ("files", 0), ("threads", 0)):
+    for name, room in PILES.items():
         warm, rest = [line[name] for line in lines[WARM - 2 : WARM + 2]], [line[name] for line in lines[-4:]]
         assert max(rest) <= max(warm) + room, (name, [line[name] for line in lines])
     found = {(line["model"], line["objective"]): line["digest"] for line in lines}
