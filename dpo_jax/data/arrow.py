@@ -124,7 +124,7 @@ def parquet_parts(path: str, name: str) -> Iterator[Part]:
       UserError: it cannot be read; also from a part.
     """
     with _readable(name, "a Parquet"):
-        file = _ParquetFile(path, name, _state(path))
+        file = _ParquetFile(path, name, None if path.startswith(HUB) else state(path))
     metadata = _metadata(file)
     for number in range(metadata.num_row_groups):
         count = metadata.row_group(number).num_rows
@@ -172,7 +172,7 @@ def _opened(file: _ParquetFile, metadata: Any = None) -> Iterator[Any]:
 
     if not file.path.startswith(HUB):
         with _readable(file.name, "a Parquet"), parquet.ParquetFile(file.path, metadata=metadata) as opened:
-            if _state(file.path) != file.state:
+            if state(file.path) != file.state:
                 raise UserError(f"{clean(file.name)}: was changed while it was read; start again")
             yield opened
         return
@@ -186,9 +186,8 @@ def _opened(file: _ParquetFile, metadata: Any = None) -> Iterator[Any]:
         raise UserError(f"{clean(file.name)}: cannot be fetched: {clean(one_line(error))}; start again") from error
 
 
-def _state(path: str) -> tuple[int, int] | None:
-    if path.startswith(HUB):
-        return None
+def state(path: Path | str) -> tuple[int, int]:
+    """Size and time of a file, by which a change of it is seen."""
     found = Path(path).stat()
     return found.st_size, found.st_mtime_ns
 

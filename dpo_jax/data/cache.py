@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.data.encoded import Encoded
+from dpo_jax.data.ranges import DIFFER
 from dpo_jax.data.report import Report, clean
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.data.sources import SourceTable
@@ -24,9 +25,9 @@ from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.data.units import COLUMNS, Following
 from dpo_jax.errors import UserError, redacted
 from dpo_jax.files import digest_of, file_digest, held, naming, sweep_unheld, sync_folder, write_whole
-from dpo_jax.processes.here import here
+from dpo_jax.processes.here import Here, here
 
-VERSION = 9
+VERSION = 10
 """Part of the cache's key. Raise it with every change of this package that changes token ids, the report or a file."""
 SETTINGS = ("layout", "columns", "as_chat", "max_length", "truncation", "ending", "chat_template_kwargs")
 SETTINGS += ("control_tokens", "score_tool_results", "max_characters")
@@ -55,12 +56,18 @@ class Entry:
         settings: DataSettings,
         template: str | None,
         first: int | None,
+        place: Here,
     ) -> "Entry":
-        """The entry for these sources, by a digest of all that the result depends on."""
+        """The entry for these sources, by a digest of all that the result depends on.
+
+        Raises:
+          UserError: the processes of `place` have other sources.
+        """
+        place.same(DIFFER, {"files of the data": [table.name for table in sources]})
         parts = {
             "version": VERSION,
             "packages": {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")},
-            "sources": [(table.name, table.digest()) for table in sources],
+            "sources": [(table.name, table.digest(place)) for table in sources],
             "tokenizer": _tokenizer_parts(tokenizer),
             "template": template_source(tokenizer, template) or "",
             "settings": {name: getattr(settings, name) for name in SETTINGS},

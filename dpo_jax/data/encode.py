@@ -16,6 +16,7 @@ from dpo_jax.data.cache import Entry, refused
 from dpo_jax.data.encoded import Encoded, length_tables
 from dpo_jax.data.layouts import Pair, Record
 from dpo_jax.data.messages import BadRow, is_chat, shared_length
+from dpo_jax.data.ranges import DIFFER
 from dpo_jax.data.readers import Row
 from dpo_jax.data.records import RowRules, Stretch, read_record, stretches
 from dpo_jax.data.report import AS_TEXT, NO_PROMPT, Report, clean
@@ -301,7 +302,7 @@ def collect(
     check_arguments(arguments, tokenizer, template)
     tokenizer, template, date = dated(tokenizer, template, date)
     opened = place.in_turn("data sources", lambda: tables(sources, stream=settings.stream))  # one downloads
-    entry = Entry.of(cache, opened, tokenizer, settings, template, first) if cache is not None else None
+    entry = Entry.of(cache, opened, tokenizer, settings, template, first, place) if cache is not None else None
     if entry and (found := _kept(entry, place)):
         return found
     report = Report(template=digest, arguments=arguments, date=date)
@@ -345,7 +346,7 @@ def _kept(entry: Entry, place: Here) -> tuple[Encoded, Report] | None:
     Raises:
       UserError: not all processes have the same data, tokenizer, template and versions.
     """
-    place.same("the processes of this run differ", {"digest of data, tokenizer and template": entry.folder.name})
+    place.same(DIFFER, {"digest of data, tokenizer and template": entry.folder.name})
     found = entry.read() if place.owns else None
     there = place.decide("whether tokenised data is kept", lambda: found is not None)
     return _made_by_others(entry, place) if there and not place.owns else found

@@ -38,7 +38,7 @@ class Row(NamedTuple):
     line: int
     value: object
     """What the row holds, or the BadRow that says why it cannot be read. Bytes are JSON that was not parsed yet, and an
-    Undecoded is a row of a table that was not decoded yet."""
+    Undecoded is a row that was not decoded, or even read, yet."""
     notes: tuple[tuple[str, str], ...] = ()
     count: int = 1
     """Rows of the file that it is made of (see gathering.py)."""
@@ -49,9 +49,8 @@ Reader = Callable[[Path, str], Iterator[Row]]
 
 def value_of(row: Row) -> object:
     """What a row holds, or the BadRow that says why it cannot be read."""
-    if isinstance(row.value, Undecoded):
-        return row.value.value()
-    return _parse(row.value) if isinstance(row.value, bytes) else row.value
+    value = row.value.value() if isinstance(row.value, Undecoded) else row.value
+    return _parse(value) if isinstance(value, bytes) else value
 
 
 def is_named_as_rows(name: str) -> bool:
@@ -73,7 +72,7 @@ def reader_of(path: Path, name: str) -> Reader:
         return _read_parquet if suffix == ".parquet" else _read_arrow
     inner = Path(path.stem).suffix.lower() if suffix in PACKED else suffix
     if inner in LINES:
-        return _read_lines
+        return read_lines
     with _unpacked(path, name) as file:
         number, line = next(((n, line) for n, line in enumerate(file, 1) if line.removeprefix(BOM).strip()), (1, b""))
     line = line.removeprefix(BOM).strip()
@@ -81,9 +80,9 @@ def reader_of(path: Path, name: str) -> Reader:
         return _read_array
     problem = _parse(line) if line else None
     if line.startswith(b"{") and not isinstance(problem, BadRow):
-        return _read_lines
+        return read_lines
     if inner == ".json" and not line:
-        return _read_lines  # no rows, which is said with what else the data hold
+        return read_lines  # no rows, which is said with what else the data hold
     what = f" ({problem.reason})" if isinstance(problem, BadRow) and line.startswith(b"{") else ""
     raise UserError(
         f"{clean(name, 400)}:{number}: neither a JSON array nor one JSON object per line{what}; files that can be read "
@@ -122,13 +121,23 @@ _OPENERS: tuple[tuple[bytes, Callable[[Path], Any]], ...] = (
 """The first bytes of packed files, and what unpacks them."""
 
 
+def _opener(path: Path) -> Callable[[Path], Any] | None:
+    """What unpacks a file, by its first bytes."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    return next((opener for magic, opener in _OPENERS if start.startswith(magic)), None)
+
+
+def are_plain_lines(path: Path, reader: Reader) -> bool:
+    """Whether a file's lines, which that reader reads, are lines of the file as it lies there."""
+    with path.open("rb") as file:
+        return reader is read_lines and not file.read(len(BOM)).startswith(BOM) and _opener(path) is None
+
+
 @contextlib.contextmanager
 def _unpacked(path: Path, name: str) -> Iterator[io.BufferedIOBase]:
     """The bytes of a file, unpacked if its first bytes are those of a packed one."""
-    with path.open("rb") as file:
-        start = file.read(8)
-    opener = next((opener for magic, opener in _OPENERS if start.startswith(magic)), None)
-    if opener is None:
+    if (opener := _opener(path)) is None:
         with path.open("rb") as file:
             yield file
         return
@@ -144,7 +153,7 @@ def _unpacked(path: Path, name: str) -> Iterator[io.BufferedIOBase]:
 # ------------------------------------------------------------------------------------------------ JSON
 
 
-def _read_lines(path: Path, name: str) -> Iterator[Row]:
+def read_lines(path: Path, name: str) -> Iterator[Row]:
     """JSON Lines: one value per line; empty lines are skipped, CR LF and a byte-order mark are tolerated."""
     with _unpacked(path, name) as file:
         for number, line in enumerate(file, 1):

@@ -21,10 +21,11 @@ from typing import Any
 
 from dpo_jax.data.arrow import DECODED, parquet_parts, parts_of
 from dpo_jax.data.known import split_of
-from dpo_jax.data.readers import SUFFIXES, Row, is_named_as_rows, reader_of, table_rows, value_of
+from dpo_jax.data.ranges import RangedFile
+from dpo_jax.data.readers import SUFFIXES, Row, are_plain_lines, is_named_as_rows, reader_of, table_rows, value_of
 from dpo_jax.data.report import clean
 from dpo_jax.errors import UserError, nearest_file, one_line
-from dpo_jax.files import file_digest
+from dpo_jax.processes.here import Here
 
 _HUB = re.compile(
     r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<configuration>[\w.+-]+)(?=:))?(?::(?P<split>[\w.\[\]:%+-]+))?"
@@ -33,10 +34,11 @@ _HUB = re.compile(
 
 @dataclass(frozen=True)
 class SourceTable:
-    """A file or data set that is ready to be read."""
+    """A file or data set that is ready to be read. All processes of a run ask for its digest together, which tells each
+    of them what it need not read itself."""
 
     name: str
-    digest: Callable[[], str]
+    digest: Callable[[Here], str]
     rows: Callable[[], Iterator[Row]]
 
 
@@ -104,7 +106,8 @@ def _near(path: Path) -> str:
 
 def _file(path: Path, name: str) -> SourceTable:
     reader = reader_of(path, name)
-    return SourceTable(name, lambda: file_digest(path), lambda: reader(path, name))
+    file = RangedFile(path, name, are_plain_lines(path, reader))
+    return SourceTable(name, file.digest, lambda: file.rows() or reader(path, name))
 
 
 def _folder(path: Path, split: str | None, source: str) -> list[SourceTable]:
@@ -232,7 +235,7 @@ def _streamed(source: str, files: Mapping[str, list[str]], split: str) -> list[S
 
     def table(address: str) -> SourceTable:
         name = f"{source}/{address.partition('@')[2].partition('/')[2]}"
-        return SourceTable(name, lambda: address, lambda: table_rows(parquet_parts(address, name), name))
+        return SourceTable(name, lambda _: address, lambda: table_rows(parquet_parts(address, name), name))
 
     return [table(address) for address in files[split]]
 
@@ -240,4 +243,4 @@ def _streamed(source: str, files: Mapping[str, list[str]], split: str) -> list[S
 def _dataset(found: Any, name: str) -> SourceTable:
     fingerprint = found._fingerprint
     pieces = found.with_format("arrow")
-    return SourceTable(name, lambda: fingerprint, lambda: table_rows(parts_of(pieces.iter(DECODED)), name))
+    return SourceTable(name, lambda _: fingerprint, lambda: table_rows(parts_of(pieces.iter(DECODED)), name))

@@ -109,7 +109,7 @@ def test_processes_that_see_other_data_are_refused_before_a_row_is_tokenised(fil
         return collect(sources, byte_tokenizer(), settings(max_bad_fraction=1.0), tmp_path / "cache", place=place)
 
     for error in everywhere(reads, 3):
-        assert "differ: digest of data" in str(error) and "on process 1" in str(error)
+        assert "differ: files of the data" in str(error) and "on process 1" in str(error)
     assert not (tmp_path / "cache").exists()
 
 
