@@ -22,12 +22,13 @@ from dpo_jax.run import output
 from dpo_jax.training.optimizer import same_rates, warmup_steps
 from dpo_jax.training.reference import data_digest
 
-STEPS, PAIRS, DATA, WEIGHTS, ADAPTER = (
+STEPS, PAIRS, DATA, WEIGHTS, ADAPTER, REFERENCE = (
     "number of steps",
     "number of pairs",
     "digest of the training data",
     "digest of the starting weights",
     "digest of the adapter at the start",
+    "digest of the reference's weights",
 )
 """Facts of a run: what it depends on beside its settings."""
 OWN, PACKAGES = "digest of objective {}", "the package's own"
@@ -148,8 +149,9 @@ class Past:
         Raises:
           UserError: one of them makes it another run.
         """
+        judged = {STEPS, PAIRS, DATA, *([REFERENCE] if _allows(run, "reference.") else [])}
         for name, value in facts.items():
-            if name not in (STEPS, PAIRS, DATA) and not _OWN.fullmatch(name):
+            if name not in judged and not _OWN.fullmatch(name):
                 self.check_fact(name, value)
         if not self.facts:
             return []

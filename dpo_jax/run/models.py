@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from dpo_jax import sharding, trees
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.errors import UserError
+from dpo_jax.files import file_digest
 from dpo_jax.hf import checkpoint, ending, resize, tensors
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.hf.ending import Ending
@@ -26,6 +27,7 @@ from dpo_jax.model.spec import DecoderSpec, GatedDelta
 from dpo_jax.model.weights import Weights, head_is_frozen
 from dpo_jax.objectives.terms import Term
 from dpo_jax.preference.loss import TrainingObjective
+from dpo_jax.processes.here import Here
 from dpo_jax.run.sources import Sources
 from dpo_jax.training.settings import ReferenceSettings
 from dpo_jax.trees import Params
@@ -103,14 +105,30 @@ def abstract_quantised(spec: DecoderSpec, kinds: Mapping[str, Kind]) -> Params:
     return trees.from_paths(found)
 
 
-def weights_digest(folder: Path) -> str:
-    """Digest of the weights of a folder; every byte of them is read, so once is enough while the files are the same."""
-    return _digest_of(folder, tensors.stamps(folder))
+def weights_digest(folder: Path, place: Here | None = None) -> str:
+    """Digest of the weights of a folder; every byte of them is read, so once is enough while the files are the same.
+
+    Of several processes, all of which call, each reads its share of the files, if all see the same ones; else all.
+    """
+    place = place or Here()
+    files = [(file, *_seen(tensors.member(folder, file))) for file, *_ in tensors.stamps(folder)]
+    seen = place.everyone("files of weights", [list(one) for one in files])
+    shared = all(one == seen[0] for one in seen)
+    share = files[place.process :: place.count] if shared else files
+    own = {file: _digest_of(tensors.member(folder, file), *state) for file, *state in share}
+    told = place.everyone("digests of weights", own) if shared else [own]
+    return tensors.weights_digest(folder, {file: digest for some in told for file, digest in some.items()})
 
 
-@functools.lru_cache(maxsize=8)
-def _digest_of(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
-    return tensors.weights_digest(folder)
+def _seen(file: Path) -> tuple[int, int, int]:
+    """Size, time and number of a file: the same on two hosts where it is the same file."""
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+@functools.lru_cache(maxsize=512)
+def _digest_of(file: Path, *_state: int) -> str:
+    return file_digest(file)
 
 
 def check_models(

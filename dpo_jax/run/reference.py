@@ -18,6 +18,7 @@ from dpo_jax.model.weights import Weights
 from dpo_jax.preference import heldout
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.preference.scoring import score_batch
+from dpo_jax.processes.here import here
 from dpo_jax.reporting.journal import Journal
 from dpo_jax.run.data import Data, Packing
 from dpo_jax.run.models import load_model, weights_digest
@@ -111,7 +112,7 @@ def make_reference(
     model = model or load_model(sources.reference, scorer.mesh, dtype, rows=sources.rows)
     if settings.mode == "live":
         return Reference(weights=cast(model.params, jnp.dtype(dtype)), moving=moving)
-    digest = weights_digest(sources.reference)
+    digest = weights_digest(sources.reference, here())
     kind = _computed_in(policy, objective) if own else objective.compute_dtype
     kind += "" if sources.rows is None else f" {model.spec.vocab_size} rows"
     kind += start.reference_kind(settings.adapter) if own and start is not None else ""

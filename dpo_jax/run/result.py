@@ -45,22 +45,25 @@ STAMPS = "weights"
 
 
 def facts(found: Sources, data: Data, steps: int) -> dict[str, object]:
-    """What a run depends on beside its settings: when one of these changes, it is another run."""
-    train = data.train
+    """What a run depends on beside its settings: when one of these changes, it is another run. All processes call."""
+    train, other = data.train, found.reference != found.policy
     return {
         **({output.DATE: data.date} if data.date else {}),
         **found.facts(),
         continuing.STEPS: steps,
         continuing.PAIRS: train.num_pairs,
         continuing.DATA: reference.data_digest(train),
-        continuing.WEIGHTS: weights_digest(found.policy),
+        continuing.WEIGHTS: weights_digest(found.policy, here()),
+        **({continuing.REFERENCE: weights_digest(found.reference, here())} if other else {}),
         **({} if found.adapter is None else {continuing.ADAPTER: file_digest(found.adapter / peft.FILE)}),
     }
 
 
 def stamps(found: Sources) -> dict[str, list[list[str | int]]]:
-    """Names, sizes and times of the files of weights that a run starts from, by part."""
+    """Names, sizes and times of the files of weights that a run starts from or is held against, by part."""
     files = {"model": tensors.stamps(found.policy)}
+    if found.reference != found.policy:
+        files["reference"] = tensors.stamps(found.reference)
     if found.adapter is not None:
         files["adapter"] = tensors.stamps(found.adapter, [peft.FILE])
     return {part: [list(one) for one in some] for part, some in files.items()}
@@ -77,6 +80,7 @@ def _check_weights(run: Run, past: Past) -> None:
     seen = dict(known)
     parts = (
         ("model", run.model.path, continuing.WEIGHTS, (), weights_digest),
+        ("reference", run.reference.path, continuing.REFERENCE, (), weights_digest),
         ("adapter", run.adapter.path, continuing.ADAPTER, (peft.FILE,), lambda folder: file_digest(folder / peft.FILE)),
     )
     for part, path, fact, files, digest in parts:

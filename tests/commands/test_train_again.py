@@ -307,6 +307,17 @@ def test_data_that_would_have_changed_the_past_are_refused_unless_they_are_accep
     assert "have changed (16 -> 20 pairs), which checkpoint.allow_change accepts" in capsys.readouterr().out
 
 
+def test_a_reference_that_has_become_another_is_refused_unless_it_is_accepted(world, tmp_path, capsys):
+    other = shutil.copytree(world / "model", tmp_path / "other")
+    output = run(world, tmp_path / "run", f"reference.path={other}")
+    flip(other / WEIGHTS)
+    for more in ((), ("steps=6",)):  # a run that is finished, and one that is to go on
+        line = refused(world, output, capsys, f"reference.path={other}", *more)
+        assert "digest of the reference's weights was" in line and "restore it" in line
+    third = shutil.copytree(other, tmp_path / "third")
+    run(world, output, f"reference.path={third}", "steps=6", "checkpoint.allow_change=[reference.path]")
+
+
 def test_what_trains_no_further_is_refused(world, copied, capsys):
     assert "has made 4 steps, more than the 2" in refused(world, copied, capsys, "steps=2")
     line = refused(world, copied, capsys, "objective.beta=0.3", "checkpoint.allow_change=[objective.beta]")

@@ -2,15 +2,18 @@
 
 import dataclasses
 import functools
+import json
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from dpo_jax import sharding, trees
 from dpo_jax.evaluation.models import open_model
+from dpo_jax.hf import tensors
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.model.settings import AdapterSettings, MeshSettings, ModelSettings
 from dpo_jax.model.weights import Weights
@@ -21,6 +24,7 @@ from dpo_jax.run.policy import Policy
 from dpo_jax.run.sources import Sources
 from dpo_jax.training import reference as references
 from tests.support.forests import SPEC, random_encoded
+from tests.support.threads import everywhere
 from tests.support.tiny_folders import write_folder
 
 FREEZES = {
@@ -195,3 +199,29 @@ def test_an_answer_is_computed_with_the_weights_that_training_computes_with(fold
     model = open_model(str(folder), dtype="bfloat16")
     kinds = {path: str(leaf.dtype) for path, leaf in trees.paths(model.params).items()}
     assert kinds["final_norm/scale"] == "float32" and kinds["embed/embedding"] == "bfloat16"
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_digest_of_weights_is_that_of_one_process_and_a_file_that_all_see_is_read_by_one(
+    tmp_path, monkeypatch, together
+):
+    read, names = [], [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+    for process in "0", "1":
+        (tmp_path / process).mkdir()
+        for number, name in enumerate(names):
+            save_file({f"part{number}": np.full(3, number, np.float32)}, tmp_path / process / name)
+        parts = {f"part{number}": name for number, name in enumerate(names)}
+        (tmp_path / process / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    alone = models.weights_digest(tmp_path / "0")
+    assert alone == tensors.weights_digest(tmp_path / "0")
+    models._digest_of.cache_clear()
+    digest = models.file_digest
+    monkeypatch.setattr(models, "file_digest", lambda path: read.append(path) or digest(path))
+
+    def looks(place):
+        return models.weights_digest(tmp_path / ("0" if together else str(place.process)), place)
+
+    assert everywhere(looks, 2) == [alone] * 2
+    assert len(read) == len(set(read)) == (3 if together else 6)
+    (tmp_path / "0" / names[0]).write_bytes((tmp_path / "0" / names[1]).read_bytes())
+    assert everywhere(looks, 2)[0] != alone
