@@ -87,7 +87,7 @@ def blocks_of(kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
     Raises:
       ValueError: an argument that is not known here.
     """
-    given = {"beta": TRL_BETA} | {key: value for key, value in kwargs.items() if key not in DATA}
+    given: dict[str, Any] = {"beta": TRL_BETA} | {key: value for key, value in kwargs.items() if key not in DATA}
     losses = given.pop("loss_type", "sigmoid")
     losses = [losses] if isinstance(losses, str) else losses
     weights = given.pop("loss_weights", None) or [1.0] * len(losses)
