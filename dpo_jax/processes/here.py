@@ -143,20 +143,23 @@ class Here:
         self.store.key_value_set(key, json.dumps({"decided": found}))
         return found
 
-    def everyone(self, name: str, value: object) -> list[Any]:
-        """What each process says, by its number, on every process; all wait for the last one."""
+    def everyone(self, name: str, value: object, *, beside: bool = False) -> list[Any]:
+        """What each process says, by its number, on every process; all wait for the last one.
+
+        A thread `beside` the main one says nothing of what the process is doing.
+        """
         if self.count == 1:
             return [value]
-        key = self._key(name)
+        key, waiting = self._key(name), contextlib.nullcontext if beside else self.waiting
         self.store.key_value_set(f"{key}/{self.process}", json.dumps(value))
         if self.owns:
             said = []
             for process in range(self.count):
-                with self.waiting(f"process {process} ({name})"):
+                with waiting(f"process {process} ({name})"):
                     said.append(json.loads(self._get(f"{key}/{process}")))
             self.store.key_value_set(f"{key}/all", json.dumps(said))
             return said
-        with self.waiting(f"all processes ({name})"):
+        with waiting(f"all processes ({name})"):
             return json.loads(self._get(f"{key}/all"))
 
     def meet(self, name: str) -> None:

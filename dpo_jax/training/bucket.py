@@ -9,13 +9,14 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any
 
 from dpo_jax.errors import UserError
 from dpo_jax.files import digest_of, write_whole
+from dpo_jax.processes.here import Here
 from dpo_jax.stores import REMEDY, Store
 from dpo_jax.training.manifest import MANIFEST, Damaged, claims_of, difference, text_of
 
@@ -70,8 +71,12 @@ class Bucket:
         names = self._store.objects(str(step))
         return MANIFEST not in names and {name.split("/")[0] for name in names} <= _PARTS
 
-    def seal(self, step: int) -> None:
-        """Write down what the store says of each object of a step, then that it is the newest.
+    def looked_at(self, step: int, place: Here) -> dict[str, tuple[int, str]]:
+        """What the store says of each object of a step, on process 0; nothing is read."""
+        return {name: tuple(about) for name, about in self._store.objects(str(step)).items()} if place.owns else {}
+
+    def seal(self, step: int, table: Mapping[str, tuple[int, str]]) -> None:
+        """Write down what is in a step, then that it is the newest.
 
         Raises:
           UserError: another run has sealed a step here since this one began.
@@ -81,8 +86,8 @@ class Bucket:
                 f"checkpoint.folder: another run writes to {self.root} too, and has saved a step meanwhile; give each "
                 "run one of its own"
             )
-        table = {name: list(about) for name, about in self._store.objects(str(step)).items()}
-        self._store.write(f"{step}/{MANIFEST}", text_of(step, table).encode())
+        listed = {name: list(about) for name, about in table.items()}
+        self._store.write(f"{step}/{MANIFEST}", text_of(step, listed).encode())
         self._marked = f"{step} {uuid.uuid4().hex}\n"
         self._store.write(_SEALED, self._marked.encode())
 
@@ -97,8 +102,11 @@ class Bucket:
         which = r"\d+" if step is None else str(step)
         return any(re.match(rf"{which}\.bad-", name) for name in self._store.names())
 
-    def damage(self, step: int, under: str = "") -> str | None:
-        """How the objects of a sealed step whose names begin with `under` are not as they were sealed."""
+    def damage(self, step: int, under: str = "", *, process: int = 0, processes: int = 1) -> str | None:
+        """How the objects of a sealed step whose names begin with `under` are not as they were sealed, as the store
+        says, without reading one: the first of several processes asks."""
+        if process:
+            return None
         found = self._store.objects(str(step))
         try:
             claims = claims_of(self._store.read(f"{step}/{MANIFEST}").decode(), str(step), under)

@@ -108,13 +108,14 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest step that verifies, or None where nothing was ever finished.
 
-        Damaged steps are renamed to `<step>.bad-<time>`. Every byte of the newest step is read.
+        Damaged steps are renamed to `<step>.bad-<time>`. Every byte of the newest step is read, by one process or
+        another.
 
         Raises:
           UserError: there were finished steps, and none of them can be used.
         """
         self.wait()
-        found = here().decide("newest checkpoint", self._newest_usable)
+        found = self._newest_usable()
         if found is not None:
             self._good.add(found)
         return found
@@ -205,8 +206,9 @@ class Checkpoints:
         """Behind training: wait for the commit, seal it, and only then remove old steps."""
         with self._writing(step):
             self._manager.wait_until_finished()
+            table = self.place.looked_at(step, here())
             if here().owns:
-                self.place.seal(step)
+                self.place.seal(step, table)
                 self.place.keep_records(self._run, self._records)
                 self._remove_old(step, also)
         self._good.add(step)
@@ -223,24 +225,36 @@ class Checkpoints:
             self.place.remove(step)
 
     def _newest_usable(self) -> int | None:
-        for step in self.place.numbers():
-            path = self.place.at(step)
-            if not self.place.is_sealed(step):
-                if self.place.is_unfinished(step):
-                    self._say(f"checkpoint {path} was never finished; it is ignored")
+        for step in here().decide("checkpoints", self.place.numbers):
+            if not here().decide("sealed checkpoint", lambda step=step: self._is_sealed(step)):
                 continue
-            damage = self.place.damage(step)
+            damage = damage_of(self.place, step)
             if damage is None:
-                self._say_lost(newer_than=step)
+                here().decide("newest checkpoint", lambda step=step: self._say_lost(newer_than=step))
                 return step
-            aside = self.place.move_aside(step, "bad")
-            self._say(f"checkpoint {path} is damaged ({damage}); renamed to {aside}, looking for an older one")
+            here().decide("damaged checkpoint", lambda step=step, damage=damage: self._set_aside(step, damage))
+        here().decide("no checkpoint", self._refuse_none)
+        return None
+
+    def _is_sealed(self, step: int) -> bool:
+        if self.place.is_sealed(step):
+            return True
+        if self.place.is_unfinished(step):
+            self._say(f"checkpoint {self.place.at(step)} was never finished; it is ignored")
+        return False
+
+    def _set_aside(self, step: int, damage: str) -> None:
+        aside = self.place.move_aside(step, "bad")
+        self._say(
+            f"checkpoint {self.place.at(step)} is damaged ({damage}); renamed to {aside}, looking for an older one"
+        )
+
+    def _refuse_none(self) -> None:
         if self.place.newest_ever() is not None or self.place.lost():
             raise UserError(
                 f"no checkpoint in {self.place.root} can be used, though the run had saved some; put one back, or "
                 "delete this folder or choose another output to start from the beginning"
             )
-        return None
 
     def _say_lost(self, *, newer_than: int) -> None:
         """Say that a newer step was sealed here and is no more, under its name or beside it."""
@@ -264,7 +278,7 @@ class Checkpoints:
 
     def _require_usable(self, step: int) -> None:
         if step not in self._good:
-            if damage := self.place.damage(step):
+            if damage := damage_of(self.place, step):
                 raise self._unusable(step, damage)
             self._good.add(step)
 
@@ -302,6 +316,13 @@ class Checkpoints:
             ) from error
 
 
+def damage_of(there: Steps, step: int) -> str | None:
+    """What is wrong with a sealed step, of which each process looks at its share; all of them call."""
+    place = here()
+    own = there.damage(step, process=place.process, processes=place.count)
+    return next(filter(None, place.everyone("damage of a checkpoint", own)), None)
+
+
 def read_part(there: Steps, step: int, part: Tree) -> Tree:
     """Some entries of a step's state, such as its weights without its moments; no other array is read.
 
@@ -314,7 +335,7 @@ def read_part(there: Steps, step: int, part: Tree) -> Tree:
       UserError: the step is damaged, or a leaf is missing in it or differs in shape or dtype.
     """
     path = there.at(step)
-    if damage := there.damage(step):
+    if damage := damage_of(there, step):
         raise UserError(f"checkpoint {path} cannot be used ({damage}); choose another step")
     saved, wanted = there.read(step, "leaves"), _leaves(part)
     if wrong := next((leaf for leaf in wanted if saved.get(leaf) != wanted[leaf]), None):

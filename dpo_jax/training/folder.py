@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from dpo_jax.errors import one_line
 from dpo_jax.files import REMEDIES, move_aside, sync_folder, write_whole
+from dpo_jax.processes.here import Here
 from dpo_jax.training.manifest import MANIFEST, Claim, Damaged, claims_of, difference, text_of
 
 REMEDY = "free some space or correct the folder's permissions"
@@ -65,16 +66,28 @@ class Folder:
         committed = (path / "_CHECKPOINT_METADATA").exists() or (path / "commit_success.txt").exists()
         return committed and not path.is_symlink() and not self.is_sealed(step)
 
-    def seal(self, step: int) -> None:
+    def looked_at(self, step: int, place: Here) -> dict[str, tuple[int, str]]:
+        """Size and digest of each file of a committed step, on process 0; every process of `place` looks at its share.
+
+        For a thread beside the main one. What a host does not see yet, process 0 looks at.
+        """
+        folder = self.at(step)
+        sizes = {str(f.relative_to(folder)): f.stat().st_size for f in _files(folder)} if place.owns else {}
+        sizes = place.everyone("files of a checkpoint", sizes, beside=True)[0]
+        share = sorted(sizes, key=lambda name: -sizes[name])[place.process :: place.count]
+        own = _digests(folder, [name for name in share if (folder / name).is_file()])
+        told = place.everyone("digests of a checkpoint", own, beside=True)
+        digests = {name: digest for some in told for name, digest in some.items()}
+        digests |= _digests(folder, sizes.keys() - digests.keys()) if place.owns else {}
+        return {name: (sizes[name], digest) for name, digest in digests.items()}
+
+    def seal(self, step: int, table: Mapping[str, tuple[int, str]]) -> None:
         """Write a committed step's number and each file's size and digest, once all are on the disk."""
         folder = self.at(step)
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
         with ThreadPoolExecutor(_HASHERS) as pool:
             below = [path for path in folder.rglob("*") if path.is_dir()]
-            list(pool.map(sync_folder, [*files, *below, folder, folder.parent]))
-            digests = list(pool.map(_digest, files))
-        table = {str(f.relative_to(folder)): [f.stat().st_size, d] for f, d in zip(files, digests, strict=True)}
-        write_whole(folder / MANIFEST, text_of(step, table))
+            list(pool.map(sync_folder, [*_files(folder), *below, folder, folder.parent]))
+        write_whole(folder / MANIFEST, text_of(step, {name: list(table[name]) for name in sorted(table)}))
         write_whole(self.root / _SEALED, f"{step}\n")
 
     def newest_ever(self) -> int | None:
@@ -87,11 +100,13 @@ class Folder:
         """Whether a step, or any, was found damaged and moved aside."""
         return any(self.root.glob(f"{'*' if step is None else step}.bad-*"))
 
-    def damage(self, step: int, under: str = "") -> str | None:
-        """What is wrong with a sealed step's manifest, or with those of its files whose names begin with `under`."""
+    def damage(self, step: int, under: str = "", *, process: int = 0, processes: int = 1) -> str | None:
+        """What is wrong with a sealed step's manifest, or with those of its files whose names begin with `under`; of
+        several processes each looks at its share of them."""
         folder = self.at(step)
         try:
             claims = claims_of((folder / MANIFEST).read_text(), folder.name, under)
+            claims = sorted(claims, key=lambda claim: -claim.size)[process::processes]
         except OSError as error:
             return f"{MANIFEST}: {error.strerror}"
         except (Damaged, ValueError) as error:
@@ -130,6 +145,16 @@ class Folder:
         if isinstance(error, OSError) and error.strerror:
             return error.strerror
         return next((reason for reason in map(os.strerror, REMEDIES) if reason in str(error)), None)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    names = list(names)
+    with ThreadPoolExecutor(_HASHERS) as pool:
+        return dict(zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True))
 
 
 def _digest(path: Path) -> str:

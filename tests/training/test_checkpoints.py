@@ -21,11 +21,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dpo_jax.errors import UserError
 from dpo_jax.processes.here import Here
+from dpo_jax.training import folder as folders
 from dpo_jax.training import steps
-from dpo_jax.training.checkpoints import Checkpoints
+from dpo_jax.training.checkpoints import Checkpoints, damage_of
+from dpo_jax.training.folder import Folder
 from dpo_jax.training.settings import CheckpointSettings
 from dpo_jax.trees import paths
-from tests.support.threads import Store
+from tests.support.threads import Store, everywhere
 from tests.support.tiers import by_day
 
 
@@ -137,7 +139,7 @@ def test_keep_rules(tmp_path, settings, kept):
 def test_an_old_step_stays_until_a_newer_one_is_sealed(tmp_path, monkeypatch):
     with_steps(tmp_path, 1, keep=1)
 
-    def full(place, step):
+    def full(place, step, table):
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr("dpo_jax.training.folder.Folder.seal", full)
@@ -341,7 +343,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_there(tmp_path, caplog):
 def test_an_error_inside_the_block_is_not_hidden_by_a_failed_save(tmp_path, monkeypatch):
     said = []
 
-    def full(place, step):
+    def full(place, step, table):
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr("dpo_jax.training.folder.Folder.seal", full)
@@ -372,12 +374,64 @@ def test_an_error_of_all_processes_does_not_lose_the_save_that_is_under_way(tmp_
     finish = checkpoints._finish
     monkeypatch.setattr(checkpoints, "_finish", lambda *given: (goes_on.wait(), finish(*given)))
     store.key_value_set("dpo_jax/an error/0/0", "here")  # process 0 ends with one as well
+    for name in ("files", "digests"):
+        store.key_value_set(f"dpo_jax/{name} of a checkpoint/0/all", "[{}]")
     threading.Timer(0.5, goes_on.set).start()
     with pytest.raises(RuntimeError, match="of all"), checkpoints:
         checkpoints.save(1, a_state(1), {})
         monkeypatch.setattr("dpo_jax.training.checkpoints.here", lambda: Here(store, process=1, count=2))
         raise RuntimeError("of all")
     assert checkpoints._good == {1}
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_processes_seal_and_check_a_step_together_and_each_reads_its_share(tmp_path, monkeypatch, count):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, a_state(1), {})
+    folder, read, digest = checkpoints.place, [], folders._digest
+    sealed = json.loads((tmp_path / "1" / "manifest.json").read_text())["files"]
+    (tmp_path / "1" / "manifest.json").unlink()
+    monkeypatch.setattr(folders, "_digest", lambda path: read.append(path) or digest(path))
+    first = everywhere(lambda place: folder.looked_at(1, place), count)[0]
+    assert {name: list(about) for name, about in first.items()} == sealed
+    assert len(read) == len(set(read)) == len(sealed)
+
+    folder.seal(1, first)
+    for name in sealed:
+        path = tmp_path / "1" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        found = [folder.damage(1, process=process, processes=count) for process in range(count)]
+        assert [one for one in found if one] == [f"{name} has other bytes than were saved"]
+        path.write_bytes(whole)
+    assert folder.damage(1) is None
+
+
+def test_damage_that_one_process_finds_all_know_of(tmp_path, monkeypatch):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, a_state(1), {})
+    now = threading.local()
+    monkeypatch.setattr("dpo_jax.training.checkpoints.here", lambda: now.place)
+
+    def damage(place):
+        now.place = place
+        return damage_of(checkpoints.place, 1)
+
+    assert everywhere(damage, 3) == [None] * 3
+    with open(next((tmp_path / "1" / "state" / "d").iterdir()), "ab") as file:
+        file.write(b"x")
+    first, *others = everywhere(damage, 3)
+    assert "bytes instead of" in first and others == [first] * 2
+
+
+def test_what_a_host_does_not_see_yet_process_0_looks_at(tmp_path, monkeypatch):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, a_state(1), {})
+    sealed = json.loads((tmp_path / "1" / "manifest.json").read_text())["files"]
+    (tmp_path / "1" / "manifest.json").unlink()
+    blind = Folder(tmp_path / "elsewhere")
+    found = everywhere(lambda place: (checkpoints.place if place.owns else blind).looked_at(1, place), 3)
+    assert {name: list(about) for name, about in found[0].items()} == sealed
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
@@ -404,7 +458,7 @@ def die_at_commit(source, target, **kwargs):
         os._exit(9)
     if not str(target).endswith("/first/1"):
         rename(source, target, **kwargs)
-def die_at_seal(place, step):
+def die_at_seal(place, step, table):
     if str(place.at(step)).endswith("/second/2"):
         os._exit(9)
     raise SystemExit
