@@ -73,7 +73,7 @@ class Bucket:
 
     def looked_at(self, step: int, place: Here) -> dict[str, tuple[int, str]]:
         """What the store says of each object of a step, on process 0; nothing is read."""
-        return {name: tuple(about) for name, about in self._store.objects(str(step)).items()} if place.owns else {}
+        return dict(self._store.objects(str(step))) if place.owns else {}
 
     def seal(self, step: int, table: Mapping[str, tuple[int, str]]) -> None:
         """Write down what is in a step, then that it is the newest.
