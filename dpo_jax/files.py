@@ -162,6 +162,23 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def piece_digest(path: Path, start: int, size: int) -> str:
+    """SHA-256 of so many bytes of a file, or of what there is of them, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        while size > 0 and (part := file.read(min(size, 1 << 20))):
+            digest.update(part)
+            size -= len(part)
+    return digest.hexdigest()
+
+
+def state_of(path: Path | str) -> tuple[int, int, int]:
+    """Size, time and number of a file: by these a change is seen, and two hosts know that they see the same one."""
+    found = Path(path).stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
 def digest_of(data: bytes | str) -> str:
     """SHA-256 of bytes or of a text in UTF-8, in hexadecimal."""
     return hashlib.sha256(data.encode("utf-8") if isinstance(data, str) else data).hexdigest()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from dpo_jax.data.messages import BadRow
 from dpo_jax.data.report import clean
 from dpo_jax.errors import UserError, one_line
+from dpo_jax.files import state_of
 
 DECODED = 256
 """Rows that are decoded together."""
@@ -113,8 +114,8 @@ class _ParquetFile(NamedTuple):
     path: str
     name: str
     """In messages."""
-    state: tuple[int, int] | None
-    """Size and time of a file of this machine, when it was first looked at."""
+    state: tuple[int, int, int] | None
+    """Of a file of this machine, when it was first looked at."""
 
 
 def parquet_parts(path: str, name: str) -> Iterator[Part]:
@@ -124,7 +125,7 @@ def parquet_parts(path: str, name: str) -> Iterator[Part]:
       UserError: it cannot be read; also from a part.
     """
     with _readable(name, "a Parquet"):
-        file = _ParquetFile(path, name, None if path.startswith(HUB) else state(path))
+        file = _ParquetFile(path, name, None if path.startswith(HUB) else state_of(path))
     metadata = _metadata(file)
     for number in range(metadata.num_row_groups):
         count = metadata.row_group(number).num_rows
@@ -172,8 +173,7 @@ def _opened(file: _ParquetFile, metadata: Any = None) -> Iterator[Any]:
 
     if not file.path.startswith(HUB):
         with _readable(file.name, "a Parquet"), parquet.ParquetFile(file.path, metadata=metadata) as opened:
-            if state(file.path) != file.state:
-                raise UserError(f"{clean(file.name)}: was changed while it was read; start again")
+            check_unchanged(file.path, file.name, file.state)
             yield opened
         return
     from huggingface_hub import HfFileSystem
@@ -186,10 +186,10 @@ def _opened(file: _ParquetFile, metadata: Any = None) -> Iterator[Any]:
         raise UserError(f"{clean(file.name)}: cannot be fetched: {clean(one_line(error))}; start again") from error
 
 
-def state(path: Path | str) -> tuple[int, int]:
-    """Size and time of a file, by which a change of it is seen."""
-    found = Path(path).stat()
-    return found.st_size, found.st_mtime_ns
+def check_unchanged(path: str, name: str, known: tuple[int, int, int] | None) -> None:
+    """Refuse a file that is another one than it was when it was first looked at."""
+    if state_of(path) != known:
+        raise UserError(f"{clean(name, 400)}: was changed while it was read; start again")
 
 
 # ------------------------------------------------------------------------------------------------ Arrow

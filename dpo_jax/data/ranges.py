@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo_jax.data.arrow import Part, Undecoded, state
+from dpo_jax.data.arrow import Part, Undecoded, check_unchanged
 from dpo_jax.data.readers import Row
 from dpo_jax.data.report import clean
-from dpo_jax.errors import UserError
-from dpo_jax.processes.here import Here
+from dpo_jax.files import state_of
+from dpo_jax.processes.here import DIFFER, Here
 
 PIECE = 1 << 24
 """Bytes that a process looks at, at a time."""
@@ -25,7 +25,6 @@ SIGNED = 4096
 """Bytes at the start of each piece by which processes tell that they have the same file."""
 GROUP = 256
 """Rows that are read together."""
-DIFFER = "the processes of this run differ"
 
 
 class Group(NamedTuple):
@@ -59,7 +58,7 @@ class RangedFile:
 
     def __post_init__(self) -> None:
         """Nobody has looked at it yet."""
-        self._state, self._looks = state(self.path), list[Look]()
+        self._state, self._looks = state_of(self.path), list[Look]()
 
     def digest(self, place: Here) -> str:
         """SHA-256 of what all pieces are; the same for any number of processes.
@@ -67,15 +66,11 @@ class RangedFile:
         Raises:
           UserError: another process has another file of this name.
         """
-        share = range(place.process, -(-self._state[0] // PIECE), place.count)
         if place.count > 1:
             place.same(DIFFER, {clean(self.name, 400): f"{self._state[0]} bytes of digest {self._sign()}"})
-        mine = [self._look(number, place) for number in share]
-        looks = place.everyone("files", mine)
-        by_turns = itertools.chain.from_iterable(itertools.zip_longest(*looks))
-        found = [
-            Look(digest, first, [Group(*some) for some in groups]) for digest, first, groups in filter(None, by_turns)
-        ]
+        pieces = range(-(-self._state[0] // PIECE))
+        looks = place.by_turns("files", pieces, lambda share: [self._look(number, place) for number in share])
+        found = [Look(digest, first, [Group(*some) for some in groups]) for digest, first, groups in looks]
         self._looks = found if place.count > 1 and self.has_lines else []
         return hashlib.sha256("\n".join(look.digest for look in found).encode()).hexdigest()
 
@@ -127,14 +122,13 @@ class _Range(NamedTuple):
 
     path: str
     name: str
-    state: tuple[int, int]
+    state: tuple[int, int, int]
     start: int
     size: int
 
     def __call__(self) -> list[bytes]:
         """Read them."""
-        if state(self.path) != self.state:
-            raise UserError(f"{clean(self.name, 400)}: was changed while it was read; start again")
+        check_unchanged(self.path, self.name, self.state)
         with open(self.path, "rb") as file:
             file.seek(self.start)
             return list(io.BytesIO(file.read(self.size)))

@@ -6,10 +6,12 @@ that leads out of it, or a file that cannot be read, would otherwise be found wh
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+from dpo_jax import __version__
 from dpo_jax.errors import UserError, printable
 from dpo_jax.hf import tensors
 from dpo_jax.hf.tensors import PICKLES, member, read_json
@@ -26,6 +28,14 @@ WEIGHTS = (".safetensors", *PICKLES, ".npy", ".gguf", ".onnx", ".onnx_data", ".t
 """How names of weights end, and of lists of them, of any program."""
 MOST_FILES = 10_000
 PIECE = 1 << 20
+
+
+def record(base: str, folder: Path, given: Collection[str]) -> dict[str, str]:
+    """The file in which an export says what it is of, unless one is `given`: every byte of the base is read for it."""
+    if tensors.OURS in given:
+        return {}
+    facts = {"version": __version__, "base_model": base, "base_digest": tensors.weights_digest(folder)}
+    return {tensors.OURS: json.dumps(facts, indent=2) + "\n"}
 
 
 def files(folder: Path, *, generation: bool = True, quantised: bool = False, own: Collection[str] = ()) -> list[str]:

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
-from dpo_jax import __version__, trees
+from dpo_jax import trees
 from dpo_jax.errors import UserError, short
 from dpo_jax.hf import beside, merged, resize, reward, shards, tensors, writing
 from dpo_jax.hf.adapted import base_of
@@ -420,10 +420,7 @@ def _texts(
     config = export.config or read_json(origin, "config.json")
     kind, note = (REWARD_MODEL, reward.padding_note(config)) if export.spec.scalar_head else (LANGUAGE_MODEL, "")
     files["README.md"] = model_card(base, front_matter(origin), card, kind=kind, note=note).encode()
-    if tensors.OURS not in extra:
-        facts = {"version": __version__, "base_model": base}
-        extra[tensors.OURS] = json.dumps({**facts, "base_digest": tensors.weights_digest(origin)}, indent=2) + "\n"
-    for name, text in extra.items():
+    for name, text in {**extra, **beside.record(base, origin, extra)}.items():
         taken = name in files or name in copied or name in export.files or name == tensors.SUMS
         if taken or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
             raise ValueError(f"extra file {name!r} is not a free plain name")

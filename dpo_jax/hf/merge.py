@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax import __version__
 from dpo_jax.errors import printable
 from dpo_jax.hf import beside, shards, tensors
 from dpo_jax.hf.card import base_name, front_matter, model_card
@@ -119,8 +118,8 @@ def write_merged(
             texts[tensors.INDEX] = shards.index_text(infos)
         named = base_name(origin, card)
         texts["README.md"] = model_card(named, front_matter(origin), card)
-        facts = {"version": __version__, "base_model": named, "base_digest": tensors.weights_digest(origin)}
-        texts |= {tensors.OURS: json.dumps(facts, indent=2) + "\n", **(extra_files or {})}
+        own = extra_files or {}
+        texts |= {**beside.record(named, origin, own), **own}
         sums |= {name: tensors.write_bytes(staging / name, text.encode()) for name, text in texts.items()}
         listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         tensors.write_bytes(staging / tensors.SUMS, listing.encode())

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax import __version__
 from dpo_jax.errors import UserError, printable
 from dpo_jax.hf import beside, tensors
 from dpo_jax.hf.beside import ADAPTER_CONFIG
@@ -109,9 +108,9 @@ def write_adapter(
             kind=ADAPTER_MODEL,
             note=_how_to(plain, base_name(named, card)),
         )
-        facts = {"version": __version__, "base_model": base_name(named, card)}
-        texts[tensors.OURS] = json.dumps({**facts, "base_digest": tensors.weights_digest(base.folder)}, indent=2) + "\n"
-        for name, text in {**texts, **(extra_files or {})}.items():
+        own = extra_files or {}
+        texts |= beside.record(base_name(named, card), base.folder, own)
+        for name, text in {**texts, **own}.items():
             if name in sums or name == tensors.SUMS or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
                 raise ValueError(f"extra file {name!r} is not a free plain name")
             sums[name] = tensors.write_bytes(staging / name, text.encode())

@@ -291,10 +291,10 @@ def non_finite(array: np.ndarray) -> int:
     return array.size - int(np.count_nonzero(np.isfinite(array)))
 
 
-def weights_digest(folder: str | Path, digests: Mapping[str, str] | None = None) -> str:
-    """SHA-256 over the files of tensors, by name: a key for what was computed with them. Some may be known."""
-    folder, known = Path(folder), digests or {}
-    return digest_of("".join(known.get(file) or file_digest(member(folder, file)) for file in _tensor_files(folder)[0]))
+def weights_digest(folder: str | Path) -> str:
+    """SHA-256 over the files of tensors, by name: a key for what was computed with them."""
+    folder = Path(folder)
+    return digest_of("".join(file_digest(member(folder, file)) for file in _tensor_files(folder)[0]))
 
 
 def stamps(folder: Path, files: Sequence[str] = ()) -> tuple[tuple[str, int, int], ...]:

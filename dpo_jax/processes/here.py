@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -22,6 +22,8 @@ SLICE_MS = 1000
 """How long one question to the store may take; it is asked again as long as everybody lives."""
 SEEN_SECONDS = 10.0
 """How long a file that another host has written may take to be seen on a shared file system."""
+DIFFER = "the processes of this run differ"
+"""How it begins when one of them has something else."""
 ENDED = "ended"
 """Key of the first failure of any process."""
 
@@ -161,6 +163,16 @@ class Here:
             return said
         with waiting(f"all processes ({name})"):
             return json.loads(self._get(f"{key}/all"))
+
+    def by_turns(
+        self, name: str, items: Sequence[Any], work: Callable[[Sequence[Any]], Iterable[Any]], *, beside: bool = False
+    ) -> list[Any]:
+        """What `work` makes of each item, in their order, on every process; each has every so-manieth of them to do.
+
+        All give the same items. What comes of one must be something that JSON can say.
+        """
+        told = self.everyone(name, list(work(items[self.process :: self.count])), beside=beside)
+        return [told[number % self.count][number // self.count] for number in range(len(items))]
 
     def meet(self, name: str) -> None:
         """Return once every process has come here."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dpo_jax.errors import UserError, one_line, printable, redacted
 from dpo_jax.files import refusal
 from dpo_jax.processes import places
-from dpo_jax.processes.here import Here, here, stand
+from dpo_jax.processes.here import DIFFER, Here, here, stand
 from dpo_jax.processes.joining import join
 from dpo_jax.processes.places import Place
 from dpo_jax.processes.settings import DistributedSettings
@@ -57,7 +57,7 @@ def begin(settings: DistributedSettings, same: Mapping[str, object], variables: 
     _watch[:] = [watch]
     if not now.owns:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    now.same("the processes of this run differ", same)
+    now.same(DIFFER, same)
     return now
 
 

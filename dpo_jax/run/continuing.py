@@ -26,9 +26,9 @@ STEPS, PAIRS, DATA, WEIGHTS, ADAPTER, REFERENCE = (
     "number of steps",
     "number of pairs",
     "digest of the training data",
-    "digest of the starting weights",
+    "digest of the weights at the start",
     "digest of the adapter at the start",
-    "digest of the reference's weights",
+    "digest of the weights of the reference",
 )
 """Facts of a run: what it depends on beside its settings."""
 OWN, PACKAGES = "digest of objective {}", "the package's own"

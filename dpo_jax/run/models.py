@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from dpo_jax import sharding, trees
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.errors import UserError
-from dpo_jax.files import file_digest
+from dpo_jax.files import digest_of, piece_digest, state_of
 from dpo_jax.hf import checkpoint, ending, resize, tensors
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.hf.ending import Ending
@@ -31,6 +31,9 @@ from dpo_jax.processes.here import Here
 from dpo_jax.run.sources import Sources
 from dpo_jax.training.settings import ReferenceSettings
 from dpo_jax.trees import Params
+
+PIECE = 1 << 28
+"""Bytes of weights that a process reads at a time for their digest."""
 
 
 def make_mesh(mesh: MeshSettings, model: ModelSettings, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
@@ -106,29 +109,33 @@ def abstract_quantised(spec: DecoderSpec, kinds: Mapping[str, Kind]) -> Params:
 
 
 def weights_digest(folder: Path, place: Here | None = None) -> str:
-    """Digest of the weights of a folder; every byte of them is read, so once is enough while the files are the same.
+    """Digest of the weights of a folder: of all their pieces, which are read once while the files are the same.
 
-    Of several processes, all of which call, each reads its share of the files, if all see the same ones; else all.
+    Of several processes, all of which call, each reads its share, if all see the same files; else all of them.
     """
     place = place or Here()
-    files = [(file, *_seen(tensors.member(folder, file))) for file, *_ in tensors.stamps(folder)]
-    seen = place.everyone("files of weights", [list(one) for one in files])
-    shared = all(one == seen[0] for one in seen)
-    share = files[place.process :: place.count] if shared else files
-    own = {file: _digest_of(tensors.member(folder, file), *state) for file, *state in share}
-    told = place.everyone("digests of weights", own) if shared else [own]
-    return tensors.weights_digest(folder, {file: digest for some in told for file, digest in some.items()})
+    files = [(tensors.member(folder, file), file) for file, *_ in tensors.stamps(folder)]
+    seen = [[name, *state_of(path)] for path, name in files]
+    shared = all(one == seen for one in place.everyone("files of weights", seen))
+    pieces = [
+        (path, start, *state)
+        for (path, _), (_, *state) in zip(files, seen, strict=True)
+        for start in range(0, state[0], PIECE)
+    ]
+
+    def read(share: Sequence[Any]) -> Iterator[str]:
+        for piece in share:
+            place.moved()
+            yield _digest_of(*piece)
+
+    found = place.by_turns("digests of weights", pieces, read) if shared else list(read(pieces))
+    sizes = [str(size) for _, size, *_ in seen]
+    return digest_of("\n".join([*sizes, *found]))
 
 
-def _seen(file: Path) -> tuple[int, int, int]:
-    """Size, time and number of a file: the same on two hosts where it is the same file."""
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ino
-
-
-@functools.lru_cache(maxsize=512)
-def _digest_of(file: Path, *_state: int) -> str:
-    return file_digest(file)
+@functools.lru_cache(maxsize=1024)
+def _digest_of(path: Path, start: int, *_state: int) -> str:
+    return piece_digest(path, start, PIECE)
 
 
 def check_models(

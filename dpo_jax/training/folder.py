@@ -74,11 +74,11 @@ class Folder:
         folder = self.at(step)
         sizes = {str(f.relative_to(folder)): f.stat().st_size for f in _files(folder)} if place.owns else {}
         sizes = place.everyone("files of a checkpoint", sizes, beside=True)[0]
-        share = sorted(sizes, key=lambda name: -sizes[name])[place.process :: place.count]
-        own = _digests(folder, [name for name in share if (folder / name).is_file()])
-        told = place.everyone("digests of a checkpoint", own, beside=True)
-        digests = {name: digest for some in told for name, digest in some.items()}
-        digests |= _digests(folder, sizes.keys() - digests.keys()) if place.owns else {}
+        names = sorted(sizes, key=lambda name: -sizes[name])
+        told = place.by_turns("digests of a checkpoint", names, lambda share: _digests(folder, share), beside=True)
+        digests = dict(zip(names, told, strict=True))
+        unseen = [name for name in names if digests[name] is None] if place.owns else []
+        digests |= zip(unseen, _digests(folder, unseen), strict=True)
         return {name: (sizes[name], digest) for name, digest in digests.items()}
 
     def seal(self, step: int, table: Mapping[str, tuple[int, str]]) -> None:
@@ -151,10 +151,10 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    names = list(names)
+def _digests(folder: Path, names: Iterable[str]) -> list[str | None]:
+    """The digest of each file, None of one that is not seen."""
     with ThreadPoolExecutor(_HASHERS) as pool:
-        return dict(zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True))
+        return list(pool.map(lambda name: _digest(folder / name) if (folder / name).is_file() else None, names))
 
 
 def _digest(path: Path) -> str:

@@ -313,7 +313,7 @@ def test_a_reference_that_has_become_another_is_refused_unless_it_is_accepted(wo
     flip(other / WEIGHTS)
     for more in ((), ("steps=6",)):  # a run that is finished, and one that is to go on
         line = refused(world, output, capsys, f"reference.path={other}", *more)
-        assert "digest of the reference's weights was" in line and "restore it" in line
+        assert "digest of the weights of the reference was" in line and "restore it" in line
     third = shutil.copytree(other, tmp_path / "third")
     run(world, output, f"reference.path={third}", "steps=6", "checkpoint.allow_change=[reference.path]")
 
@@ -331,7 +331,7 @@ def test_what_a_lost_record_said_is_in_the_checkpoints(world, finished, copied, 
     moved = shutil.copytree(world / "model", copied.parent / "model")
     flip(moved / WEIGHTS)
     more = (f"model.path={moved}", "checkpoint.allow_change=[model.path]")
-    assert "digest of the starting weights was" in refused(world, copied, capsys, *more)
+    assert "digest of the weights at the start was" in refused(world, copied, capsys, *more)
     run(world, copied)
     said = "is missing" if text is None else "is damaged"
     assert f"run.json {said}; what it said is taken from checkpoint 4" in capsys.readouterr().out
@@ -377,7 +377,7 @@ def test_what_is_no_checkpoint_of_a_run_is_one_line(world, copied, tmp_path, cap
     assert "checkpoints/4 cannot be used (state/d/" in said(copied, tmp_path / "new")
     flip(world / "model" / WEIGHTS)
     try:
-        assert "digest of the starting weights was" in said(copied, tmp_path / "new", "--step", 2)
+        assert "digest of the weights at the start was" in said(copied, tmp_path / "new", "--step", 2)
     finally:
         flip(world / "model" / WEIGHTS)
     assert not (tmp_path / "new").exists()

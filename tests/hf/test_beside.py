@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from dpo_jax.errors import UserError
-from dpo_jax.hf import beside
+from dpo_jax.hf import beside, tensors
 from dpo_jax.hf.bounds import MOST_LAYERS, check
 from dpo_jax.hf.checkpoint import load_hf, save_hf
 from dpo_jax.hf.configs import read_spec
@@ -151,3 +151,10 @@ def test_a_number_that_nothing_is_built_by_is_refused(table, tmp_path):
 def test_large_numbers_of_other_kinds_pass(tmp_path):
     check({"model_max_length": 10**30, "num_hidden_layers": 512, "rope_theta": 1e9, "layer_norm_eps": 1e-5}, tmp_path)
     check({"vocab_size_per_layer_input": 262144, "hidden_size": 2**20, "attention_dropout": False}, tmp_path)
+
+
+def test_an_export_says_what_it_is_of_and_the_base_is_not_read_for_what_is_given(folder, monkeypatch):
+    said = json.loads(beside.record("org/base", folder, ())["dpo_jax.json"])
+    assert (said["base_model"], said["base_digest"]) == ("org/base", tensors.weights_digest(folder))
+    monkeypatch.setattr(tensors, "weights_digest", lambda folder: pytest.fail("all of the base was read"))
+    assert beside.record("org/base", folder, {"dpo_jax.json"}) == {}

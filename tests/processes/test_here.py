@@ -41,6 +41,18 @@ def test_everyone_hears_what_everyone_says():
     assert everywhere(lambda place: place.all_of("all", True), 8) == [True] * 8
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("items", [0, 1, 7, 16])
+def test_what_is_done_by_turns_is_done_once_and_known_to_all_in_order(count, items):
+    done = []
+
+    def works(place):
+        return place.by_turns("squares", range(items), lambda share: [done.append(n) or n**2 for n in share])
+
+    assert everywhere(works, count) == [[n**2 for n in range(items)]] * count
+    assert sorted(done) == [*range(items)]
+
+
 def test_a_difference_names_key_values_and_processes():
     def compares(place):
         place.same("settings differ", {"seed": 7 if place.process == 3 else 0, "steps": 5})

@@ -162,7 +162,9 @@ def test_a_finished_run_is_not_that_of_other_weights_at_the_same_place(world, he
         fitted(world, world / "heard")
         assert json.loads(record.read_text())["weights"]["model"] == [[file.name, len(content), 10**9]]
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        with pytest.raises(UserError, match=r"whose digest of the starting weights was \w+ and is now \w+; restore it"):
+        with pytest.raises(
+            UserError, match=r"whose digest of the weights at the start was \w+ and is now \w+; restore it"
+        ):
             fitted(world, world / "heard")
         record.write_text(json.dumps({key: value for key, value in json.loads(known).items() if key != "weights"}))
         fitted(world, world / "heard")  # of a version that did not write it down

@@ -69,13 +69,13 @@ def test_a_run_that_learned_something_is_held_to_its_settings_and_facts_and_no_o
     """One that was refused in the middle of its start, for damaged weights say, is begun again with other ones."""
     train, _ = encoded_rows(tmp_path, byte_tokenizer(), {"prompt": "a", "chosen": "b", "rejected": "c"})
     first, other = run_in(tmp_path), run_in(tmp_path).model_copy(update={"seed": 7})
-    output.record_run(first, tmp_path, {"digest of the starting weights": "a"})
+    output.record_run(first, tmp_path, {"digest of the weights at the start": "a"})
     Past.of(tmp_path).check_settings(other)
-    output.record_run(other, tmp_path, {"digest of the starting weights": "b"})
+    output.record_run(other, tmp_path, {"digest of the weights at the start": "b"})
     (tmp_path / what).mkdir(parents=True)
     past = Past.of(tmp_path)
-    with pytest.raises(UserError, match="digest of the starting weights was b and is now a; restore it"):
-        past.check_facts(other, {"digest of the starting weights": "a"}, train)
+    with pytest.raises(UserError, match="digest of the weights at the start was b and is now a; restore it"):
+        past.check_facts(other, {"digest of the weights at the start": "a"}, train)
     with pytest.raises(UserError, match="another setting, seed: 7 -> 0"):
         past.check_settings(first)
     past.check_settings(first.model_copy(update={"checkpoint": CheckpointSettings(allow_change=("seed",))}))
