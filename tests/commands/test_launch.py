@@ -99,12 +99,16 @@ def test_slurm(config, stand_ins, tmp_path, monkeypatch):
 
 def test_slurm_queues_again_what_stopped_or_lost_a_host(stand_ins, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    for code, again in ((0, False), (2, False), (75, True), (76, True)):
+    kills = [
+        (code, starts, starts < 20) for code in (76, 128 + signal.SIGABRT, 128 + signal.SIGKILL) for starts in (0, 20)
+    ]
+    for code, starts, again in ((0, 0, False), (2, 0, False), (75, 0, True), (75, 99, True), *kills):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(starts))
         (stand_ins / "srun").write_text(f"#!/bin/bash\nexit {code}\n")
         (tmp_path / "asked").unlink(missing_ok=True)
         assert ran(["bash", LAUNCH / "slurm.sbatch", "run.yaml"])[0] == code
         assert (tmp_path / "asked").exists() == again
-    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+        assert not again or (tmp_path / "asked").read_text() == "requeue 7\n"
 
 
 @pytest.mark.nightly
@@ -151,6 +155,8 @@ def test_jobset(config, stand_ins, tmp_path):
     given["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{free_port()}"
     program, (asked, output) = container["command"][:-2], container["command"][-2:]
     assert (ROOT / asked).exists() and output.startswith("output=")
+    (rule,) = pod["podFailurePolicy"]["rules"]
+    assert {75, 76, 128 + signal.SIGABRT, 128 + signal.SIGKILL} <= {*rule["onExitCodes"]["values"]}
     environments = [{**given, "JAX_PROCESS_ID": str(number)} for number in (0, 1)]
     said = together([[*program, str(config), f"output={tmp_path / 'run'}"]] * 2, environments)
     is_one_run_of_two(tmp_path / "run", said)
@@ -164,6 +170,7 @@ def test_skypilot_reads_its_file():
     task.validate_run()
     assert task.num_nodes == 2 and list(task.storage_mounts) == ["/shared"]
     (resources,) = task.resources
+    assert resources.job_recovery["recover_on_exit_codes"] == [75]
     assert resources.accelerators == {"H100": 8}
 
 
