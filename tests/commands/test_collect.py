@@ -1,5 +1,6 @@
 """`collect` and `rounds` as whole commands: on the quickstart's model, killed and given again, and refused."""
 
+import contextlib
 import json
 import os
 import random
@@ -102,6 +103,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in held if path.is_file()}
 
 
+def number_of_files(folder: Path) -> int:
+    """By which it is seen how far rounds have come."""
+    return sum(1 for _ in (folder / "rounds").rglob("*"))
+
+
 def two_rounds(folder: Path) -> tuple[Path, list[str]]:
     """A small model, and the words that make two rounds of it, each held to the first model."""
     model = make(folder / "tiny")
@@ -164,27 +170,24 @@ def test_three_rounds_teach_the_undecided_model_without_its_pairs(tmp_path):
 
 @pytest.mark.nightly
 def test_rounds_that_are_killed_at_random_moments_end_with_the_same_bytes(tmp_path):
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "killed").mkdir()
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), killed.mkdir()
     more = {"rounds.number": 2, "rounds.held_out": some(tmp_path, 8), "batch.pairs": 8}
     command = [sys.executable, "-m", "dpo_jax.rounds"]
-    assert subprocess.run([*command, *settings(tmp_path / "whole", 48, **more)], cwd=ROOT).returncode == 0
-    words, rng, kills = settings(tmp_path / "killed", 48, **more), random.Random(0), 0
-    while True:
-        process = subprocess.Popen([*command, *words], cwd=ROOT, start_new_session=True)
-        try:
-            code = process.wait(timeout=rng.uniform(3, 30) if kills < 12 else None)
-        except subprocess.TimeoutExpired:
+    assert subprocess.run([*command, *settings(whole, 48, **more)], cwd=ROOT).returncode == 0
+    words, kills = [*command, *settings(killed, 48, **more)], 0
+    for moment in sorted(random.Random(0).sample(range(2, number_of_files(whole)), 8)):
+        process = subprocess.Popen(words, cwd=ROOT, start_new_session=True)
+        while process.poll() is None and number_of_files(killed) < moment:
+            time.sleep(0.01)
+        kills += process.poll() is None
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
-            time.sleep(0.1)
-            continue
-        assert code == 0
-        break
-    assert kills
-    whole, found = files(tmp_path / "whole" / "rounds"), files(tmp_path / "killed" / "rounds")
+        process.wait()
+    assert kills > 3
+    assert subprocess.run(words, cwd=ROOT).returncode == 0
+    before, found = files(whole / "rounds"), files(killed / "rounds")
     told = ("rounds.json", "record.json")  # these have the paths of models in them, which differ
-    differ = [name for name in whole if whole[name] != found.get(name) and not name.endswith(told)]
-    assert not differ and whole.keys() == found.keys()
-    assert table_of(tmp_path / "whole") == table_of(tmp_path / "killed")
+    differ = [name for name in before if before[name] != found.get(name) and not name.endswith(told)]
+    assert not differ and before.keys() == found.keys()
+    assert table_of(whole) == table_of(killed)
