@@ -3,15 +3,16 @@
     python tools/soak.py [--hours 2] [--processes 2] [--every 30] [--work FOLDER]
 
 A small run of `dpo_jax.train` that evaluates, answers a question, saves and draws its page again and again. Of each
-process its memory (resident), open handles, threads and compilations so far are kept in WORK/samples.jsonl. When the
-time is up one process gets SIGTERM, and all are to save and end with 75. Samples of the first quarter are of warming
-up. Exit code 1 if, between the second quarter and the last, memory grew by more than 16 MiB, or handles or threads by
-any, if anything was compiled after the first quarter, or if the end was another. Needs dpo_jax to be importable, and
-the project's tests folder.
+process its memory (resident, what the C library keeps free given back first, and in use), open handles, threads and
+compilations so far are kept in WORK/samples.jsonl. When the time is up one process gets SIGTERM, and all are to save
+and end with 75. Samples of the first quarter are of warming up. Exit code 1 if, between the second quarter and the
+last, either memory grew by more than 16 MiB, or handles or threads by any, if anything was compiled after the first
+quarter, or if the end was another. Needs dpo_jax to be importable, and the project's tests folder.
 """
 
 import argparse
 import json
+import math
 import re
 import signal
 import statistics
@@ -20,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -42,13 +43,15 @@ class Sample(NamedTuple):
     seconds: float
     step: int
     process: int
-    memory: float
+    resident: float
+    in_use: float
+    objects: int
     handles: int
     threads: int
     compilations: int
 
 
-def words(root: Path) -> list[str]:
+def words(root: Path, every: float) -> list[str]:
     """The command, less the interpreter."""
     given = settings_in(root) | {
         "steps": 400_000,
@@ -59,10 +62,11 @@ def words(root: Path) -> list[str]:
         "distributed.timeout": 300,
         "output": root / "run",
     }
-    return ["-m", "dpo_jax.train", *(f"{key}={value}" for key, value in given.items())]
+    settings = [f"{key}={value}" for key, value in given.items()]
+    return ["-m", "tests.support.held", str(root / "held"), str(every), "dpo_jax.train", *settings]
 
 
-def samples(hosts: Hosts, folder: Path, seconds: float, every: float) -> Iterator[Sample]:
+def samples(hosts: Hosts, root: Path, seconds: float, every: float) -> Iterator[Sample]:
     """What is seen of all processes until the time is up or one has ended."""
     began = time.monotonic()
     seen = [psutil.Process(one.pid) for one in hosts.all]
@@ -70,21 +74,23 @@ def samples(hosts: Hosts, folder: Path, seconds: float, every: float) -> Iterato
         lambda: any(one.poll() is not None for one in hosts.all), every
     ):
         for number, process in enumerate(seen):
-            memory = process.memory_info().rss / 2**20
+            held = last(root / "held" / f"{process.pid}.jsonl")
+            if held is None:
+                continue
+            memory = (round(held[name] / 2**20, 1) for name in ("rss", "allocated"))
             compiled = len(re.findall(r"^Compiling |Finished XLA compilation of", hosts.said(number), re.MULTILINE))
-            step = last_step(folder / "metrics.jsonl")
-            counts = process.num_fds(), process.num_threads(), compiled
-            yield Sample(round(time.monotonic() - began), step, number, round(memory, 1), *counts)
+            step = (last(root / "run" / "metrics.jsonl") or {}).get("step", 0)
+            counts = held["objects"], process.num_fds(), process.num_threads(), compiled
+            yield Sample(round(time.monotonic() - began), step, number, *memory, *counts)
 
 
-def last_step(path: Path) -> int:
-    """The newest step that was written down."""
+def last(path: Path) -> dict[str, Any] | None:
+    """The newest record of a file, as far as it is written."""
     try:
-        lines = path.read_bytes()[-4096:].splitlines()
+        whole, _, _ = path.read_bytes().rpartition(b"\n")
     except FileNotFoundError:
-        return 0
-    found = re.findall(rb'"step": ?(\d+)', b"\n".join(lines))
-    return int(found[-1]) if found else 0
+        return None
+    return json.loads(whole.splitlines()[-1]) if whole else None
 
 
 def judged(found: list[Sample], process: int) -> tuple[str, bool]:
@@ -93,9 +99,15 @@ def judged(found: list[Sample], process: int) -> tuple[str, bool]:
     quarter = max(len(mine) // 4, 1)
     early, late = mine[quarter : 2 * quarter] or mine, mine[-quarter:]
     parts, flat = [], True
-    for name, bound in (("memory", GROWTH), ("handles", 0), ("threads", 0)):
+    for name, bound in (
+        ("resident", GROWTH),
+        ("in_use", GROWTH),
+        ("objects", math.inf),
+        ("handles", 0),
+        ("threads", 0),
+    ):
         old, new = (statistics.median(getattr(one, name) for one in some) for some in (early, late))
-        parts.append(f"{name} {old:g} -> {new:g}")
+        parts.append(f"{name} {old:,.0f} -> {new:,.0f}")
         flat &= new - old <= bound
     compiled = late[-1].compilations - early[0].compilations
     return f"process {process}: {', '.join(parts)}, {compiled} compilations after warming up", flat and not compiled
@@ -104,10 +116,10 @@ def judged(found: list[Sample], process: int) -> tuple[str, bool]:
 def soak(root: Path, hours: float, processes: int, every: float) -> int:
     """The run; the exit code."""
     write_world(root, 2000, 40)
-    hosts = Hosts(words(root), root / "logs", processes=processes, environment={"JAX_LOG_COMPILES": "1"})
+    hosts = Hosts(words(root, every), root / "logs", processes=processes, environment={"JAX_LOG_COMPILES": "1"})
     found = []
     with (root / "samples.jsonl").open("w") as file:
-        for sample in samples(hosts, root / "run", 3600 * hours, every):
+        for sample in samples(hosts, root, 3600 * hours, every):
             found.append(sample)
             file.write(json.dumps(sample._asdict()) + "\n")
             file.flush()
