@@ -77,11 +77,11 @@ def samples(hosts: Hosts, root: Path, seconds: float, every: float) -> Iterator[
             held = last(root / "held" / f"{process.pid}.jsonl")
             if held is None:
                 continue
-            memory = (round(held[name] / 2**20, 1) for name in ("rss", "allocated"))
             compiled = len(re.findall(r"^Compiling |Finished XLA compilation of", hosts.said(number), re.MULTILINE))
             step = (last(root / "run" / "metrics.jsonl") or {}).get("step", 0)
+            resident, in_use = (round(held[name] / 2**20, 1) for name in ("rss", "allocated"))
             counts = held["objects"], process.num_fds(), process.num_threads(), compiled
-            yield Sample(round(time.monotonic() - began), step, number, *memory, *counts)
+            yield Sample(round(time.monotonic() - began), step, number, resident, in_use, *counts)
 
 
 def last(path: Path) -> dict[str, Any] | None:
