@@ -22,6 +22,13 @@ def test_digests_are_sha256(tmp_path):
     assert files.file_digest(tmp_path / "a") == files.digest_of("ä") == files.digest_of(b"\xc3\xa4") == expected
 
 
+@pytest.mark.parametrize(("start", "size"), [(0, 10), (3, 4), (8, 9), (10, 1), (0, 0)])
+def test_the_digest_of_a_piece_is_of_its_bytes(tmp_path, start, size):
+    (tmp_path / "a").write_bytes(bytes(range(10)))
+    expected = hashlib.sha256(bytes(range(10))[start : start + size]).hexdigest()
+    assert files.piece_digest(tmp_path / "a", start, size) == expected
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     files.write_whole(tmp_path / "a", "old")
 

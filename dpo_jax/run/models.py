@@ -129,8 +129,7 @@ def weights_digest(folder: Path, place: Here | None = None) -> str:
             yield _digest_of(*piece)
 
     found = place.by_turns("digests of weights", pieces, read) if shared else list(read(pieces))
-    sizes = [str(size) for _, size, *_ in seen]
-    return digest_of("\n".join([*sizes, *found]))
+    return digest_of("\n".join(found))
 
 
 @functools.lru_cache(maxsize=1024)
