@@ -1,6 +1,7 @@
 """Whole files, digests, and sizes in words."""
 
 import hashlib
+import os
 
 import pytest
 
@@ -27,6 +28,18 @@ def test_the_digest_of_a_piece_is_of_its_bytes(tmp_path, start, size):
     (tmp_path / "a").write_bytes(bytes(range(10)))
     expected = hashlib.sha256(bytes(range(10))[start : start + size]).hexdigest()
     assert files.piece_digest(tmp_path / "a", start, size) == expected
+
+
+def test_a_file_that_is_written_again_or_replaced_has_another_state(tmp_path):
+    path, other = tmp_path / "a", tmp_path / "b"
+    path.write_text("one"), other.write_text("two")
+    known = files.state_of(path)
+    assert files.state_of(path) == known and known[0] == 3
+    os.utime(path, ns=(0, known[1] + 1))
+    assert files.state_of(path) != known
+    os.utime(other, ns=(0, known[1]))
+    other.replace(path)
+    assert files.state_of(path)[:2] == known[:2] and files.state_of(path) != known
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

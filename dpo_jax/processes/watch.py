@@ -21,6 +21,8 @@ RETRY = 76
 """Exit code of a process that ends because of another one, or of a fault that may pass: run the same command again."""
 STAYS_SECONDS = 3.0
 """How long process 0 is still there once it has told why it ends."""
+SILENT_SECONDS = 3.0
+"""Without a beat for so long, a process is taken for silent where another has waited for it in vain."""
 LOST_SECONDS = 5.0
 """How long the store of process 0 may not answer."""
 
@@ -114,13 +116,15 @@ class Watch:
         return self._place.failed(RETRY, why + self._who_is_late())
 
     def _who_is_late(self) -> str:
-        """What the others are doing, of those that do something else."""
-        place = self._place
-        beats = {process: beat for process, beat in self._beats().items() if process != place.process}
-        others = {
-            f"process {process}: {beat.stage}" for process, beat in beats.items() if beat.stage != place.stage.name
-        }
-        return f"; {'; '.join(sorted(others)[:4])}" if others else ""
+        """Which of the others say nothing any more, and what those do that do something else."""
+        place, silent = self._place, self.silent(SILENT_SECONDS)
+        words = {True: "is not heard of any more; it last said", False: "does"}
+        others = sorted(
+            f"process {process} {words[process in silent]}: {beat.stage}"
+            for process, beat in self._beats().items()
+            if process != place.process and (process in silent or beat.stage != place.stage.name)
+        )
+        return f"; {'; '.join(others[:4])}" if others else ""
 
     def _beats(self) -> dict[int, Beat]:
         found = self._place.store.key_value_dir_get("beats/")

@@ -128,19 +128,28 @@ def test_process_0_misses_one_that_died_as_soon_as_it_had_joined(clock):
     assert found is not None and found.code == RETRY and "process 1 was not heard of" in found.why
 
 
-def test_what_takes_too_long_names_what_the_others_do(clock):
+@pytest.mark.parametrize(
+    ("lives", "stage", "says"),
+    [
+        (True, "step 11", "; process 1 does: step 11"),
+        (False, "step 12", "; process 1 is not heard of any more; it last said: step 12"),
+        (True, "step 12", ""),
+    ],
+)
+def test_what_takes_too_long_names_what_the_others_do_and_who_is_silent(clock, monkeypatch, lives, stage, says):
     store = Store()
     first, second = (Here(store, process, 2, timeout=20) for process in (0, 1))
     first.doing("step 12", step=True)
-    second.doing("step 11", step=True)
-    Watch(second)._look()
+    second.doing(stage, step=True)
+    other = Watch(second)
+    other._look()
     clock.seconds = 20.0
     assert Watch(first)._too_long() is None
     clock.seconds = 21.0
-    beats = Watch(first)
-    found = beats._too_long()
-    assert found is not None and "step 12" in found.why and "process 1: step 11" in found.why
-    assert "distributed.timeout" in found.why
+    watches = Watch(first)
+    monkeypatch.setattr(watches._stopped, "wait", lambda seconds: lives and other._look())
+    found = watches._too_long()
+    assert found is not None and found.why == f"step 12 has taken more than 20 s (distributed.timeout){says}"
 
 
 def test_a_process_that_waits_for_another_has_no_limit_of_its_own(clock):
