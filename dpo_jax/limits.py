@@ -13,8 +13,10 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 from dpo_jax.errors import UserError, one_line
@@ -102,6 +104,17 @@ def _limit(seconds: float, memory: int) -> None:
 # ---------------------------------------------------------------------------------------------- in this process
 
 
+AGAIN = 0.1
+"""Seconds after which it is said again that time is up, should that have come where nothing can be raised."""
+_BETWEEN = frozenset(
+    function.__code__.co_filename for function in (tried, contextlib.contextmanager, weakref.WeakValueDictionary.pop)
+)
+"""Files of code that runs between a block's own and what catches its error, or that loses what is raised in it."""
+
+
+_alarm = SimpleNamespace(running=False)
+
+
 class _Late(BaseException):
     """Time is up; no Exception, so that nothing on the way catches it."""
 
@@ -115,11 +128,12 @@ def bounded(what: str, *, seconds: float, room: int = ROOM) -> Iterator[None]:
     Raises:
       UserError: it took more; begins with `what`.
     """
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGALRM) != signal.SIG_DFL:
+    free = not _alarm.running and signal.getsignal(signal.SIGALRM) in (signal.SIG_DFL, _late)
+    if threading.current_thread() is not threading.main_thread() or not free:
         yield
         return
     try:
-        with _timer(seconds), _roof(room):
+        with _roof(room), _timer(seconds):
             yield
     except _Late:
         raise UserError(f"{what} is not done after {seconds:g} s; give a template that ends") from None
@@ -129,16 +143,19 @@ def bounded(what: str, *, seconds: float, room: int = ROOM) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _timer(seconds: float) -> Iterator[None]:
-    def late(*_: object) -> None:
-        raise _Late
-
-    signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again, should it have come where nothing can be raised
+    signal.signal(signal.SIGALRM, _late)  # it stays: an alarm that is under way would else end the process
+    _alarm.running = True
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     try:
         yield
     finally:
+        _alarm.running = False
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+def _late(_: int, frame: FrameType | None) -> None:
+    if _alarm.running and (frame is None or frame.f_code.co_filename not in _BETWEEN):
+        raise _Late
 
 
 @contextlib.contextmanager

@@ -307,6 +307,10 @@ def _through(
 
 ROOM = 1.25
 """Rows for the pairs of a device's own experts, as a multiple of what they are where all experts are used alike."""
+LESS = 8
+"""How many times smaller further rounds are: they are rare, and memory is set aside for them all the same."""
+RARE = "rare_rounds"
+"""Name of what is done in these, by which a program's text tells them."""
 
 
 def _through_own(run: Callable[..., Array], tokens: RoutedTokens, place: Placement, count: int) -> Float[Array, "n D"]:
@@ -319,19 +323,22 @@ def _through_own(run: Callable[..., Array], tokens: RoutedTokens, place: Placeme
     pairs = sort_pairs(jnp.where((number >= 0) & (number < own), number, own), own)
     size = min(total, -(-math.ceil(ROOM * total / place.parts) // ROUND) * ROUND)
 
+    less = min(size, -(-size // (LESS * ROUND)) * ROUND)
+
     def further(tokens: RoutedTokens) -> Array:
         def one(y: Array, start: Array) -> tuple[Array, None]:
             there = start < pairs.sizes.sum()
-            return y + lax.cond(there, lambda: run(tokens, some_pairs(pairs, start, size)), lambda: zero), None
+            return y + lax.cond(there, lambda: run(tokens, some_pairs(pairs, start, less)), lambda: zero), None
 
-        starts = jnp.arange(size, total, size, dtype=pairs.order.dtype)
+        starts = jnp.arange(size, total, less, dtype=pairs.order.dtype)
         return lax.scan(jax.checkpoint(one), zero, starts)[0]
 
     zero = jnp.zeros_like(tokens.x)
     y = run(tokens, some_pairs(pairs, 0, size))
     if size == total:
         return y
-    return y + lax.cond(pairs.sizes.sum() > size, jax.checkpoint(further), lambda tokens: zero, tokens)
+    with jax.named_scope(RARE):
+        return y + lax.cond(pairs.sizes.sum() > size, jax.checkpoint(further), lambda tokens: zero, tokens)
 
 
 ROUND = 128

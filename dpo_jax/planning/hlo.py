@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 
+from dpo_jax.model.experts import RARE
+
 ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2} | {
     f"{kind}{bits}": bits // 8 for kind in "sufc" for bits in (8, 16, 32, 64, 128)
 }
@@ -152,7 +154,7 @@ CALLING = ("call", "fusion", "conditional", "async-start", "call-start", "fusion
 
 
 class _Count:
-    """Adds up how often each computation runs."""
+    """Adds up how often each computation runs; what is rarely done at all is counted as never."""
 
     def __init__(self, computations: dict[str, Computation], unknown: float):
         self.computations, self.unknown = computations, unknown
@@ -169,7 +171,7 @@ class _Count:
         for one in self.computations[name].values():
             if one.opcode == "while":
                 self.loop(one, by, depth)
-            elif one.opcode in CALLING:
+            elif one.opcode in CALLING and not (one.opcode == "conditional" and RARE in one.source):
                 for callee in (callee for attribute in CALLS for callee in one.called(attribute)):
                     self.visit(callee, by, depth, fused or one.opcode.startswith("fusion"))
 
@@ -211,7 +213,7 @@ def _trips(condition: Computation) -> int | None:
 
 def product_flops(program: Program) -> float:
     """Operations of one device's matrix products in a step: two for each multiplication, useful or not."""
-    return sum(times * flops_of(one, inside) for one, inside, times in program.instructions(*PRODUCTS))
+    return sum((times * flops_of(one, inside) for one, inside, times in program.instructions(*PRODUCTS)), 0.0)
 
 
 def flops_of(one: Instruction, inside: Computation) -> float:

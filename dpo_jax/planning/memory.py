@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,7 @@ def step_items(
         "activations": kept,
         "a layer's backward pass": layer if layer > head else 0,
         "gathered weights": _gathered(objective, leaves, places, mesh),
+        "moved tokens": _moved(objective, leaves, packed, mesh),
         "head": head if head >= layer else 0,
     }
 
@@ -118,14 +120,32 @@ def _gathered(
     """The largest layer's weights, whole over the axes that share them, and its gradient before it is scattered."""
     if sharding.weight_shards(mesh) == 1:
         return 0
+    axes = lambda path: {*jax.tree.leaves(tuple(places[path].spec))} - {*sharding.gathered_over(path)}  # noqa: E731
+    return 2 * _largest_layer(leaves, lambda path: math.prod(mesh.shape[axis] for axis in axes(path)))
+
+
+def _largest_layer(leaves: dict[str, jax.ShapeDtypeStruct], parts: Callable[[str], int]) -> int:
+    """Bytes of the largest layer, of leaves that are split into so many parts; 0 parts is not to be counted."""
     layers: dict[str, int] = {}
     for path, leaf in leaves.items():
-        if path.startswith("blocks/"):
+        if path.startswith("blocks/") and (split := parts(path)):
             stack = path.split("/")[1]
-            axes = set(jax.tree.leaves(tuple(places[path].spec))) - set(sharding.gathered_over(path))
-            parts = math.prod(mesh.shape[axis] for axis in axes)
-            layers[stack] = layers.get(stack, 0) + leaf.size * leaf.dtype.itemsize // leaf.shape[0] // parts
-    return 2 * max(layers.values(), default=0)
+            layers[stack] = layers.get(stack, 0) + leaf.size * leaf.dtype.itemsize // leaf.shape[0] // split
+    return max(layers.values(), default=0)
+
+
+def _moved(
+    objective: TrainingObjective, leaves: dict[str, jax.ShapeDtypeStruct], packed: Batch, mesh: jax.sharding.Mesh
+) -> int:
+    """Where experts lie on an axis of their own: tokens of all its devices, one for each expert of a token, and what
+    the rare rounds of rows take and give, tokens and a layer's matrices, while two of them are in each other."""
+    parts, experts = mesh.shape["expert"], [layer.experts for layer in objective.spec.layers if layer.experts]
+    if parts == 1 or not experts:
+        return 0
+    itemsize = jnp.dtype(objective.compute_dtype).itemsize
+    tokens = parts * packed.tokens.size // sharding.token_shards(mesh) * objective.spec.width * itemsize
+    matrices = _largest_layer(leaves, lambda path: parts if "/experts/" in path else 0)
+    return (max(one.chosen for one in experts) + 4) * tokens + 4 * matrices
 
 
 def _head(objective: TrainingObjective, packed: Batch, mesh: jax.sharding.Mesh) -> int:

@@ -25,11 +25,11 @@ SMALL = {
 LAYERS = SMALL["num_hidden_layers"]
 
 
-def planned(tmp_path, chip: str, devices: int, *settings: str) -> dict:
+def planned(tmp_path, chip: str, devices: int, *settings: str, family: str = "llama", **changes: int) -> dict:
     """The plan of a small model as plain values; JAX's own defaults, as the command has them."""
     if (gone := compilers.missing(CHIPS[chip])) is not None:
         pytest.skip(gone)
-    folder = write_config(tmp_path / "small", "llama", **SMALL)
+    folder = write_config(tmp_path / "small", family, **SMALL | changes)
     file = tmp_path / "run.yaml"
     file.write_text(f"output: {tmp_path / 'out'}\nmodel: {{path: {folder}}}\ndata: {{train: no.jsonl}}\n")
     words = ["-m", "dpo_jax.plan", str(file), "--devices", str(devices), "--chip", chip, "--compiler", "real", "--json"]
@@ -94,4 +94,23 @@ def test_a_tpu_has_its_kernels_and_cycles(tmp_path, chip, devices):
     plan = planned(tmp_path, chip, devices, "model.attention=splash")
     assert plan["model"]["attention"] == "splash" and plan["kernels"]
     assert plan["cycles"] > 0 and 0 < plan["mfu"]["step"] < 1
+    check_memory(plan)
+
+
+MIXTURE = {
+    "hidden_size": 1024,
+    "moe_intermediate_size": 256,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("parts", [2, 4])
+def test_tokens_that_go_to_their_experts_take_what_is_said(tmp_path, parts):
+    """Memory is set aside for rounds of rows that are rarely wanted, and little of it."""
+    plan = planned(tmp_path, "v5p", 8, f"mesh.expert={parts}", "batch.pairs=512", family="qwen3_moe", **MIXTURE)
+    assert plan["memory"]["predicted"]["moved tokens"] > 0
     check_memory(plan)

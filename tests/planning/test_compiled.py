@@ -3,6 +3,7 @@
 import pytest
 
 from dpo_jax.errors import UserError
+from dpo_jax.model.experts import RARE
 from dpo_jax.planning import compiled, compilers, exchanges, hlo
 from dpo_jax.planning.chips import CHIPS
 from dpo_jax.planning.kernels import CompiledKernel, kernel_of
@@ -140,6 +141,33 @@ def test_of_a_sliced_array_the_slice_is_moved_and_of_a_changed_one_the_change():
     moved = {name: kernel_of(main[name], main, 1.0, program).moved for name in ("one", "other", "plain")}
     # a slice is read and written with its index; a change is read, written and given on, with its index; twice in, out
     assert moved == {"one": 16 + 4 + 16, "other": 16 + 4 + 16 + 16, "plain": 3 * 16}
+
+
+BRANCHES = """
+%product (p: (f32[8,16], f32[16,4])) -> f32[8,4] {
+  %p = (f32[8,16]{1,0}, f32[16,4]{1,0}) parameter(0)
+  %l = f32[8,16]{1,0} get-tuple-element(%p), index=0
+  %r = f32[16,4]{1,0} get-tuple-element(%p), index=1
+  ROOT %d = f32[8,4]{1,0} dot(%l, %r), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%nothing (q: (f32[8,16], f32[16,4])) -> f32[8,4] {
+  %q = (f32[8,16]{1,0}, f32[16,4]{1,0}) parameter(0)
+  %zero = f32[] constant(0)
+  ROOT %z = f32[8,4]{1,0} broadcast(%zero), dimensions={}
+}
+
+ENTRY %main (x: (f32[8,16], f32[16,4]), n: s32[]) -> f32[8,4] {
+  %x = (f32[8,16]{1,0}, f32[16,4]{1,0}) parameter(0)
+  %n = s32[] parameter(1)
+  ROOT %c = f32[8,4]{1,0} conditional(%n, %x, %x), branch_computations={%nothing, %product}, metadata={op_name="NAME"}
+}
+"""
+
+
+@pytest.mark.parametrize(("name", "times"), [("jit(step)/cond", 1), (f"jit(step)/transpose(jvp({RARE}))/cond", 0)])
+def test_what_is_rarely_done_at_all_is_counted_as_never(name, times):
+    assert hlo.product_flops(hlo.parse(BRANCHES.replace("NAME", name))) == times * 2.0 * 8 * 16 * 4
 
 
 GROUPED = """

@@ -2,6 +2,7 @@
 
 import _thread
 import contextlib
+import signal
 import socket
 import subprocess
 import sys
@@ -71,9 +72,13 @@ def test_a_port_that_another_program_has_is_refused_at_once(port):
 
 
 def test_a_ctrl_c_is_heard_while_jax_waits(port, never):
-    threading.Timer(0.05, _thread.interrupt_main).start()
-    with pytest.raises(KeyboardInterrupt):
-        join(place(port, 1), 60, never)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of a script's background has none
+    try:
+        threading.Timer(0.05, _thread.interrupt_main).start()
+        with pytest.raises(KeyboardInterrupt):
+            join(place(port, 1), 60, never)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 CALL = """
