@@ -13,6 +13,7 @@ from dpo_jax.data.batch import Batch
 from dpo_jax.logprobs.tokens import CHUNK
 from dpo_jax.model.attention import Layout
 from dpo_jax.model.decoder import cast, hidden_and_routing, init_params
+from dpo_jax.model.experts import ROOM
 from dpo_jax.model.weights import Weights
 from dpo_jax.preference.loss import TrainingObjective
 from dpo_jax.preference.scoring import bounds_of
@@ -99,8 +100,12 @@ def activation_bytes(
     residuals = jax.tree.leaves(jax.eval_shape(forward, params, ids, ids, ids, ids))
     weights = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)}
     tensor, context = mesh.shape["tensor"], mesh.shape["context"]
+    room = ROOM if mesh.shape["expert"] > 1 else 1.0
+    pairs = {math.prod(rows) * layer.experts.chosen for layer in objective.spec.layers if layer.experts}
     return sum(
-        leaf.size * leaf.dtype.itemsize // (tensor if _is_split(leaf, objective.spec.width, tensor) else 1) // context
+        int(leaf.size * leaf.dtype.itemsize * (room if pairs & {*leaf.shape} else 1.0))
+        // (tensor if _is_split(leaf, objective.spec.width, tensor) else 1)
+        // context
         for leaf in residuals
         if (leaf.shape, leaf.dtype) not in weights
     )

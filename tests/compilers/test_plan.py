@@ -111,6 +111,7 @@ MIXTURE = {
 @pytest.mark.parametrize("parts", [2, 4])
 def test_tokens_that_go_to_their_experts_take_what_is_said(tmp_path, parts):
     """Memory is set aside for rounds of rows that are rarely wanted, and little of it."""
-    plan = planned(tmp_path, "v5p", 8, f"mesh.expert={parts}", "batch.pairs=512", family="qwen3_moe", **MIXTURE)
+    settings = f"mesh.expert={parts}", "batch.pairs=512", "model.remat=names"
+    plan = planned(tmp_path, "v5p", 8, *settings, family="qwen3_moe", **MIXTURE)
     assert plan["memory"]["predicted"]["moved tokens"] > 0
     check_memory(plan)
