@@ -3,11 +3,12 @@
     python tools/soak.py [--hours 2] [--processes 2] [--every 30] [--work FOLDER]
 
 A small run of `dpo_jax.train` that evaluates, answers a question, saves and draws its page again and again. Of each
-process its memory (resident, what the C library keeps free given back first, and in use), open handles, threads and
-compilations so far are kept in WORK/samples.jsonl. When the time is up one process gets SIGTERM, and all are to save
-and end with 75. Samples of the first quarter are of warming up. Exit code 1 if, between the second quarter and the
-last, either memory grew by more than 16 MiB, or handles or threads by any, if anything was compiled after the first
-quarter, or if the end was another. Needs dpo_jax to be importable, and the project's tests folder.
+process its memory (resident, what the C library keeps free given back first, and in use), open handles, threads (all,
+and Python's) and compilations so far are kept in WORK/samples.jsonl. When the time is up one process gets SIGTERM, and
+all are to save and end with 75. Samples of the first quarter are of warming up. Exit code 1 if, between the second
+quarter and the last, either memory grew by more than 16 MiB, handles or Python's threads by any, or all threads by more
+than 4 (pools of gRPC and TensorStore begin one when they are busy), if anything was compiled after the first quarter,
+or if the end was another. Needs dpo_jax to be importable, and the project's tests folder.
 """
 
 import argparse
@@ -31,8 +32,8 @@ sys.path.insert(0, str(ROOT))
 from tests.support.hosts import Hosts  # noqa: E402
 from tests.support.worlds import settings_in, write_world  # noqa: E402
 
-GROWTH = 16
-"""MiB by which a process may grow."""
+MAY_GROW = {"resident": 16, "in_use": 16, "objects": math.inf, "handles": 0, "threads": 4, "python_threads": 0}
+"""By how much each of these may be more in the end: MiB, or how many."""
 STOPPED = 75
 """Exit code of a run that was asked to stop and can go on."""
 
@@ -48,6 +49,7 @@ class Sample(NamedTuple):
     objects: int
     handles: int
     threads: int
+    python_threads: int
     compilations: int
 
 
@@ -80,7 +82,7 @@ def samples(hosts: Hosts, root: Path, seconds: float, every: float) -> Iterator[
             compiled = len(re.findall(r"^Compiling |Finished XLA compilation of", hosts.said(number), re.MULTILINE))
             step = (last(root / "run" / "metrics.jsonl") or {}).get("step", 0)
             resident, in_use = (round(held[name] / 2**20, 1) for name in ("rss", "allocated"))
-            counts = held["objects"], process.num_fds(), process.num_threads(), compiled
+            counts = held["objects"], process.num_fds(), process.num_threads(), held["threads"], compiled
             yield Sample(round(time.monotonic() - began), step, number, resident, in_use, *counts)
 
 
@@ -99,13 +101,7 @@ def judged(found: list[Sample], process: int) -> tuple[str, bool]:
     quarter = max(len(mine) // 4, 1)
     early, late = mine[quarter : 2 * quarter] or mine, mine[-quarter:]
     parts, flat = [], True
-    for name, bound in (
-        ("resident", GROWTH),
-        ("in_use", GROWTH),
-        ("objects", math.inf),
-        ("handles", 0),
-        ("threads", 0),
-    ):
+    for name, bound in MAY_GROW.items():
         old, new = (statistics.median(getattr(one, name) for one in some) for some in (early, late))
         parts.append(f"{name} {old:,.0f} -> {new:,.0f}")
         flat &= new - old <= bound
