@@ -16,7 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import FrameType
 from typing import Any
 
 from dpo_jax.errors import UserError, one_line
@@ -112,9 +112,6 @@ _BETWEEN = frozenset(
 """Files of code that runs between a block's own and what catches its error, or that loses what is raised in it."""
 
 
-_alarm = SimpleNamespace(running=False)
-
-
 class _Late(BaseException):
     """Time is up; no Exception, so that nothing on the way catches it."""
 
@@ -128,8 +125,7 @@ def bounded(what: str, *, seconds: float, room: int = ROOM) -> Iterator[None]:
     Raises:
       UserError: it took more; begins with `what`.
     """
-    free = not _alarm.running and signal.getsignal(signal.SIGALRM) in (signal.SIG_DFL, _late)
-    if threading.current_thread() is not threading.main_thread() or not free:
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGALRM) != signal.SIG_DFL:
         yield
         return
     try:
@@ -143,18 +139,17 @@ def bounded(what: str, *, seconds: float, room: int = ROOM) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _timer(seconds: float) -> Iterator[None]:
-    signal.signal(signal.SIGALRM, _late)  # it stays: an alarm that is under way would else end the process
-    _alarm.running = True
+    signal.signal(signal.SIGALRM, _late)
     signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     try:
         yield
     finally:
-        _alarm.running = False
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 def _late(_: int, frame: FrameType | None) -> None:
-    if _alarm.running and (frame is None or frame.f_code.co_filename not in _BETWEEN):
+    if frame is None or frame.f_code.co_filename not in _BETWEEN:
         raise _Late
 
 

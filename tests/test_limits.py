@@ -36,7 +36,7 @@ def test_python_code_is_stopped_in_this_process():
     with pytest.raises(UserError, match="it is not done after 0.2 s"), bounded("it", seconds=0.2):
         while True:
             pass
-    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is bounded on Linux only")
