@@ -1,11 +1,13 @@
 """Work within limits: what a process may die of is said, and what runs here is stopped."""
 
+import contextlib
 import signal
 import subprocess
 import sys
 
 import pytest
 
+from dpo_jax import limits
 from dpo_jax.errors import UserError
 from dpo_jax.limits import Died, bounded, tried
 from tests.support import pieces
@@ -79,3 +81,16 @@ def test_an_alarm_that_comes_again_while_the_first_is_on_its_way_changes_nothing
     functions here is on that way too."""
     done = subprocess.run([sys.executable, "-c", ALARMS], capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout) == (0, "500\n"), done.stderr
+
+
+@contextlib.contextmanager
+def on_the_way():
+    """A frame that runs between a block's own code and what stands around it."""
+    yield sys._getframe(1)
+
+
+def test_an_alarm_raises_in_a_blocks_own_code_alone():
+    with on_the_way() as between:
+        limits._late(signal.SIGALRM, between)
+    with pytest.raises(limits._Late):
+        limits._late(signal.SIGALRM, sys._getframe())
