@@ -1,17 +1,20 @@
 """Files written whole or not at all, their digests, JSON without repeated keys, and sizes in words."""
 
 import contextlib
+import datetime
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from dpo_jax.errors import UserError
 
@@ -88,20 +91,59 @@ def write_whole(path: Path, data: bytes | str) -> None:
             temporary.unlink()
 
 
+class Holder(NamedTuple):
+    """The process that holds a folder, or did when it was killed; `since` is a time of UTC."""
+
+    process: int
+    host: str
+    since: str
+
+
 @contextlib.contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
+def locked(folder: Path, what: str) -> Iterator[Holder | None]:
     """Holds a folder, which is made if need be, for this process alone.
+
+    Yields the process that held it before, if that one ended without giving it back: killed, say.
 
     Raises:
       UserError: another process holds it; the line begins with `what`, the setting that names it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
+    with (folder / LOCK).open("a+b", buffering=0) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{what}: {folder} is in use by another run; wait for it or name another folder") from None
-        yield
+        before = _holder(lock)
+        with contextlib.suppress(OSError):  # a full disk is told of by what is written next
+            lock.truncate(0)
+            lock.write(json.dumps(Holder(os.getpid(), socket.gethostname(), utc_now())).encode())
+        try:
+            yield before
+        finally:
+            with contextlib.suppress(OSError):
+                lock.truncate(0)
+
+
+def _holder(lock: BinaryIO) -> Holder | None:
+    """Who is written in a lock's file, if anybody is."""
+    lock.seek(0)
+    try:
+        process, host, since = json.loads(lock.read(1000))
+        return Holder(int(process), str(host), str(since))
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
+def give_back(folder: Path) -> None:
+    """The process that has locked a folder ends with a word, and without leaving `locked`."""
+    with contextlib.suppress(OSError), (folder / LOCK).open("r+b") as lock:
+        lock.truncate(0)
+
+
+def utc_now() -> str:
+    """The time, to the second."""
+    return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def sweep(folder: Path, names: re.Pattern[str] = LEFT_OVER) -> None:

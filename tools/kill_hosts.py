@@ -153,7 +153,7 @@ def end_of_others(hosts: Hosts, who: int, limits: Limits) -> tuple[float, int]:
 def failed(output: Path) -> object:
     """What the run's record says of why it ended."""
     path = output / "run.json"
-    return json.loads(path.read_text()).get("failed") if path.exists() else None
+    return json.loads(path.read_text()).get("ends") if path.exists() else None
 
 
 def compared(codes: list[int | None], output: Path, wanted: object, processes: int) -> int:

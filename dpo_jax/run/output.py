@@ -12,7 +12,7 @@ from dpo_jax.config.run import Run
 from dpo_jax.data.settings import DataSettings
 from dpo_jax.errors import UserError, redacted, redacted_values
 from dpo_jax.files import LEFT_OVER as HALF_WRITTEN
-from dpo_jax.files import LOCK, locked, sweep, write_whole
+from dpo_jax.files import LOCK, give_back, locked, sweep, utc_now, write_whole
 from dpo_jax.processes.here import Failure, here
 from dpo_jax.training import steps
 
@@ -25,6 +25,8 @@ RECORDS = (RUN_FILE, "metrics.jsonl", "notes.jsonl", "data.json", "answers/*.jso
 """What a bucket keeps of a run beside its checkpoints, for a disk that does not last."""
 EXPORTS = {"merged": MODEL, "adapter": ADAPTER}
 """Folder of each kind of result (`Run.export_kinds`)."""
+ENDS_KEPT = 50
+"""How many of the starts that did not end by themselves `run.json` keeps."""
 OURS = frozenset(
     {LOCK, RUN_FILE, "metrics.jsonl", CHECKPOINTS, MODEL, ADAPTER, "cache", "data.json", "answers", "verdicts"}
     | {"evaluations", "report.html", "notes.jsonl"}
@@ -59,17 +61,33 @@ def opened(run: Run) -> Iterator[Path]:
 
 
 def _mark_failed(folder: Path, failure: Failure) -> None:
-    """Write down in `run.json` why the run of several processes ended."""
-    if (folder / RUN_FILE).exists():
-        mark(folder, failed=failure._asdict())
+    """Write down in `run.json` why the run of several processes ended, which is about to leave the folder."""
+    _mark_end(folder, time=utc_now(), **failure._asdict())
+    give_back(folder)
+
+
+def _mark_end(folder: Path, **end: Any) -> None:
+    """Add to how the starts of the folder's run have ended, where it had begun and its record can be read."""
+    if (known := _record_in(folder / RUN_FILE)) is not None:
+        write_json(folder / RUN_FILE, {**known, "ends": [*_ends(known), end][-ENDS_KEPT:]})
+
+
+def _ends(known: Mapping[str, Any]) -> list[Any]:
+    """How the starts of a run have ended that did not end by themselves, by its record."""
+    ends = known.get("ends", [])
+    return ends if isinstance(ends, list) else []
 
 
 def _hold(folder: Path, held: contextlib.ExitStack) -> None:
     """Lock the output folder for as long as `held`, and sweep it; raises as `opened`."""
     check(folder)
-    held.enter_context(locked(folder, "output"))
+    before = held.enter_context(locked(folder, "output"))
     for held_too in (folder, folder / "cache", folder / ROWS):
         sweep(held_too, LEFT_OVER)
+    if before is not None:
+        why = "ended without a word: it was killed (for want of memory, perhaps), or its machine went down"
+        print(f"output: the last start in {folder} (process {before.process} of {before.host}, {before.since}) {why}")
+        _mark_end(folder, time=before.since, process=0, host=before.host, code=None, why=f"process 0 {why}")
 
 
 def _reach(folder: Path, address: str | None) -> None:
@@ -165,7 +183,10 @@ def template_date(folder: Path) -> str | None:
 
 
 def record_run(run: Run, folder: Path, facts: dict[str, Any], **more: Any) -> None:
-    """Write down what this run is, before what costs anything, and what `more` there is to say of it."""
+    """Write down what this run is, before what costs anything, and what `more` there is to say of it; how its starts
+    have ended stays."""
+    if ends := _ends(_record_in(folder / RUN_FILE) or {}):
+        more["ends"] = ends
     write_json(folder / RUN_FILE, {**record_of(run, facts), **more})
 
 

@@ -142,7 +142,7 @@ def faulty(world, tmp_path, kind, process, step=20):
 
 
 def failed(output):
-    return json.loads((output / "run.json").read_text()).get("failed", {})
+    return json.loads((output / "run.json").read_text()).get("ends", [{}])[-1]
 
 
 @pytest.mark.nightly
@@ -183,6 +183,22 @@ def test_a_process_that_is_gone_or_stopped_ends_the_others(world, tmp_path, numb
     assert "process 1" in failed(output)["why"]
     codes, hosts = trained(world, output, "steps=12", "checkpoint.allow_change=[steps]")
     assert codes == [0, 0], hosts.said(0)
+
+
+@pytest.mark.nightly
+def test_that_the_first_was_killed_is_told_by_the_next_start(world, tmp_path):
+    """Nobody is left to write it down: the others end at once, with the words of JAX's own runtime."""
+    output = tmp_path / "run"
+    hosts = Hosts(
+        ["-m", "dpo_jax.train", *words(world, output, "steps=400", "evaluation.every=1000")], tmp_path / "logs"
+    )
+    assert hosts.until(lambda: steps_of(output) > 5), hosts.said(0)
+    hosts.send(0, signal.SIGKILL)
+    assert hosts.ends()[1] not in (0, None)
+    codes, hosts = trained(world, output, "steps=12", "checkpoint.allow_change=[steps]")
+    assert codes == [0, 0], hosts.said(0)
+    assert "ended without a word" in hosts.said(0)
+    assert "ended without a word" in failed(output)["why"]
 
 
 @pytest.mark.nightly

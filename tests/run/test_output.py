@@ -1,6 +1,10 @@
 """The output folder: what a killed run leaves is its own, and is swept; what is somebody else's is never touched."""
 
 import dataclasses
+import json
+import socket
+import subprocess
+import sys
 import uuid
 
 import pytest
@@ -9,6 +13,7 @@ from dpo_jax.config.run import Run
 from dpo_jax.errors import UserError
 from dpo_jax.objectives.settings import ObjectiveSettings
 from dpo_jax.objectives.table import OBJECTIVES, Objective
+from dpo_jax.processes.here import Failure, here
 from dpo_jax.run import output
 from dpo_jax.run.continuing import DATA, PAIRS, STEPS, Past, own_objectives
 from dpo_jax.training.settings import CheckpointSettings
@@ -62,6 +67,62 @@ def test_a_run_that_goes_on_is_not_swept_by_another(tmp_path):
         with pytest.raises(UserError, match="in use by another run"), output.opened(run_in(tmp_path)):
             pass
         assert len(list(tmp_path.glob(".metrics.jsonl.*.tmp"))) == 1
+
+
+HOLDS = "import sys, time; from dpo_jax.run import output; from tests.run.test_output import run_in\n"
+HOLDS += "with output.opened(run_in(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+
+
+def killed_while_it_held(folder):
+    """A process that was killed while it had the folder."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDS, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    process.kill()
+    process.communicate()
+    return process.pid
+
+
+def ends(folder):
+    return json.loads((folder / "run.json").read_text()).get("ends", [])
+
+
+def test_a_start_that_was_killed_is_told_by_the_next_one_and_kept(tmp_path, capsys):
+    """A process that is killed can write nothing any more, and the others of its run do not hold the folder."""
+    run = run_in(tmp_path)
+    output.record_run(run, tmp_path, {})
+    pid = killed_while_it_held(tmp_path)
+    with output.opened(run):
+        said = capsys.readouterr().out
+        assert f"process {pid} of {socket.gethostname()}" in said and "ended without a word" in said
+        output.record_run(run, tmp_path, {})
+        assert [end["why"].split(":")[0] for end in ends(tmp_path)] == ["process 0 ended without a word"]
+    with output.opened(run):
+        assert capsys.readouterr().out == ""
+    assert len(ends(tmp_path)) == 1
+
+
+def test_a_start_that_ends_with_a_word_is_not_taken_for_a_killed_one(tmp_path, capsys):
+    """Refused, interrupted, or ended with its cause in the record while the process does not come back."""
+    run = run_in(tmp_path)
+    output.record_run(run, tmp_path, {})
+    for error in (UserError("no"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), output.opened(run):
+            raise error
+    with output.opened(run):
+        failed = here().on_failure
+        assert failed is not None
+        failed(Failure(1, "b", 76, "the wheel came off"))
+        assert (tmp_path / ".lock").read_bytes() == b""
+    with output.opened(run):
+        assert capsys.readouterr().out == ""
+    assert [(end["process"], end["why"]) for end in ends(tmp_path)] == [(1, "the wheel came off")]
+
+
+@pytest.mark.parametrize("text", ["", "x", "[1]", "[" * 900, "{}", '["a", "b", "c"]'])
+def test_a_lock_with_other_words_in_it_says_nothing(tmp_path, capsys, text):
+    (tmp_path / ".lock").write_text(text)
+    with output.opened(run_in(tmp_path)):
+        assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("what", ["checkpoints/10", "model"])
