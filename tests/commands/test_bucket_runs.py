@@ -48,6 +48,7 @@ def store():
         yield store
 
 
+@pytest.mark.nightly
 def test_a_run_goes_on_from_a_disk_that_is_lost(world, whole, store, tmp_path, capsys):
     place = "checkpoint.folder=gs://pairs/runs/lost"
     trained(world, tmp_path / "run", "steps=3", place)

@@ -337,6 +337,7 @@ def run_on(world, output, file, *more):
     return steps_of(output)
 
 
+@pytest.mark.nightly
 def test_a_ranking_is_learned_as_one(world, tmp_path):
     records = run_on(world, tmp_path / "run", "ranked.jsonl", "objective.name=plackett_luce")
     assert records[0]["loss"] == pytest.approx(np.log(3) + np.log(2), abs=1e-4)  # 1/3 for the best, then 1/2
@@ -401,6 +402,7 @@ def test_an_objective_of_ones_own_is_a_function_and_a_row(world, tmp_path, monke
     assert records[-1]["loss"] < records[0]["loss"] and records[0]["objective/mine"] == records[0]["loss"]
 
 
+@pytest.mark.nightly
 def test_a_mixture_is_a_list_of_objectives(world, tmp_path):
     mixture = "objective=[{name: sigmoid, weight: 0.8}, {name: bco_pair, weight: 0.2}, {name: sft}]"
     assert train.main(arguments(world, tmp_path / "list", "evaluation.every=null", mixture)) == 0
@@ -417,6 +419,7 @@ def test_a_column_that_the_objective_would_ignore_is_refused(world, tmp_path, ca
     assert (tmp_path / "run" / "data.json").exists()  # what was read is told all the same
 
 
+@pytest.mark.nightly
 def test_an_alarm_is_said_once_and_changes_nothing(world, tmp_path, capsys):
     still = ("optimizer.learning_rate=0", "steps=40", "checkpoint.every=40", "data.eval=null", "evaluation.every=null")
     assert train.main(arguments(world, tmp_path / "run", *still)) == 0

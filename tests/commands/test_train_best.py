@@ -253,6 +253,7 @@ def test_weights_and_named_ends_are_what_kill_resume_compares(finished, copied):
     assert load_file(copied / "model" / "model.safetensors")
 
 
+@pytest.mark.nightly
 def test_what_was_measured_by_another_objective_is_not_compared(world, tmp_path, capsys):
     """A loss of another objective, or beta, may be less and says nothing; the best begins again, which is said."""
     plain = ("evaluation.patience=null", "optimizer.schedule=constant", "steps=4", "checkpoint.best=eval/alike/loss")

@@ -97,6 +97,7 @@ def test_a_hostile_folder_is_refused_in_one_line(kind, sharded, capsys):
     assert not (sharded / "ran").exists() and not list(sharded.parent.glob("*export*"))
 
 
+@pytest.mark.nightly
 def test_the_true_command_refuses_in_one_line(tmp_path):
     kinds = ("index: a path upwards", "header: truncated", "weights: a pickle only", "config: code of its own")
     running = {}

@@ -157,9 +157,7 @@ def solved(kind, base, share, micro, devices):
 
 
 BY_DAY = (
-    ("one row a prompt", "sigmoid", "plain"),
     ("micro-batches", "sigmoid", "nf4"),
-    ("two devices", "aot", "plain"),
     ("four devices, micro-batches", "sigmoid", "plain"),
 )
 

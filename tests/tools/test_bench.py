@@ -363,6 +363,7 @@ def test_the_padded_layout_is_the_same_step():
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_the_compiled_step_takes_the_memory_that_is_claimed():
     """In a process of its own: tests leave most of XLA's optimizations out."""
     command = [sys.executable, ROOT / "tools" / "bench.py", "memory", "--no-record"]

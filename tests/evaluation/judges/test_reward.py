@@ -70,6 +70,7 @@ def test_a_score_is_that_of_the_text_as_it_is_trained_on(judge, folder):
     assert len({round(score, 3) for score in wanted}) == 3  # and they differ by far more than the tolerance
 
 
+@pytest.mark.nightly
 def test_verdicts_of_200_pairs_are_those_of_pytorchs_scores(judge, folder):
     """180 pairs of answers that differ, and 20 of the same answer twice."""
     torch = pytest.importorskip("torch")
