@@ -105,8 +105,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def number_of_files(folder: Path) -> int:
-    """By which it is seen how far rounds have come."""
-    return sum(1 for _ in (folder / "rounds").rglob("*"))
+    """By which it is seen how far rounds have come; a folder may be removed while it is looked at."""
+    return sum(len(inner) + len(names) for _, inner, names in os.walk(folder / "rounds"))
 
 
 def two_rounds(folder: Path) -> tuple[Path, list[str]]:
