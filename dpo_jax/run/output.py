@@ -86,8 +86,7 @@ def _hold(folder: Path, held: contextlib.ExitStack) -> None:
         sweep(held_too, LEFT_OVER)
     if before is not None:
         why = "ended without a word: it was killed (for want of memory, perhaps), or its machine went down"
-        who = f"process {before.process} of {before.host}, begun {before.since}"
-        print(f"output: the last start in {folder} ({who}) {why}")
+        print(f"output: the last start in {folder} (process {before.process} of {before.host}, {before.since}) {why}")
         _mark_end(folder, time=before.since, process=0, host=before.host, code=None, why=f"process 0 {why}")
 
 
