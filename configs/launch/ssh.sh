@@ -3,7 +3,8 @@
 #
 #     configs/launch/ssh.sh "node1 node2" configs/quickstart.yaml output=/shared/runs/quickstart
 #
-# Each host has dpo_jax installed and this folder under the same path; the output folder lies on a disk that they share.
+# Each host has dpo_jax installed and this folder under the same path. The output folder lies on a disk that they share,
+# or is each host's own: then the result is on the first, and the run goes on from its checkpoints on the same hosts.
 # The first one holds the coordinator; PORT (29500) must be open between them. Ctrl-C here stops all of them.
 
 set -u

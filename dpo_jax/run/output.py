@@ -48,12 +48,12 @@ def opened(run: Run) -> Iterator[Path]:
     with contextlib.ExitStack() as held:
         place.decide("output", lambda: _hold(folder, held))
         if not place.shares("output folder", folder):
-            if run.checkpoint.folder is None:
-                raise UserError(
-                    f"output: {folder} is not the same folder on all {place.count} hosts, and all write checkpoints; "
-                    "name a folder on a disk that they share, or set checkpoint.folder=gs://BUCKET/PATH"
-                )
-            print(f"output: each host has a {folder} of its own; the result will be on {place.host}")
+            if not place.owns:
+                _hold(folder, held)
+            print(
+                f"output: each host has a {folder} of its own; the result will be on {place.host}"
+                + (", and checkpoints on each what its devices hold" if run.checkpoint.folder is None else "")
+            )
         place.in_turn("checkpoint.folder", lambda: _reach(folder, run.checkpoint.folder))
         place.on_failure = lambda failure: _mark_failed(folder, failure)
         yield folder

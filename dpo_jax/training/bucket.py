@@ -29,6 +29,7 @@ class Bucket:
     """The steps at an address of a store, with the methods of `folder.Folder`."""
 
     remedy = REMEDY
+    shared = True
 
     def __init__(self, address: str):
         """Nothing need be there yet; raises as `Store`."""
@@ -39,9 +40,9 @@ class Bucket:
         self._marked: str | None = None
         self._kept: dict[Path, str] = {}
 
-    def open(self, *, sweep: bool) -> None:
-        """Try whether it can be written to; there is nothing to `sweep`. Raises as `Store.check`."""
-        del sweep
+    def open(self, place: Here) -> None:
+        """Try whether it can be written to; nothing is left half-written. Raises as `Store.check`."""
+        del place
         self._store.check()
         self._marked = self._mark()
 
@@ -76,7 +77,7 @@ class Bucket:
         return dict(self._store.objects(str(step))) if place.owns else {}
 
     def seal(self, step: int, table: Mapping[str, tuple[int, str]]) -> None:
-        """Write down what is in a step, then that it is the newest.
+        """Write down what is in a step.
 
         Raises:
           UserError: another run has sealed a step here since this one began.
@@ -88,6 +89,9 @@ class Bucket:
             )
         listed = {name: list(about) for name, about in table.items()}
         self._store.write(f"{step}/{MANIFEST}", text_of(step, listed).encode())
+
+    def mark(self, step: int) -> None:
+        """Write down that a sealed step is the newest."""
         self._marked = f"{step} {uuid.uuid4().hex}\n"
         self._store.write(_SEALED, self._marked.encode())
 

@@ -13,11 +13,13 @@ has the same but for names that end with tmp):
 
 Old steps are removed only after a newer one is sealed. So from the first seal on there is always a sealed step, and a
 folder with `sealed` but no usable step has lost something: that is an error, never a silent start from scratch.
+
+Where the processes share no disk and have no bucket, each keeps what its devices hold in a folder of its own, and does
+there what process 0 does else. A step then counts if all have it; `sealed` is written once all have sealed it.
 """
 
 import contextvars
-import logging
-import sys
+import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,30 +27,28 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
-
 from dpo_jax.errors import UserError
+from dpo_jax.files import digest_of
 from dpo_jax.processes.here import here
-from dpo_jax.training import steps
+from dpo_jax.training import arrays, steps
+from dpo_jax.training.folder import Folder
 from dpo_jax.training.settings import CheckpointSettings
 from dpo_jax.training.steps import Steps
-from dpo_jax.trees import Tree, paths
+from dpo_jax.trees import Tree
 
-# Orbax's default is 1200. When one host cannot write, the others learn it only after this long.
-_TIMEOUT_SECONDS = 600
 _PARTING_SECONDS = 5.0
 """How long a process of several that ends with an error waits for its last save where not all of them end with one: who
 it would be saved with may be gone."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one folder that every process sees, or in a bucket (see `steps.at`).
+    """The checkpoints of one run, in one folder that every process sees, in a bucket (see `steps.at`), or in as many
+    folders as there are processes.
 
     `save` returns as soon as the arrays are copied to the host; writing, sealing and removing old steps happen behind
     training. A failed write surfaces at the next `save`, `wait` or `close`; earlier steps stay. The decision when to
-    save is the caller's. Process 0 seals, verifies and removes; all processes call every method, in the same order.
+    save is the caller's. Process 0 seals, verifies and removes (in folders of their own, each process); all processes
+    call every method, in the same order.
 
         with Checkpoints(output / "checkpoints", settings, say=say) as checkpoints:
             step = checkpoints.latest()
@@ -76,12 +76,8 @@ class Checkpoints:
         self._pending: Future[None] | None = None
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         with self._writing():
-            self.place.open(sweep=here().owns)
-            self._manager = ocp.CheckpointManager(self.place.root, options=_options())
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).addFilter(_said_once)  # and for good: threads of Orbax's may outlive `close`
-        if sys.unraisablehook is sys.__unraisablehook__:  # and nobody else's
-            sys.unraisablehook = _without_late_answers
+            self.place.open(here())
+            self._manager = arrays.manager(self.place.root, shared=self.place.shared)
 
     def save(self, step: int, state: Tree, record: dict[str, Any], also: int | None = None) -> None:
         """Start saving a tree of arrays and a JSON-able record; a step that is already saved is left alone.
@@ -94,15 +90,13 @@ class Checkpoints:
         self.wait()
         if step in self._good:
             return
-        here().decide("checkpoint", lambda: self._make_way(step))
-        items = {
-            "state": ocp.args.StandardSave(state),
-            "leaves": ocp.args.JsonSave(_leaves(state)),
-            "record": ocp.args.JsonSave(record),
-        }
+        self._each("checkpoint", lambda: self._make_way(step))
+        if not self.place.shared:
+            record = here().decide("record of a checkpoint", lambda: record)
         with self._writing(step):
             # `force` passes over Orbax's own rules for when to save; deciding that is the caller's.
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            items = arrays.to_save(state, record, shared=self.place.shared)
+            self._manager.save(step, args=items, force=True)
         self._pending = self._finisher.submit(contextvars.copy_context().run, self._finish, step, also)
 
     def latest(self) -> int | None:
@@ -133,22 +127,21 @@ class Checkpoints:
         self.wait()
         self._require_usable(step)
         self._require_fit(step, abstract_state)
-        items = {"state": ocp.args.StandardRestore(jax.tree.map(_target, abstract_state))}
-        state = self._manager.restore(step, args=ocp.args.Composite(**items))["state"]
-        return state, self.place.read(step, "record")
+        state = self._manager.restore(step, args=arrays.to_restore(abstract_state))[arrays.STATE]
+        return state, self.place.read(step, arrays.RECORD)
 
     def read_record(self, step: int) -> dict[str, Any]:
         """A step's record alone; no array is read, so this is how settings are compared before anything is placed."""
         self.wait()
-        if step not in self._good and (damage := self.place.damage(step, "record/")):
+        if step not in self._good and (damage := self.place.damage(step, f"{arrays.RECORD}/")):
             raise self._unusable(step, damage)
-        return self.place.read(step, "record")
+        return self.place.read(step, arrays.RECORD)
 
     def entries(self, step: int) -> set[str]:
         """Names of a saved step's entries, such as its weights and its moments; no array is read."""
         self.wait()
         self._require_usable(step)
-        return {path.split("/")[0] for path in self.place.read(step, "leaves")}
+        return {path.split("/")[0] for path in self.place.read(step, arrays.LEAVES)}
 
     def kept(self) -> list[int]:
         """Steps that were sealed, in order; whether they verify is not looked at."""
@@ -200,15 +193,18 @@ class Checkpoints:
         if self._pending is None:
             return False
         together = here().come("an error", _PARTING_SECONDS)
-        return not futures.wait([self._pending], _TIMEOUT_SECONDS if together else 0).done
+        return not futures.wait([self._pending], arrays.TIMEOUT_SECONDS if together else 0).done
 
     def _finish(self, step: int, also: int | None) -> None:
         """Behind training: wait for the commit, seal it, and only then remove old steps."""
         with self._writing(step):
             self._manager.wait_until_finished()
             table = self.place.looked_at(step, here())
-            if here().owns:
+            if self._keeps:
                 self.place.seal(step, table)
+                if not self.place.shared:
+                    here().everyone("sealed", None, beside=True)
+                self.place.mark(step)
                 self.place.keep_records(self._run, self._records)
                 self._remove_old(step, also)
         self._good.add(step)
@@ -224,30 +220,75 @@ class Checkpoints:
             self._good.discard(step)
             self.place.remove(step)
 
+    @property
+    def _keeps(self) -> bool:
+        """Whether it is this process that seals, sets aside and removes steps."""
+        return here().owns or not self.place.shared
+
+    def _each(self, name: str, work: Callable[[], Any]) -> None:
+        """Have process 0 do something, or each process in its own folder; raises on all what one of them refuses."""
+        if self.place.shared:
+            here().decide(name, work)
+            return
+        refused = None
+        try:
+            work()
+        except UserError as error:
+            refused = str(error)
+        if first := next(filter(None, here().everyone(name, refused)), None):
+            raise UserError(first)
+
     def _newest_usable(self) -> int | None:
-        for step in here().decide("checkpoints", self.place.numbers):
-            if not here().decide("sealed checkpoint", lambda step=step: self._is_sealed(step)):
+        for step in sorted({step for own in here().everyone("checkpoints", self._numbers()) for step in own})[::-1]:
+            if not self._is_sealed(step):
                 continue
             damage = damage_of(self.place, step)
             if damage is None:
-                here().decide("newest checkpoint", lambda step=step: self._say_lost(newer_than=step))
+                self._each("newest checkpoint", lambda step=step: self._say_lost(newer_than=step))
+                self._check_alike(step)
                 return step
-            here().decide("damaged checkpoint", lambda step=step, damage=damage: self._set_aside(step, damage))
-        here().decide("no checkpoint", self._refuse_none)
+            self._each("damaged checkpoint", lambda step=step, damage=damage: self._set_aside(step, damage))
+        self._each("no checkpoint", self._refuse_none)
         return None
 
+    def _numbers(self) -> list[int]:
+        return self.place.numbers() if self._keeps else []
+
     def _is_sealed(self, step: int) -> bool:
-        if self.place.is_sealed(step):
-            return True
+        if not self.place.shared:
+            return self._is_sealed_by_all(step)
+        return here().decide("sealed checkpoint", lambda: self.place.is_sealed(step) or self._ignored(step))
+
+    def _ignored(self, step: int) -> bool:
         if self.place.is_unfinished(step):
             self._say(f"checkpoint {self.place.at(step)} was never finished; it is ignored")
         return False
 
+    def _is_sealed_by_all(self, step: int) -> bool:
+        """Whether every process has sealed a step in its own folder. If they did once and one has lost it, the others
+        set it aside; if they never did, it is one that was never finished."""
+        assert isinstance(self.place, Folder)
+        newest = self.place.newest_ever()
+        said = here().everyone("sealed checkpoint", [self.place.is_sealed(step), newest is not None and newest >= step])
+        if lacking := [str(process) for process, (sealed, _) in enumerate(said) if not sealed]:
+            if any(once for _, once in said):
+                self._set_aside(step, f"process {', '.join(lacking)} does not have it")
+            else:
+                self.place.unseal(step)
+                self._ignored(step)
+        return not lacking
+
     def _set_aside(self, step: int, damage: str) -> None:
-        aside = self.place.move_aside(step, "bad")
+        aside = self.place.move_aside(step, "bad") if self.place.is_there(step) else "nothing here"
         self._say(
             f"checkpoint {self.place.at(step)} is damaged ({damage}); renamed to {aside}, looking for an older one"
         )
+
+    def _check_alike(self, step: int) -> None:
+        """Refuse steps of several runs in folders of their own; raises as `Here.same`."""
+        if not self.place.shared:
+            record = digest_of(json.dumps(self.place.read(step, arrays.RECORD), sort_keys=True))
+            here().same(f"checkpoint {step}", {"the digest of its record": record})
 
     def _refuse_none(self) -> None:
         if self.place.newest_ever() is not None or self.place.lost():
@@ -284,14 +325,17 @@ class Checkpoints:
 
     def _require_fit(self, step: int, abstract_state: Tree) -> None:
         """Refuse a target whose leaves are not those of the checkpoint: Orbax would cast dtypes without a word."""
-        saved, wanted = self.place.read(step, "leaves"), _leaves(abstract_state)
+        saved = self.place.read(step, arrays.LEAVES)
+        wanted = arrays.leaves(abstract_state, shared=self.place.shared)
         different = [path for path in saved | wanted if saved.get(path) != wanted.get(path)]
         if different:
             path = different[0]
+            parts = any(arrays.is_part(said) for said in [*saved.values(), *wanted.values()])
             raise UserError(
                 f"checkpoint {self.place.at(step)} does not fit this run: leaf {path} is "
                 f"{saved.get(path, 'missing')} there and {wanted.get(path, 'missing')} here ({len(different)} of "
-                f"{len(saved | wanted)} leaves differ); use the settings it was saved with, or another output"
+                f"{len(saved | wanted)} leaves differ); use the settings it was saved with, "
+                f"{'and the same hosts in the same order, ' if parts else ''}or another output"
             )
 
     def _unusable(self, step: int, damage: str) -> UserError:
@@ -316,11 +360,17 @@ class Checkpoints:
             ) from error
 
 
+def _silent(_: str) -> None:
+    """Say nothing: every process but the first."""
+
+
 def damage_of(there: Steps, step: int) -> str | None:
-    """What is wrong with a sealed step, of which each process looks at its share; all of them call."""
+    """What is wrong with a sealed step, of which each process looks at its share, or at its own; all of them call."""
     place = here()
-    own = there.damage(step, process=place.process, processes=place.count)
-    return next(filter(None, place.everyone("damage of a checkpoint", own)), None)
+    share = (place.process, place.count) if there.shared else (0, 1)
+    own = there.damage(step, process=share[0], processes=share[1])
+    said = own if own is None or there.shared else f"process {place.process}: {own}"
+    return next(filter(None, place.everyone("damage of a checkpoint", said)), None)
 
 
 def read_part(there: Steps, step: int, part: Tree) -> Tree:
@@ -337,63 +387,14 @@ def read_part(there: Steps, step: int, part: Tree) -> Tree:
     path = there.at(step)
     if damage := damage_of(there, step):
         raise UserError(f"checkpoint {path} cannot be used ({damage}); choose another step")
-    saved, wanted = there.read(step, "leaves"), _leaves(part)
+    saved, wanted = there.read(step, arrays.LEAVES), arrays.leaves(part, shared=there.shared)
     if wrong := next((leaf for leaf in wanted if saved.get(leaf) != wanted[leaf]), None):
+        found = saved.get(wrong, "missing")
+        remedy = "give the run's own model"
+        if arrays.is_part(found):
+            remedy = "it holds one host's part, as each kept its own; run the same training on those hosts again"
         raise UserError(
-            f"checkpoint {path} does not fit its model: leaf {wrong} is {saved.get(wrong, 'missing')} there and "
-            f"{wanted[wrong]} here; give the run's own model"
+            f"checkpoint {path} does not fit its model: leaf {wrong} is {found} there and {wanted[wrong]} here; "
+            f"{remedy}"
         )
-    targets = jax.tree.map(_target, part)
-    arguments = ocp.checkpoint_utils.construct_restore_args(targets)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        wanted = ocp.args.PyTreeRestore(item=targets, restore_args=arguments, partial_restore=True)
-        return reader.restore(path / "state", args=wanted)
-
-
-class _Names(ocp.step.NameFormat):
-    """Plain step numbers. Orbax is told of no earlier steps: it takes any folder with a number for one."""
-
-    def build_name(self, step: int) -> str:
-        return str(step)
-
-    def find_all(self, base_path: object) -> Iterator[Any]:
-        del base_path
-        return iter(())
-
-    def find_step(self, base_path: Any, step: int) -> Any:
-        return ocp.step.standard_name_format().find_step(base_path, step)
-
-
-def _options() -> ocp.CheckpointManagerOptions:
-    return ocp.CheckpointManagerOptions(
-        step_name_format=_Names(),
-        cleanup_tmp_directories=False,  # by a thread of its own, which a command that ends at once does not wait for
-        save_root_metadata=False,
-        async_options=ocp.AsyncOptions(timeout_secs=_TIMEOUT_SECONDS),
-    )
-
-
-def _said_once(record: logging.LogRecord) -> bool:
-    """Drop the log of Orbax's errors that it also raises: one full disk is 500 lines of tracebacks from four threads,
-    and from tasks that nobody waits for."""
-    return record.exc_info is None or "orbax" not in record.pathname + record.getMessage()
-
-
-def _without_late_answers(unraisable: Any) -> None:
-    """Drop what TensorStore prints where a save has failed: an answer for each array, to a loop that is closed."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
-
-
-def _silent(_: str) -> None:
-    """Say nothing: every process but the first."""
-
-
-def _target(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    assert leaf.sharding is not None, "restore needs a sharding for every leaf"
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
-def _leaves(tree: Tree) -> dict[str, str]:
-    """Each leaf's dtype and shape by path: `{"params/w": "float32[4, 8]"}`."""
-    return {path: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for path, leaf in paths(tree).items()}
+    return arrays.read_entries(path, part)

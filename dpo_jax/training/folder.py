@@ -29,12 +29,14 @@ class Folder:
 
     def __init__(self, root: Path):
         """Of a folder that need not be there."""
-        self.root = root.absolute()
+        self.root, self.shared = root.absolute(), True
 
-    def open(self, *, sweep: bool) -> None:
-        """Make the folder, and remove what a killed run left half-written in it, if this process is to `sweep`."""
+    def open(self, place: Here) -> None:
+        """Make the folder, find out whether it is one for all processes, and remove what a killed run left half-written
+        in it: process 0, or each process in its own."""
         self.root.mkdir(parents=True, exist_ok=True)
-        for path in self.root.iterdir() if sweep else ():
+        self.shared = place.shares("checkpoints", self.root)
+        for path in self.root.iterdir() if place.owns or not self.shared else ():
             if _LEFT_OVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
 
@@ -71,7 +73,7 @@ class Folder:
 
         For a thread beside the main one. What a host does not see yet, process 0 looks at.
         """
-        folder = self.at(step)
+        folder, place = self.at(step), place if self.shared else Here()
         sizes = {str(f.relative_to(folder)): f.stat().st_size for f in _files(folder)} if place.owns else {}
         sizes = place.everyone("files of a checkpoint", sizes, beside=True)[0]
         names = sorted(sizes, key=lambda name: -sizes[name])
@@ -88,7 +90,14 @@ class Folder:
             below = [path for path in folder.rglob("*") if path.is_dir()]
             list(pool.map(sync_folder, [*_files(folder), *below, folder, folder.parent]))
         write_whole(folder / MANIFEST, text_of(step, {name: list(table[name]) for name in sorted(table)}))
+
+    def mark(self, step: int) -> None:
+        """Write down that a sealed step is the newest."""
         write_whole(self.root / _SEALED, f"{step}\n")
+
+    def unseal(self, step: int) -> None:
+        """Make of a step that not every process has sealed one that was never finished."""
+        (self.at(step) / MANIFEST).unlink(missing_ok=True)
 
     def newest_ever(self) -> int | None:
         """The newest step that was ever sealed here."""

@@ -290,20 +290,64 @@ def test_a_process_that_never_came_is_missed_in_a_line(world, tmp_path, gone, sa
     assert ended.startswith("error: distributed: process") and "within 15 s" in ended and said in ended
 
 
-@pytest.mark.nightly
-def test_an_output_folder_that_is_not_shared_is_refused(world, tmp_path):
-    again = words(world, "run", "log.every=1")
-    hosts = Hosts(["-c", OWN_FOLDER, str(tmp_path), *again], tmp_path / "logs")
-    assert hosts.ends() == [2, 2]
-    assert all("is not the same folder on all" in hosts.said(process) for process in (0, 1))
+def apart(world, folder, logs, *more, processes=2, devices=1):
+    """A run whose processes have no folder in common: each writes into FOLDER/NUMBER/run."""
+    again = words(world, "run", "optimizer.schedule=constant", "checkpoint.every=2", *more)
+    return Hosts(["-c", OWN_FOLDER, str(folder), *again], logs, processes=processes, devices=devices)
 
 
 OWN_FOLDER = """
 import os, sys
 from pathlib import Path
-own = Path(sys.argv[1]) / os.environ["JAX_PROCESS_ID"]
-own.mkdir()
+own = Path(sys.argv[1]) / os.environ.get("JAX_PROCESS_ID", "0")
+own.mkdir(parents=True, exist_ok=True)
 os.chdir(own)
 from dpo_jax import train
 sys.exit(train.main(sys.argv[2:]))
 """
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("more", [(), ("mesh.data=2",), ("adapter.rank=4", "checkpoint.best=eval_loss")])
+def test_hosts_with_folders_of_their_own_go_on_from_them_to_the_bytes_of_one(world, tmp_path, more):
+    how = ("steps=12", "evaluation.every=4", *more)
+    alone = apart(world, tmp_path / "alone", tmp_path / "alone.logs", *how, processes=1, devices=2)
+    assert alone.ends() == [0], alone.said()
+    output = tmp_path / "apart" / "0" / "run"
+    first = apart(world, tmp_path / "apart", tmp_path / "first", *how)
+    assert first.until(lambda: steps_of(output) > 6), first.said(0)
+    first.send(1, signal.SIGKILL)
+    assert first.ends()[0] == RETRY, first.said(0)
+    again = apart(world, tmp_path / "apart", tmp_path / "again", *how)
+    assert again.ends() == [0, 0], again.said(0)
+    assert "checkpoints on each what its devices hold" in again.said(0) and "resumed after step" in again.said(0)
+    kind = "adapter" if "adapter.rank=4" in more else "model"
+    assert weights(output, kind) == weights(tmp_path / "alone" / "0" / "run", kind) != {}
+    assert losses(output) == losses(tmp_path / "alone" / "0" / "run")
+    assert not (tmp_path / "apart" / "1" / "run" / kind).exists()
+
+
+@pytest.mark.nightly
+def test_of_folders_of_their_own_what_one_host_has_lost_is_missed(world, tmp_path):
+    folder, how = tmp_path / "apart", ("steps=400", "evaluation.every=1000", "checkpoint.keep=2")
+    first = apart(world, folder, tmp_path / "first", *how)
+    assert first.until(lambda: steps_of(folder / "0" / "run") > 8), first.said(0)
+    first.send(0, signal.SIGTERM)
+    assert first.ends() == [75, 75], first.said(0)
+    kept = [folder / str(process) / "run" / "checkpoints" for process in (0, 1)]
+    older, newest = sorted(int(path.name) for path in kept[1].iterdir() if path.name.isdigit())
+    shutil.move(kept[1] / str(newest), tmp_path / "lost")
+
+    shared = apart(world, folder, tmp_path / "one", *how, "checkpoint.allow_change=[steps]", processes=1)
+    assert shared.ends() == [2] and "the same hosts in the same order" in shared.said(), shared.said()
+
+    more = (*how[1:], f"steps={older + 2}", "checkpoint.allow_change=[steps]")
+    again = apart(world, folder, tmp_path / "again", *more)
+    assert again.ends() == [0, 0], again.said(0)
+    assert f"{newest} is damaged (process 1 does not have it)" in again.said(0)
+    assert f"resumed after step {older}" in again.said(0)
+    assert [*kept[0].glob(f"{newest}.bad-*")] and not [*kept[1].glob("*.bad-*")]
+
+    shutil.rmtree(kept[1])
+    empty = apart(world, folder, tmp_path / "empty", *how[1:], f"steps={older + 4}", "checkpoint.allow_change=[steps]")
+    assert empty.ends() == [2, 2] and "can be used, though the run had saved some" in empty.said(0), empty.said(0)
