@@ -1,7 +1,7 @@
 """Kills one process of a run of several at random moments, and sees that all end and that the run goes on.
 
     python tools/kill_hosts.py [--kills 60] [--processes 2] [--timeout 10] [--start-timeout 60] [--seed 0]
-                               [--work FOLDER]
+                               [--apart] [--work FOLDER]
 
 A small run of `dpo_jax.train` (tokenising, reference, evaluations with answers, checkpoints, export) is made without
 interruption, and then killed with SIGKILL, one process at a time, at moments drawn over its whole length: while it
@@ -9,7 +9,8 @@ starts, encodes, computes the reference, compiles, makes steps, saves, evaluates
 processes must be gone within the timeout (`distributed.timeout`) and ten seconds; where the one that was killed had not
 yet joined the others, so that none of them knew of it, within `distributed.start_timeout` and ten seconds. The same
 command then goes on, and is killed again. A run that reaches its end must have the weights and losses of the
-uninterrupted one, bit for bit. Needs dpo_jax to be importable, and the project's tests folder. Exit code 1 if anything
+uninterrupted one, bit for bit. With --apart each process has an output folder of its own, as on hosts that share no
+disk. Needs dpo_jax to be importable, and the project's tests folder. Exit code 1 if anything
 was otherwise.
 """
 
@@ -39,6 +40,29 @@ GRACE = 10
 
 
 NOT_JOINED = "did not find the others"
+
+
+class Runs(NamedTuple):
+    """Runs below a folder, of so many processes, which have an output folder in common unless they are `apart`."""
+
+    root: Path
+    processes: int
+    limits: "Limits"
+    apart: bool
+
+    def start(self, name: str) -> Hosts:
+        """Start a run, or go on with it."""
+        command = words(self.root, Path("run") if self.apart else self.root / name, self.limits)
+        where = self.root / name if self.apart else None
+        return Hosts(command, self.root / "logs", processes=self.processes, apart=where)
+
+    def output(self, name: str) -> Path:
+        """The folder in which process 0 writes."""
+        return self.root / name / "0" / "run" if self.apart else self.root / name
+
+    def forget(self, name: str) -> None:
+        """Delete a run, wherever it lies."""
+        shutil.rmtree(self.root / name)
 
 
 class Limits(NamedTuple):
@@ -95,6 +119,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=int, default=10)
     parser.add_argument("--start-timeout", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--apart", action="store_true")
     parser.add_argument("--work", type=Path, default=None)
     options = parser.parse_args()
     os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
@@ -103,27 +128,28 @@ def main() -> int:
         root.mkdir(parents=True, exist_ok=True)
         write_world(root, 48, 12)
         limits = Limits(options.timeout, options.start_timeout)
-        return kill(root, options.kills, options.processes, limits, random.Random(options.seed))
+        return kill(Runs(root, options.processes, limits, options.apart), options.kills, random.Random(options.seed))
 
 
-def kill(root: Path, kills: int, processes: int, limits: Limits, draw: random.Random) -> int:
+def kill(runs: Runs, kills: int, draw: random.Random) -> int:
     """So many kills; the exit code."""
-    whole, output = root / "whole", root / "run"
+    output, processes = runs.output("run"), runs.processes
     began = time.monotonic()
-    codes = Hosts(words(root, whole, limits), root / "logs", processes=processes).ends()
+    codes = runs.start("whole").ends()
     length = time.monotonic() - began
     assert codes == [0] * processes, codes
-    wanted, faults, at, late, ends = result(whole), 0, Counter[str](), dict[int, float](), Counter[str]()
+    wanted, faults = result(runs.output("whole")), 0
+    at, late, ends = Counter[str](), dict[int, float](), Counter[str]()
     print(f"uninterrupted: {length:.0f} s", flush=True)
     done = 0
     while done < kills:
-        hosts = Hosts(words(root, output, limits), root / "logs", processes=processes)
+        hosts = runs.start("run")
         moment, who = draw.uniform(0.02, 0.9) * length, draw.randrange(processes)
         hosts.until(lambda: False, moment)
         if any(one.poll() is None for one in hosts.all):
             done += 1
             at[stage := where(hosts.said(0))] += 1
-            took, bound = end_of_others(hosts, who, limits)
+            took, bound = end_of_others(hosts, who, runs.limits)
             late[bound] = max(late.get(bound, 0.0), took)
             faults += took > bound
             ends[str([one.poll() for number, one in enumerate(hosts.all) if number != who])] += 1
@@ -132,8 +158,8 @@ def kill(root: Path, kills: int, processes: int, limits: Limits, draw: random.Ra
             print(f"{text}; {failed(output)}", flush=True)
         else:
             faults += compared(hosts.ends(), output, wanted, processes)
-            shutil.rmtree(output)
-    hosts = Hosts(words(root, output, limits), root / "logs", processes=processes)
+            runs.forget("run")
+    hosts = runs.start("run")
     faults += compared(hosts.ends(), output, wanted, processes)
     longest = ", ".join(f"{took:.1f} of {bound} s" for bound, took in sorted(late.items()))
     print(f"{kills} kills {dict(at)}, longest ends {longest}, exit codes {dict(ends)}, {faults} faults")

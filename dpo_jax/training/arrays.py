@@ -27,8 +27,8 @@ def manager(root: PurePath, *, shared: bool) -> ocp.CheckpointManager:
     handlers: dict[str, Any] = {
         name: ocp.JsonCheckpointHandler(multiprocessing_options=options) for name in (LEAVES, RECORD)
     }
-    whole = {} if shared else {"type_handler_registry": _own_shards()}
-    handlers[STATE] = ocp.PyTreeCheckpointHandler(multiprocessing_options=options, **whole)
+    kinds = {} if shared else {"type_handler_registry": _own_shards()}
+    handlers[STATE] = ocp.PyTreeCheckpointHandler(multiprocessing_options=options, **kinds)
     found = ocp.CheckpointManager(
         root,
         item_handlers=handlers,

@@ -279,10 +279,8 @@ class Checkpoints:
         return not lacking
 
     def _set_aside(self, step: int, damage: str) -> None:
-        aside = self.place.move_aside(step, "bad") if self.place.is_there(step) else "nothing here"
-        self._say(
-            f"checkpoint {self.place.at(step)} is damaged ({damage}); renamed to {aside}, looking for an older one"
-        )
+        moved = f"renamed to {self.place.move_aside(step, 'bad')}, " if self.place.is_there(step) else ""
+        self._say(f"checkpoint {self.place.at(step)} is damaged ({damage}); {moved}looking for an older one")
 
     def _check_alike(self, step: int) -> None:
         """Refuse steps of several runs in folders of their own; raises as `Here.same`."""
@@ -350,7 +348,7 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:
-            if step is not None and here().owns:
+            if step is not None and self._keeps:
                 self.place.clear(step)
             if (reason := self.place.reason(error)) is None:
                 raise

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.errors import one_line
-from dpo_jax.files import REMEDIES, move_aside, sync_folder, write_whole
+from dpo_jax.files import LEFT_OVER, REMEDIES, move_aside, sweep, sync_folder, write_whole
 from dpo_jax.processes.here import Here
 from dpo_jax.training.manifest import MANIFEST, Claim, Damaged, claims_of, difference, text_of
 
@@ -36,7 +36,10 @@ class Folder:
         in it: process 0, or each process in its own."""
         self.root.mkdir(parents=True, exist_ok=True)
         self.shared = place.shares("checkpoints", self.root)
-        for path in self.root.iterdir() if place.owns or not self.shared else ():
+        if self.shared and not place.owns:
+            return
+        sweep(self.root, LEFT_OVER)
+        for path in self.root.iterdir():
             if _LEFT_OVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
 

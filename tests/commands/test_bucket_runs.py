@@ -84,18 +84,6 @@ def test_a_killed_run_goes_on_on_another_machine(world, tmp_path):
         assert weights(tmp_path / f"again{number}") == weights(tmp_path / "alone")
 
 
-APART = """
-import os, sys
-from pathlib import Path
-own = Path(sys.argv[1]) / os.environ["JAX_PROCESS_ID"]
-own.mkdir(parents=True)
-os.chdir(own)
-from dpo_jax import train
-sys.exit(train.main(sys.argv[2:]))
-"""
-"""Each process in a folder of its own, as on hosts that share no disk."""
-
-
 @pytest.mark.nightly
 @pytest.mark.parametrize("more", [(), ("adapter.rank=2", "checkpoint.best=eval_loss", "export.kind=merged")])
 def test_hosts_without_a_common_disk_give_the_bytes_of_one_and_go_on_from_new_disks(world, tmp_path, more):
@@ -116,8 +104,8 @@ def test_hosts_without_a_common_disk_give_the_bytes_of_one_and_go_on_from_new_di
     place = f"checkpoint.folder=gs://pairs/runs/apart{len(more)}"
 
     def start(name):
-        command = ["-c", APART, str(tmp_path / name), *words(world, "run", place, *own)]
-        return Hosts(command, tmp_path / f"{name}.logs", environment=served()[1])
+        command = ["-m", "dpo_jax.train", *words(world, "run", place, *own)]
+        return Hosts(command, tmp_path / f"{name}.logs", environment=served()[1], apart=tmp_path / name)
 
     first = start("first")
     assert first.until(lambda: "step 5/6" in first.said()), first.said()

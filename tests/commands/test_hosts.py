@@ -165,14 +165,16 @@ def test_a_checkpoint_is_restored_to_the_byte_in_seven_layouts(world, tmp_path):
 
 
 @pytest.mark.nightly
-def test_twenty_steps_are_the_same_on_four_devices_however_they_are_shared_out(world, tmp_path):
+def test_twenty_steps_of_the_quickstart_are_the_same_on_four_devices_however_they_are_shared_out(tmp_path):
     """Two processes of two devices and four of one reduce in the same order, one of four in another: its losses are
     within float32's precision of sums over some hundred numbers."""
-    how, found = ("steps=20", "epochs=null", "optimizer.learning_rate=1e-4"), {}
+    how = ("steps=20", "epochs=null", "log.report=false", "evaluation.answers=null", "distributed.start_timeout=1800")
+    found = {}
     for processes, devices in ((1, 4), (2, 2), (4, 1)):
         output = tmp_path / f"{processes}x{devices}"
-        codes, hosts = trained(world, output, *how, processes=processes, devices=devices)
-        assert codes == [0] * processes, hosts.said(0)
+        command = ["-m", "dpo_jax.train", "quickstart", *how, f"output={output}"]
+        hosts = Hosts(command, output.with_suffix(".logs"), processes=processes, devices=devices)
+        assert hosts.ends(1800) == [0] * processes, hosts.said(0)
         found[processes] = (losses(output), tensors(output))
     assert found[2] == found[4]
     assert found[1][0].keys() == found[2][0].keys() and len(found[1][0]) == 20
@@ -293,18 +295,7 @@ def test_a_process_that_never_came_is_missed_in_a_line(world, tmp_path, gone, sa
 def apart(world, folder, logs, *more, processes=2, devices=1):
     """A run whose processes have no folder in common: each writes into FOLDER/NUMBER/run."""
     again = words(world, "run", "optimizer.schedule=constant", "checkpoint.every=2", *more)
-    return Hosts(["-c", OWN_FOLDER, str(folder), *again], logs, processes=processes, devices=devices)
-
-
-OWN_FOLDER = """
-import os, sys
-from pathlib import Path
-own = Path(sys.argv[1]) / os.environ.get("JAX_PROCESS_ID", "0")
-own.mkdir(parents=True, exist_ok=True)
-os.chdir(own)
-from dpo_jax import train
-sys.exit(train.main(sys.argv[2:]))
-"""
+    return Hosts(["-m", "dpo_jax.train", *again], logs, processes=processes, devices=devices, apart=folder)
 
 
 @pytest.mark.nightly

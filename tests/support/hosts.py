@@ -21,8 +21,13 @@ class Hosts:
         processes: int = 2,
         devices: int = 1,
         environment: Mapping[str, str] | None = None,
+        apart: Path | None = None,
     ):
-        """Start `python words...` as often as there are `processes`; `{process}` in a word is the process's number."""
+        """Start `python words...` as often as there are `processes`; `{process}` in a word is the process's number.
+
+        Each of those that are `apart` works in a folder of its own there, named by its number, as on hosts that share
+        no disk.
+        """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -34,10 +39,12 @@ class Hosts:
                 own |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
                 own |= {"JAX_PROCESS_ID": str(process)}
             command = [sys.executable, *(word.replace("{process}", str(process)) for word in words)]
+            where = None if apart is None else apart / str(process)
+            if where is not None:
+                where.mkdir(parents=True, exist_ok=True)
             with (logs / f"{process}.log").open("wb") as log:
-                self.all.append(
-                    subprocess.Popen(command, env={**os.environ, **own, **(environment or {})}, stdout=log, stderr=log)
-                )
+                given = {"env": {**os.environ, **own, **(environment or {})}, "cwd": where}
+                self.all.append(subprocess.Popen(command, stdout=log, stderr=log, **given))
 
     def said(self, process: int = 0) -> str:
         """What a process has said so far."""

@@ -68,7 +68,7 @@ def test_a_step_that_one_has_lost_is_set_aside_by_all(tmp_path, latest, loser):
     (folder / str(loser) / "4").rename(folder / str(loser) / "4.mine")
     found, said = latest(folder)
     assert found == [2] * 3
-    assert f"(process {loser} does not have it); renamed to {'4.bad-' if loser else 'nothing here'}" in said[0]
+    assert f"(process {loser} does not have it); {'renamed to 4.bad-' if loser else 'looking for'}" in said[0]
     assert names(folder, loser) == {"2", "4.mine"}
     assert all(names(folder, process) == {"2", "4.bad"} for process in {0, 1, 2} - {loser})
 
