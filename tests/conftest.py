@@ -26,6 +26,10 @@ import hypothesis
 import jax
 import pytest
 
+from tests.support import checked
+
+checked.check()
+
 hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("busy")  # what is tested is no stopwatch, and another worker may have the core
 

@@ -43,7 +43,7 @@ def command(main: Main, *, alone: bool = True) -> Callable[..., int]:
     run, the others end with it, and a fault gives 76: try again.
     """
 
-    @functools.wraps(main)
+    @functools.wraps(main, assigned=("__module__", "__name__", "__qualname__", "__doc__"))  # its types are its own
     def wrapped(argv: Sequence[str] | None = None) -> int:
         _open_standard_streams()
         try:

@@ -20,17 +20,6 @@ SMALL = 8192
 """Rows up to which a row group of Parquet is read where its rows are wanted; a larger one is read on the way, once."""
 
 
-class Undecoded(NamedTuple):
-    """A row of a table."""
-
-    part: "Part"
-    index: int
-
-    def value(self) -> Any:
-        """What it holds, or the BadRow that says why it cannot be read."""
-        return self.part.values[self.index]
-
-
 @dataclass(eq=False)
 class Part:
     """Successive rows of a table; another process gets what they are loaded from."""
@@ -46,6 +35,17 @@ class Part:
     def __reduce__(self) -> tuple[Any, ...]:
         """Without what was decoded."""
         return Part, (self.load, self.count)
+
+
+class Undecoded(NamedTuple):
+    """A row of a table."""
+
+    part: Part
+    index: int
+
+    def value(self) -> Any:
+        """What it holds, or the BadRow that says why it cannot be read."""
+        return self.part.values[self.index]
 
 
 def rows_of(parts: Iterable[Part]) -> Iterator[Undecoded]:

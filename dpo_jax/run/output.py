@@ -10,7 +10,7 @@ from typing import Any
 from dpo_jax.config import run as config
 from dpo_jax.config.run import Run
 from dpo_jax.data.settings import DataSettings
-from dpo_jax.errors import UserError, redacted, redacted_values
+from dpo_jax.errors import UserError, printable, redacted, redacted_values
 from dpo_jax.files import LEFT_OVER as HALF_WRITTEN
 from dpo_jax.files import LOCK, give_back, locked, sweep, utc_now, write_whole
 from dpo_jax.processes.here import Failure, here
@@ -86,7 +86,8 @@ def _hold(folder: Path, held: contextlib.ExitStack) -> None:
         sweep(held_too, LEFT_OVER)
     if before is not None:
         why = "ended without a word: it was killed (for want of memory, perhaps), or its machine went down"
-        print(f"output: the last start in {folder} (process {before.process} of {before.host}, {before.since}) {why}")
+        who = printable(f"process {before.process} of {before.host}, begun {before.since}")
+        print(f"output: the last start in {folder} ({who}) {why}")
         _mark_end(folder, time=before.since, process=0, host=before.host, code=None, why=f"process 0 {why}")
 
 

@@ -81,6 +81,7 @@ def test_a_check_that_fails_gives_one_as_its_exit_code(source, monkeypatch, caps
     assert out.endswith("the export is NOT the original\n")
 
 
+@pytest.mark.nightly
 def test_the_true_check_says_nothing_but_its_report(source):
     pytest.importorskip("torch")
     done = run("-m", "dpo_jax.convert", "check", str(source))

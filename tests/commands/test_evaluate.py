@@ -72,6 +72,7 @@ def test_an_objective_of_the_model_alone_takes_its_beta_and_has_its_loss(said):
     assert lines[-1].startswith("loss ")
 
 
+@pytest.mark.nightly
 def test_single_answers_are_counted_as_such(world, said):
     lines = said("model", "singles.jsonl", "objective.name=sft")
     assert "6 single answers (+- is one standard error); loss of sft" in lines

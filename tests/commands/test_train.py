@@ -364,6 +364,7 @@ def test_single_completions_are_learned_as_desirable_or_not(world, tmp_path, cap
     assert "objective.name=sigmoid compares two completions" in refused(argv, capsys)
 
 
+@pytest.mark.nightly
 def test_fine_tuning_on_the_answers_is_a_stage_before_dpo(world, tmp_path):
     """The paper's way to a reference: the chosen answers are learned first, then the result is policy and reference."""
     first = run_on(world, tmp_path / "first", "told.jsonl", "objective.name=sft")
@@ -456,6 +457,7 @@ def test_what_is_named_and_not_there_is_refused_before_the_folder_is_made(world,
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.nightly
 def test_prompts_without_a_pattern_are_answered_and_seen_and_have_no_pass_rate(world, tmp_path, capsys):
     """As for a judge that needs none; a pattern was asked of every prompt."""
     bare = write(tmp_path / "bare.jsonl", {"prompt": "Hi"}, {"prompt": "Yo"})

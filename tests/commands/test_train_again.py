@@ -219,6 +219,7 @@ def test_a_warm_up_that_would_have_been_longer_is_named_and_the_one_that_was_mad
     assert weights(output) == weights(run(world, tmp_path / "whole", kept[0], "steps=6"))
 
 
+@pytest.mark.nightly
 def test_what_is_changed_on_the_way_is_said_in_the_record_the_card_and_once(world, copied, capsys):
     more = ("steps=6", "optimizer.learning_rate=1e-4", "checkpoint.allow_change=[optimizer.learning_rate]")
     run(world, copied, *more)
@@ -252,6 +253,7 @@ def test_the_remedies_of_a_finished_run_are_whole(world, tmp_path, capsys):
     assert "start from that" in line and "the same model elsewhere" in line
 
 
+@pytest.mark.nightly
 def test_another_kind_of_export_is_said_as_that(world, tmp_path, capsys):
     output = tmp_path / "run"
     words = [word for word in arguments(world, output, "adapter.rank=2") if "rounding" not in word]

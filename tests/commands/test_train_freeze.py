@@ -83,6 +83,7 @@ def test_frozen_tensors_come_back_bit_for_bit_and_are_not_saved(world, whole, pa
     assert held == pytest.approx([size * share for size in whole(dtype)], rel=0.02)
 
 
+@pytest.mark.nightly
 def test_going_on_is_never_having_stopped(world, monkeypatch):
     freeze = ('model.freeze=["layers/[01]/.*"]', "checkpoint.every=1")
     whole, _ = ran(world, "whole run", *freeze)

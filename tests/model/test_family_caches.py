@@ -102,6 +102,7 @@ def test_greedy_answers_are_the_likeliest_tokens(name):
     assert all(greedy(name, padded=True))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", by_day(LONGROPE, {"phi3_long"}))
 def test_greedy_answers_go_on_beyond_longropes_original_length(name):
     """A text that grows past it is turned anew as a whole, as transformers reads it anew then."""

@@ -72,6 +72,7 @@ def test_value_and_gradient_are_those_of_separate_rows(params, layout):
         np.testing.assert_allclose(trees.paths(added)[name], 0.5 * leaf, rtol=1e-3, atol=2e-5 * scale, err_msg=name)
 
 
+@pytest.mark.nightly
 def test_devices_change_nothing(params):
     from dpo_jax import sharding
 

@@ -228,6 +228,7 @@ def test_a_spec_comes_back_and_must_be_whole(spec, tmp_path):
         dataclasses.replace(spec, steps=5).rows()
 
 
+@pytest.mark.nightly
 def test_our_own_runner_trains_the_steps_of_a_spec(tmp_path):
     """The runner stands on the package's stages; this is where it is seen when they change under it."""
     small = {

@@ -104,6 +104,7 @@ def test_the_gradient_in_float16_is_that_in_float32(name, layout):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(slope)} == {"float32"}
 
 
+@pytest.mark.nightly
 def test_without_a_scale_small_slopes_vanish():
     """What the scale is for: a term of weight 1e-5 has slopes that no float16 can say."""
     weak = functools.partial(gradient, weight=1e-5)
