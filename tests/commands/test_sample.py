@@ -213,7 +213,8 @@ def test_prompts_come_from_files_lines_and_arguments_alike(folders, ask, tmp_pat
 
 
 def test_a_system_message_begins_every_conversation_that_has_none():
-    session = chat.Session((), None, None, 0, True, "Be kind.")
+    coder = winrate.prompt_codec(byte_tokenizer())
+    session = chat.Session((), coder, generate.Decoding(8), 0, True, "Be kind.")
     told = {"role": "system", "content": "Be kind."}
     assert chat._prompt_of(session, "Hi", "") == chat._prompt_of(session, [user("Hi")], "") == [told, user("Hi")]
     own = [{"role": "system", "content": "Be short."}, user("Hi")]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -114,7 +115,7 @@ def test_gpus_are_shared_out_evenly_or_not_at_all():
 
 
 def result(name, ended="done", **metrics):
-    return PointResult(Point(name, {"objective.beta": name}, (), None), metrics, ended)
+    return PointResult(Point(name, {"objective.beta": name}, (), Path(name)), metrics, ended)
 
 
 def test_the_best_run_is_first_and_those_that_did_not_end_are_last():
