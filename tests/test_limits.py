@@ -11,6 +11,7 @@ from dpo_jax import limits
 from dpo_jax.errors import UserError
 from dpo_jax.limits import Died, bounded, tried
 from tests.support import pieces
+from tests.support.tiers import night
 
 
 def test_a_try_gives_its_result():
@@ -23,7 +24,7 @@ def test_a_try_gives_its_result():
         ("raise", r"fails \(ValueError: unlucky\)"),
         ("exit", "ends its process .exit code 3"),
         ("abort", "ends its process .signal 6"),
-        ("loop", "is not done after 5 s"),
+        night("loop", "is not done after 5 s"),
         ("memory", "wants more than 512 MiB"),
         ("write", "fails|ends its process"),
     ],

@@ -36,6 +36,7 @@ def said(world, capsys):
     return run
 
 
+@pytest.mark.nightly
 def test_a_printed_loss_is_said_to_be_that_of_an_objective_and_the_runs_own_is_named(world, said):
     against = ("--reference", str(world / "model"))
     lines = said("export", "eval.jsonl", *against)

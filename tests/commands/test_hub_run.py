@@ -159,6 +159,7 @@ def test_a_main_that_moves_does_not_move_a_run(world, far, tmp_path, monkeypatch
     assert find_models(new.model, new.reference, {}).commits == moved
 
 
+@pytest.mark.nightly
 def test_a_run_goes_on_without_the_hub(world, far, tmp_path, monkeypatch):
     stopped_after_one_step(world, tmp_path / "run", monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

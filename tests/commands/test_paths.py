@@ -183,7 +183,7 @@ WANTED = {"stdout full": {2}, "nobody reads": {0, 141}, "both in a closed pipe":
 """Exit codes, where they are not 0."""
 
 
-@pytest.mark.parametrize("kind", by_day(list(STREAMS), ["all closed"]))
+@pytest.mark.parametrize("kind", by_day(list(STREAMS), ["stdout full"]))
 def test_closed_and_full_streams_spoil_no_model(world, tmp_path, kind):
     """The model is whole, or the command says in one line why it is not."""
     words = " ".join(arguments(world, output=tmp_path / "run", **{"checkpoint.every": 1, "log.tensorboard": "false"}))

@@ -302,6 +302,7 @@ def test_evaluate_takes_settings_of_data_as_its_messages_advise_them(world, fini
     assert lines[3].startswith('model.remat: "foo": must be one of auto')
 
 
+@pytest.mark.nightly
 def test_evaluate_takes_another_objective_or_says_what_that_needs(world, finished, tmp_path, capsys):
     model, pairs, start = str(finished / "model"), str(world / "eval.jsonl"), str(world / "model")
     for name in ("simpo", "orpo", "sft"):  # of the model alone, so that its loss means something

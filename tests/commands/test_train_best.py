@@ -153,7 +153,7 @@ def kill_at(patch, where: str, step: int) -> None:
         night("measured", BEST),
         night("unmeasured", 4),
         night("saved", BEST),
-        ("measured", LAST),
+        night("measured", LAST),
         night("saved", LAST),
         ("exporting", LAST),
     ],

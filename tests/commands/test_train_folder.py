@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from dpo_jax import doctor, evaluate, sample, train
 from dpo_jax.hf import tensors
 from dpo_jax.run import output
+from tests.support.tiers import by_day
 from tests.support.tiny_folders import write_folder
 from tests.support.tiny_rows import byte_tokenizer, write, yes_or_no
 
@@ -43,7 +44,7 @@ def test_without_the_setting_nothing_is_resized(world, capsys):
     assert "has no row in the model's embedding" in said and "model.resize_embedding=true" in said
 
 
-@pytest.mark.parametrize("mode", ["cached", "live"])
+@pytest.mark.parametrize("mode", by_day(["cached", "live"], ["live"]))
 def test_a_run_resizes_aligns_says_so_and_goes_on(world, mode, capsys):
     argv = arguments(world, mode, "model.resize_embedding=true", "export.align_eos=true", f"reference.mode={mode}")
     assert train.main(argv) == 0

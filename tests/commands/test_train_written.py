@@ -111,6 +111,7 @@ def test_rounding_is_that_of_the_export(world):
     np.testing.assert_array_equal(np.asarray(found["b"]), values)
 
 
+@pytest.mark.nightly
 def test_an_export_that_is_rounded_at_random_is_the_model_that_was_measured_and_keeps_the_mean(world, capsys):
     """To nearest half of the margin and more is lost here; at random only what noise takes."""
     last = trained(world, "random")

@@ -31,6 +31,7 @@ def test_a_tensor_is_let_go_before_the_next_one_is_fetched(tmp_path, monkeypatch
     assert len(held) == len(tensors.Tensors(source).infos) and not any(held)
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps the peak of a process")
 def test_import_and_export_take_less_than_two_files_beyond_the_model():
     """The model, in float32, is as large as eight of its files; about one of them was measured."""

@@ -103,7 +103,7 @@ def test_greedy_answers_are_the_likeliest_tokens(name):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", by_day(LONGROPE, {"phi3_long"}))
+@pytest.mark.parametrize("name", LONGROPE)
 def test_greedy_answers_go_on_beyond_longropes_original_length(name):
     """A text that grows past it is turned anew as a whole, as transformers reads it anew then."""
     assert all(greedy(name, padded=False, places=[(row, size) for row in (0, 1) for size in range(11, 17)]))
@@ -118,8 +118,9 @@ def test_longrope_reads_a_long_prompt_in_pieces(name, monkeypatch):
     assert all(likeliest(model, [*prompt, *answer.tokens], 22, padded=False))
 
 
-@pytest.mark.parametrize("name", by_day(LONGROPE, {"llama_longrope"}))
-@pytest.mark.parametrize("stop", by_day([(), (50, 51, 52, 53)], [()]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", LONGROPE)
+@pytest.mark.parametrize("stop", [(), (50, 51, 52, 53)])
 def test_an_answer_in_two_legs_is_one_answer(name, stop):
     """Drawn tokens do not depend on the company, and a stream says the same, also where it passes the length."""
     model, ids = ours(own(name).path), own(name).ids

@@ -65,8 +65,8 @@ def trained(name: str) -> list[Model]:
     return [Model(model.spec, state["trained"]) for state in states]
 
 
-DAY = ("gpt_oss", "qwen3_5_text", "opt_narrow")
-"""Experts and sinks, leaves that stay in float32, and a model of no rotation."""
+DAY = ("qwen3_5_text", "opt_narrow")
+"""Leaves that stay in float32, and a model of no rotation."""
 
 
 def bits(folder: Path) -> dict[str, tuple]:

@@ -373,6 +373,7 @@ def command(name, *arguments):
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.nightly
 def test_a_step_moves_what_theory_asks_for_in_bfloat16(planned):
     """Weights are gathered twice in the dtype of computation, although this machine's compiler widens it, and gradients
     scattered once in float32: no sum over devices is rounded on the way. A tenth: of the embedding only the rows that
@@ -433,6 +434,7 @@ def test_what_cannot_be_planned_is_refused(arguments, what, capsys):
     assert error.startswith("error: command line: ") and what in error and error.count("\n") == 1
 
 
+@pytest.mark.nightly
 def test_the_doctor_says_whether_a_run_fits(small, capsys, monkeypatch):
     monkeypatch.setitem(machine.MATMUL_SIZE, "cpu", 64)
     file = small.parent / "run.yaml"

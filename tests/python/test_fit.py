@@ -243,6 +243,7 @@ def test_silent_runs_at_a_time_silence_themselves_alone(world, heard, monkeypatc
     assert capsys.readouterr().out.splitlines() == ["said by another thread", *["said by a callback"] * 2]
 
 
+@pytest.mark.nightly
 def test_a_finished_run_is_not_that_of_another_function_of_the_same_name(world, monkeypatch):
     def mine(slack):
         def function(pairs, *, beta):

@@ -104,6 +104,7 @@ def test_advantages_are_gae_as_a_loop_has_it(two_models):
     )
 
 
+@pytest.mark.nightly
 def test_an_update_makes_better_answers_likelier_and_worse_ones_less(two_models):
     ours, _ = two_models
     state, optimizer = ppo.start(ours, 1e-3)

@@ -78,7 +78,7 @@ class Golden:
         return OptimizerSettings(**own, warmup_steps=given["warmup_steps"], schedule="linear")
 
 
-@pytest.mark.parametrize("name", by_day(VARIANTS, ("bias", "continue_ref_is_base", "dora", "rslora")))
+@pytest.mark.parametrize("name", by_day(VARIANTS, ("continue_ref_is_base", "dora")))
 def test_a_run_is_trls_with_peft(parity, shared, name):
     """The first loss to 1e-5 and every gradient to 1e-4; each of 8 steps to 1e-4, the final adapter to 5e-5."""
     golden = Golden(parity, shared / "adapters" / "dpo" / name)

@@ -140,7 +140,7 @@ def run_of(kind, moving):
     return settled(fresh_state(params, optimizer, reference=fresh(1) if moving else None)), go
 
 
-@pytest.mark.parametrize("kind", by_day(KINDS, ["adafactor"]))
+@pytest.mark.parametrize("kind", by_day(KINDS, []))
 def test_stopping_and_going_on_is_never_having_stopped(kind):
     """The state is all there is: also with a reference that moves, and what random rounding draws."""
     moving = MovingReference(2, 0.5) if kind == "bfloat16 weights and moment" else None

@@ -27,7 +27,7 @@ from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import MovingReference, fresh_state, make_step
 from tests.conftest import ROOT
 from tests.support.forests import SPEC, random_encoded, settled
-from tests.support.tiers import by_day
+from tests.support.tiers import by_day, night
 from tools import parity
 
 ENCODED = random_encoded(units=9, completions=(2, 4), seed=3)
@@ -136,7 +136,7 @@ def test_a_reference_computed_ahead_is_the_live_one(params, reference):
     )
 
 
-@pytest.mark.parametrize("rate", [1.0, 0.6])
+@pytest.mark.parametrize("rate", [night(1.0), 0.6])
 def test_a_moving_reference_moves_when_it_is_due_and_only_then(params, reference, rate):
     """TR-DPO: reference <- rate * policy + (1 - rate) * reference."""
     optimizer = make_optimizer(OptimizerSettings())
