@@ -172,7 +172,7 @@ def test_twenty_steps_of_the_quickstart_are_the_same_on_four_devices_however_the
     found = {}
     for processes, devices in ((1, 4), (2, 2), (4, 1)):
         output = tmp_path / f"{processes}x{devices}"
-        command = ["-m", "dpo_jax.train", "quickstart", *how, f"output={output}"]
+        command = ["-m", "dpo_jax.train", "configs/quickstart.yaml", *how, f"output={output}"]
         hosts = Hosts(command, output.with_suffix(".logs"), processes=processes, devices=devices)
         assert hosts.ends(1800) == [0] * processes, hosts.said(0)
         found[processes] = (losses(output), tensors(output))
