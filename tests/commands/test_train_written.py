@@ -114,6 +114,7 @@ def test_rounding_is_that_of_the_export(world):
 @pytest.mark.nightly
 def test_an_export_that_is_rounded_at_random_is_the_model_that_was_measured_and_keeps_the_mean(world, capsys):
     """To nearest half of the margin and more is lost here; at random only what noise takes."""
+    trained(world, "wide", "export.dtype=float32")
     last = trained(world, "random")
     margin, before = last["eval_rewards/margins"], last[UNROUNDED]
     assert measured(world, world / "random" / "model", capsys) == pytest.approx(margin, rel=1e-4, abs=1e-6)
