@@ -3,7 +3,7 @@
 Imports neither jax nor transformers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
@@ -118,12 +118,12 @@ def _nested(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return given, judge
 
 
-def _problem(source: GivenSettings, where: dict[str, str], detail: Any) -> str:
+def _problem(source: GivenSettings, where: dict[str, str], detail: Mapping[str, Any]) -> str:
     name = ".".join(map(str, detail["loc"]))
     key = f"{BLOCK}.{name}"
     place = where.get(key) or where.get(key.rpartition(".")[0]) or source.origin
     if detail["type"] == "missing":
-        section: Any = JudgeSettings if name.startswith("judge.") else RoundsSettings
+        section = JudgeSettings if name.startswith("judge.") else RoundsSettings
         return f"{place}: {key}: not given: {section.model_fields[name.rpartition('.')[2]].description}"
     if detail["type"] == "value_error":
         return f"{place}: {key}: {detail['msg'].removeprefix('Value error, ')}"

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
+from types import UnionType
 from typing import Any
 
 from dpo_jax.data.columns import KNOWN, Columns, listed, sources_of
@@ -252,7 +253,7 @@ _ANSWERS = re.compile("answer|response|completion|output|generation|reply|candid
 _SCORES = re.compile("score|rating|reward|points|votes")
 
 
-def _numbered(row: Mapping[str, Any], kind: Any) -> list[str]:
+def _numbered(row: Mapping[str, Any], kind: type | UnionType) -> list[str]:
     """The columns whose names differ in a last number or letter alone, and that hold answers (`str`) or scores."""
     stems: dict[str, list[str]] = {}
     for name, value in row.items():

@@ -201,7 +201,7 @@ def _hub(source: str, name: str, configuration: str | None, split: str | None, s
 
     usual, folder = split_of(name, configuration)
     part = split or usual
-    which: Any = (name, None if folder else configuration)
+    which = (name, None if folder else configuration)
     inside: dict[str, Any] = {"data_dir": folder} if folder else {}
     try:
         if stream:

@@ -12,7 +12,7 @@ from dpo_jax.data.templates import Codec
 from dpo_jax.errors import UserError
 from dpo_jax.evaluation.generate import Answer, Decoding, generate, stream
 from dpo_jax.evaluation.likelihood import answer_logprobs
-from dpo_jax.evaluation.winrate import Asked, prompt_tokens, text_of
+from dpo_jax.evaluation.winrate import Asked, Prompt, prompt_tokens, text_of
 from dpo_jax.model.decoder import Model
 
 HELP = "Type a message. /reset forgets the conversation, /quit (or Ctrl-D) leaves, Ctrl-C stops an answer."
@@ -59,7 +59,7 @@ def answer_all(session: Session, asked: Sequence[Asked], output: TextIO | None, 
     print(f"{count} tokens in {spent:.1f} s ({count / spent:.1f} tokens/s, compiling included)", file=sys.stderr)
 
 
-def _prompt_of(session: Session, prompt: Any, where: str) -> Any:
+def _prompt_of(session: Session, prompt: Prompt, where: str) -> Prompt:
     """The prompt as the model is asked it: a conversation, or a text."""
     if isinstance(prompt, str):
         if not session.chat:
@@ -123,7 +123,7 @@ def _harmless(char: str) -> bool:
     return char in JOINERS or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
-def _show_prompt(prompt: Any) -> None:
+def _show_prompt(prompt: Prompt) -> None:
     last = prompt if isinstance(prompt, str) else prompt[-1].get("content", "")
     print("\n".join(f"> {line}" for line in visible(last).split("\n")))
 
@@ -182,7 +182,7 @@ def converse(session: Session, output: TextIO | None) -> None:
             print("the conversation is forgotten")
         elif line.strip():
             try:
-                prompt: Any = _prompt_of(
+                prompt = _prompt_of(
                     session, [*history, {"role": "user", "content": line}] if session.chat else line, ""
                 )
                 rows = _turn(session._replace(seed=(session.seed + turn) % 2**32), prompt)
@@ -203,7 +203,7 @@ def _input() -> str | None:
         return None
 
 
-def _turn(session: Session, prompt: object) -> list[dict[str, Any]]:
+def _turn(session: Session, prompt: Prompt) -> list[dict[str, Any]]:
     if len(session.speakers) == 1:
         return [_spoken(session, prompt)]
     (rows,) = _rows(session, [prompt], [""])
@@ -211,7 +211,7 @@ def _turn(session: Session, prompt: object) -> list[dict[str, Any]]:
     return rows
 
 
-def _spoken(session: Session, prompt: Any) -> dict[str, Any]:
+def _spoken(session: Session, prompt: Prompt) -> dict[str, Any]:
     """One answer, shown while it is written."""
     ids = prompt_tokens(prompt, session.coder)
     ((name, model),) = session.speakers

@@ -29,12 +29,14 @@ def scored(
     without a verdict, has no score. Raises as the judge does.
     """
     different = [list(dict.fromkeys(text for text in texts if text.strip())) for texts in answers]
-    count = _scores if isinstance(judge, Scorer) else _shares
-    known = count(judge, asked, different)
+    scored = isinstance(judge, Scorer)
+    known = _scores(judge, asked, different) if scored else _shares(judge, asked, different)
     return [[table.get(text) for text in texts] for table, texts in zip(known, answers, strict=True)]
 
 
-def _scores(judge: Any, asked: Sequence[Asked | Question], answers: list[list[str]]) -> list[dict[str, float | None]]:
+def _scores(
+    judge: Scorer, asked: Sequence[Asked | Question], answers: list[list[str]]
+) -> list[dict[str, float | None]]:
     owners = [item for item, texts in zip(asked, answers, strict=True) for _ in texts]
     found = iter(judge.score(owners, [text for texts in answers for text in texts]))
     return [{text: next(found) for text in texts} for texts in answers]

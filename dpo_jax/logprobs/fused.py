@@ -154,13 +154,13 @@ def scored(
     return _scored(*_alike(hidden, rows, targets, bias), plan)
 
 
-def _alike(*arrays: Any) -> tuple[Any, ...]:
+def _alike(*arrays: Array | None) -> tuple[Any, ...]:
     """Arrays that are said to differ over the same axes of a caller's `shard_map`: over those of any of them."""
     axes = frozenset[str]().union(*(_differs_over(array) for array in arrays if array is not None))
     return tuple(None if array is None else _differing(array, axes - _differs_over(array)) for array in arrays)
 
 
-def _differs_over(array: Any) -> frozenset[str]:
+def _differs_over(array: Array) -> frozenset[str]:
     return jax.typeof(array).manual_axis_type.varying
 
 

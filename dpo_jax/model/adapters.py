@@ -219,7 +219,7 @@ class AdaptedKernel:
         return jnp.sqrt(jnp.square(whole).sum(axis=0))
 
 
-def _plain(kernel: Any) -> Array:
+def _plain(kernel: Array | QuantisedKernel) -> Array:
     """A kernel as an array of float32, whatever it is kept in."""
     return kernel.dequantised(jnp.float32) if isinstance(kernel, QuantisedKernel) else kernel.astype(jnp.float32)
 

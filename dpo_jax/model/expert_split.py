@@ -96,7 +96,7 @@ def placement(
     return Placement(activations.mesh, rows, slots, experts, width)
 
 
-def _axes(entry: Any) -> tuple[str, ...]:
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
@@ -126,7 +126,7 @@ def split(function: Callable[..., Tree], place: Placement, layers: tuple[Any, ..
     )
 
 
-def _leaf_spec(place: Placement, path: tuple[Any, ...], leaf: Any, *, inputs_split: bool) -> P:
+def _leaf_spec(place: Placement, path: tuple[Any, ...], leaf: object, *, inputs_split: bool) -> P:
     """How a leaf of experts' linear layers is split; their width is the inputs of `down`, and the others' outputs."""
     names = [getattr(key, "name", getattr(key, "key", None)) for key in path]
     into, out = (place.width, None) if inputs_split else (None, place.width)

@@ -36,7 +36,9 @@ def product(
     size, depth = row_block(rows, groups), DEPTH // x.dtype.itemsize
     table = blocks(sizes, rows, size)
 
-    def kernel(group_ref: Any, start_ref: Any, rows_ref: Any, x_ref: Any, w_ref: Any, y_ref: Any) -> None:
+    def kernel(
+        group_ref: jax.Ref, start_ref: jax.Ref, rows_ref: jax.Ref, x_ref: jax.Ref, w_ref: jax.Ref, y_ref: jax.Ref
+    ) -> None:
         block, left_column = pl.program_id(1), pl.program_id(0) * COLUMNS
         count = rows_ref[block]
 
@@ -84,7 +86,7 @@ def outer(
     depth = DEPTH // x.dtype.itemsize
     last = jnp.cumsum(sizes)
 
-    def kernel(first_ref: Any, last_ref: Any, x_ref: Any, dy_ref: Any, dw_ref: Any) -> None:
+    def kernel(first_ref: jax.Ref, last_ref: jax.Ref, x_ref: jax.Ref, dy_ref: jax.Ref, dw_ref: jax.Ref) -> None:
         group = pl.program_id(2)
         first, last = first_ref[group], last_ref[group]
         corner = [pl.program_id(1 - side) * COLUMNS for side in (0, 1)]

@@ -170,7 +170,7 @@ def _outcome(term: Term, pairs: Pairs, progress: Progress) -> LossOutput:
     return found._replace(losses=losses, margins=jax.lax.stop_gradient(found.margins))
 
 
-def _check(term: Term, found: Any, shape: tuple[int, ...]) -> None:
+def _check(term: Term, found: object, shape: tuple[int, ...]) -> None:
     """Refuse what a function of the caller's own gives that is no loss of each pair: a sum would be taken for each.
 
     Raises:

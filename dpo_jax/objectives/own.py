@@ -11,7 +11,7 @@ import sysconfig
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from dpo_jax.files import digest_of
@@ -86,7 +86,7 @@ def _is_own(file: str | None) -> bool:
     return file is not None and not file.startswith(_INSTALLED)
 
 
-def _name(value: Any) -> str:
+def _name(value: FunctionType | type) -> str:
     return f"{value.__module__}.{value.__qualname__}"
 
 
@@ -98,7 +98,7 @@ def _function_text(function: FunctionType, seen: set[int]) -> str:
     return " ".join(_text(part, seen) for part in parts)
 
 
-def _cell(cell: Any) -> Any:
+def _cell(cell: CellType) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # empty as yet

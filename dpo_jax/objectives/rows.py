@@ -15,7 +15,7 @@ Kind = Literal["pairs", "rankings", "unpaired", "chosen"]
 class Setting(NamedTuple):
     """A setting of an objective: its default, and what it may be."""
 
-    default: Any
+    default: float | bool | str
     above: float | None = None
     least: float | None = None
     below: float | None = None

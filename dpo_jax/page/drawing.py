@@ -240,7 +240,9 @@ def _inlined(text: str, colours: set[str], number: int, title: str) -> str:
     return re.sub(r"\s*\n\s*", " ", found)
 
 
-def _mend(element: Any, used: set[str], names: dict[str, str], tones: dict[str, str], number: int) -> None:
+def _mend(
+    element: ElementTree.Element, used: set[str], names: dict[str, str], tones: dict[str, str], number: int
+) -> None:
     found = dict(element.attrib)
     if "id" in found and found["id"] not in used:
         del found["id"]

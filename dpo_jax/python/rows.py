@@ -128,7 +128,7 @@ def _held_of(table: Mapping[Any, Any], inside: str) -> tuple[dict[Any, Any], dic
     return held, lost
 
 
-def _held(value: Any, place: str, lost: dict[str, str]) -> Any:
+def _held(value: object, place: str, lost: dict[str, str]) -> Any:
     """A value as JSON can hold it; a list with what it cannot hold is left out whole.
 
     Raises:

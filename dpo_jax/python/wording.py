@@ -8,7 +8,6 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -69,7 +68,7 @@ def _keyword(key: str, value: str, arguments: Mapping[str, str]) -> str:
     return f"{keyword}={written}" if keyword else f'{section}={{"{name}": {written}}}'
 
 
-def _written(value: Any) -> str:
+def _written(value: object) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_written(name)}: {_written(inner)}" for name, inner in value.items()) + "}"
     if isinstance(value, list):

@@ -79,6 +79,6 @@ class Still:
         )
 
 
-def _finite(value: Any) -> float | None:
+def _finite(value: float | None) -> float | None:
     """A metric, if it is there and finite."""
     return float(value) if value is not None and math.isfinite(value) else None

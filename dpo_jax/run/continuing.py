@@ -123,7 +123,7 @@ class Past:
         new = [*new, *(line for line in said if ACCEPTED in line)] if self.step else []
         return [*self.changed, *(f"from step {(self.step or 0) + 1:,} on: {change}" for change in new)]
 
-    def check_fact(self, name: str, value: Any) -> None:
+    def check_fact(self, name: str, value: object) -> None:
         """Refuse one that is not as the run has it.
 
         Raises:

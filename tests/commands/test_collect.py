@@ -16,7 +16,6 @@ import yaml
 from dpo_jax import collect, rounds, train
 from dpo_jax.data.layouts import detect, to_record
 from tests.commands.test_sample import make
-from tests.support.tiers import by_day
 from tests.support.tiny_rows import write
 from tests.tools.test_bench import ROOT
 
@@ -119,7 +118,8 @@ def two_rounds(folder: Path) -> tuple[Path, list[str]]:
     return model, words
 
 
-@pytest.mark.parametrize("reference", by_day(["first", "start"], []))
+@pytest.mark.nightly
+@pytest.mark.parametrize("reference", ["first", "start"])
 def test_rounds_of_an_adapter_are_the_commands_in_turn(tmp_path, monkeypatch, reference):
     """The second round answers with the first one's adapter, goes on from it, and is held to the base or to it."""
     monkeypatch.chdir(tmp_path)

@@ -21,7 +21,7 @@ from dpo_jax.hf import verify
 from dpo_jax.hf.configs import read_spec
 from dpo_jax.reporting.journal import Journal, read_records
 from tests.support import packed_weights
-from tests.support.tiers import by_day, by_pairs
+from tests.support.tiers import by_day
 from tests.support.tiny_folders import write_folder
 from tests.support.tiny_rows import byte_tokenizer, write
 
@@ -145,7 +145,8 @@ def test_going_on_is_never_having_stopped(world, in_few_bits, monkeypatch, few):
 MESHES = [("mesh.data=2", "mesh.fsdp=2"), ("mesh.tensor=2",), ("reference.mode=live",)]
 
 
-@pytest.mark.parametrize(("more", "few"), by_pairs(itertools.product(MESHES, ("null", "nf4")), []))
+@pytest.mark.nightly
+@pytest.mark.parametrize(("more", "few"), itertools.product(MESHES, ("null", "nf4")))
 def test_devices_and_the_kind_of_reference_are_invisible(world, in_few_bits, more, few):
     """Losses to 1e-5 of a run on four devices that share the weights, on a base in four bits as well."""
     one = in_few_bits(few)

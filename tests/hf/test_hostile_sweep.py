@@ -8,10 +8,10 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.support.hostile_sweep import cases
-from tests.support.tiers import night
 
 
-@pytest.mark.parametrize(("part", "least"), [night("pads more", 2), night("", 500)])
+@pytest.mark.nightly
+@pytest.mark.parametrize(("part", "least"), [("pads more", 2), ("", 500)])
 def test_a_hostile_folder_is_one_line_soon_and_in_little_memory(part, least, tmp_path):
     argv = [sys.executable, "-m", "tests.support.hostile_sweep", str(tmp_path / "w"), part]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=3600)

@@ -26,7 +26,6 @@ from dpo_jax.training.optimizer import (
 from dpo_jax.training.settings import OptimizerSettings
 from dpo_jax.training.step import MovingReference, fresh_state, make_step
 from tests.support.forests import SPEC, random_encoded, settled
-from tests.support.tiers import by_day
 
 KEY = jax.random.key(7)
 KINDS = {
@@ -140,7 +139,8 @@ def run_of(kind, moving):
     return settled(fresh_state(params, optimizer, reference=fresh(1) if moving else None)), go
 
 
-@pytest.mark.parametrize("kind", by_day(KINDS, []))
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", KINDS)
 def test_stopping_and_going_on_is_never_having_stopped(kind):
     """The state is all there is: also with a reference that moves, and what random rounding draws."""
     moving = MovingReference(2, 0.5) if kind == "bfloat16 weights and moment" else None

@@ -69,13 +69,13 @@ def _hold_out_nothing_trained_on(c: Conversion) -> None:
                 c.left.setdefault(given.key, why)
 
 
-def trained_on(held: Any, trained: Any) -> list[str]:
+def trained_on(held: object, trained: object) -> list[str]:
     """The sources of a value of data.eval whose rows are all in a source of data.train."""
     sets = held.values() if isinstance(held, Mapping) else [held]
     return [one for of in sets for one in _listed(of) if any(_is_within(one, other) for other in _listed(trained))]
 
 
-def _listed(value: Any) -> list[str]:
+def _listed(value: object) -> list[str]:
     return [value] if isinstance(value, str) else [*filter(_is_text, value)] if isinstance(value, tuple) else []
 
 

@@ -2,7 +2,6 @@
 
 import re
 from fractions import Fraction
-from typing import Any
 
 from dpo_jax.config.bridge.adapters import adapter
 from dpo_jax.config.bridge.conversion import NUMBERS, Conversion, Left, meaning_of
@@ -393,6 +392,6 @@ ALWAYS = ("optimizer.learning_rate", "objective.beta", "batch.pairs", "objective
 def _tidy(c: Conversion) -> None:
     """Take out lines that come of defaults alone and say what is the default here as well."""
     for key, line in list(c.lines.items()):
-        default: Any = FIELDS[key].default if key in FIELDS else None
+        default: object = FIELDS[key].default if key in FIELDS else None
         if not line.origins and key not in ALWAYS and not key.startswith("objective") and line.value == default:
             del c.lines[key]

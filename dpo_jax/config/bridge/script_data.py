@@ -39,7 +39,7 @@ class Loaded:
     """A call that loads rows, the split that is picked of them, and calls with names of the script's own around it."""
 
     call: ast.Call
-    split: Any = None
+    split: object = None
     through: tuple[ast.Call, ...] = ()
 
 
@@ -151,7 +151,7 @@ class Names:
                 if isinstance(one, ast.Name):
                     self.assigned.setdefault(one.id, []).append((one.lineno, value, index))
 
-    def loaded(self, node: ast.expr, split: Any = None, depth: int = 0) -> Loaded:
+    def loaded(self, node: ast.expr, split: object = None, depth: int = 0) -> Loaded:
         """The call that the rows of an expression come from.
 
         Raises:
@@ -186,7 +186,7 @@ class Names:
             raise NotUnderstood
         return value, index
 
-    def _part(self, value: ast.expr, index: int, split: Any, depth: int) -> Loaded:
+    def _part(self, value: ast.expr, index: int, split: object, depth: int) -> Loaded:
         """Of several names that are assigned at once, the one at an index."""
         if isinstance(value, ast.Tuple) and index < len(value.elts):
             return self.loaded(value.elts[index], split, depth + 1)
@@ -213,7 +213,7 @@ class Names:
             raise NotUnderstood(f"is a share of the rows; give data.eval_fraction={wanted} behind the file")
         return self.loaded(node.value, split, depth + 1)
 
-    def _called(self, node: ast.Call, split: Any, depth: int) -> Loaded:
+    def _called(self, node: ast.Call, split: object, depth: int) -> Loaded:
         name = called(node.func)
         if name in LOADS:
             return Loaded(node, split)
@@ -265,7 +265,7 @@ def _is_computed(value: object) -> bool:
     return isinstance(value, Computed) or any(_is_computed(one) for one in inner)
 
 
-def _files(files: Any, folder: Any, split: str | None, key: str) -> tuple[str, ...]:
+def _files(files: Any, folder: object, split: str | None, key: str) -> tuple[str, ...]:
     """Files by name, as a list, or by the split that they are of."""
     parts = re.fullmatch(r"\w+", split or "train")
     if parts is None:
