@@ -298,6 +298,21 @@ def test_shapes_leave_room_for_the_scored_tokens_of_their_fullest_micro_batch():
         assert (packed.fits == roomy.fits).all() and (packed.micro == roomy.micro)[packed.fits].all()
 
 
+def test_the_first_shape_holds_a_bundle_that_no_sample_step_has():
+    lengths, largest = lengths_of([([96], 5)] * 8), RowGroups((96,), 90)
+    for micro_tokens in (None, 128):
+        found = choose_shapes(
+            lengths, np.arange(8).reshape(4, 2), largest, 2, micro_tokens=micro_tokens, attention_length=8192, most=4
+        )
+        assert fits(largest, found[0])
+
+
+def test_the_longest_trees_of_a_bundle_are_placed_first():
+    """44 + 20 and 40 + 24 share two rows of 64; as they come, 44 would find none of them free."""
+    bundle = RowGroups((20, 40, 44, 24), 1)
+    assert fits(bundle, RowShape(2, 64, 128)) and not fits(bundle, RowShape(1, 64, 128))
+
+
 @pytest.mark.parametrize("size", range(1, 40))
 def test_there_is_a_shape_however_short_all_trees_are(size):
     lengths, steps = lengths_of([([size], 1)] * 4), np.asarray([[0, 1], [2, 3]])

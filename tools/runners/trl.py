@@ -87,7 +87,8 @@ def run(spec: Spec, events: Events, scratch: str) -> None:
     if spec.adapter is not None:
         from peft import PeftConfig
 
-        adapter = {"peft_config": PeftConfig.from_pretrained(spec.adapter, inference_mode=False)}
+        adapter = {"peft_config": PeftConfig.from_pretrained(spec.adapter)}
+        adapter["peft_config"].inference_mode = False  # as an argument it would lose to what the folder says
     trainer = Given(
         model=AutoModelForCausalLM.from_pretrained(spec.model, dtype=torch.float32),
         args=DPOConfig(**settings(spec, scratch, on_cpu=on_cpu)),
