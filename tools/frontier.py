@@ -55,7 +55,7 @@ class Size(NamedTuple):
     best_of: int
 
 
-WHOLE = Size(192, 4, 16_000, 2048, 256, (16, 64, 128, 256), (10, 30, 60), 64)
+WHOLE = Size(192, 4, 16_000, 2048, 256, (16, 64, 128, 256), (5, 15, 30), 64)
 SMALL = Size(64, 2, 1_500, 128, 64, (4, 8), (2,), 4)
 RATE = 1e-4
 METHODS: dict[str, Sequence[Mapping[str, Any]]] = {
@@ -67,7 +67,7 @@ METHODS: dict[str, Sequence[Mapping[str, Any]]] = {
     "Unlikelihood": [{"name": "unlikelihood", "unlikelihood_weight": weight} for weight in (0.1, 0.5, 1.0)],
 }
 PPO_KL = (0.05, 0.2)
-QUIET = ("log.tensorboard=false", "log.token_statistics=false", "log.every=8", "data.max_length=80")
+QUIET = ("log.tensorboard=false", "log.token_statistics=false", "log.every=8", "log.report=false", "data.max_length=80")
 
 
 class Rows:
