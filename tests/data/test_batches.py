@@ -170,6 +170,13 @@ def test_every_step_has_one_of_the_announced_shapes():
     assert len(announced) <= 4
 
 
+def test_no_shape_is_announced_in_which_no_step_of_a_short_run_comes():
+    batches = Batches(random_encoded(units=40, longest=40, seed=1), 2, 2, 4)
+    announced = [shapes_of(dummy) for dummy in batches.dummies()]
+    assert sorted(announced) == sorted({shapes_of(batches.at(step)) for step in range(4)})
+    assert len(announced) < len(batches.shapes)
+
+
 def test_reference_log_probabilities_go_where_their_token_is():
     encoded = random_encoded(completions=(2, 3))
     reference = -np.arange(encoded.num_scored, dtype=np.float32)
@@ -411,8 +418,9 @@ def test_nobody_waits_for_a_fast_host_whatever_the_clock_says():
 
 
 def test_two_batches_are_kept_ready_while_the_next_is_made():
-    fourth = threading.Event()
-    found = prefetch(lambda step: fourth.set() if step == 3 else None, range(9))
+    made = [threading.Event() for _ in range(9)]
+    found = prefetch(lambda step: made[step].set(), range(9))
     next(found)
-    assert fourth.wait(timeout=60)  # 1 and 2 are ready
+    assert made[3].wait(timeout=60)  # 1 and 2 are ready
+    assert not made[4].wait(timeout=0.2)  # which is not begun before 1 is taken
     found.close()
