@@ -170,6 +170,14 @@ def test_every_step_has_one_of_the_announced_shapes():
     assert len(announced) <= 4
 
 
+def test_no_more_than_two_orders_are_in_memory_however_many_epochs_there_are():
+    """With 10^8 pairs each takes hundreds of megabytes; a step may lie in two epochs."""
+    batches = Batches(random_encoded(units=7), 5, 1, 30)
+    orders = [batches.pairs_of(step) for step in range(30)]
+    assert len(batches._orders) <= 2
+    assert [batches.pairs_of(step).tolist() for step in range(30)] == [order.tolist() for order in orders]
+
+
 def test_no_shape_is_announced_in_which_no_step_of_a_short_run_comes():
     batches = Batches(random_encoded(units=40, longest=40, seed=1), 2, 2, 4)
     announced = [shapes_of(dummy) for dummy in batches.dummies()]
