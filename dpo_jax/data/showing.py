@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator, Sequence
-from typing import TextIO
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -32,7 +32,7 @@ DEFAULTS = {"weight": 1.0, "margin": 0.0, "label": 1.0}
 """Numbers of a pair that are not worth showing."""
 
 
-def console_for(stream: TextIO) -> Console:
+def console_for(stream: Any) -> Console:
     """A console that neither fails on a narrow encoding nor guesses at colours where there is no terminal."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")

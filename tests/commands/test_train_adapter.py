@@ -146,7 +146,7 @@ MESHES = [("mesh.data=2", "mesh.fsdp=2"), ("mesh.tensor=2",), ("reference.mode=l
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("more", "few"), itertools.product(MESHES, ("null", "nf4")))
+@pytest.mark.parametrize(("more", "few"), [*itertools.product(MESHES, ("null", "nf4"))])
 def test_devices_and_the_kind_of_reference_are_invisible(world, in_few_bits, more, few):
     """Losses to 1e-5 of a run on four devices that share the weights, on a base in four bits as well."""
     one = in_few_bits(few)
