@@ -169,6 +169,20 @@ def test_what_an_objective_remembers_goes_from_step_to_step(params, reference):
         )
 
 
+def test_a_step_takes_the_rate_of_its_own_number(params, reference):
+    settings = OptimizerSettings(learning_rate=1e-2, schedule="linear", warmup_steps=1)
+    optimizer, rates = make_optimizer(settings), schedule(settings, 4)
+    step = jax.jit(make_step(TrainingObjective(SPEC), optimizer, rates))
+    state, batch, moves = settled(fresh_state(params, optimizer)), Batches(ENCODED, 12, 1, 2).at(0), []
+    for number in range(2):
+        before = state["trained"]["embed"]["embedding"]
+        state, metrics = step(state, Weights({}), reference, batch)
+        assert float(metrics["learning_rate"]) == float(rates(number))
+        moves.append(float(np.abs(state["trained"]["embed"]["embedding"] - before).max()))
+    # Adam's first two steps, of one gradient, go as far as the rate
+    np.testing.assert_allclose(moves, [float(rates(0)), float(rates(1))], rtol=0.2)
+
+
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(params, reference):
     settings = OptimizerSettings(learning_rate=1e-2, weight_decay=0.1)
     optimizer = make_optimizer(settings)
@@ -177,11 +191,14 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(params, referen
     good = Batches(ENCODED, 12, 1, 2).at(0)
     state, _ = step(state, Weights({}), reference, good)
     bad = dataclasses.replace(good, weight=np.where(good.real, np.float32(np.nan), good.weight))
-    after, metrics = step(state, Weights({}), reference, bad)
-    for name in ("trained", "optimizer"):
-        jax.tree.map(np.testing.assert_array_equal, after[name], state[name])
-    assert (int(after["step"]), int(after["skipped"]), int(after["consecutive_nonfinite"])) == (2, 1, 1)
-    assert float(metrics["nonfinite_streak"]) == 1
+    steep = dataclasses.replace(good, margin=np.where(good.real, np.float32(np.inf), good.margin))
+    for batch, slopes in ((bad, False), (steep, True)):  # a loss may be infinite and its gradient not
+        after, metrics = step(state, Weights({}), reference, batch)
+        assert not np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]) == slopes
+        for name in ("trained", "optimizer"):
+            jax.tree.map(np.testing.assert_array_equal, after[name], state[name])
+        assert (int(after["step"]), int(after["skipped"]), int(after["consecutive_nonfinite"])) == (2, 1, 1)
+        assert float(metrics["nonfinite_streak"]) == 1
     again, _ = step(after, Weights({}), reference, good)
     assert int(again["consecutive_nonfinite"]) == 0 and not np.array_equal(
         again["trained"]["embed"]["embedding"], state["trained"]["embed"]["embedding"]
