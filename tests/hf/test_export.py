@@ -226,6 +226,12 @@ def test_splitting_keeps_order_and_fills_files(sizes, limit):
     assert all(sum(part) <= limit or len([size for size in part if size]) == 1 for part in totals.values())
 
 
+def test_another_dtype_is_that_of_weights_and_of_nothing_else():
+    infos = {name: tensors.TensorInfo("x", dtype, (2,)) for name, dtype in (("weight", "F32"), ("ids", "I64"))}
+    found = shards.laid_out(infos, {"weight"}, "bfloat16", None)
+    assert {name: info.dtype for name, info in found.items()} == {"weight": "BF16", "ids": "I64"}
+
+
 def test_a_sharded_model_is_gathered(tmp_path):
     count = len(jax.devices())
     if 32 % count:

@@ -23,7 +23,7 @@ from dpo_jax.errors import UserError
 from dpo_jax.processes.here import Here
 from dpo_jax.training import folder as folders
 from dpo_jax.training import steps
-from dpo_jax.training.checkpoints import Checkpoints, damage_of
+from dpo_jax.training.checkpoints import Checkpoints, damage_of, read_part
 from dpo_jax.training.folder import Folder
 from dpo_jax.training.settings import CheckpointSettings
 from dpo_jax.trees import paths
@@ -203,6 +203,31 @@ def test_a_damaged_step_is_renamed_named_and_never_deleted(tmp_path):
     assert (aside / data.relative_to(tmp_path / "2")).read_bytes().startswith(b"x")
     assert len(said) == 1
     assert aside.name in said[0] and data.name in said[0]
+
+
+def test_a_step_that_is_named_is_kept_beside_those_of_the_settings(tmp_path):
+    """The best one so far, which may be older than all that are kept."""
+    with opened(tmp_path, keep=1) as checkpoints:
+        for step, also in ((1, None), (2, 1), (3, 1), (4, 3)):
+            checkpoints.save(step, a_state(step), {}, also=also)
+            checkpoints.wait()
+            assert checkpoints.kept() == sorted({step, also or step})
+
+
+def test_no_part_of_a_damaged_step_is_read(tmp_path):
+    data = next((with_steps(tmp_path, 1) / "1").glob("state/ocdbt.process_0/d/*"))
+    part = {"step": abstract(a_state(1))["step"]}
+    assert_same(read_part(steps.at(tmp_path), 1, part), {"step": a_state(1)["step"]})
+    data.write_bytes(b"x" + data.read_bytes()[1:])
+    with pytest.raises(UserError, match=f"1 cannot be used .*{data.name}"):
+        read_part(steps.at(tmp_path), 1, part)
+
+
+def test_a_damaged_record_is_not_read(tmp_path):
+    record = with_steps(tmp_path, 1) / "1" / "record" / "metadata"
+    record.write_text("{}")
+    with opened(tmp_path) as checkpoints, pytest.raises(UserError, match="1 cannot be used .*record/metadata"):
+        checkpoints.read_record(1)
 
 
 @pytest.mark.parametrize("lost", ["data", "manifest.json", "everything"])

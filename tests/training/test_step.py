@@ -24,7 +24,7 @@ from dpo_jax.preference.loss import TrainingObjective, evaluate_batch, loss_and_
 from dpo_jax.preference.scoring import score_batch
 from dpo_jax.training.optimizer import decay_mask, make_optimizer, schedule
 from dpo_jax.training.settings import OptimizerSettings
-from dpo_jax.training.step import MovingReference, fresh_state, make_step
+from dpo_jax.training.step import MovingReference, fresh_state, make_step, progress_of
 from tests.conftest import ROOT
 from tests.support.forests import SPEC, random_encoded, settled
 from tests.support.tiers import by_day, night
@@ -183,6 +183,25 @@ def test_a_step_takes_the_rate_of_its_own_number(params, reference):
     np.testing.assert_allclose(moves, [float(rates(0)), float(rates(1))], rtol=0.2)
 
 
+def test_what_is_drawn_is_a_function_of_the_seed_and_of_the_number_of_the_step(params, reference):
+    """Seen by how updates of bfloat16 weights are rounded."""
+    settings = OptimizerSettings(learning_rate=1e-4, schedule="constant", warmup_steps=0)
+    optimizer, batch = make_optimizer(settings), Batches(ENCODED, 12, 1, 2).at(0)
+    state = settled(fresh_state(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params), optimizer))
+    objective, rates = TrainingObjective(SPEC), schedule(settings, 4)
+
+    def drawn(seed, *numbers):
+        step = jax.jit(make_step(objective, optimizer, rates, seed=seed))
+        states = ({**state, "step": jnp.int32(number)} for number in numbers)
+        return [
+            np.asarray(step(one, Weights({}), reference, batch)[0]["trained"]["embed"]["embedding"]) for one in states
+        ]
+
+    first, again, later = drawn(0, 0, 0, 1)
+    (other,) = drawn(1, 0)
+    assert (first == again).all() and (first != later).any() and (first != other).any()
+
+
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(params, reference):
     settings = OptimizerSettings(learning_rate=1e-2, weight_decay=0.1)
     optimizer = make_optimizer(settings)
@@ -203,6 +222,21 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(params, referen
     assert int(again["consecutive_nonfinite"]) == 0 and not np.array_equal(
         again["trained"]["embed"]["embedding"], state["trained"]["embed"]["embedding"]
     )
+
+
+def test_progress_goes_from_the_first_step_to_the_last():
+    assert [float(progress_of({"step": jnp.int32(step)}, 5).share) for step in range(5)] == [0, 0.25, 0.5, 0.75, 1]
+    assert float(progress_of({"step": jnp.int32(0)}, 1).share) == 0
+
+
+def test_the_ratio_of_rates_is_that_of_b_to_all_else():
+    """LoRA+, arXiv:2402.12354: the first step of Adam goes as far for each number, but for B's."""
+    params = trees.from_paths({f"mlp/up/lora/{name}": jnp.ones((2, 2)) for name in ("a", "b", "magnitude")})
+    optimizer = make_optimizer(OptimizerSettings(clip_norm=None), lr_ratio=4.0)
+    with jax.numpy_dtype_promotion("standard"):
+        directions, _ = optimizer.update(params, optimizer.init(params), params, norm=jnp.float32(1))
+    far = {path.rpartition("/")[2]: float(jnp.abs(leaf).max()) for path, leaf in trees.paths(directions).items()}
+    assert far == pytest.approx({"a": 1, "b": 4, "magnitude": 1}, rel=1e-5)
 
 
 def test_every_leaf_decays_or_not_and_norms_and_biases_do_not(params):
