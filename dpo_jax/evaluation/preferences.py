@@ -29,8 +29,7 @@ def scored(
     without a verdict, has no score. Raises as the judge does.
     """
     different = [list(dict.fromkeys(text for text in texts if text.strip())) for texts in answers]
-    scored = isinstance(judge, Scorer)
-    known = _scores(judge, asked, different) if scored else _shares(judge, asked, different)
+    known = _scores(judge, asked, different) if isinstance(judge, Scorer) else _shares(judge, asked, different)
     return [[table.get(text) for text in texts] for table, texts in zip(known, answers, strict=True)]
 
 

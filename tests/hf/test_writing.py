@@ -37,6 +37,7 @@ def test_files_are_shared_out_by_their_bytes(count):
         sum(2 * {"a": 5, "b": 1, "c": 4, "d": 2, "e": 3}[file] for file in by if by[file] == p) for p in range(count)
     ]
     assert sorted(by) == sorted(files) and max(load) - min(load) == 2 * {1: 0, 2: 1, 3: 0, 8: 5}[count]
+    assert sum(load) == 30
     found = list(writing.gathered(files, by))
     assert sorted(found) == sorted((file, name) for file, part in files.items() for name in part)
     for process in range(count):  # each process meets its own files one after the other, as it writes them
